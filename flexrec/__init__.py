@@ -1,0 +1,1 @@
+"""FlexRec: post-train LLMs as recommenders."""

@@ -1,0 +1,103 @@
+"""The data model of the ranking task: a catalogue, a log of interactions, and the lists to be ranked.
+
+Items and users are integers inside the package; the catalogue knows their public ids. Every array of a list is
+aligned with its candidates ("by candidate"), not with any ranking.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The items that exist: public id, title and topics (genres, categories) of each."""
+
+    ids: tuple[str, ...]
+    titles: tuple[str, ...]
+    topics: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.ids) == len(self.titles) == len(self.topics):
+            raise ValueError(
+                f"ids, titles and topics must have the same length, got "
+                f"{len(self.ids)}, {len(self.titles)} and {len(self.topics)}"
+            )
+        if len(set(self.ids)) != len(self.ids):
+            raise ValueError("ids must be unique")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Item index by public id."""
+        return {item_id: i for i, item_id in enumerate(self.ids)}
+
+    @cached_property
+    def topic_names(self) -> tuple[str, ...]:
+        """All topics, sorted."""
+        return tuple(sorted({topic for topics in self.topics for topic in topics}))
+
+    @cached_property
+    def topic_matrix(self) -> np.ndarray:
+        """(items, topics) float32; 1 where the item has the topic."""
+        column = {topic: j for j, topic in enumerate(self.topic_names)}
+        matrix = np.zeros((len(self), len(self.topic_names)), dtype=np.float32)
+        for i, topics in enumerate(self.topics):
+            for topic in topics:
+                matrix[i, column[topic]] = 1.0
+        return matrix
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """A log of feedback, sorted by time: who (M,) int64, what (M,) int64, how much (M,) float32 in [0, 1], when (M,)."""
+
+    users: np.ndarray
+    items: np.ndarray
+    interest: np.ndarray
+    times: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+
+@dataclass(frozen=True)
+class RankingList:
+    """One list to rank: a user at a moment, what is known of them then, and K candidates.
+
+    Everything but ``interest`` and ``truth`` was known before ``time``.
+    """
+
+    user: int
+    time: float
+    history: np.ndarray  # (H,) int64 items, oldest first, all from before `time`
+    candidates: np.ndarray  # (K,) int64 items
+    interest: np.ndarray  # (K,) float32 in [0, 1], the logged feedback; NaN where there is none
+    popularity: np.ndarray  # (K,) float32, interactions with the candidate before `time`
+    trend: np.ndarray  # (K,) float32 in [0, 1], how strongly the candidate rises just before `time`
+    rising: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # (R,) items that rise the most
+    truth: np.ndarray | None = None  # (K,) float32 in [0, 1], the noise-free interest where it is known; scoring only
+
+
+@dataclass(frozen=True)
+class RankingDataset:
+    """Lists of users to train on and of other users to test on.
+
+    Attributes:
+        log: interactions of training users only: all that anything may be fitted on.
+        unobserved: what a candidate without feedback is worth in training: "zero" where it is a sampled negative,
+            "critic" where feedback is missing because it was not collected.
+    """
+
+    name: str
+    catalogue: Catalogue
+    log: Interactions
+    train: list[RankingList]
+    test: list[RankingList]
+    unobserved: Literal["zero", "critic"]
