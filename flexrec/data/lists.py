@@ -6,6 +6,7 @@ aligned with its candidates ("by candidate"), not with any ranking.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -56,15 +57,19 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Interactions:
-    """A log of feedback, sorted by time: who (M,) int64, what (M,) int64, how much (M,) float32 in [0, 1], when (M,)."""
+    """A log of feedback, sorted by time."""
 
-    users: np.ndarray
-    items: np.ndarray
-    interest: np.ndarray
-    times: np.ndarray
+    users: np.ndarray  # (M,) int64
+    items: np.ndarray  # (M,) int64
+    interest: np.ndarray  # (M,) float32 in [0, 1]
+    times: np.ndarray  # (M,) float
 
     def __len__(self) -> int:
         return len(self.users)
+
+    def select(self, rows: np.ndarray) -> Interactions:
+        """The interactions at ``rows`` (a boolean mask, or indices in increasing order)."""
+        return Interactions(self.users[rows], self.items[rows], self.interest[rows], self.times[rows])
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,10 @@ class RankingDataset:
         log: interactions of training users only: all that anything may be fitted on.
         unobserved: what a candidate without feedback is worth in training: "zero" where it is a sampled negative,
             "critic" where feedback is missing because it was not collected.
+        resample: draws the training lists anew (other cuts, other negatives) from a seed, with the same parameters as
+            ``train``; None where the lists are given by the data.
+        time_boundary: with a split in time, the moment before which everything in ``log`` and ``train`` lies and at or
+            after which every test list lies; None otherwise.
     """
 
     name: str
@@ -101,3 +110,5 @@ class RankingDataset:
     train: list[RankingList]
     test: list[RankingList]
     unobserved: Literal["zero", "critic"]
+    resample: Callable[[int], list[RankingList]] | None = None
+    time_boundary: float | None = None

@@ -1,0 +1,346 @@
+"""From a log of interactions to lists to rank, without a look at test users or at the future.
+
+A list is a *cut* in one user's sequence of events: what lies before the cut is the history, the next events are the
+candidates with feedback, and popular items that the user never touched fill the list up. Popularity, trend and the
+order in which negatives are taken are functions of what the users of ``log`` did strictly before the cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from flexrec.data.lists import Catalogue, Interactions, RankingDataset, RankingList
+from flexrec.validation import check_choice
+
+
+class Moment(NamedTuple):
+    """What the log says about every item strictly before one moment."""
+
+    popularity: np.ndarray  # (items,) int64, interactions so far; reused for the next moment, copy what you keep
+    trend: np.ndarray  # (items,) float32 in [0, 1]
+    rising: np.ndarray  # (R,) int64, the items with the largest positive trend, the strongest first
+
+
+def moments(
+    log: Interactions,
+    num_items: int,
+    times: np.ndarray,
+    *,
+    trend_window: float,
+    trend_smoothing: float = 5.0,
+    num_rising: int = 10,
+) -> Iterator[tuple[int, Moment]]:
+    """Yield (index into ``times``, the log's ``Moment`` then) for every time, in order of time.
+
+    With a and b the item's interactions in the last window [t - w, t) and in the one before it, [t - 2w, t - w), and
+    A and B those of all items, b A / B is what the item would have had if its share had not moved, and
+
+        trend = max(0, a - b A / B) / (a + s)
+
+    is the part of its recent interactions that its past does not explain, drawn towards 0 by s pseudo-counts where
+    there are few. Shares, not counts, are compared, so that a busier month does not make every item rise. Where the
+    earlier window is empty nothing can be compared and every trend is 0.
+
+    The three counts slide over the sorted log: O(interactions) in all, and O(items) per moment.
+
+    Args:
+        log: interactions sorted by time.
+        num_items: number of items in the catalogue.
+        times: (L,) moments in any order.
+        trend_window: w, in the unit of the log's times.
+        trend_smoothing: s.
+        num_rising: at most how many rising items are named.
+    """
+    if np.any(np.diff(log.times) < 0):
+        raise ValueError("log must be sorted by time")
+    if not trend_window > 0:
+        raise ValueError(f"trend_window must be positive, got {trend_window}")
+    if not trend_smoothing > 0:
+        raise ValueError(f"trend_smoothing must be positive, got {trend_smoothing}")
+    # Interactions before t, before t - w and before t - 2w: their differences are the two windows.
+    counts = np.zeros((3, num_items), dtype=np.int64)
+    seen = [0, 0, 0]
+    for index in np.argsort(times, kind="stable"):
+        for lag in range(3):
+            # side="left": an interaction at the very moment of the cut is not yet known.
+            end = int(np.searchsorted(log.times, times[index] - lag * trend_window, side="left"))
+            np.add.at(counts[lag], log.items[seen[lag] : end], 1)
+            seen[lag] = end
+        trend = np.zeros(num_items, dtype=np.float32)
+        in_recent, in_previous = seen[0] - seen[1], seen[1] - seen[2]
+        if in_recent and in_previous:
+            touched = np.flatnonzero(counts[0] > counts[1])
+            recent = counts[0, touched] - counts[1, touched]
+            expected = (counts[1, touched] - counts[2, touched]) * (in_recent / in_previous)
+            trend[touched] = np.maximum(recent - expected, 0.0) / (recent + trend_smoothing)
+        risers = np.flatnonzero(trend)
+        rising = risers[np.argsort(-trend[risers], kind="stable")[:num_rising]]
+        yield int(index), Moment(counts[0], trend, rising)
+
+
+@dataclass(frozen=True)
+class ListBuilder:
+    """Draws lists from users' sequences of events.
+
+    A cut at position p of a user's events (in order of time, ties by item) gives the list
+    - history: the up to ``history_length`` events before p;
+    - candidates with feedback: the ``num_positives`` events from p on, whatever their feedback was;
+    - candidates without: items that the user has no event with, drawn without replacement with probability
+      proportional to their popularity in ``log`` before the cut; their interest is NaN;
+    - shuffled, so that a candidate's place says nothing.
+    Cuts lie only where time moves on (t[p-1] < t[p]), so that all of the history is strictly older than the list's
+    ``time`` t[p]: the order inside a burst of equal time stamps is unknown and never turned into past and future.
+
+    Each list has its own random stream, seeded by (seed, user, position): it does not depend on which other lists are
+    drawn. Random order first, exclusion after: the user's own later events decide which items are withheld from the
+    negatives (they would be false negatives; the usual practice in evaluation by sampled candidates), and nothing
+    else of a list but its labels depends on what happens at or after its time.
+
+    Attributes:
+        log: interactions of training users, sorted by time, for popularity, trend and negatives.
+        num_items: number of items in the catalogue.
+        num_candidates: K, candidates of a list.
+        num_positives: of these, how many are the user's next events.
+        history_length: the most items that a history shows.
+        min_history: the least number of events before a cut.
+        trend_window, trend_smoothing, num_rising: see ``moments``.
+    """
+
+    log: Interactions
+    num_items: int
+    trend_window: float
+    trend_smoothing: float = 5.0
+    num_rising: int = 10
+    num_candidates: int = 30
+    num_positives: int = 10
+    history_length: int = 20
+    min_history: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("num_items", "num_candidates", "num_positives", "history_length", "min_history"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_positives > self.num_candidates:
+            raise ValueError(
+                f"num_positives must not exceed num_candidates, got {self.num_positives} and {self.num_candidates}"
+            )
+
+    def lists(
+        self,
+        events: Interactions,
+        *,
+        lists_per_user: int,
+        seed: int,
+        not_before: float = -math.inf,
+        max_lists: int | None = None,
+    ) -> list[RankingList]:
+        """Lists at random cuts of every user in ``events``, ordered by user and time.
+
+        Args:
+            events: interactions to cut, sorted by time; of training users, or of others.
+            lists_per_user: at most how many lists a user gives; fewer where their candidates would mostly overlap.
+            seed: which cuts, negatives and orders.
+            not_before: no list lies before this time.
+            max_lists: if more come out, a random choice of this many is kept.
+
+        A user with fewer than ``min_history + num_positives`` events gives no list, nor does a cut before which the
+        log knows too few items to fill the list.
+        """
+        cuts = []  # (time, user, position, the user's items and interest)
+        for user, rows in _rows_by_user(events):
+            times = events.times[rows]
+            rng = np.random.default_rng((seed, user))
+            for position in self._cut_positions(times, lists_per_user, not_before, rng):
+                cuts.append((times[position], user, position, events.items[rows], events.interest[rows]))
+        if max_lists is not None and len(cuts) > max_lists:
+            kept = np.random.default_rng(seed).choice(len(cuts), size=max_lists, replace=False)
+            cuts = [cuts[i] for i in np.sort(kept)]
+        drawn: list[RankingList | None] = [None] * len(cuts)
+        for i, moment in moments(
+            self.log,
+            self.num_items,
+            np.array([cut[0] for cut in cuts]),
+            trend_window=self.trend_window,
+            trend_smoothing=self.trend_smoothing,
+            num_rising=self.num_rising,
+        ):
+            _, user, position, items, interest = cuts[i]
+            rng = np.random.default_rng((seed, user, position))
+            drawn[i] = self._list(user, float(cuts[i][0]), position, items, interest, moment, rng)
+        return [one for one in drawn if one is not None]
+
+    def _cut_positions(
+        self, times: np.ndarray, lists_per_user: int, not_before: float, rng: np.random.Generator
+    ) -> list[int]:
+        positions = np.arange(self.min_history, len(times) - self.num_positives + 1)
+        positions = positions[(times[positions - 1] < times[positions]) & (times[positions] >= not_before)]
+        count = min(lists_per_user, math.ceil(len(positions) / self.num_positives))
+        return sorted(rng.choice(positions, size=count, replace=False).tolist())
+
+    def _list(
+        self,
+        user: int,
+        time: float,
+        position: int,
+        items: np.ndarray,
+        interest: np.ndarray,
+        moment: Moment,
+        rng: np.random.Generator,
+    ) -> RankingList | None:
+        num_negatives = self.num_candidates - self.num_positives
+        # Exponential races: the item whose Exp(popularity) clock rings first is drawn with probability proportional
+        # to its popularity, and the order of ringing is that of drawing without replacement.
+        known = np.flatnonzero(moment.popularity)
+        clock = rng.exponential(size=len(known)) / moment.popularity[known]
+        untouched = np.ones(self.num_items, dtype=bool)
+        untouched[items] = False
+        clock, pool = clock[untouched[known]], known[untouched[known]]
+        if len(pool) < num_negatives:
+            return None
+        first = np.argpartition(clock, num_negatives - 1)[:num_negatives] if num_negatives else np.zeros(0, np.int64)
+        negatives = pool[first[np.argsort(clock[first])]]
+        observed = slice(position, position + self.num_positives)
+        order = rng.permutation(self.num_candidates)
+        candidates = np.concatenate([items[observed], negatives])[order]
+        feedback = np.concatenate([interest[observed], np.full(num_negatives, np.nan, dtype=np.float32)])[order]
+        return RankingList(
+            user=user,
+            time=time,
+            history=items[max(0, position - self.history_length) : position].copy(),
+            candidates=candidates,
+            interest=feedback.astype(np.float32),
+            popularity=moment.popularity[candidates].astype(np.float32),
+            trend=moment.trend[candidates],
+            rising=moment.rising,
+        )
+
+
+def _rows_by_user(events: Interactions) -> Iterator[tuple[int, np.ndarray]]:
+    """(user, rows of ``events`` in order of time, ties by item) for every user, in order of user."""
+    order = np.lexsort((events.items, events.times, events.users))
+    users, starts = np.unique(events.users[order], return_index=True)
+    ends = np.append(starts[1:], len(order))
+    for user, start, end in zip(users.tolist(), starts, ends, strict=True):
+        yield user, order[start:end]
+
+
+def build_dataset(
+    name: str,
+    catalogue: Catalogue,
+    events: Interactions,
+    *,
+    trend_window: float,
+    trend_smoothing: float = 5.0,
+    split: Literal["user", "time"] = "user",
+    test_fraction: float = 0.2,
+    num_test_users: int | None = None,
+    time_quantile: float = 0.8,
+    num_candidates: int = 30,
+    num_positives: int = 10,
+    history_length: int = 20,
+    min_history: int = 10,
+    lists_per_user: int = 32,
+    test_lists_per_user: int = 10,
+    max_train_lists: int | None = None,
+    max_test_lists: int | None = None,
+    seed: int = 0,
+) -> RankingDataset:
+    """Training and test lists of disjoint users from one log of explicit feedback; see ``ListBuilder`` for a list.
+
+    The users to test on are drawn from the set of users alone, so that nothing they did moves the split. Candidates
+    without feedback are sampled negatives (``unobserved="zero"``).
+
+    Args:
+        name: of the data set.
+        catalogue: the items that ``events.items`` points into.
+        events: everybody's interactions, sorted by time, at most one per user and item.
+        split: "user": test users are never trained on, but training users' events from after a test list's time may
+            be. "time": in addition one boundary is drawn, the ``time_quantile`` quantile of the training users' event
+            times; ``log`` and ``train`` hold only what lies before it, and test lists lie at or after it.
+        test_fraction: share of the users to test on, unless ``num_test_users`` says how many.
+        lists_per_user, test_lists_per_user, max_train_lists, max_test_lists: see ``ListBuilder.lists``.
+        seed: of the split and of all lists.
+
+    Popularity, trend and negatives of a list, training or test, come from training users' events before the list's
+    time, with ``split="time"`` also those after the boundary: a recommender knows what is popular today, although
+    nothing was fitted on it.
+    """
+    check_choice("split", split, ("user", "time"))
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    if not 0.0 < time_quantile < 1.0:
+        raise ValueError(f"time_quantile must lie strictly between 0 and 1, got {time_quantile}")
+    is_test = _choose_test_users(np.unique(events.users), test_fraction, num_test_users, seed)
+    tested = is_test[events.users]
+    background, boundary = events.select(~tested), None
+    log = background
+    if split == "time":
+        boundary = float(np.quantile(background.times, time_quantile, method="higher"))
+        log = background.select(background.times < boundary)
+    builder = ListBuilder(
+        background,
+        len(catalogue),
+        trend_window=trend_window,
+        trend_smoothing=trend_smoothing,
+        num_candidates=num_candidates,
+        num_positives=num_positives,
+        history_length=history_length,
+        min_history=min_history,
+    )
+    # A training list is older than the boundary, so that the log alone gives it the same popularity and trend.
+    resample = partial(
+        _draw_lists, replace(builder, log=log), log, lists_per_user=lists_per_user, max_lists=max_train_lists
+    )
+    test = builder.lists(
+        events.select(tested),
+        lists_per_user=test_lists_per_user,
+        seed=seed,
+        not_before=-math.inf if boundary is None else boundary,
+        max_lists=max_test_lists,
+    )
+    train = resample(seed)
+    for role, lists in (("train on", train), ("test on", test)):
+        if not lists:
+            raise ValueError(
+                f"no list to {role} in {name}: no user has {min_history} events, then {num_positives} more at later "
+                f"times, and {num_candidates - num_positives} items popular before them to fill the list; choose "
+                f"smaller min_history, num_positives or num_candidates, or more users"
+            )
+    return RankingDataset(
+        name=name,
+        catalogue=catalogue,
+        log=log,
+        train=train,
+        test=test,
+        unobserved="zero",
+        resample=resample,
+        time_boundary=boundary,
+    )
+
+
+def _draw_lists(
+    builder: ListBuilder, events: Interactions, seed: int, *, lists_per_user: int, max_lists: int | None
+) -> list[RankingList]:
+    # A module-level function, so that RankingDataset.resample survives pickling into data-loading workers.
+    return builder.lists(events, lists_per_user=lists_per_user, max_lists=max_lists, seed=seed)
+
+
+def _choose_test_users(users: np.ndarray, fraction: float, count: int | None, seed: int) -> np.ndarray:
+    """(largest user + 1,) bool: who is tested on."""
+    if count is None:
+        if not 0.0 < fraction < 1.0:
+            raise ValueError(f"test_fraction must lie strictly between 0 and 1, got {fraction}")
+        count = max(1, round(fraction * len(users)))
+    if not 0 < count < len(users):
+        raise ValueError(
+            f"at least one user must remain to train on and one to test on: got {count} test users of {len(users)}"
+        )
+    is_test = np.zeros(int(users.max()) + 1, dtype=bool)
+    is_test[np.random.default_rng(seed).permutation(users)[:count]] = True
+    return is_test
