@@ -213,7 +213,6 @@ def _aggregate(losses: torch.Tensor, counted: torch.Tensor, items: _Items, loss_
 
 
 def _items(item_ids: torch.Tensor | None, mask: torch.Tensor) -> _Items:
-    rows, length = mask.shape
     if item_ids is None:
         return _Items(mask, None, torch.ones_like(mask, dtype=torch.long), mask.sum(1))
     check_tensor("item_ids", item_ids, mask.shape, "integer")
@@ -221,7 +220,7 @@ def _items(item_ids: torch.Tensor | None, mask: torch.Tensor) -> _Items:
     # Number the ids of a row from 0 in ascending order: T slots are then enough, and nobody has to read the largest.
     ascending, order = item_ids.masked_fill(~belongs, -1).long().sort(1)
     steps = (ascending[:, 1:] != ascending[:, :-1]).long().cumsum(1)
-    slots = torch.zeros_like(order).scatter(1, order, torch.nn.functional.pad(steps, (1, 0))[:, :length])
+    slots = torch.zeros_like(order).scatter(1, order, torch.nn.functional.pad(steps, (1, 0))[:, : mask.shape[1]])
     counts = torch.zeros_like(slots).scatter_add(1, slots, belongs.long())
     return _Items(belongs, slots, counts.gather(1, slots).clamp(min=1), (counts > 0).sum(1))
 

@@ -140,7 +140,7 @@ def test_empty_batch_and_no_ranks():
 
 
 def test_one_rollout_has_no_baseline_per_rank():
-    with pytest.raises(ValueError, match="num_generations=1 .* no signal"):
+    with pytest.raises(ValueError, match=r"num_generations=1 .* no signal"):
         item_advantages(torch.zeros(2, 3), 1, baseline="rank")
 
 

@@ -1,0 +1,325 @@
+"""How good rankings are, and how sure that is: metrics per list, confidence intervals, paired comparisons, tables.
+
+Lists of one user resemble each other, so resampling and sign flips act on whole users ("clusters"): treating such lists
+as independent would give intervals that are too narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from flexrec.metrics import ranking_metric
+
+METRICS = ("ndcg@5", "ndcg@10", "ndcg@30", "recall@5", "mrr@5")
+
+# Resampled values held in memory at once (float64: 16 MB).
+_CHUNK = 2_000_000
+
+
+def rank_metrics(
+    gains: np.ndarray | torch.Tensor | Sequence[np.ndarray],
+    metrics: Sequence[str] = METRICS,
+    *,
+    lengths: np.ndarray | torch.Tensor | None = None,
+    num_ranked: int | np.ndarray | torch.Tensor | None = None,
+) -> dict[str, np.ndarray]:
+    """The value of every metric for every list.
+
+    Args:
+        gains: the gains in rank order, >= 0: (N, K), or N arrays of their own lengths.
+        metrics: names as in ``flexrec.metrics``.
+        lengths: (N,) integer, the real K of ragged lists that are padded to one (N, K) array.
+        num_ranked: int or (N,) integer, how many ranks are shown; the rest counts in ideals and totals only.
+
+    Returns:
+        For every metric (N,) float64.
+
+    Raises:
+        ValueError, TypeError: as ``flexrec.metrics.ranking_metric``; ``lengths`` beside a sequence of arrays.
+    """
+    if not isinstance(gains, np.ndarray | torch.Tensor):
+        if lengths is not None:
+            raise ValueError("lengths are those of the arrays where gains is a sequence of arrays: pass None")
+        rows = [np.asarray(row, dtype=np.float64) for row in gains]
+        wrong = next((i for i, row in enumerate(rows) if row.ndim != 1), None)
+        if wrong is not None:
+            raise ValueError(f"gains[{wrong}] must have shape (K,), got {rows[wrong].shape}")
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        gains = np.zeros((len(rows), int(lengths.max(initial=0))))
+        for padded, row in zip(gains, rows, strict=True):
+            padded[: len(row)] = row
+    table = torch.as_tensor(gains).double()
+    sizes = None if lengths is None else torch.as_tensor(lengths)
+    shown = num_ranked if num_ranked is None or isinstance(num_ranked, int) else torch.as_tensor(num_ranked)
+    return {m: ranking_metric(table, m, lengths=sizes, num_ranked=shown).cpu().numpy() for m in metrics}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A ranker against another on the same lists.
+
+    ``difference`` is mean_new - mean_base, ``percent`` the same in per cent of mean_base (NaN where that is 0); low and
+    high are the ends of their confidence intervals, ``p_value`` is two-sided.
+    """
+
+    mean_new: float
+    mean_base: float
+    difference: float
+    difference_low: float
+    difference_high: float
+    percent: float
+    percent_low: float
+    percent_high: float
+    p_value: float
+
+
+def bootstrap_interval(
+    values: np.ndarray,
+    *,
+    clusters: np.ndarray | None = None,
+    level: float = 0.95,
+    num_samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean (Efron & Tibshirani 1993, chapter 13).
+
+    Args:
+        values: (N,) a value per list.
+        clusters: (N,) the user of each list; whole users are resampled. None: every list is its own.
+        level: coverage in (0, 1).
+        num_samples: bootstrap samples.
+        seed: of the resampling.
+
+    Returns:
+        The two ends. With a single cluster both are the mean: one user says nothing about the spread over users.
+
+    Raises:
+        ValueError: wrong shapes, no values, a value that is not finite, a level outside (0, 1).
+    """
+    sums, counts = _cluster_sums([_values("values", values)], clusters)
+    _check_resampling(level, num_samples)
+    means = np.concatenate([total[:, 0] / size for total, size in _resample(sums, counts, num_samples, seed)])
+    return _interval(means, level)
+
+
+def relative_change(
+    new: np.ndarray,
+    base: np.ndarray,
+    *,
+    clusters: np.ndarray | None = None,
+    level: float = 0.95,
+    num_samples: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare a ranker with another, list by list.
+
+    The intervals are paired percentile bootstraps: every sample takes the same users for both rankers, and yields a
+    difference and a ratio of the two means. The p-value is of the paired permutation test: were the rankers equal, the
+    sign of every user's summed difference would be a coin flip (Fisher 1935; Smucker et al. 2007 for ranking).
+    p = (1 + flips at least as extreme as what was seen) / (1 + ``num_samples``).
+
+    Args:
+        new, base: (N,) values of one metric on the same lists, in the same order.
+        clusters: (N,) the user of each list. None: every list is its own.
+        level, num_samples, seed: as ``bootstrap_interval``.
+
+    Returns:
+        A ``Comparison``. Samples whose base mean is 0 count as an endless increase, or as no change if both are 0.
+
+    Raises:
+        ValueError: as ``bootstrap_interval``, and arrays of different lengths.
+    """
+    new, base = _values("new", new), _values("base", base)
+    if len(new) != len(base):
+        raise ValueError(f"new and base must have the same lists, got {len(new)} and {len(base)}")
+    _check_resampling(level, num_samples)
+    sums, counts = _cluster_sums([new, base], clusters)
+    differences, percents = [], []
+    for totals, size in _resample(sums, counts, num_samples, seed):
+        differences.append((totals[:, 0] - totals[:, 1]) / size)
+        percents.append(_percent(totals[:, 0], totals[:, 1]))
+    difference_low, difference_high = _interval(np.concatenate(differences), level)
+    mean_new, mean_base = float(new.mean()), float(base.mean())
+    if mean_base != 0:
+        percent_low, percent_high = _interval(np.concatenate(percents), level)
+        percent = float(_percent(np.array(mean_new), np.array(mean_base)))
+    else:
+        percent = percent_low = percent_high = float("nan")
+    return Comparison(
+        mean_new=mean_new,
+        mean_base=mean_base,
+        difference=mean_new - mean_base,
+        difference_low=difference_low,
+        difference_high=difference_high,
+        percent=percent,
+        percent_low=percent_low,
+        percent_high=percent_high,
+        p_value=_sign_flip_p_value(sums[:, 0] - sums[:, 1], num_samples, seed),
+    )
+
+
+def comparison_table(
+    results: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
+    *,
+    base: str = "base",
+    headline: str = "ndcg@5",
+    clusters: np.ndarray | None = None,
+    level: float = 0.95,
+    num_samples: int = 2000,
+    seed: int = 0,
+    title: str | None = None,
+) -> Table:
+    """A table for the terminal: rankers per need, their means, and the change of ``headline`` against ``base``.
+
+    Args:
+        results: ranker -> need -> metric -> (N,) values per list, as ``rank_metrics`` gives them; all rankers have
+            ranked the same lists in the same order. The order of the mappings is the order of the rows.
+        base: the ranker that all others are compared with.
+        headline: the metric of the comparison.
+        clusters: (N,) the user of each list.
+        level, num_samples, seed: as ``bootstrap_interval``.
+        title: above the table.
+
+    Raises:
+        ValueError: no ``base``, a ranker without a need or a metric that ``base`` has, and as ``relative_change``.
+    """
+    header, rows = _table_cells(results, base, headline, clusters, level, num_samples, seed)
+    table = Table(title=title, highlight=False)
+    for column, name in enumerate(header):
+        table.add_column(name, justify="left" if column < 2 else "right", no_wrap=True)
+    previous = None
+    for row in rows:
+        if previous not in (None, row[0]):
+            table.add_section()
+        table.add_row("" if row[0] == previous else row[0], *row[1:])
+        previous = row[0]
+    return table
+
+
+def comparison_markdown(
+    results: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
+    *,
+    base: str = "base",
+    headline: str = "ndcg@5",
+    clusters: np.ndarray | None = None,
+    level: float = 0.95,
+    num_samples: int = 2000,
+    seed: int = 0,
+) -> str:
+    """The rows of ``comparison_table`` as a Markdown table (same arguments, same errors)."""
+    header, rows = _table_cells(results, base, headline, clusters, level, num_samples, seed)
+    rule = ["---" if column < 2 else "---:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows]) + "\n"
+
+
+def _table_cells(
+    results: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
+    base: str,
+    headline: str,
+    clusters: np.ndarray | None,
+    level: float,
+    num_samples: int,
+    seed: int,
+) -> tuple[list[str], list[list[str]]]:
+    if base not in results:
+        raise ValueError(f"results must hold {base!r} to compare with, got {', '.join(results)}")
+    metrics = list(next(iter(results[base].values()), {}))
+    header = ["need", "ranker", *metrics, f"{headline} against {base}", f"{100 * level:g} % interval", "p"]
+    rows = []
+    for need, base_values in results[base].items():
+        for name, needs in results.items():
+            values = needs.get(need, {})
+            missing = [metric for metric in dict.fromkeys([*metrics, headline]) if metric not in values]
+            if missing:
+                raise ValueError(f"results[{name!r}][{need!r}] has no {', '.join(missing)}")
+            row = [need, name, *(f"{np.mean(values[metric]):.3f}" for metric in metrics)]
+            if name == base:
+                rows.append([*row, "", "", ""])
+                continue
+            change = relative_change(
+                values[headline],
+                base_values[headline],
+                clusters=clusters,
+                level=level,
+                num_samples=num_samples,
+                seed=seed,
+            )
+            p_value = f"{change.p_value:.3f}" if change.p_value >= 0.001 else "< 0.001"
+            interval = f"{change.percent_low:+.1f} .. {change.percent_high:+.1f}"
+            rows.append([*row, f"{change.percent:+.1f} %", interval, p_value])
+    return header, rows
+
+
+def _values(name: str, values: np.ndarray) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or not len(array):
+        raise ValueError(f"{name} must have shape (N,) with N >= 1, got {array.shape}")
+    if not np.isfinite(array).all():
+        where = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise ValueError(f"{name} must be finite, got {array[where]} at index {where}")
+    return array
+
+
+def _check_resampling(level: float, num_samples: int) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+
+
+def _cluster_sums(columns: list[np.ndarray], clusters: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sums (C, len(columns)) of the values of each cluster, and their counts (C,)."""
+    if clusters is None:
+        return np.stack(columns, 1), np.ones(len(columns[0]))
+    clusters = np.asarray(clusters)
+    if clusters.shape != columns[0].shape:
+        raise ValueError(f"clusters must have shape {columns[0].shape}, got {clusters.shape}")
+    _, member = np.unique(clusters, return_inverse=True)
+    return np.stack([np.bincount(member, column) for column in columns], 1), np.bincount(member).astype(np.float64)
+
+
+def _resample(
+    sums: np.ndarray, counts: np.ndarray, num_samples: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield, for chunks of S bootstrap samples of the C clusters, the totals (S, columns) and the sizes (S,)."""
+    rng = np.random.default_rng(seed)
+    num_clusters = len(counts)
+    chunk = max(1, _CHUNK // num_clusters)
+    for start in range(0, num_samples, chunk):
+        size = min(chunk, num_samples - start)
+        chosen = rng.integers(num_clusters, size=(size, num_clusters))
+        # How often each cluster was drawn; one product then serves every column.
+        flat = (chosen + num_clusters * np.arange(size)[:, None]).ravel()
+        times = np.bincount(flat, minlength=size * num_clusters).reshape(size, num_clusters).astype(np.float64)
+        yield times @ sums, times @ counts
+
+
+def _sign_flip_p_value(differences: np.ndarray, num_samples: int, seed: int) -> float:
+    """Two-sided p-value of the sum of the clusters' ``differences`` (C,) under random signs."""
+    rng = np.random.default_rng([seed, 1])
+    seen = abs(differences.sum())
+    # Flips that give the same sum in another order of addition are as extreme as what was seen.
+    threshold = seen - 1e-12 * np.abs(differences).sum()
+    chunk = max(1, _CHUNK // len(differences))
+    extreme = 0
+    for start in range(0, num_samples, chunk):
+        size = min(chunk, num_samples - start)
+        signs = rng.integers(2, size=(size, len(differences)), dtype=np.int8) * 2.0 - 1.0
+        extreme += int((np.abs(signs @ differences) >= threshold).sum())
+    return (1 + extreme) / (1 + num_samples)
+
+
+def _percent(new: np.ndarray, base: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where((base == 0) & (new == 0), 0.0, 100 * (new - base) / base)
+
+
+def _interval(samples: np.ndarray, level: float) -> tuple[float, float]:
+    # Order statistics, not interpolation: between two infinite samples that would be NaN.
+    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    return float(low), float(high)
