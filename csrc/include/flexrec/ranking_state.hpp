@@ -1,0 +1,57 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "flexrec/bits.hpp"
+#include "flexrec/csr.hpp"
+#include "flexrec/cursor.hpp"
+#include "flexrec/grammar.hpp"
+
+namespace flexrec {
+
+// N rankings in progress. Not to be used by two threads at once; its methods use threads themselves.
+class RankingState {
+ public:
+  explicit RankingState(std::shared_ptr<const RankingGrammar> grammar);
+
+  std::int64_t num_rows() const { return grammar_->num_rows(); }
+  std::int32_t max_num_ranked() const { return grammar_->max_num_ranked(); }
+
+  // Tokens that may come next, ascending within a row; none for finished rows.
+  Csr allowed() const;
+
+  // Sets the bits of the allowed tokens in `words`, (N, words_per_row) zeros, 32 tokens a word, low bit first.
+  // Throws std::invalid_argument if a token does not fit.
+  void allowed_bitmask(std::int64_t vocab_size, std::int32_t* words, std::int64_t words_per_row) const;
+
+  // Reads tokens[offsets[i]] .. tokens[offsets[i + 1] - 1] into row i, or tokens[i] where offsets is null. Finished
+  // rows ignore theirs. Throws std::invalid_argument for a token that is not allowed, and then nothing has changed.
+  void advance(const std::int64_t* tokens, const std::int64_t* offsets);
+
+  // The tokens without an alternative that come next.
+  Csr forced() const;
+
+  std::vector<std::uint8_t> done() const;
+
+  // (N, max_num_ranked()) candidates by rank, -1 where open.
+  std::vector<std::int32_t> rankings() const;
+
+ private:
+  std::int32_t* placed(std::int64_t row) { return placed_.data() + row * max_num_ranked(); }
+  const std::int32_t* placed(std::int64_t row) const { return placed_.data() + row * max_num_ranked(); }
+  // A walk only changes the cursor and the set in its advance(): const methods that do not call it may cast.
+  RowWalk walk(std::int64_t row);
+  RowWalk reader(std::int64_t row) const { return const_cast<RankingState*>(this)->walk(row); }
+  void undo(const std::vector<Cursor>& before);
+
+  std::shared_ptr<const RankingGrammar> grammar_;
+  std::vector<Cursor> cursors_;        // (N,)
+  std::int64_t words_per_row_;         //
+  std::vector<bits::Word> remaining_;  // (N, words_per_row_) leaves not placed yet
+  std::vector<std::int32_t> placed_;   // (N, max_num_ranked()) leaves by rank; undefined where open
+};
+
+}  // namespace flexrec

@@ -1,0 +1,165 @@
+#include "flexrec/ranking_state.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "flexrec/parallel.hpp"
+
+namespace flexrec {
+
+namespace {
+
+constexpr int kTokensInMessage = 8;
+
+[[noreturn]] void throw_rejected(std::int64_t row, std::int32_t step, std::int64_t token, const RowWalk& walk) {
+  std::string allowed;
+  int count = 0;
+  walk.for_each_allowed([&](std::int32_t id, std::int32_t, std::int32_t) {
+    if (count < kTokensInMessage) allowed += (count == 0 ? "" : ", ") + std::to_string(id);
+    ++count;
+    return true;
+  });
+  if (count > kTokensInMessage) allowed += ", .. (" + std::to_string(count) + " tokens)";
+  throw std::invalid_argument("row " + std::to_string(row) + ", step " + std::to_string(step) + ": token " +
+                              std::to_string(token) + " is not allowed; allowed: " + allowed);
+}
+
+}  // namespace
+
+RankingState::RankingState(std::shared_ptr<const RankingGrammar> grammar)
+    : grammar_(std::move(grammar)),
+      cursors_(static_cast<std::size_t>(num_rows())),
+      words_per_row_(bits::words_for(grammar_->max_num_candidates())),
+      remaining_(static_cast<std::size_t>(num_rows() * words_per_row_)),
+      placed_(static_cast<std::size_t>(num_rows() * max_num_ranked())) {
+  for (std::int64_t row = 0; row < num_rows(); ++row) walk(row).restart();
+}
+
+RowWalk RankingState::walk(std::int64_t row) {
+  return {*grammar_, row, cursors_[static_cast<std::size_t>(row)], remaining_.data() + row * words_per_row_};
+}
+
+Csr RankingState::allowed() const {
+  // Counted first, so that every row knows its place in the result and rows stay independent.
+  std::vector<std::int64_t> counts(cursors_.size(), 0);
+  const std::int64_t cost = num_rows() * grammar_->max_num_candidates() * 2;
+  parallel_for(num_rows(), cost, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; ++row) {
+      std::int64_t count = 0;
+      reader(row).for_each_allowed([&](std::int32_t, std::int32_t, std::int32_t) { return ++count, true; });
+      counts[static_cast<std::size_t>(row)] = count;
+    }
+  });
+  Csr result;
+  result.offsets = offsets_from_counts(counts);
+  result.ids.resize(static_cast<std::size_t>(result.offsets.back()));
+  parallel_for(num_rows(), cost, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; ++row) {
+      std::int32_t* out = result.ids.data() + result.offsets[static_cast<std::size_t>(row)];
+      reader(row).for_each_allowed([&](std::int32_t id, std::int32_t, std::int32_t) { return *out++ = id, true; });
+    }
+  });
+  return result;
+}
+
+void RankingState::allowed_bitmask(std::int64_t vocab_size, std::int32_t* words, std::int64_t words_per_row) const {
+  if (grammar_->max_token() >= vocab_size) {
+    throw std::invalid_argument("vocab_size must exceed every token id of candidates, separator and end: got " +
+                                std::to_string(vocab_size) + " with token " + std::to_string(grammar_->max_token()));
+  }
+  parallel_for(num_rows(), num_rows() * grammar_->max_num_candidates() * 2, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; ++row) {
+      // Unsigned, because bit 31 is a bit like any other.
+      auto* out = reinterpret_cast<std::uint32_t*>(words + row * words_per_row);
+      reader(row).for_each_allowed([&](std::int32_t id, std::int32_t, std::int32_t) {
+        out[id / 32] |= std::uint32_t{1} << (id % 32);
+        return true;
+      });
+    }
+  });
+}
+
+void RankingState::advance(const std::int64_t* tokens, const std::int64_t* offsets) {
+  const std::vector<Cursor> before = cursors_;
+  const std::int64_t num_tokens = offsets == nullptr ? num_rows() : offsets[num_rows()];
+  try {
+    parallel_for(num_rows(), num_tokens * 20, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t row = begin; row < end; ++row) {
+        const std::int64_t first = offsets == nullptr ? row : offsets[row];
+        const std::int64_t last = offsets == nullptr ? row + 1 : offsets[row + 1];
+        RowWalk row_walk = walk(row);
+        for (std::int64_t i = first; i < last && !row_walk.done(); ++i) {
+          if (row_walk.advance(tokens[i], placed(row)) == RowWalk::Step::kRejected) {
+            throw_rejected(row, cursors_[static_cast<std::size_t>(row)].step, tokens[i], row_walk);
+          }
+        }
+      }
+    });
+  } catch (...) {
+    undo(before);
+    throw;
+  }
+}
+
+void RankingState::undo(const std::vector<Cursor>& before) {
+  for (std::int64_t row = 0; row < num_rows(); ++row) {
+    const auto i = static_cast<std::size_t>(row);
+    for (std::int32_t rank = before[i].rank; rank < cursors_[i].rank; ++rank) {
+      bits::insert(remaining_.data() + row * words_per_row_, placed(row)[rank]);
+    }
+  }
+  cursors_ = before;
+}
+
+Csr RankingState::forced() const {
+  std::vector<std::int64_t> counts(cursors_.size(), 0);
+  // The runs are walked on copies, once to count and once to write.
+  const auto for_each_forced = [&](std::int64_t row, std::vector<bits::Word>& scratch, auto&& visit) {
+    Cursor cursor = cursors_[static_cast<std::size_t>(row)];
+    std::copy_n(remaining_.data() + row * words_per_row_, words_per_row_, scratch.data());
+    RowWalk copy(*grammar_, row, cursor, scratch.data());
+    for (std::int32_t id = copy.only_token(); id != Trie::kNone; id = copy.only_token()) {
+      visit(id);
+      copy.advance(id, nullptr);
+    }
+  };
+  const std::int64_t cost = num_rows() * 40;
+  parallel_for(num_rows(), cost, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<bits::Word> scratch(static_cast<std::size_t>(words_per_row_));
+    for (std::int64_t row = begin; row < end; ++row) {
+      for_each_forced(row, scratch, [&](std::int32_t) { ++counts[static_cast<std::size_t>(row)]; });
+    }
+  });
+  Csr result;
+  result.offsets = offsets_from_counts(counts);
+  result.ids.resize(static_cast<std::size_t>(result.offsets.back()));
+  parallel_for(num_rows(), cost, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<bits::Word> scratch(static_cast<std::size_t>(words_per_row_));
+    for (std::int64_t row = begin; row < end; ++row) {
+      std::int32_t* out = result.ids.data() + result.offsets[static_cast<std::size_t>(row)];
+      for_each_forced(row, scratch, [&](std::int32_t id) { *out++ = id; });
+    }
+  });
+  return result;
+}
+
+std::vector<std::uint8_t> RankingState::done() const {
+  std::vector<std::uint8_t> result(cursors_.size());
+  for (std::int64_t row = 0; row < num_rows(); ++row) result[static_cast<std::size_t>(row)] = reader(row).done();
+  return result;
+}
+
+std::vector<std::int32_t> RankingState::rankings() const {
+  std::vector<std::int32_t> result(placed_.size(), -1);
+  for (std::int64_t row = 0; row < num_rows(); ++row) {
+    std::int32_t* out = result.data() + row * max_num_ranked();
+    for (std::int32_t rank = 0; rank < cursors_[static_cast<std::size_t>(row)].rank; ++rank) {
+      out[rank] = grammar_->trie(row).candidate(placed(row)[rank]);
+    }
+  }
+  return result;
+}
+
+}  // namespace flexrec

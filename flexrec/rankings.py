@@ -1,0 +1,357 @@
+"""Rankings as token sequences: what may come next, what a completion says, and what every decision was.
+
+A row ranks T of its K candidates, each a sequence of token ids. Its well-formed completion is::
+
+    item separator item separator .. item end
+
+with every item one of the candidates and none twice. `RankingState` walks batches of such completions token by token
+while a model samples them, `parse_rankings` reads completions back, and `encode_rankings` spells given rankings,
+with every decision on the way. All three step the same C++ cursor, so that they cannot disagree.
+
+Common to the three:
+
+* ``candidates`` holds P lists of K token sequences (lists of lists of ints; arrays and tensors work too), ragged in K.
+  There are N = P * num_generations rows, those of one list adjacent; they share its trie, so memory is linear in the
+  tokens of the candidates, plus K bits per row.
+* ``num_ranked`` is T: None for all K; an int for at most so many, K where the row has fewer (more than the longest list
+  has is an error); or an (N,) array of counts between 1 and the row's K.
+* Candidates with equal sequences cannot be told apart: the first one left, in candidate order, is the one placed.
+* A candidate may be a proper prefix of another as long as the token after it decides: it may end there if the separator
+  (the end, at the last rank) comes next. Where that is no help, because there is none or its first token also continues
+  the longer candidate, construction raises a ValueError that names both.
+* An empty list, an empty sequence and a negative token id are errors: ValueError, saying where.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from flexrec import _core
+
+TokenIds = Sequence[int]
+Candidates = Sequence[Sequence[TokenIds]]
+
+
+class ParsedRankings(NamedTuple):
+    """What completions say, from `parse_rankings`; N rows, T the largest number of ranked items, L the longest row."""
+
+    ranking: NDArray[np.int32]
+    """(N, T) int32: candidate index by rank, always a full ranking; -1 beyond a row's own T."""
+    valid: NDArray[np.bool_]
+    """(N,) bool: the completion was exactly a well-formed ranking, separators and end included."""
+    repeated: NDArray[np.int32]
+    """(N,) int32: mentions of a candidate that was mentioned before."""
+    missing: NDArray[np.int32]
+    """(N,) int32: ranks that no mention filled and that the repair filled in candidate order."""
+    unknown: NDArray[np.int32]
+    """(N,) int32: stretches of tokens that are no candidate, separator or end."""
+    item_ids: NDArray[np.int32]
+    """(N, L) int32: the rank of the item that a token belongs to; -1 for separators, end, anything else and padding."""
+
+
+class EncodedRankings(NamedTuple):
+    """Spelled rankings and their decisions, from `encode_rankings`.
+
+    N rows with `total` tokens, M decisions (tokens that had an alternative) with `nnz` allowed tokens. Ragged arrays
+    come with offsets: part i is ``values[offsets[i]:offsets[i + 1]]``. Tokens that are not among the decisions were
+    forced: their log-probability is exactly 0.
+    """
+
+    tokens: NDArray[np.int32]
+    """(total,) int32: the completions, one row after the other."""
+    offsets: NDArray[np.int64]
+    """(N + 1,) int64: of the rows in `tokens`."""
+    item_ids: NDArray[np.int32]
+    """(total,) int32: the rank of the item that a token belongs to, -1 for separators and end."""
+    decision_rows: NDArray[np.int32]
+    """(M,) int32, ascending."""
+    decision_positions: NDArray[np.int32]
+    """(M,) int32: index of the decided token within its row's completion."""
+    decision_ranks: NDArray[np.int32]
+    """(M,) int32: rank of the item being chosen."""
+    targets: NDArray[np.int32]
+    """(M,) int32: the token decided for."""
+    allowed_ids: NDArray[np.int32]
+    """(nnz,) int32: the tokens that were allowed, ascending within a decision; the target is among them."""
+    allowed_offsets: NDArray[np.int64]
+    """(M + 1,) int64: of the decisions in `allowed_ids`."""
+    below_items: NDArray[np.int32]
+    """For every allowed token the remaining candidates (indices into the row's list, ascending) that it keeps possible.
+
+    For a separator or end that may close an item already spelled: that item (and its duplicates that remain).
+    """
+    below_offsets: NDArray[np.int64]
+    """(nnz + 1,) int64: of the allowed tokens in `below_items`."""
+
+
+class RankingState:
+    """N rankings in progress, each over its own candidates.
+
+    Sampling loop::
+
+        state = RankingState(candidates, separator=separator, end=end)
+        while not state.done().all():
+            state.advance(sample(*state.allowed()))  # one token per row, whatever for finished rows
+        rankings = state.rankings()
+
+    Dead ends cannot happen: every allowed token leads to a full ranking. See the module for the arguments. A state may
+    be handed from thread to thread; its methods release the GIL and take turns.
+
+    Args:
+        candidates: P lists of K token-id sequences, ragged in K.
+        separator: token ids between items.
+        end: token ids after the last item.
+        num_ranked: how many items a row ranks: None (all), an int or (N,) ints.
+        num_generations: rows per list of candidates, adjacent; N = P * num_generations.
+
+    Raises:
+        ValueError: a list or sequence is empty, a token id is negative, candidates that cannot be told apart, or counts
+            out of range; the message says where.
+        TypeError: something is not a sequence of token ids.
+    """
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        *,
+        separator: TokenIds = (),
+        end: TokenIds = (),
+        num_ranked: int | ArrayLike | None = None,
+        num_generations: int = 1,
+    ) -> None:
+        self._core = _core.RankingState(_grammar(candidates, separator, end, num_ranked, num_generations))
+
+    def __len__(self) -> int:
+        """N, the number of rows."""
+        return self._core.num_rows
+
+    def allowed(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """The tokens that may come next: ids (nnz,) int32 and offsets (N + 1,) int64.
+
+        Row i may be continued by ``ids[offsets[i]:offsets[i + 1]]``, ascending; finished rows by none.
+        """
+        return self._core.allowed()
+
+    def allowed_bitmask(self, vocab_size: int) -> NDArray[np.int32]:
+        """The same as bits: (N, ceil(vocab_size / 32)) int32, 32 tokens a word, low bit first; finished rows are 0.
+
+        Raises:
+            ValueError: ``vocab_size`` does not exceed every token id in use.
+        """
+        vocab_size = _integer("vocab_size", vocab_size)
+        words = np.zeros((len(self), max(0, -(-vocab_size // 32))), dtype=np.int32)
+        self._core.allowed_bitmask(vocab_size, words)
+        return words
+
+    def advance(self, tokens: ArrayLike, offsets: ArrayLike | None = None) -> None:
+        """Append one token to every row, or with ``offsets`` the run ``tokens[offsets[i]:offsets[i + 1]]`` to row i.
+
+        ``state.advance(*state.forced())`` jumps to the next real choices. Tokens of finished rows are ignored.
+
+        Args:
+            tokens: (N,) integers, or (total,) with ``offsets``.
+            offsets: (N + 1,) integers, from 0 to total, not decreasing.
+
+        Raises:
+            ValueError: a token is not allowed (the message names row, step and token), or a shape is wrong. The state
+                is then as it was before the call.
+        """
+        token_array = _integers("tokens", tokens, 1)
+        if offsets is None:
+            if len(token_array) != len(self):
+                raise ValueError(f"tokens must have shape ({len(self)},), one per row, got {token_array.shape}")
+            self._core.advance(token_array, None)
+            return
+        offset_array = _integers("offsets", offsets, 1)
+        if len(offset_array) != len(self) + 1:
+            raise ValueError(f"offsets must have shape ({len(self) + 1},), got {offset_array.shape}")
+        if offset_array[0] != 0 or offset_array[-1] != len(token_array) or (np.diff(offset_array) < 0).any():
+            raise ValueError(
+                f"offsets must rise from 0 to the number of tokens, {len(token_array)}; got {offset_array}"
+            )
+        self._core.advance(token_array, offset_array)
+
+    def forced(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """The run of tokens without an alternative that comes next in every row: ids int32 and offsets (N + 1,) int64.
+
+        A run may be empty, and is for finished rows. After it the row is at its next real choice, or done.
+        """
+        return self._core.forced()
+
+    def done(self) -> NDArray[np.bool_]:
+        """(N,) bool: all items ranked and the end spelled."""
+        return self._core.done()
+
+    def rankings(self) -> NDArray[np.int32]:
+        """(N, T) int32, T the largest of all rows: candidate index by rank; -1 where open and beyond a row's own T."""
+        return self._core.rankings()
+
+
+def parse_rankings(
+    completions: ArrayLike | Sequence[ArrayLike],
+    candidates: Candidates,
+    *,
+    separator: TokenIds = (),
+    end: TokenIds = (),
+    num_ranked: int | ArrayLike | None = None,
+    num_generations: int = 1,
+    completion_mask: ArrayLike | None = None,
+) -> ParsedRankings:
+    """Read completions back into rankings, whatever they are.
+
+    A completion that is exactly a well-formed ranking is read as such (``valid``). Any other is searched for mentions
+    from left to right, at each place the longest candidate that matches (just after a mention, a separator or end comes
+    first). What matches neither is an unknown stretch and is skipped. Then one rule of repair: the first mentions, in
+    order, then the candidates never mentioned, in candidate order, cut to T.
+
+    Mentions beyond the T-th are ignored. A completion may be invalid with all counts 0: when only a separator or the
+    end is missing.
+
+    Args:
+        completions: N rows of token ids, ragged lists or a padded (N, L) integer array.
+        candidates: P lists of K token-id sequences; see the module for this and the other arguments.
+        completion_mask: (N, L), nonzero where a token of a padded array counts.
+
+    Raises:
+        ValueError, TypeError: as `RankingState`, and for shapes that do not fit; never for what the tokens say.
+    """
+    grammar = _grammar(candidates, separator, end, num_ranked, num_generations)
+    if hasattr(completions, "shape"):
+        padded = _integers("completions", completions, 2)
+        mask = np.ones(padded.shape, dtype=bool)
+        if completion_mask is not None:
+            mask = _to_numpy(completion_mask).astype(bool)
+            if mask.shape != padded.shape:
+                raise ValueError(
+                    f"completion_mask must have the shape of completions, {padded.shape}, got {mask.shape}"
+                )
+        tokens, lengths = padded[mask], mask.sum(axis=1)
+    else:
+        if completion_mask is not None:
+            raise ValueError("completion_mask needs completions as a padded (N, L) array, got a sequence of rows")
+        rows = [_integers(f"completions[{i}]", row, 1) for i, row in enumerate(completions)]  # type: ignore[arg-type]
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        tokens = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+        mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    if len(lengths) != grammar.num_rows:
+        raise ValueError(f"completions must have one row per ranking, {grammar.num_rows}, got {len(lengths)}")
+
+    parsed = ParsedRankings(*_core.parse_rankings(grammar, tokens, _offsets(lengths)))  # item_ids still without padding
+    item_ids = np.full(mask.shape, -1, dtype=np.int32)
+    item_ids[mask] = parsed.item_ids
+    return parsed._replace(item_ids=item_ids)
+
+
+def encode_rankings(
+    candidates: Candidates,
+    rankings: ArrayLike,
+    *,
+    separator: TokenIds = (),
+    end: TokenIds = (),
+    num_ranked: int | ArrayLike | None = None,
+    num_generations: int = 1,
+) -> EncodedRankings:
+    """Spell rankings as tokens, with every decision on the way: what was allowed, and the items below each branch.
+
+    `RankingState` stepped through these tokens sees exactly these allowed sets, and the other tokens are the forced.
+
+    Args:
+        candidates: P lists of K token-id sequences; see the module for this and the other arguments.
+        rankings: (N, T) integers, candidate index by rank: T items in each row (num_ranked says how many), then -1.
+
+    Raises:
+        ValueError: as `RankingState`, or for a ranking that repeats a candidate, is out of range or has not T items.
+    """
+    grammar = _grammar(candidates, separator, end, num_ranked, num_generations)
+    ranking_array = _integers("rankings", rankings, 2)
+    if len(ranking_array) != grammar.num_rows:
+        raise ValueError(f"rankings must have one row per ranking, {grammar.num_rows}, got {len(ranking_array)}")
+    return EncodedRankings(*_core.encode_rankings(grammar, ranking_array))
+
+
+def inverse_permutation(rankings: ArrayLike, num_candidates: int | ArrayLike) -> NDArray[np.int32]:
+    """The rank of every candidate.
+
+    Args:
+        rankings: (N, T) integers, candidate index by rank, -1 beyond a row's own T.
+        num_candidates: K, an int or (N,) ints.
+
+    Returns:
+        (N, largest K) int32: rank by candidate, -1 for candidates that are not ranked.
+
+    Raises:
+        ValueError: a candidate out of range, ranked twice, or after a -1; the message names row and rank.
+    """
+    return _core.inverse_permutation(*_rankings_and_counts(rankings, num_candidates))
+
+
+def validate_rankings(rankings: ArrayLike, num_candidates: int | ArrayLike) -> None:
+    """Raise what `inverse_permutation` raises, and compute nothing."""
+    _core.check_permutations(*_rankings_and_counts(rankings, num_candidates))
+
+
+def _grammar(
+    candidates: Candidates,
+    separator: TokenIds,
+    end: TokenIds,
+    num_ranked: int | ArrayLike | None,
+    num_generations: int,
+) -> _core.RankingGrammar:
+    at_most: int | None = None
+    by_row: NDArray[np.int64] | None = None
+    if num_ranked is not None:
+        if np.ndim(num_ranked) == 0:
+            at_most = _integer("num_ranked", num_ranked)
+        else:
+            by_row = _integers("num_ranked", num_ranked, 1)
+    return _core.RankingGrammar(
+        candidates, separator, end, at_most, by_row, _integer("num_generations", num_generations)
+    )
+
+
+def _rankings_and_counts(
+    rankings: ArrayLike, num_candidates: int | ArrayLike
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    ranking_array = _integers("rankings", rankings, 2)
+    if np.ndim(num_candidates) == 0:
+        counts = np.full(len(ranking_array), _integer("num_candidates", num_candidates), dtype=np.int64)
+    else:
+        counts = _integers("num_candidates", num_candidates, 1)
+        if len(counts) != len(ranking_array):
+            raise ValueError(f"num_candidates must be an int or have shape ({len(ranking_array)},), got {counts.shape}")
+    if counts.min(initial=0) < 0:
+        raise ValueError(f"num_candidates must not be negative, got {counts.min()} in row {counts.argmin()}")
+    return ranking_array, counts
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+
+
+def _to_numpy(value: Any) -> NDArray[Any]:
+    """Arrays, nested lists, and tensors of any device."""
+    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
+
+
+def _integers(name: str, value: Any, num_dims: int) -> NDArray[np.int64]:
+    """``value`` as a C-contiguous int64 array of this many dimensions."""
+    array = _to_numpy(value)
+    if array.ndim != num_dims:
+        raise ValueError(f"{name} must have {num_dims} dimension(s), got shape {array.shape}")
+    if array.dtype.kind not in "iu" and array.size > 0:  # an empty list has a float dtype
+        raise TypeError(f"{name} must hold integers, got {array.dtype}")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
