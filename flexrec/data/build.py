@@ -147,7 +147,7 @@ class ListBuilder:
             lists_per_user: at most how many lists a user gives; fewer where their candidates would mostly overlap.
             seed: which cuts, negatives and orders.
             not_before: no list lies before this time.
-            max_lists: if more come out, a random choice of this many is kept.
+            max_lists: of more cuts than this, a random choice of this many is kept.
 
         A user with fewer than ``min_history + num_positives`` events gives no list, nor does a cut before which the
         log knows too few items to fill the list.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import zlib
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,7 +126,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                         f"{path}:{line}: expected {len(expected)} fields ({', '.join(expected)}), got {len(row)}: {row}"
                     )
                 yield line, row
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: cannot be read as {stem}: {error}") from error
 
 
