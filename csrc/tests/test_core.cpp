@@ -1,0 +1,231 @@
+// Tests of the core without Python, to be run under sanitizers:
+//
+//   cmake -B build/sanitize -DFLEXREC_PYTHON=OFF -DFLEXREC_TESTS=ON -DCMAKE_BUILD_TYPE=Debug
+//         -DFLEXREC_SANITIZE=address,undefined && cmake --build build/sanitize && build/sanitize/flexrec_core_tests
+//
+// What the results should be is tested from Python, against enumeration; here batches large enough for several threads
+// are walked, encoded and parsed, and must agree with one another.
+
+#include <atomic>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "flexrec/encode.hpp"
+#include "flexrec/parallel.hpp"
+#include "flexrec/parse.hpp"
+#include "flexrec/permutation.hpp"
+#include "flexrec/ranking_state.hpp"
+
+namespace {
+
+#define CHECK(condition)                                                           \
+  do {                                                                             \
+    if (!(condition)) {                                                            \
+      std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                                \
+    }                                                                              \
+  } while (false)
+
+template <class Call>
+std::string message_of(Call&& call) {
+  try {
+    call();
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "";
+}
+
+using flexrec::CandidateTokens;
+using flexrec::RankingGrammar;
+using flexrec::RankingState;
+using Generator = std::mt19937;
+
+int uniform(Generator& random, int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
+
+// Lists of up to 200 sequences that share prefixes, some of them equal.
+CandidateTokens random_candidates(Generator& random, int num_lists) {
+  CandidateTokens result;
+  for (int list = 0; list < num_lists; ++list) {
+    for (int k = uniform(random, 1, 200); k > 0; --k) {
+      for (int t = uniform(random, 1, 8); t > 0; --t) result.tokens.push_back(uniform(random, 0, 9));
+      result.sequence_offsets.push_back(static_cast<std::int64_t>(result.tokens.size()));
+    }
+    result.list_offsets.push_back(static_cast<std::int64_t>(result.sequence_offsets.size()) - 1);
+  }
+  return result;
+}
+
+CandidateTokens single_list(const std::vector<std::vector<std::int32_t>>& sequences) {
+  CandidateTokens result;
+  for (const auto& sequence : sequences) {
+    result.tokens.insert(result.tokens.end(), sequence.begin(), sequence.end());
+    result.sequence_offsets.push_back(static_cast<std::int64_t>(result.tokens.size()));
+  }
+  result.list_offsets.push_back(static_cast<std::int64_t>(sequences.size()));
+  return result;
+}
+
+// Samples completions token by token, jumping over forced runs now and then; returns them.
+std::vector<std::vector<std::int64_t>> sample(RankingState& state, Generator& random) {
+  std::vector<std::vector<std::int64_t>> completions(static_cast<std::size_t>(state.num_rows()));
+  const auto all_done = [&] {
+    const auto done = state.done();
+    return std::accumulate(done.begin(), done.end(), std::int64_t{0}) == state.num_rows();
+  };
+  while (!all_done()) {
+    const flexrec::Csr allowed = state.allowed();
+    std::vector<std::int64_t> tokens(completions.size(), -1);
+    for (std::size_t row = 0; row < completions.size(); ++row) {
+      const std::int64_t count = allowed.offsets[row + 1] - allowed.offsets[row];
+      if (count == 0) continue;
+      const int pick = uniform(random, 0, static_cast<int>(count) - 1);
+      tokens[row] = allowed.ids[static_cast<std::size_t>(allowed.offsets[row] + pick)];
+      completions[row].push_back(tokens[row]);
+    }
+    state.advance(tokens.data(), nullptr);
+    if (uniform(random, 0, 1) == 0) continue;
+    const flexrec::Csr forced = state.forced();
+    const std::vector<std::int64_t> run(forced.ids.begin(), forced.ids.end());
+    state.advance(run.data(), forced.offsets.data());
+    for (std::size_t row = 0; row < completions.size(); ++row) {
+      completions[row].insert(completions[row].end(), run.begin() + forced.offsets[row],
+                              run.begin() + forced.offsets[row + 1]);
+    }
+  }
+  return completions;
+}
+
+void test_walks_agree_with_encoding_and_parsing() {
+  Generator random(1);
+  const CandidateTokens candidates = random_candidates(random, 60);
+  flexrec::NumRanked num_ranked;
+  num_ranked.at_most = 40;
+  const auto grammar = std::make_shared<const RankingGrammar>(candidates, std::vector<std::int32_t>{20, 3},
+                                                              std::vector<std::int32_t>{21}, num_ranked, 3);
+  RankingState state(grammar);
+  const auto completions = sample(state, random);
+  const std::vector<std::int32_t> rankings = state.rankings();
+  const std::vector<std::int64_t> wide(rankings.begin(), rankings.end());
+
+  const flexrec::EncodedBatch encoded = flexrec::encode_rankings(*grammar, wide.data(), state.max_num_ranked());
+  CHECK(encoded.offsets.size() == completions.size() + 1);
+  std::vector<std::int64_t> tokens;
+  for (std::size_t row = 0; row < completions.size(); ++row) {
+    tokens.insert(tokens.end(), completions[row].begin(), completions[row].end());
+    CHECK(static_cast<std::int64_t>(tokens.size()) == encoded.offsets[row + 1]);
+  }
+  CHECK(std::vector<std::int64_t>(encoded.tokens.begin(), encoded.tokens.end()) == tokens);
+  CHECK(static_cast<std::size_t>(encoded.allowed_offsets.back()) == encoded.allowed_ids.size());
+  CHECK(static_cast<std::size_t>(encoded.below_offsets.back()) == encoded.below_items.size());
+
+  const flexrec::ParsedBatch parsed = flexrec::parse_rankings(*grammar, tokens.data(), encoded.offsets.data());
+  CHECK(parsed.ranking == rankings);
+  CHECK(parsed.item_ids == encoded.item_ids);
+  for (const std::uint8_t valid : parsed.valid) CHECK(valid == 1);
+
+  // Junk still gives permutations.
+  for (std::int64_t& token : tokens) token = uniform(random, 0, 3) == 0 ? uniform(random, -5, 30) : token;
+  const flexrec::ParsedBatch repaired = flexrec::parse_rankings(*grammar, tokens.data(), encoded.offsets.data());
+  const std::vector<std::int64_t> repaired_wide(repaired.ranking.begin(), repaired.ranking.end());
+  CHECK(message_of([&] { flexrec::encode_rankings(*grammar, repaired_wide.data(), state.max_num_ranked()); }).empty());
+}
+
+void test_a_rejected_token_is_undone_in_every_thread() {
+  Generator random(2);
+  const CandidateTokens candidates = random_candidates(random, 3);
+  const auto grammar = std::make_shared<const RankingGrammar>(
+      candidates, std::vector<std::int32_t>{20}, std::vector<std::int32_t>{21}, flexrec::NumRanked{}, 2000);
+  RankingState reference(grammar);
+  const auto completions = sample(reference, random);
+  std::vector<std::int64_t> tokens;
+  std::vector<std::int64_t> offsets{0};
+  for (const auto& completion : completions) {
+    tokens.insert(tokens.end(), completion.begin(), completion.end());
+    offsets.push_back(static_cast<std::int64_t>(tokens.size()));
+  }
+  RankingState state(grammar);
+  const flexrec::Csr before = state.allowed();
+  std::vector<std::int64_t> broken = tokens;
+  broken[static_cast<std::size_t>(offsets[5000])] = -1;
+  broken[static_cast<std::size_t>(offsets[5999])] = -1;
+  const std::string message = message_of([&] { state.advance(broken.data(), offsets.data()); });
+  CHECK(message.rfind("row 5000, step 0: token -1 is not allowed", 0) == 0);
+  CHECK(state.allowed().ids == before.ids && state.allowed().offsets == before.offsets);
+  state.advance(tokens.data(), offsets.data());
+  CHECK(state.rankings() == reference.rankings());
+}
+
+void test_bitmask() {
+  const auto grammar =
+      std::make_shared<const RankingGrammar>(single_list({{0}, {31}, {32}, {95}}), std::vector<std::int32_t>{},
+                                             std::vector<std::int32_t>{}, flexrec::NumRanked{}, 1);
+  const RankingState state(grammar);
+  std::vector<std::int32_t> words(3, 0);
+  state.allowed_bitmask(96, words.data(), 3);
+  CHECK(static_cast<std::uint32_t>(words[0]) == 0x80000001U);
+  CHECK(words[1] == 1);
+  CHECK(static_cast<std::uint32_t>(words[2]) == 0x80000000U);
+  CHECK(!message_of([&] { state.allowed_bitmask(95, words.data(), 3); }).empty());
+}
+
+void test_ambiguity() {
+  const auto build = [](std::vector<std::int32_t> separator, std::vector<std::int32_t> end, std::int64_t most) {
+    flexrec::NumRanked num_ranked;
+    num_ranked.at_most = most;
+    return message_of(
+        [&] { RankingGrammar(single_list({{4, 5}, {4}}), std::move(separator), std::move(end), num_ranked, 1); });
+  };
+  CHECK(build({9}, {}, 2).empty());
+  CHECK(build({}, {9}, 1).empty());
+  CHECK(build({9}, {5}, 2).empty());
+  CHECK(build({}, {9}, 2).find("candidate 1 is a prefix of candidate 0") != std::string::npos);
+  CHECK(build({5}, {9}, 2).find("choose another separator") != std::string::npos);
+  CHECK(build({9}, {}, 1).find("choose another end") != std::string::npos);
+}
+
+void test_long_sequence() {
+  std::vector<std::int32_t> path(100'000, 7);
+  std::vector<std::int32_t> other = path;
+  other.back() = 8;
+  const auto grammar = std::make_shared<const RankingGrammar>(single_list({path, other}), std::vector<std::int32_t>{},
+                                                              std::vector<std::int32_t>{}, flexrec::NumRanked{}, 1);
+  CHECK(RankingState(grammar).forced().ids.size() == path.size() - 1);
+}
+
+void test_parallel_for() {
+  std::vector<int> visits(1000, 0);
+  flexrec::parallel_for(1000, 1'000'000'000, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) ++visits[static_cast<std::size_t>(i)];
+  });
+  for (const int count : visits) CHECK(count == 1);
+  std::atomic<int> calls{0};
+  flexrec::parallel_for(0, 1'000'000'000, [&](std::int64_t, std::int64_t) { ++calls; });
+  CHECK(calls == 0);
+  const std::string first = message_of([] {
+    flexrec::parallel_for(1000, 1'000'000'000,
+                          [](std::int64_t begin, std::int64_t) { throw std::invalid_argument(std::to_string(begin)); });
+  });
+  CHECK(first == "0");
+}
+
+}  // namespace
+
+int main() {
+  test_parallel_for();
+  test_bitmask();
+  test_ambiguity();
+  test_long_sequence();
+  test_a_rejected_token_is_undone_in_every_thread();
+  test_walks_agree_with_encoding_and_parsing();
+  std::puts("all tests of the core passed");
+  return 0;
+}
