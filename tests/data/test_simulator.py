@@ -80,6 +80,17 @@ def test_feedback_in_training_lists_is_in_the_log_at_the_time_of_the_list(small)
             assert logged.get((lst.user, item, lst.time)) == (None if np.isnan(x) else x)
 
 
+def test_the_history_is_what_was_watched_last_before_the_list():
+    """With nothing thinned away the log holds every view: a training user's rows that are at no list's time."""
+    full = simulate(**SMALL, observed_share=1.0)
+    log = full.log
+    for lst in full.train[::5]:
+        list_times = [other.time for other in full.train if other.user == lst.user]
+        watched = log.select((log.users == lst.user) & ~np.isin(log.times, list_times))
+        assert lst.history.tolist() == watched.items[watched.times < lst.time][-20:].tolist()
+        assert len(lst.history) > 5
+
+
 def test_popularity_trend_and_rising_come_from_the_log_before_the_list(small):
     log = small.log
     assert (np.diff(log.times) >= 0).all()
