@@ -7,7 +7,7 @@ aligned with its candidates ("by candidate"), not with any ranking.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -88,6 +88,12 @@ class RankingList:
     trend: np.ndarray  # (K,) float32 in [0, 1], how strongly the candidate rises just before `time`
     rising: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # (R,) items that rise the most
     truth: np.ndarray | None = None  # (K,) float32 in [0, 1], the noise-free interest where it is known; scoring only
+
+    def reordered(self, order: np.ndarray) -> RankingList:
+        """The same list with its candidates in another order: ``order`` (K,) holds their present positions."""
+        by_candidate = ("candidates", "interest", "popularity", "trend")
+        truth = None if self.truth is None else self.truth[order]
+        return replace(self, truth=truth, **{name: getattr(self, name)[order] for name in by_candidate})
 
 
 @dataclass(frozen=True)
