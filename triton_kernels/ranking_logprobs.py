@@ -9,9 +9,9 @@ when m grows to m', with a = e^(m - m'):  u <- a (u + s (m - m')),  s <- a s,  x
 
     log p_y = (z_y - m) - log s,    H = log s - u / s  (two positive terms: nothing cancels),    E_c = x_c / s.
 
-Backward, with p_j = e^(z_j - lse) and lse = m + log s:
+Backward, with log p_j = (z_j - m) - log s from m and log s, kept apart because their sum would round:
 
-    dz_j = [g_lp (y_j - p_j) - g_H p_j (z_j - lse + H) + p_j sum_c g_c (v_jc - E_c)] / temperature
+    dz_j = [g_lp (y_j - p_j) - g_H p_j (log p_j + H) + p_j sum_c g_c (v_jc - E_c)] / temperature
     dh = sum_j dz_j w_j,    dw_j = sum over the list's G T steps of dz_j h,    db_j = the same sum of dz_j.
 
 Layout. Candidates stay in the order given and the G * T steps of a list are the rows of one problem, so that a
@@ -22,7 +22,7 @@ else remains; such logits pass no gradient.
 
 Bytes, with e bytes an element, R = N T steps, and J = ceil(G T / BLOCK_T) tiles of steps per list:
     forward     R D e (hidden) + J P K D e (rows; from L2 after the first tile) + 4 R K (logits out)
-                + 4 R K (positions; G of them, T times each from L1) + 16 R (log-prob, entropy, lse, expectation)
+                + 4 R K (positions; G of them, T times each from L1) + 16 R (log-prob, entropy, m, log s)
     backward    4 R K (logits) + J P K D e (rows) + R D e (dh out);  4 R K + R D e (hidden) + 8 P K D (atomic adds)
 A later version may skip the logits where 4 K > D e, and take the fp32 products of the backward pass to tensor cores;
 this one is written to be right in every dtype.
@@ -62,7 +62,7 @@ def _dlogits(
     grad_entropy_ptr,
     grad_expectations_ptr,
     entropy_ptr,
-    lse_ptr,
+    norm_ptr,
     row,  # (BLOCK_T,) int64 index into the N T steps
     row_ok,  # (BLOCK_T,)
     col,  # (BLOCK_K,) candidate
@@ -77,13 +77,14 @@ def _dlogits(
     tile_ok = row_ok[:, None] & (col < K)[None, :]  # (BLOCK_T, BLOCK_K)
     logits = tl.load(logits_ptr + row[:, None] * K + col[None, :], mask=tile_ok, other=0.0)  # (BLOCK_T, BLOCK_K)
     position = tl.load(position_ptr + ranking[:, None] * K + col[None, :], mask=tile_ok, other=-1)  # (BLOCK_T, BLOCK_K)
-    lse = tl.load(lse_ptr + row, mask=row_ok, other=_START)  # (BLOCK_T,)
+    largest = tl.load(norm_ptr + 2 * row, mask=row_ok, other=_START)  # (BLOCK_T,)
+    log_total = tl.load(norm_ptr + 2 * row + 1, mask=row_ok, other=0.0)  # (BLOCK_T,)
     entropy = tl.load(entropy_ptr + row, mask=row_ok, other=0.0)  # (BLOCK_T,)
     grad_logprobs = tl.load(grad_logprobs_ptr + row, mask=row_ok, other=0.0)  # (BLOCK_T,)
     grad_entropy = tl.load(grad_entropy_ptr + row, mask=row_ok, other=0.0)  # (BLOCK_T,)
 
-    pool = (position >= step[:, None]) & (logits > _IMPOSSIBLE) & (lse > _IMPOSSIBLE)[:, None]  # (BLOCK_T, BLOCK_K)
-    log_probs = tl.where(pool, logits - lse[:, None], 0.0)  # (BLOCK_T, BLOCK_K)
+    pool = (position >= step[:, None]) & (logits > _IMPOSSIBLE) & (largest > _IMPOSSIBLE)[:, None]  # (BLOCK_T, BLOCK_K)
+    log_probs = tl.where(pool, (logits - largest[:, None]) - log_total[:, None], 0.0)  # (BLOCK_T, BLOCK_K)
     probs = tl.where(pool, tl.exp(log_probs), 0.0)  # (BLOCK_T, BLOCK_K)
     slope = -grad_logprobs[:, None] - grad_entropy[:, None] * (log_probs + entropy[:, None])  # (BLOCK_T, BLOCK_K)
     for c in tl.static_range(C):
@@ -110,7 +111,7 @@ def ranking_logprobs_forward_kernel(
     entropy_ptr,  # (N, T)
     expectations_ptr,  # (N, T, C)
     logits_ptr,  # (N, T, K)
-    lse_ptr,  # (N, T)
+    norm_ptr,  # (N, T, 2): m and log s
     T,
     K,
     D,
@@ -192,7 +193,8 @@ def ranking_logprobs_forward_kernel(
     logprobs = tl.where(logprobs < _IMPOSSIBLE, float("-inf"), logprobs)  # (BLOCK_T,)
     tl.store(logprobs_ptr + row, tl.where(live, logprobs, 0.0), mask=row_ok)
     tl.store(entropy_ptr + row, tl.where(live, log_total - weighted / total, 0.0), mask=row_ok)
-    tl.store(lse_ptr + row, largest + log_total, mask=row_ok)
+    tl.store(norm_ptr + 2 * row, largest, mask=row_ok)
+    tl.store(norm_ptr + 2 * row + 1, log_total, mask=row_ok)
     tl.store(
         expectations_ptr + row[:, None] * C + channel[None, :],
         expected / total[:, None],
@@ -210,7 +212,7 @@ def ranking_logprobs_hidden_grad_kernel(
     grad_entropy_ptr,  # (N, T)
     grad_expectations_ptr,  # (N, T, C)
     entropy_ptr,  # (N, T)
-    lse_ptr,  # (N, T)
+    norm_ptr,  # (N, T, 2): m and log s
     weight_ptr,  # (V, D)
     candidates_ptr,  # (P, K) int64
     hidden_grad_ptr,  # (N, T, D)
@@ -245,7 +247,7 @@ def ranking_logprobs_hidden_grad_kernel(
             grad_entropy_ptr,
             grad_expectations_ptr,
             entropy_ptr,
-            lse_ptr,
+            norm_ptr,
             row,
             row_ok,
             col,
@@ -276,7 +278,7 @@ def ranking_logprobs_weight_grad_kernel(
     grad_entropy_ptr,  # (N, T)
     grad_expectations_ptr,  # (N, T, C)
     entropy_ptr,  # (N, T)
-    lse_ptr,  # (N, T)
+    norm_ptr,  # (N, T, 2): m and log s
     hidden_ptr,  # (N, T, D)
     candidates_ptr,  # (P, K) int64
     weight_grad_ptr,  # (V, D) float32, zeros
@@ -316,7 +318,7 @@ def ranking_logprobs_weight_grad_kernel(
             grad_entropy_ptr,
             grad_expectations_ptr,
             entropy_ptr,
-            lse_ptr,
+            norm_ptr,
             row,
             row_ok,
             col,
@@ -327,7 +329,7 @@ def ranking_logprobs_weight_grad_kernel(
         )  # (BLOCK_T, BLOCK_K)
         if WEIGHT:
             # Steps without a pool are not read: what they hold may be NaN, and 0 * NaN is not 0.
-            live = row_ok & (tl.load(lse_ptr + row, mask=row_ok, other=_START) > _IMPOSSIBLE)  # (BLOCK_T,)
+            live = row_ok & (tl.load(norm_ptr + 2 * row, mask=row_ok, other=_START) > _IMPOSSIBLE)  # (BLOCK_T,)
             hidden = tl.load(
                 hidden_ptr + row[:, None] * D + d[None, :], mask=live[:, None] & d_ok[None, :], other=0.0
             )  # (BLOCK_T, BLOCK_D)
@@ -337,8 +339,9 @@ def ranking_logprobs_weight_grad_kernel(
         tl.atomic_add(
             weight_grad_ptr + token[:, None] * D + d[None, :], grad, mask=col_ok[:, None] & d_ok[None, :], sem="relaxed"
         )
-    if BIAS:
-        tl.atomic_add(bias_grad_ptr + token, bias_grad, mask=col_ok & (tl.program_id(2) == 0), sem="relaxed")
+    if BIAS:  # noqa: SIM102  a constexpr and a tensor are not to be joined by `and`
+        if tl.program_id(2) == 0:
+            tl.atomic_add(bias_grad_ptr + token, bias_grad, mask=col_ok, sem="relaxed")
 
 
 def ranking_logprobs_forward(
@@ -357,7 +360,7 @@ def ranking_logprobs_forward(
         candidates: (P, K) int64 token ids, position: (N, K) integer, values: (N, K, C) in candidate order.
 
     Returns:
-        log-probs (N, T), entropy (N, T), expectations (N, T, C), logits (N, T, K), log-sum-exp (N, T).
+        log-probs (N, T), entropy (N, T), expectations (N, T, C), logits (N, T, K), norm (N, T, 2): m and log s.
     """
     n, t, d = hidden.shape
     p, k = candidates.shape
@@ -366,9 +369,10 @@ def ranking_logprobs_forward(
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
-    logprobs, entropy, expectations, logits, lse = new(n, t), new(n, t), new(n, t, c), new(n, t, k), new(n, t)
+    logprobs, entropy, expectations = new(n, t), new(n, t), new(n, t, c)
+    logits, norm = new(n, t, k), new(n, t, 2)
     if logits.numel() == 0:
-        return logprobs.zero_(), entropy.zero_(), expectations.zero_(), logits, lse
+        return logprobs.zero_(), entropy.zero_(), expectations.zero_(), logits, norm
     rows = n // p * t
     block_t, block_k, block_d = _blocks(rows, k, d)
     ranking_logprobs_forward_kernel[(p, triton.cdiv(rows, block_t))](
@@ -382,7 +386,7 @@ def ranking_logprobs_forward(
         entropy,
         expectations,
         logits,
-        lse,
+        norm,
         t,
         k,
         d,
@@ -398,7 +402,7 @@ def ranking_logprobs_forward(
         K_TILES=triton.cdiv(k, block_k),
         D_TILES=triton.cdiv(d, block_d),
     )
-    return logprobs, entropy, expectations, logits, lse
+    return logprobs, entropy, expectations, logits, norm
 
 
 def ranking_logprobs_backward(
@@ -417,13 +421,16 @@ def ranking_logprobs_backward(
 
     Args:
         upstream: gradients of log-probs (N, T), entropy (N, T) and expectations (N, T, C).
-        saved: entropy, expectations, logits and log-sum-exp as the forward launcher returned them.
+        saved: entropy, expectations, logits and norm as the forward launcher returned them.
     """
     t, d = hidden.shape[1:]
     p, k = candidates.shape
-    entropy, expectations, logits, lse = saved
+    entropy, expectations, logits, norm = saved
     grad_logprobs, grad_entropy, grad_expectations = (grad.contiguous() for grad in upstream)
-    hidden_grad = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_grad[0] else None
+    hidden_grad = None
+    if needs_grad[0]:
+        new = torch.empty_like if logits.numel() else torch.zeros_like
+        hidden_grad = new(hidden, memory_format=torch.contiguous_format)
     weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad[1] else None
     bias_grad = None
     if needs_grad[2] and bias is not None:
@@ -441,7 +448,7 @@ def ranking_logprobs_backward(
             grad_entropy,
             grad_expectations,
             entropy,
-            lse,
+            norm,
         )
         sizes = (t, k, d, rows, temperature)
         blocks = {"C": values.shape[2], "BLOCK_T": block_t, "BLOCK_K": block_k, "BLOCK_D": block_d}

@@ -57,6 +57,8 @@ def check_lists(
     p, k = candidates.shape
     if (n == 0) != (p == 0) or (p and n % p):
         raise ValueError(f"hidden must hold the same number of rankings per list of candidates, got N={n} and P={p}")
+    if k == 0:
+        raise ValueError(f"candidates must hold at least one candidate per list, got shape {tuple(candidates.shape)}")
     if t > k:
         raise ValueError(f"ranking must not be longer than its list, got T={t} ranks of K={k} candidates")
     if bias is not None:
@@ -71,13 +73,7 @@ def check_lists(
         _check_distinct(ranking, position)
         return RankedLists(hidden, weight, bias, candidates, position, False, float(temperature))
 
-    check_tensor("lengths", lengths, (None,), "integer")
-    if lengths.shape[0] not in (n, p):
-        raise ValueError(f"lengths must have shape (N,) = ({n},) or (P,) = ({p},), got {tuple(lengths.shape)}")
-    check_range("lengths", lengths, 0, k)
-    lengths = lengths.long()
-    if lengths.shape[0] != n:
-        lengths = lengths.repeat_interleave(n // p, output_size=n)
+    lengths = lengths_per_ranking(lengths, n, p, k)
     # A list's tail is never read: its tokens give way to the list's first, or to token 0 where the list is empty.
     longest = lengths.view(p, -1).amax(1, keepdim=True) if n else lengths.view(0, 1)  # (P, 1)
     real = torch.arange(k, device=candidates.device) < longest  # (P, K)
@@ -87,6 +83,16 @@ def check_lists(
     position = rank_positions(ranking, k, lengths)
     _check_distinct(ranking, position)
     return RankedLists(hidden, weight, bias, candidates, position, True, float(temperature))
+
+
+def lengths_per_ranking(lengths: Tensor, n: int, p: int, k: int) -> Tensor:
+    """Check ``lengths`` (N,) or (P,) against K and return them as (N,) int64."""
+    check_tensor("lengths", lengths, (None,), "integer")
+    if lengths.shape[0] not in (n, p):
+        raise ValueError(f"lengths must have shape (N,) = ({n},) or (P,) = ({p},), got {tuple(lengths.shape)}")
+    check_range("lengths", lengths, 0, k)
+    lengths = lengths.long()
+    return lengths if lengths.shape[0] == n else lengths.repeat_interleave(n // p, output_size=n)
 
 
 def check_temperature(temperature: float) -> None:
@@ -156,8 +162,7 @@ def values_by_candidate(values: Tensor, position: Tensor) -> Tensor:
     """Check ``values`` (N, K, C) in rank order and return them in candidate order, 0 beyond a list's length."""
     n, k = position.shape
     check_tensor("values", values, (n, k, "C"))
-    num_real = position.amax(1) + 1 if k else position.new_zeros(n)  # (N,)
-    in_list = torch.arange(k, device=position.device) < num_real[:, None]  # (N, K)
+    in_list = torch.arange(k, device=position.device) <= position.amax(1, keepdim=True)  # (N, K)
     check_finite("values", values, in_list[..., None].expand(values.shape))
     index = position.clamp(min=0)[..., None].expand(values.shape)
     return values.detach().gather(1, index).masked_fill((position < 0)[..., None], 0)
@@ -185,7 +190,7 @@ def pools(position: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
     """Who is in the pool at each step (N, T, K), and which steps have anybody in it (N, T)."""
     steps = torch.arange(num_steps, device=position.device)
     pool = position[:, None] >= steps[:, None]
-    live = position.amax(1, keepdim=True) >= steps if position.shape[1] else pool.any(-1)
+    live = position.amax(1, keepdim=True) >= steps
     return pool, live
 
 
@@ -204,7 +209,7 @@ def gather_operands(lists: RankedLists) -> tuple[Tensor, Tensor]:
         _, live = pools(lists.position, t)
         hidden = hidden.masked_fill(~live[..., None], 0)
     rows = lists.weight.index_select(0, lists.candidates.flatten()).to(dtype)
-    return hidden.reshape(p, (n // p if p else 0) * t, d), rows.view(p, k, d)
+    return hidden.reshape(p, n // max(p, 1) * t, d), rows.view(p, k, d)
 
 
 def step_log_probs(lists: RankedLists) -> tuple[Tensor, Tensor]:
@@ -220,6 +225,6 @@ def step_log_probs(lists: RankedLists) -> tuple[Tensor, Tensor]:
     logits = hidden @ rows.transpose(1, 2)  # (P, G T, K)
     if lists.bias is not None:
         logits = logits + lists.bias.to(dtype)[lists.candidates][:, None]
-    logits = (logits / lists.temperature).clamp(min=FLOOR).view(n, t, -1)
+    logits = (logits / lists.temperature).clamp(min=FLOOR).view(n, t, lists.candidates.shape[1])
     pool, _ = pools(lists.position, t)
     return torch.where(pool, logits, 2 * FLOOR).log_softmax(-1), pool

@@ -101,7 +101,7 @@ def ranking_logprobs(
     lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
     by_candidate = None if values is None else values_by_candidate(values, lists.position)
     if backend == "torch":
-        return _reference(lists, by_candidate)
+        return from_distribution(*step_log_probs(lists), lists, by_candidate)
     use_triton = backend == "triton" or (hidden.device.type == "cuda" and compute_dtype(lists) == torch.float32)
     if use_triton:
         _require_triton(lists)
@@ -146,8 +146,10 @@ def ranking_probs(
 # --- reference --------------------------------------------------------------------------------------------------------
 
 
-def _reference(lists: RankedLists, values: Tensor | None) -> RankingLogprobs:
-    log_probs, pool = step_log_probs(lists)  # (N, T, K)
+def from_distribution(
+    log_probs: Tensor, pool: Tensor, lists: RankedLists, values: Tensor | None = None
+) -> RankingLogprobs:
+    """The three results from an explicit distribution as :func:`step_log_probs` gives it; values in candidate order."""
     probs = torch.where(pool, log_probs.exp(), 0.0)  # (N, T, K)
     steps = torch.arange(log_probs.shape[1], device=pool.device)
     chosen = lists.position[:, None] == steps[:, None]  # (N, T, K)
@@ -186,9 +188,11 @@ def _ranking_logprobs(
     ragged: bool,
     use_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs (N, T), entropy (N, T), expectations (N, T, C), and for the backward pass logits (N, T, K), lse (N, T).
+    """Log-probs (N, T), entropy (N, T), expectations (N, T, C); for the backward pass logits (N, T, K), norm (N, T, 2).
 
-    Takes the fields of :class:`RankedLists` and values (N, K, C) in candidate order.
+    Takes the fields of :class:`RankedLists` and values (N, K, C) in candidate order. norm holds what to subtract from
+    the logits, one after the other, to have log-probs: their maximum (below IMPOSSIBLE: a step without gradient) and
+    the log of the sum relative to it.
     """
     lists = RankedLists(hidden, weight, bias, candidates, position, ragged, temperature)
     if use_triton:
@@ -216,7 +220,7 @@ def _ranking_logprobs_fake(
     def new(*shape: int) -> Tensor:
         return hidden.new_empty(shape, dtype=compute_dtype(lists))
 
-    return new(n, t), new(n, t), new(n, t, values.shape[2]), new(n, t, k), new(n, t)
+    return new(n, t), new(n, t), new(n, t, values.shape[2]), new(n, t, k), new(n, t, 2)
 
 
 @torch.library.custom_op("flexrec::ranking_logprobs_backward", mutates_args=())
@@ -227,7 +231,7 @@ def _ranking_logprobs_backward(
     entropy: Tensor,
     expectations: Tensor,
     logits: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     hidden: Tensor,
     weight: Tensor,
     candidates: Tensor,
@@ -247,7 +251,7 @@ def _ranking_logprobs_backward(
 
         grads = ranking_logprobs_backward(
             upstream,
-            (entropy, expectations, logits, lse),
+            (entropy, expectations, logits, norm),
             hidden,
             weight,
             bias,
@@ -258,7 +262,7 @@ def _ranking_logprobs_backward(
             needs_grad,
         )
     else:
-        grads = _backward(upstream, (entropy, expectations, logits, lse), lists, values, needs_grad)
+        grads = _backward(upstream, (entropy, expectations, logits, norm), lists, values, needs_grad)
     hidden_grad, weight_grad, bias_grad = (hidden.new_empty(0) if grad is None else grad for grad in grads)
     return hidden_grad, weight_grad, bias_grad
 
@@ -271,7 +275,7 @@ def _ranking_logprobs_backward_fake(
     entropy: Tensor,
     expectations: Tensor,
     logits: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     hidden: Tensor,
     weight: Tensor,
     candidates: Tensor,
@@ -293,9 +297,9 @@ def _ranking_logprobs_backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, candidates, position, values, bias, *ctx.options = inputs
-    _, entropy, expectations, logits, lse = output
-    ctx.mark_non_differentiable(logits, lse)
-    ctx.save_for_backward(entropy, expectations, logits, lse, hidden, weight, candidates, position, values, bias)
+    _, entropy, expectations, logits, norm = output
+    ctx.mark_non_differentiable(logits, norm)
+    ctx.save_for_backward(entropy, expectations, logits, norm, hidden, weight, candidates, position, values, bias)
 
 
 def _autograd(
@@ -316,11 +320,12 @@ _ranking_logprobs.register_autograd(_autograd, setup_context=_setup_context)
 
 def _forward(lists: RankedLists, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, t, _ = lists.hidden.shape
+    k = lists.candidates.shape[1]
     hidden, rows = gather_operands(lists)
     logits = torch.bmm(hidden, rows.transpose(1, 2))  # (P, G T, K)
     if lists.bias is not None:
         logits += lists.bias.to(logits.dtype)[lists.candidates][:, None]
-    logits = logits.div_(lists.temperature).clamp_(min=FLOOR).view(n, t, -1)
+    logits = logits.div_(lists.temperature).clamp_(min=FLOOR).view(n, t, k)
 
     pool, live = pools(lists.position, t)
     logits.masked_fill_(~pool, 2 * FLOOR)
@@ -334,10 +339,10 @@ def _forward(lists: RankedLists, values: Tensor) -> tuple[Tensor, Tensor, Tensor
         logprobs.masked_fill_(~live, 0)
         entropy.masked_fill_(~live, 0)
         expectations.masked_fill_(~live[..., None], 0)
-    # What is kept are the logits less their log-sum-exp, which is then 0; FLOOR marks the steps without a gradient.
+    # What is kept are logits already normalised: nothing is left to subtract, but steps without a gradient are marked.
     constant = ~live if lists.bias is None else logits.amax(-1) < IMPOSSIBLE
-    lse = torch.zeros_like(logprobs).masked_fill_(constant, FLOOR)
-    return logprobs, entropy, expectations, log_probs, lse
+    norm = torch.where(constant[..., None], FLOOR, log_probs.new_zeros(2))
+    return logprobs, entropy, expectations, log_probs, norm
 
 
 def _backward(
@@ -348,10 +353,10 @@ def _backward(
     needs_grad: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     grad_logprobs, grad_entropy, grad_expectations = upstream
-    entropy, expectations, log_probs, lse = saved
-    t, k = log_probs.shape[1:]
+    entropy, expectations, log_probs, norm = saved
+    n, t, k = log_probs.shape
     p = len(lists.candidates)
-    has_gradient = lse > IMPOSSIBLE  # (N, T)
+    has_gradient = norm[..., 0] > IMPOSSIBLE  # (N, T)
     probs = log_probs.softmax(-1)
     # dz = g_lp (y - p) - g_H p (log p + H) + sum_c g_c p (v_c - E_c), see the top of this file.
     dlogits = log_probs * -grad_entropy[..., None]
@@ -363,7 +368,7 @@ def _backward(
     possible = log_probs.gather(2, chosen) > IMPOSSIBLE
     dlogits.scatter_add_(2, chosen, torch.where(possible, grad_logprobs[..., None], 0))
     dlogits *= has_gradient.to(dlogits.dtype)[..., None] / lists.temperature
-    dlogits = dlogits.view(p, -1, k)  # (P, G T, K)
+    dlogits = dlogits.view(p, n // max(p, 1) * t, k)  # (P, G T, K)
 
     hidden, rows = gather_operands(lists)
     hidden_grad = weight_grad = bias_grad = None
@@ -371,7 +376,7 @@ def _backward(
         hidden_grad = torch.bmm(dlogits, rows).view(lists.hidden.shape).to(lists.hidden.dtype)
     flat = lists.candidates.flatten()
     if needs_grad[1]:
-        row_grads = torch.bmm(dlogits.transpose(1, 2), hidden).view(p * k, -1)
+        row_grads = torch.bmm(dlogits.transpose(1, 2), hidden).view(p * k, lists.hidden.shape[2])
         weight_grad = torch.zeros(lists.weight.shape, dtype=row_grads.dtype, device=row_grads.device)
         weight_grad = weight_grad.index_add_(0, flat, row_grads).to(lists.weight.dtype)
     if needs_grad[2] and lists.bias is not None:

@@ -1,0 +1,132 @@
+"""The all-actions objective: every remaining candidate's swap value, weighted by the policy.
+
+At step k the policy pi_k chooses among the candidates that remain. What choosing the candidate now at rank j instead
+would have been worth is known: it is the ranking with ranks k and j exchanged. So nothing needs to be sampled:
+
+    objective_k = E_{j ~ pi_k} [R(y^{k<->j}) - R(y)] = -sum_j pi_k(j) S_kj,
+
+differentiated through pi_k alone (the all-actions policy gradient, Sutton et al. 2001; the swap is FlexRec's
+counterfactual, arXiv 2603.11901). The sampled candidate j = k itself contributes 0.
+
+For a metric linear in a term per item, R = sum_k d_k g_k / Z, exchanging two ranks changes R by
+(d_k - d_j)(g_j - g_k) / Z, and the expectation needs three numbers per step:
+
+    objective_k = (d_k E[g] - d_k g_k - E[d g] + g_k E[d]) / Z       (g here the term gain, and centred: a constant
+                                                                       added to all g changes nothing but the rounding)
+
+These are expectations of values that do not depend on the step, so no tensor (N, T, K) is formed. Other metrics take
+their swap scores (N, K, K) and the explicit distribution (N, T, K).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexrec.metrics import Metric, ingredients, parse_metric
+from flexrec.metrics import check_lists as check_gains
+from flexrec.ops.ranked_lists import check_lists, in_rank_order, lengths_per_ranking, step_log_probs
+from flexrec.ops.ranking_logprobs import BACKENDS, from_distribution, ranking_logprobs
+from flexrec.ops.swap_rewards import swap_scores
+from flexrec.validation import check_choice, check_range, check_tensor
+
+
+class AllActions(NamedTuple):
+    """Per step: the objective to maximise, log-probability of the chosen candidate, and entropy."""
+
+    objective: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def all_actions_objective(
+    hidden: Tensor,
+    weight: Tensor,
+    candidates: Tensor,
+    ranking: Tensor,
+    gains: Tensor,
+    metric: str | Metric,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    lengths: Tensor | None = None,
+    num_ranked: int | Tensor | None = None,
+    backend: str = "auto",
+) -> AllActions:
+    """The expected change of a metric at every step, over what the policy could have placed there.
+
+    Differentiable in ``hidden``, ``weight`` and ``bias``; ``gains`` get no gradient.
+
+    Args:
+        hidden, weight, candidates, ranking, bias, temperature, lengths, backend: as of
+            :func:`flexrec.ops.ranking_logprobs.ranking_logprobs`. Where ``metric`` is not linear ("hit_rate", "mrr",
+            "map", "err", registered ones), "auto" and "triton" too form the distribution (N, T, K) by torch operations.
+        gains: (N, K) floating >= 0 in rank order: ``gains[n, k]`` is that of the item at rank k, and from position T
+            on of the unranked candidates by ascending candidate index. Ignored beyond ``lengths``.
+        metric: a metric's name, see :func:`flexrec.metrics.ranking_metric`.
+        num_ranked: int or (N,), how many ranks are shown (discount 0 beyond); at most T, and T if not given.
+
+    Returns:
+        ``AllActions(objective (N, T), logprobs (N, T), entropy (N, T))``, float32 (float64 if ``hidden`` or ``weight``
+        is), exactly 0 at steps t >= length. The objective is in the metric's unit.
+
+    Raises:
+        TypeError, ValueError: as of :func:`ranking_logprobs` and :func:`flexrec.metrics.ranking_metric`.
+    """
+    check_choice("backend", backend, BACKENDS)
+    metric = parse_metric(metric)
+    lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
+    n, k = lists.position.shape
+    t = ranking.shape[1]
+    check_tensor("gains", gains, (n, k))
+    shown = _check_num_ranked(num_ranked, n, t, gains.device)
+    per_ranking = None if lengths is None else lengths_per_ranking(lengths, n, len(candidates), k)
+
+    if metric.definition.form != "linear":
+        log_probs, pool = step_log_probs(lists)
+        result = from_distribution(log_probs, pool, lists)
+        probs = in_rank_order(torch.where(pool, log_probs.exp(), 0.0), lists.position)  # (N, T, K)
+        scores = swap_scores(
+            gains, metric, lengths=per_ranking, num_ranked=shown, backend="torch" if backend == "torch" else "auto"
+        )
+        objective = -(probs * scores[:, :t].to(probs.dtype)).sum(-1)
+        return AllActions(objective, result.logprobs, result.entropy)
+
+    parts = ingredients(check_gains(gains, metric, per_ranking, shown), metric)
+    mean = parts.weight.sum(-1, keepdim=True) / parts.length.clamp(min=1)
+    centred = torch.where(parts.inside, parts.weight - mean, 0.0) * parts.inverse_norm
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    g, d = centred.to(dtype), parts.discount.to(dtype)  # (N, K)
+    logprobs, entropy, expectations = ranking_logprobs(
+        hidden,
+        weight,
+        candidates,
+        ranking,
+        values=torch.stack((g, d, g * d), dim=-1),
+        bias=bias,
+        temperature=temperature,
+        lengths=lengths,
+        backend=backend,
+    )
+    assert expectations is not None
+    e_g, e_d, e_gd = expectations.unbind(-1)  # (N, T)
+    g, d = g[:, :t], d[:, :t]
+    # Beyond a list's length g = d = 0 and all expectations are 0, so the objective is.
+    return AllActions(d * e_g - d * g - e_gd + g * e_d, logprobs, entropy)
+
+
+def _check_num_ranked(num_ranked: int | Tensor | None, n: int, t: int, device: torch.device) -> Tensor:
+    """(N,) int64: how many ranks are shown, at most T."""
+    if num_ranked is None:
+        num_ranked = t
+    if isinstance(num_ranked, Tensor):
+        check_tensor("num_ranked", num_ranked, (n,), "integer")
+        check_range("num_ranked", num_ranked, 0, t)
+        return num_ranked.long()
+    if isinstance(num_ranked, bool) or not isinstance(num_ranked, int):
+        raise TypeError(f"num_ranked must be an int or an integer tensor (N,), got {type(num_ranked).__name__}")
+    if not 0 <= num_ranked <= t:
+        raise ValueError(f"num_ranked must lie in [0, T] = [0, {t}], got {num_ranked}")
+    return torch.full((n,), num_ranked, dtype=torch.int64, device=device)

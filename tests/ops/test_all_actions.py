@@ -1,0 +1,151 @@
+"""all_actions_objective against its definition: re-compute the metric after every exchange, weight by the policy."""
+
+import pytest
+import torch
+
+from flexrec.metrics import ranking_metric
+from flexrec.ops.all_actions import all_actions_objective
+from flexrec.ops.ranking_logprobs import ranking_logprobs
+
+LINEAR = ["dcg", "ndcg@3", "dcg_burges@4", "ndcg_burges", "recall@2", "precision@3", "rbp.8"]
+OTHER = ["hit_rate@2", "mrr", "map@4", "err"]
+
+
+def make_gains(case, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    n, k = len(case.hidden), case.candidates.shape[1]
+    return torch.randint(0, 4, (n, k), generator=generator).double()
+
+
+def brute_force(case, gains, metric, num_ranked):
+    """(N, T): sum over j of pi_t(j) (R(y with t and j exchanged) - R(y)); num_ranked: one int per ranking."""
+    objective = case.hidden.new_zeros(case.ranking.shape)
+    for n, t, remaining in case.steps():
+        length = case.length(n)
+        probs = case.log_probs(n, t, remaining).exp()
+        own = gains[n : n + 1, :length]
+        options = {"num_ranked": min(num_ranked[n], length)}
+        value = ranking_metric(own, metric, **options)
+        changes = []
+        for j in range(t, length):
+            swapped = own.clone()
+            swapped[0, [t, j]] = own[0, [j, t]]
+            changes.append(ranking_metric(swapped, metric, **options) - value)
+        objective[n, t] = probs @ torch.cat(changes)
+    return objective
+
+
+@pytest.mark.parametrize("ragged", ["", "list", "ranking"])
+@pytest.mark.parametrize("metric", LINEAR + OTHER)
+def test_equals_brute_force(metric, ragged, ranked_case, weighted_sum):
+    for seed, (steps, size) in enumerate([(5, 5), (3, 6), (1, 1)]):
+        case = ranked_case(seed, lists=2, group=2, steps=steps, size=size, ragged=ragged, channels=0)
+        gains = make_gains(case, seed)
+        out = all_actions_objective(*case.positional, gains, metric, **case.options)
+        expected = brute_force(case, gains, metric, [steps] * len(gains))
+        torch.testing.assert_close(out.objective, expected, rtol=1e-9, atol=1e-9)
+        reference = ranking_logprobs(*case.positional, backend="torch", **case.options)
+        torch.testing.assert_close(out.logprobs, reference.logprobs)
+        torch.testing.assert_close(out.entropy, reference.entropy)
+        if expected.requires_grad:
+            torch.testing.assert_close(
+                torch.autograd.grad(weighted_sum(*out), case.leaves),
+                torch.autograd.grad(weighted_sum(expected, *reference[:2]), case.leaves),
+                rtol=1e-8,
+                atol=1e-9,
+            )
+
+
+@pytest.mark.parametrize("metric", ["ndcg", "mrr"])
+def test_num_ranked(metric, ranked_case):
+    case = ranked_case(4, lists=4, steps=4, size=6, channels=0)
+    gains = make_gains(case)
+    each = torch.tensor([4, 0, 2, 3])
+    out = all_actions_objective(*case.positional, gains, metric, num_ranked=each, **case.options)
+    torch.testing.assert_close(out.objective, brute_force(case, gains, metric, each.tolist()))
+    assert (out.objective[1] == 0).all()
+    out = all_actions_objective(*case.positional, gains, metric, num_ranked=2, **case.options)
+    torch.testing.assert_close(out.objective, brute_force(case, gains, metric, [2] * 4))
+    assert (out.objective[:, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("metric", ["ndcg@3", "map"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_backends_agree(metric, backend, ranked_case, weighted_sum, device):
+    case = ranked_case(5, lists=2, group=2, steps=4, size=6, ragged="list", channels=0, dtype=torch.float32)
+    case = case.to(torch.float32, device)
+    gains = make_gains(case).float().to(device)
+    got = all_actions_objective(*case.positional, gains, metric, backend=backend, **case.options)
+    exact = case.to(torch.float64)
+    want = all_actions_objective(*exact.positional, gains, metric, **exact.options)
+    assert got.objective.dtype == torch.float32
+    torch.testing.assert_close(got, want, check_dtype=False, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(weighted_sum(*got), case.leaves),
+        torch.autograd.grad(weighted_sum(*want), exact.leaves),
+        check_dtype=False,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_a_common_offset_of_the_gains_costs_no_precision(ranked_case):
+    """DCG's swap differences do not change when a constant is added to all gains, nor may their rounding."""
+    case = ranked_case(6, lists=4, steps=30, size=30, channels=0, dtype=torch.float32)
+    gains = torch.randint(0, 4, (4, 30), generator=torch.Generator().manual_seed(0)).float()
+    small = all_actions_objective(*case.positional, gains, "dcg", **case.options).objective
+    large = all_actions_objective(*case.positional, gains + 1e4, "dcg", **case.options).objective
+    torch.testing.assert_close(large, small, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_may_hold_anything(ranked_case):
+    case = ranked_case(7, lists=2, steps=5, size=5, channels=0)
+    case.lengths = torch.tensor([5, 2])
+    case.ranking = torch.tensor([[4, 2, 0, 1, 3], [1, 0, 9, 9, 9]])
+    gains = make_gains(case) + 1
+    want = all_actions_objective(*case.positional, gains, "ndcg", **case.options)
+    gains[1, 2:] = torch.nan
+    with torch.no_grad():
+        case.hidden[1, 2:] = torch.nan
+    for metric in ("ndcg", "mrr"):
+        out = all_actions_objective(*case.positional, gains, metric, **case.options)
+        assert all(bool(x.isfinite().all()) for x in out)
+        assert all((x[1, 2:] == 0).all() for x in out)
+        assert torch.autograd.grad(sum(x.sum() for x in out), case.hidden)[0].isfinite().all()
+        if metric == "ndcg":
+            torch.testing.assert_close(out, want)
+
+
+def test_lists_without_gain_and_a_last_step_without_choice_are_exactly_zero(ranked_case):
+    case = ranked_case(8, lists=2, steps=5, size=5, channels=0, dtype=torch.float32)
+    gains = torch.tensor([[0.0] * 5, [3.0, 1.0, 0.0, 2.0, 1.0]])
+    out = all_actions_objective(*case.positional, gains, "ndcg", **case.options)
+    assert (out.objective[0] == 0).all()
+    assert out.objective[1, 4] == 0
+    assert out.objective[1, 0] != 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"metric": "ndgc"}, ValueError, "metric must be one of"),
+        ({"gains": torch.zeros(2, 4)}, ValueError, r"gains must have shape \(2, 3\), got \(2, 4\)"),
+        ({"gains": -torch.ones(2, 3)}, ValueError, "gains must"),
+        ({"num_ranked": 4}, ValueError, r"num_ranked must lie in \[0, T\] = \[0, 3\], got 4"),
+        ({"num_ranked": torch.tensor([1, 4])}, ValueError, r"num_ranked must lie in \[0, 3\]"),
+        ({"num_ranked": 1.5}, TypeError, "num_ranked must be an int"),
+        ({"backend": "numba"}, ValueError, "backend must be one of 'auto', 'torch', 'triton'"),
+        ({"ranking": torch.tensor([[0, 0, 1], [0, 1, 2]])}, ValueError, "at most once"),
+    ],
+)
+def test_wrong_input_is_named(change, error, message):
+    arguments = {
+        "hidden": torch.zeros(2, 3, 4),
+        "weight": torch.zeros(5, 4),
+        "candidates": torch.tensor([[0, 1, 2], [2, 3, 4]]),
+        "ranking": torch.tensor([[0, 1, 2], [2, 1, 0]]),
+        "gains": torch.ones(2, 3),
+        "metric": "ndcg",
+    } | change
+    with pytest.raises(error, match=message):
+        all_actions_objective(**arguments)
