@@ -96,8 +96,8 @@ class _Ensemble(nn.Module):
             -1,
         )  # (E, M, 2D + 3)
         sums = parts.new_zeros(members, pairs.num_rows, parts.shape[-1]).index_add(1, pairs.context_rows, parts)
-        # A target in the log is no evidence about itself.
-        own = parts[:, pairs.target_context] * (pairs.target_context >= 0).unsqueeze(-1)  # (E, N, 2D + 3)
+        # A target in the log is no evidence about itself; -1 is the row of zeros at the end.
+        own = nn.functional.pad(parts, (0, 0, 0, 1))[:, pairs.target_context]  # (E, N, 2D + 3)
         sums = sums[:, pairs.target_rows] - own  # (E, N, 2D + 3)
         count, num_known = sums[..., -2:-1].clamp(min=0), sums[..., -1:].clamp(min=0)  # (E, N, 1)
         statistics = torch.cat([sums[..., -3:-2] / (num_known + _SMOOTHING), count.log1p(), num_known.log1p()], -1)
