@@ -1,6 +1,6 @@
 """Candidate-restricted log-probs and entropy, forward and backward, against what one would use without them.
 
-Run with ``pytest bench/test_ranking_logprobs.py``. Sizes: N rankings of T = K = 30 candidates each, hidden size D = 256, a
+Run with ``pytest bench/test_ranking_logprobs.py``. N rankings of T = K = 30 candidates each, hidden size D = 256, a
 vocabulary of V = 32,000, gradients to hidden states and output embedding. The full softmax takes seconds and 1 GB per
 256 rankings, so it is run on an eighth of them; `seconds_at_256` in the extra info is its time scaled up.
 """

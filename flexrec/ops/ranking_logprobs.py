@@ -376,7 +376,8 @@ def _backward(
         hidden_grad = torch.bmm(dlogits, rows).view(lists.hidden.shape).to(lists.hidden.dtype)
     flat = lists.candidates.flatten()
     if needs_grad[1]:
-        row_grads = torch.bmm(dlogits.transpose(1, 2), hidden).view(p * k, lists.hidden.shape[2])
+        # Into the gathered rows, which are done with: fresh pages would cost as much as the product.
+        row_grads = torch.bmm(dlogits.transpose(1, 2), hidden, out=rows).view(p * k, lists.hidden.shape[2])
         weight_grad = torch.zeros(lists.weight.shape, dtype=row_grads.dtype, device=row_grads.device)
         weight_grad = weight_grad.index_add_(0, flat, row_grads).to(lists.weight.dtype)
     if needs_grad[2] and lists.bias is not None:
