@@ -218,7 +218,9 @@ def _count(name: str, value: object, size: int) -> int:
     try:
         count = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name} must be an int or an integer tensor of shape (N,), got {type(value).__name__}") from None
+        raise TypeError(
+            f"{name} must be an int or an integer tensor of shape (N,), got {type(value).__name__}"
+        ) from None
     if not 0 <= count <= size:
         raise ValueError(f"{name} must lie in [0, {size}], got {count}")
     return count

@@ -1,240 +1,23 @@
 """Swap rewards: what each ranked item is worth at its rank, in O(K) per list for every built-in metric.
 
-Derivation
-----------
-Ranks are 1-based; d_k is the discount of rank k (0 beyond cutoff, ``num_ranked`` and length), w_k the term gain of the
-item there, Z the normaliser. S[k, j] = R(y) - R(y with ranks k and j exchanged). Below k < j and Z = 1; the causal
-reward needs later_k = sum over j > k of S[k, j], the non-causal one earlier_k = sum over j < k of S[j, k] as well. n is
-the number of candidates behind k, "sum" without bounds runs over j > k.
-
-Linear metrics (dcg, ndcg, recall, precision, rbp): R = sum d_k w_k, hence
-    S[k, j] = (d_k - d_j) (w_k - w_j)
-    later_k = d_k (n w_k - sum w_j) - (w_k sum d_j - sum d_j w_j),
-  three suffix sums. Adding a constant to w changes nothing but the rounding, so w is centred first. earlier_k is the
-  same with prefix sums, by symmetry.
-
-First relevant item (mrr: d_k = 1/k; hit_rate: d_k = 1): R = d_f, f the first rank with w = 1; s is the second such
-  rank, d_s = 0 if there is none. As d falls, d at rank min(j, s) is max(d_j, d_s).
-    w_k = 1, w_j = 0:  the item moves back.  k = f: S = d_f - max(d_j, d_s).  k > f: S = 0.
-    w_k = 0, w_j = 1:  one moves forward.    k < f: S = d_f - d_k.            k > f: S = 0.
-  later_k = (number of relevant items) (d_f - d_k) before f; at f the sum of d_f - max(d_j, d_s) over irrelevant j; 0
-  behind. earlier_k = sum over j < f of d_f - d_j at relevant ranks (at f too), d_f - max(d_k, d_s) at irrelevant
-  ranks behind f, 0 before f.
-
-Average precision (map: d_k = 1/k): R = sum d_k w_k c_k with c_k the relevant items among the first k; H_k = sum of
-  d_i w_i over i <= k. Moving a relevant item from k back to j loses its term d_k c_k, lowers c by one at the relevant
-  ranks between, and gains the term d_j c_j:
-    w_k = 1, w_j = 0:  S = d_k c_k + (H_j - H_k) - d_j c_j                 = E_k - E_j,   E_i = d_i c_i - H_i
-    w_k = 0, w_j = 1:  S = d_j c_j - d_k (c_k + 1) - (H_j - d_j - H_k)     = F_j - F_k,   F_i = E_i + d_i
-  so the sums are suffix (or prefix) sums of E over irrelevant ranks and of F over relevant ones.
-
-Cascade (err: d_k = 1/k, w = theta): let P_k be the product of (1 - theta_i) over i < k, Q_kj that over k < i < j, and
-  M_kj = sum over k < i < j of d_i theta_i Q_ki. From rank k on the old and the new order are worth
-    old: d_k theta_k + (1 - theta_k) (M + Q d_j theta_j) + (1 - theta_k) Q (1 - theta_j) (what follows j)
-    new: d_k theta_j + (1 - theta_j) (M + Q d_j theta_k) + (1 - theta_j) Q (1 - theta_k) (what follows j)
-    S[k, j] = P_k (theta_k - theta_j) (d_k - G_kj),   G_kj = M_kj + Q_kj d_j.
-  With Gamma^x_k = sum over j > k of x_j G_kj for x = 1 and x = theta,
-    later_k = P_k [d_k (n theta_k - sum theta_j) - theta_k Gamma^1_k + Gamma^theta_k].
-  G_{k,k+1} = d_{k+1} and G_kj = d_{k+1} theta_{k+1} + (1 - theta_{k+1}) G_{k+1,j}, hence backwards
-    Gamma^x_k = x_{k+1} d_{k+1} + d_{k+1} theta_{k+1} sum_{j > k+1} x_j + (1 - theta_{k+1}) Gamma^x_{k+1}.
-  Never dividing by a product of (1 - theta), which underflows. For earlier_k, forwards, with y = 1 and y = theta:
-    A^y_k = sum_{j<k} P_j y_j d_j,  B^y_k = sum_{j<k} P_j y_j M_jk,  C^y_k = sum_{j<k} P_j y_j Q_jk;
-    B_{k+1} = B_k + C_k d_k theta_k,  C_{k+1} = (1 - theta_k) C_k + P_k y_k,
-    earlier_k = (A^theta - B^theta - C^theta d_k) - theta_k (A^1 - B^1 - C^1 d_k).
+The mathematics stands in ``flexrec/ops/swap_rewards_torch.py``, the reference; this file chooses a backend for it.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from numba import get_num_threads
 
 from flexrec import metrics
-from flexrec.metrics import Ingredients, Lists, Metric, check_lists, ingredients, metric_terms, parse_metric
+from flexrec.metrics import Lists, Metric, check_lists, ingredients, parse_metric
 from flexrec.ops import swap_rewards_numba as kernels
+from flexrec.ops.swap_rewards_torch import custom_rewards, rewards_of, scores_of
 from flexrec.validation import check_choice, check_finite, check_range, check_tensor
 
 CREDITS = ("swap", "noncausal", "independent", "rank", "sequence", "policy")
 BACKENDS = ("auto", "triton", "numba", "torch")
 MAX_TRITON_SIZE = 16384  # a list lies in one program's registers
-
-
-# ---------------------------------------------------------------------------------------------- reference in torch
-
-
-def _before(x: torch.Tensor) -> torch.Tensor:
-    """(N, K): sum of x over the ranks before each."""
-    return x.cumsum(-1) - x
-
-
-def _behind(x: torch.Tensor) -> torch.Tensor:
-    """(N, K): sum of x over the ranks behind each."""
-    return _before(x.flip(-1)).flip(-1)
-
-
-def _recur(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(N, K): x_k = a_k + b_k x_{k-1} with x_0 = 0, by doubling: log2(K) steps over whole rows."""
-    step = 1
-    while step < a.shape[1]:
-        a = torch.cat([a[:, :step], a[:, step:] + b[:, step:] * a[:, :-step]], dim=-1)
-        b = torch.cat([b[:, :step], b[:, step:] * b[:, :-step]], dim=-1)
-        step *= 2
-    return a
-
-
-def _shift(x: torch.Tensor) -> torch.Tensor:
-    """(N, K): x of the rank before, 0 at the first."""
-    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=-1)
-
-
-def _linear_sums(parts: Ingredients) -> tuple[torch.Tensor, torch.Tensor]:
-    d, inside = parts.discount, parts.inside  # (N, K)
-    mean = parts.weight.sum(-1, keepdim=True) / parts.length.clamp(min=1)  # (N, 1)
-    w = torch.where(inside, parts.weight - mean, 0.0)  # (N, K)
-
-    def sums(over: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        return d * (over(inside.double()) * w - over(w)) - (w * over(d) - over(d * w))
-
-    return sums(_behind), sums(_before)
-
-
-def _first_sums(parts: Ingredients) -> tuple[torch.Tensor, torch.Tensor]:
-    d, w = parts.discount, parts.weight  # (N, K)
-    count = w.cumsum(-1)  # (N, K)
-    first, ahead = w * (count == 1), count == 0  # (N, K)
-    d_first = (d * first).sum(-1, keepdim=True)  # (N, 1)
-    d_second = (d * w * (count == 2)).sum(-1, keepdim=True)  # (N, 1)
-    rise = torch.where(ahead, d_first - d, 0.0)  # (N, K)
-    fall = torch.where(parts.inside & ~ahead & (w == 0), d_first - torch.maximum(d, d_second), 0.0)  # (N, K)
-    later = w.sum(-1, keepdim=True) * rise + first * fall.sum(-1, keepdim=True)
-    earlier = w * rise.sum(-1, keepdim=True) + fall
-    return later, earlier
-
-
-def _average_precision_sums(parts: Ingredients) -> tuple[torch.Tensor, torch.Tensor]:
-    d, one = parts.discount, parts.weight  # (N, K)
-    zero = parts.inside.double() - one  # (N, K), irrelevant
-    e = d * one.cumsum(-1) - (d * one).cumsum(-1)  # (N, K)
-    f = e + d
-    later = one * (_behind(zero) * e - _behind(zero * e)) + zero * (_behind(one * f) - _behind(one) * f)
-    earlier = zero * (_before(one * e) - _before(one) * e) + one * (_before(zero) * f - _before(zero * f))
-    return later, earlier
-
-
-def _cascade_sums(parts: Ingredients) -> tuple[torch.Tensor, torch.Tensor]:
-    d, theta, inside = parts.discount, parts.weight, parts.inside.double()  # (N, K)
-    go_on, reach = 1.0 - theta, metrics.reach(theta)  # (N, K)
-
-    def gamma(x: torch.Tensor) -> torch.Tensor:  # what rank k+1 adds, seen from the end of the list
-        added = x * d + d * theta * _behind(x)
-        return _shift(_recur(added.flip(-1), go_on.flip(-1))).flip(-1)
-
-    later = reach * (d * (_behind(inside) * theta - _behind(theta)) - theta * gamma(inside) + gamma(theta))
-
-    def lost(y: torch.Tensor) -> torch.Tensor:  # A - B - C d
-        c = _shift(_recur(reach * y, torch.cat([torch.zeros_like(go_on[:, :1]), go_on[:, 1:]], dim=-1)))
-        return _before(reach * y * d) - _before(c * d * theta) - c * d
-
-    return later, lost(theta) - theta * lost(inside)
-
-
-_SUMS = {
-    "linear": _linear_sums,
-    "first": _first_sums,
-    "average_precision": _average_precision_sums,
-    "cascade": _cascade_sums,
-}
-
-
-def swap_sums(parts: Ingredients, metric: Metric) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, K), (N, K) float64: sums of the swap scores of each rank with all later and with all earlier ranks."""
-    later, earlier = _SUMS[metric.definition.form](parts)
-    return later * parts.inverse_norm, earlier * parts.inverse_norm
-
-
-def _scores_of_later(parts: Ingredients, metric: Metric) -> torch.Tensor:
-    """(N, K, K) float64: S[k, j] for k < j; what lies on or below the diagonal is meaningless."""
-    d, w, form = parts.discount, parts.weight, metric.definition.form
-    d_k, d_j, w_k, w_j = d[:, :, None], d[:, None, :], w[:, :, None], w[:, None, :]
-    if form == "linear":
-        return (d_k - d_j) * (w_k - w_j)
-    if form == "cascade":
-        columns = []
-        g = torch.zeros_like(d)  # (N, K): G_kj over j
-        for k in range(d.shape[1] - 1, -1, -1):
-            columns.append(metrics.reach(w)[:, k, None] * (w[:, k, None] - w) * (d[:, k, None] - g))
-            g = d[:, k, None] * w[:, k, None] + (1.0 - w[:, k, None]) * g
-            g[:, k] = d[:, k]
-        return torch.stack(columns[::-1], dim=1) if columns else d_k * d_j
-    count = w.cumsum(-1)  # (N, K)
-    back, forward = w_k * (1.0 - w_j), (1.0 - w_k) * w_j  # (N, K, K): a relevant item moves to j, to k
-    if form == "first":
-        d_first = (d * w * (count == 1)).sum(-1)[:, None, None]
-        d_second = (d * w * (count == 2)).sum(-1)[:, None, None]
-        back = back * (count == 1)[:, :, None]
-        forward = forward * (count == 0)[:, :, None]
-        return back * (d_first - torch.maximum(d_j, d_second)) + forward * (d_first - d_k)
-    e = d * count - (d * w).cumsum(-1)  # (N, K)
-    f = e + d
-    return back * (e[:, :, None] - e[:, None, :]) + forward * (f[:, None, :] - f[:, :, None])
-
-
-def _torch_swap_scores(lists: Lists, metric: Metric) -> torch.Tensor:
-    """(N, K, K) float64."""
-    if metric.definition.form == "custom":
-        scores = metrics.custom_swap_scores(lists, metric)
-        check_finite(f"the swap scores of metric {metric}", scores)
-        return scores
-    parts = ingredients(lists, metric)
-    scores = _scores_of_later(parts, metric) * parts.inverse_norm[:, :, None]
-    scores = torch.where(parts.inside[:, :, None] & parts.inside[:, None, :], scores, 0.0).triu(1)
-    return scores + scores.transpose(1, 2)
-
-
-def rewards_of_sums(later: torch.Tensor, earlier: torch.Tensor, lists: Lists, credit: str) -> torch.Tensor:
-    """(N, K): means over the pool, from sums of swap scores over it."""
-    position = torch.arange(later.shape[1], device=later.device)  # (K,)
-    length = lists.real_lengths[:, None]  # (N, 1)
-    if credit == "swap":
-        return later / (length - 1 - position).clamp(min=1)
-    return (later + earlier) / (length - 1).clamp(min=1)
-
-
-def _torch_swap_rewards(lists: Lists, metric: Metric, credit: str, weights: torch.Tensor | None) -> torch.Tensor:
-    """(N, K) float64."""
-    is_custom = metric.definition.form == "custom"
-    position = torch.arange(lists.gains.shape[1], device=lists.gains.device)  # (K,)
-    if credit in ("independent", "rank", "sequence"):
-        if is_custom:
-            values = metrics.custom_prefix_values(lists, metric)  # (N, K + 1)
-            check_finite(f"the value of metric {metric}", values)
-            total, terms = values[:, -1:], values.diff(dim=-1)
-        else:
-            terms = metric_terms(ingredients(lists, metric), metric)
-            total = terms.sum(-1, keepdim=True)
-        if credit == "sequence":
-            rewards = total.expand_as(terms)
-        else:
-            rewards = terms if credit == "independent" else _behind(terms) + terms
-    elif credit == "policy":
-        assert weights is not None
-        behind = (position > position[:, None]) & (position < lists.real_lengths[:, None, None])  # (N, K, K)
-        weight = torch.where(behind, weights.double(), 0.0)
-        total = weight.sum(-1)
-        rewards = (weight * _torch_swap_scores(lists, metric)).sum(-1)
-        rewards = torch.where(total > 0, rewards / total, 0.0)
-    elif is_custom:
-        scores = _torch_swap_scores(lists, metric)
-        rewards = rewards_of_sums(scores.triu().sum(-1), scores.tril().sum(-1), lists, credit)
-    else:
-        later, earlier = swap_sums(ingredients(lists, metric), metric)
-        rewards = rewards_of_sums(later, earlier, lists, credit)
-    return torch.where(position < lists.real_ranked[:, None], rewards, 0.0)
-
-
-# ------------------------------------------------------------------------------------------------------ the backends
 
 
 def _numba_arguments(lists: Lists, metric: Metric) -> tuple:
@@ -276,13 +59,16 @@ def _numba_swap_scores(lists: Lists, metric: Metric) -> torch.Tensor:
 
 
 def _triton_swap_rewards(lists: Lists, metric: Metric) -> torch.Tensor:
-    from flexrec.triton_kernels.swap_rewards import swap_rewards_linear
+    from flexrec.triton_kernels.swap_rewards import MAX_SORTED, swap_rewards_linear
 
-    definition = metric.definition
+    definition, inverse_norms = metric.definition, None
+    if definition.normaliser == "ideal" and lists.gains.shape[1] > MAX_SORTED:
+        inverse_norms = ingredients(lists, metric).inverse_norm.squeeze(-1)
     return swap_rewards_linear(
         lists.gains,
         lists.lengths,
         lists.num_ranked,
+        inverse_norms,
         max_ranked=lists.max_ranked,
         cutoff=metric.cutoff,
         discount=definition.discount,
@@ -317,8 +103,8 @@ def _resolve_backend(backend: str, metric: Metric, credit: str, gains: torch.Ten
         if not able:
             linear = ", ".join(name for name, family in metrics.FAMILIES.items() if family.form == "linear")
             raise ValueError(
-                f"backend='triton' computes swap_rewards with credit='swap' for {linear} and K <= {MAX_TRITON_SIZE}; got "
-                f"metric={str(metric)!r}, credit={credit!r}, K={gains.shape[1]}. backend='torch' computes all, anywhere"
+                f"backend='triton' computes swap_rewards with credit='swap' for {linear} and K <= {MAX_TRITON_SIZE}; "
+                f"got metric={str(metric)!r}, credit={credit!r}, K={gains.shape[1]}. backend='torch' computes all"
             )
         if not _has_triton():
             raise ValueError("backend='triton' needs the triton package, which has no wheel for this platform")
@@ -344,10 +130,7 @@ def _triton_interprets() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-# ------------------------------------------------------------------------------------- registration as custom ops
-
-
-def _rewards(
+def _run_rewards(
     gains: torch.Tensor,
     metric: str,
     credit: str,
@@ -358,14 +141,18 @@ def _rewards(
     backend: str,
 ) -> torch.Tensor:
     lists, parsed = Lists(gains, lengths, num_ranked, max_ranked), parse_metric(metric)
-    if backend == "triton":
-        return _triton_swap_rewards(lists, parsed)
-    if backend == "numba" and parsed.definition.form != "custom":
-        return _numba_swap_rewards(lists, parsed, credit, weights)
-    return _torch_swap_rewards(lists, parsed, credit, weights).to(metrics.result_dtype(gains))
+    if parsed.definition.form == "custom":
+        rewards = custom_rewards(lists, parsed, credit, weights)
+    elif backend == "triton":
+        rewards = _triton_swap_rewards(lists, parsed)
+    elif backend == "numba":
+        rewards = _numba_swap_rewards(lists, parsed, credit, weights)
+    else:
+        rewards = rewards_of(ingredients(lists, parsed), parsed, credit, weights)
+    return rewards.to(metrics.result_dtype(gains))
 
 
-def _scores(
+def _run_scores(
     gains: torch.Tensor,
     metric: str,
     lengths: torch.Tensor | None,
@@ -374,13 +161,18 @@ def _scores(
     backend: str,
 ) -> torch.Tensor:
     lists, parsed = Lists(gains, lengths, num_ranked, max_ranked), parse_metric(metric)
-    if backend == "numba" and parsed.definition.form != "custom":
-        return _numba_swap_scores(lists, parsed)
-    return _torch_swap_scores(lists, parsed).to(metrics.result_dtype(gains))
+    if parsed.definition.form == "custom":
+        scores = metrics.custom_swap_scores(lists, parsed)
+        check_finite(f"the swap scores of metric {parsed}", scores)
+    elif backend == "numba":
+        scores = _numba_swap_scores(lists, parsed)
+    else:
+        scores = scores_of(ingredients(lists, parsed), parsed)
+    return scores.to(metrics.result_dtype(gains))
 
 
-swap_rewards_op = torch.library.custom_op("flexrec::swap_rewards", _rewards, mutates_args=())
-swap_scores_op = torch.library.custom_op("flexrec::swap_scores", _scores, mutates_args=())
+swap_rewards_op = torch.library.custom_op("flexrec::swap_rewards", _run_rewards, mutates_args=())
+swap_scores_op = torch.library.custom_op("flexrec::swap_scores", _run_scores, mutates_args=())
 
 
 @swap_rewards_op.register_fake
@@ -396,9 +188,6 @@ def _(gains: torch.Tensor, *_: object) -> torch.Tensor:
 def _is_traced(gains: torch.Tensor) -> bool:
     """Whether the registered op must be called; otherwise its function is, which saves torch.library's overhead."""
     return torch.compiler.is_compiling() or type(gains) is not torch.Tensor
-
-
-# --------------------------------------------------------------------------------------------- the public functions
 
 
 def swap_rewards(
@@ -446,11 +235,9 @@ def swap_rewards(
     lists = check_lists(gains, metric, lengths, num_ranked)
     check_policy_weights(weights, credit, lists)
     backend = _resolve_backend(backend, metric, credit, lists.gains)
-    call = swap_rewards_op if _is_traced(gains) else _rewards
+    call = swap_rewards_op if _is_traced(gains) else _run_rewards
     detached = None if weights is None else weights.detach()
-    return call(
-        lists.gains, str(metric), credit, lists.lengths, lists.num_ranked, lists.max_ranked, detached, backend
-    )
+    return call(lists.gains, str(metric), credit, lists.lengths, lists.num_ranked, lists.max_ranked, detached, backend)
 
 
 def check_policy_weights(weights: torch.Tensor | None, credit: str, lists: Lists) -> None:
@@ -478,9 +265,9 @@ def swap_scores(
     num_ranked: int | torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """S[k, j] = R(y) - R(y with ranks k and j exchanged), for all pairs of ranks; positive: the present order is better.
+    """S[k, j] = R(y) - R(y with ranks k and j exchanged), for all pairs of ranks.
 
-    Arguments and errors are those of ``swap_rewards``; there is no Triton kernel.
+    Positive: the present order is better. Arguments and errors are those of ``swap_rewards``; no Triton kernel.
 
     Returns:
         (N, K, K), symmetric with zero diagonal, 0 beyond each list's length; float64 for float64 gains, else float32.
@@ -491,5 +278,5 @@ def swap_scores(
     if backend == "triton":
         raise ValueError("swap_scores has no Triton kernel; backend must be 'auto', 'numba' or 'torch'")
     backend = _resolve_backend(backend, metric, "scores", lists.gains)
-    call = swap_scores_op if _is_traced(gains) else _scores
+    call = swap_scores_op if _is_traced(gains) else _run_scores
     return call(lists.gains, str(metric), lists.lengths, lists.num_ranked, lists.max_ranked, backend)

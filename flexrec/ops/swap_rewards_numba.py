@@ -1,6 +1,6 @@
 """Swap rewards on the CPU: parallel numba, one pass per list, accumulated in float64.
 
-The closed forms, with their derivation, stand in ``flexrec/ops/swap_rewards.py``; names here are those of the
+The closed forms, with their derivation, stand in ``flexrec/ops/swap_rewards_torch.py``; names here are those of the
 derivation. A kernel gets a metric as plain numbers: its form, the kind of its term gains, its discount table.
 """
 
