@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11_cmake_dir()}",
             f"-DFLEXREC_MODULE_NAME={output.name}",
-            *os.environ.get("CMAKE_ARGS", "").split(),
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         run(configure, "CMake could not configure the C++ extension. Is a C++17 compiler installed (g++, clang, MSVC)?")
         run([cmake, "--build", str(build), "--target", "_core"], "The C++ extension did not compile.")

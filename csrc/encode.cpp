@@ -47,7 +47,7 @@ void encode_row(const RankingGrammar& grammar, std::int64_t row, const std::int6
           ++at.below;
         });
         if (out != nullptr) {
-          std::sort(out->below_items.begin() + first_below, out->below_items.begin() + at.below);
+          if (high - low > 1) std::sort(out->below_items.begin() + first_below, out->below_items.begin() + at.below);
           out->allowed_ids[static_cast<std::size_t>(at.allowed)] = id;
           out->below_offsets[static_cast<std::size_t>(at.allowed) + 1] = at.below;
         }

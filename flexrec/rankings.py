@@ -12,7 +12,7 @@ Common to the three:
 
 * ``candidates`` holds P lists of K token sequences (lists of lists of ints; arrays and tensors work too), ragged in K.
   There are N = P * num_generations rows, those of one list adjacent; they share its trie, so memory is linear in the
-  tokens of the candidates, plus K bits per row.
+  tokens of the candidates, plus K bits and T ints per row.
 * ``num_ranked`` is T: None for all K; an int for at most so many, K where the row has fewer (more than the longest list
   has is an error); or an (N,) array of counts between 1 and the row's K.
 * Candidates with equal sequences cannot be told apart: the first one left, in candidate order, is the one placed.
@@ -209,7 +209,7 @@ def parse_rankings(
     first). What matches neither is an unknown stretch and is skipped. Then one rule of repair: the first mentions, in
     order, then the candidates never mentioned, in candidate order, cut to T.
 
-    Mentions beyond the T-th are ignored. A completion may be invalid with all counts 0: when only a separator or the
+    Padding that is not masked counts as tokens. Mentions beyond the T-th are ignored. A completion may be invalid with all counts 0: when only a separator or the
     end is missing.
 
     Args:

@@ -79,7 +79,7 @@ state.advance([3])
 state.advance(*state.forced())
 print(state.done().all(), state.rankings().tolist())
 """
-    # -P and -S would also hide the environment's own packages; a script in another folder is what a user has.
+    # A script in another folder is what a user has.
     program = tmp_path / "program.py"
     program.write_text(script)
     assert run([sys.executable, str(program), str(site)], cwd=tmp_path) == "True [[1, 0]]"

@@ -42,14 +42,14 @@ class RankingState {
  private:
   std::int32_t* placed(std::int64_t row) { return placed_.data() + row * max_num_ranked(); }
   const std::int32_t* placed(std::int64_t row) const { return placed_.data() + row * max_num_ranked(); }
-  // A walk only changes the cursor and the set in its advance(): const methods that do not call it may cast.
+  // A walk changes its row only in advance() and restart(): const methods, which call neither, may cast.
   RowWalk walk(std::int64_t row);
   RowWalk reader(std::int64_t row) const { return const_cast<RankingState*>(this)->walk(row); }
   void undo(const std::vector<Cursor>& before);
 
   std::shared_ptr<const RankingGrammar> grammar_;
   std::vector<Cursor> cursors_;        // (N,)
-  std::int64_t words_per_row_;         //
+  std::int64_t words_per_row_;         // of remaining_
   std::vector<bits::Word> remaining_;  // (N, words_per_row_) leaves not placed yet
   std::vector<std::int32_t> placed_;   // (N, max_num_ranked()) leaves by rank; undefined where open
 };
