@@ -209,8 +209,8 @@ def parse_rankings(
     first). What matches neither is an unknown stretch and is skipped. Then one rule of repair: the first mentions, in
     order, then the candidates never mentioned, in candidate order, cut to T.
 
-    Padding that is not masked counts as tokens. Mentions beyond the T-th are ignored. A completion may be invalid with all counts 0: when only a separator or the
-    end is missing.
+    Padding that is not masked counts as tokens. Mentions beyond the T-th are ignored. A completion may be invalid with
+    all counts 0: when only a separator or the end is missing.
 
     Args:
         completions: N rows of token ids, ragged lists or a padded (N, L) integer array.
