@@ -31,7 +31,7 @@ def shapes(draw):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(shape=shapes(), seed=st.integers(0, 10**6))
 def test_equals_brute_force(backend, ranked_case, weighted_sum, shape, seed):
     case = ranked_case(seed, **shape)

@@ -47,7 +47,7 @@ def brute_force(hidden, weight, ids, offsets, targets, values, bias):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(counts=st.lists(st.integers(1, 12), min_size=1, max_size=6), dim=st.integers(1, 5), seed=st.integers(0, 10**6))
 def test_equals_brute_force(backend, weighted_sum, counts, dim, seed):
     *arguments, values, bias = make_sets(seed, counts, dim)
