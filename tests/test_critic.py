@@ -254,7 +254,7 @@ def test_other_wrong_input_is_named(world, critic):
     empty = Interactions(*(a[:0] for a in (world.log.users, world.log.items, world.log.interest, world.log.times)))
     with pytest.raises(ValueError, match="at least 2 interactions to fit a critic on, got 0"):
         Critic.fit(empty, world.catalogue)
-    with pytest.raises(ValueError, match="ensemble and epochs must be at least 1, got 0 and 40"):
-        Critic.fit(world.log, world.catalogue, ensemble=0)
+    with pytest.raises(ValueError, match="ensemble and epochs must be at least 1, got 0 and 3"):
+        Critic.fit(world.log, world.catalogue, ensemble=0, epochs=3)
     with pytest.raises(ValueError, match=r"lists\[1\].candidates must hold items in \[0, 120\)"):
         critic.predict_many([make_list(0, np.array([1])), make_list(0, np.array([500]))])
