@@ -31,7 +31,7 @@ def make_world() -> World:
     truth = 1 / (1 + np.exp(-(taste[:, topic] + 0.7 * rng.normal(size=NUM_ITEMS))))
     noise = np.where(topic % 2 == 0, 0.03, 0.25)
     feedback = np.clip(truth + noise * rng.normal(size=truth.shape), 0, 1).astype(np.float32)
-    observed = rng.random(truth.shape) < 0.25
+    observed = rng.random(truth.shape) < 0.5 * truth  # users choose what they like: choices tell something too
     users, items = np.nonzero(observed[:NUM_USERS])
     order = rng.permutation(len(users))
     users, items = users[order], items[order]
@@ -85,9 +85,9 @@ def test_beats_the_global_and_the_item_mean(world, unobserved):
     log = world.log
     item_mean = np.bincount(log.items, log.interest) / np.bincount(log.items)
     error = np.square(mean - feedback).mean()
-    assert error < 0.6 * np.square(item_mean[items] - feedback).mean()
-    assert error < 0.6 * np.square(log.interest.mean() - feedback).mean()
-    assert np.corrcoef(mean, world.truth[users, items])[0, 1] > 0.85
+    assert error < 0.5 * np.square(item_mean[items] - feedback).mean()
+    assert error < 0.5 * np.square(log.interest.mean() - feedback).mean()
+    assert np.corrcoef(mean, world.truth[users, items])[0, 1] > 0.75
 
 
 def test_variance_is_calibrated(unobserved):
@@ -97,7 +97,7 @@ def test_variance_is_calibrated(unobserved):
     assert np.corrcoef(variance, np.square(mean - feedback))[0, 1] > 0.15
     # Calibrated in the small too: the fifth with the largest variance has about that error, and so on.
     for fifth in np.array_split(np.argsort(variance), 5):
-        assert 0.4 < np.square(mean - feedback)[fifth].mean() / variance[fifth].mean() < 2.5
+        assert 1 / 3 < np.square(mean - feedback)[fifth].mean() / variance[fifth].mean() < 3
 
 
 def test_variance_knows_where_feedback_is_noisy(world, unobserved):
@@ -114,14 +114,15 @@ def test_output_is_in_range(unobserved):
 
 
 def test_new_users_are_served_from_their_history(world, critic):
-    # A user who is not in the log, and of whom only what they chose is known: items that they liked.
+    # Users who are not in the log, and of whom only what they chose is known, not how they liked it.
     new = range(NUM_USERS, 2 * NUM_USERS)
-    liked = [np.flatnonzero(world.observed[u] & (world.feedback[u] > 0.7)) for u in new]
-    lists = [make_list(u, np.arange(NUM_ITEMS), history=h) for u, h in zip(new, liked, strict=True)]
-    mean = np.concatenate([m for m, _ in critic.predict_many(lists)])
-    variance = np.concatenate([v for _, v in critic.predict_many(lists)])
-    assert np.isfinite(mean).all()
-    assert np.isfinite(variance).all()
+    lists = [make_list(u, np.arange(NUM_ITEMS), history=np.flatnonzero(world.observed[u])) for u in new]
+    mean, variance = (np.stack(parts) for parts in zip(*critic.predict_many(lists), strict=True))
+    truth = world.truth[new.start :]
+    # Better than the item means, which are all there is without a history.
+    log = world.log
+    item_mean = np.bincount(log.items, log.interest) / np.bincount(log.items)
+    assert np.square(mean - truth).mean() < 0.85 * np.square(item_mean - truth).mean()
     # Less is known than of a training user.
     of_training = np.concatenate(
         [v for _, v in critic.predict_many([make_list(u, np.arange(NUM_ITEMS)) for u in range(300)])]
