@@ -38,7 +38,7 @@ def brute_force(case, gains, metric, num_ranked):
 @pytest.mark.parametrize("ragged", ["", "list", "ranking"])
 @pytest.mark.parametrize("metric", LINEAR + OTHER)
 def test_equals_brute_force(metric, ragged, ranked_case, weighted_sum):
-    for seed, (steps, size) in enumerate([(5, 5), (3, 6), (1, 1)]):
+    for seed, (steps, size) in enumerate([(4, 4), (2, 5), (1, 1)]):
         case = ranked_case(seed, lists=2, group=2, steps=steps, size=size, ragged=ragged, channels=0)
         gains = make_gains(case, seed)
         out = all_actions_objective(*case.positional, gains, metric, **case.options)

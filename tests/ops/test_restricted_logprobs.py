@@ -64,7 +64,7 @@ def test_equals_brute_force(backend, weighted_sum, counts, dim, seed):
 
 
 def test_gradcheck_and_opcheck():
-    hidden, weight, ids, offsets, targets, values, bias = make_sets(1, [3, 1, 5])
+    hidden, weight, ids, offsets, targets, values, bias = make_sets(1, [3, 1, 4], dim=2, vocab=5)
 
     def f(hidden, weight, bias):
         return restricted_logprobs(hidden, weight, ids, offsets, targets, values=values, bias=bias)
