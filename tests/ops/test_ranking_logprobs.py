@@ -51,8 +51,8 @@ def test_equals_brute_force(backend, ranked_case, weighted_sum, shape, seed):
 
 @pytest.mark.parametrize("ragged", ["", "list"])
 def test_gradcheck(ragged, ranked_case):
-    case = ranked_case(3, lists=1, group=2, steps=3, size=4, dim=2, vocab=5, ragged=ragged)
-    assert not ragged or case.length(0) > 1
+    case = ranked_case(1, lists=1, group=2, steps=3, size=4, dim=2, vocab=5, ragged=ragged)
+    assert not ragged or 1 < case.length(0) < 4
 
     def f(hidden, weight, bias):
         return ranking_logprobs(
