@@ -1,1 +1,54 @@
-"""FlexRec: post-train LLMs as recommenders."""
+"""FlexRec: post-train LLMs as recommenders, with a reward for every ranked item.
+
+The functions of tensors below need no model and no trainer. The ranking task around them is in the modules
+``flexrec.data``, ``needs``, ``prompts``, ``rollout``, ``critic``, ``evaluation``, ``baselines`` and ``trainer``.
+"""
+
+from flexrec.advantages import item_advantages
+from flexrec.losses import policy_loss
+from flexrec.metrics import ranking_metric, register_metric
+from flexrec.ops.all_actions import AllActions, all_actions_objective
+from flexrec.ops.ranking_logprobs import RankingLogprobs, ranking_logprobs, ranking_probs
+from flexrec.ops.restricted_kl import ranking_kl, restricted_kl
+from flexrec.ops.restricted_logprobs import restricted_logprobs
+from flexrec.ops.swap_rewards import swap_rewards, swap_scores
+from flexrec.rankings import (
+    EncodedRankings,
+    ParsedRankings,
+    RankingState,
+    encode_rankings,
+    inverse_permutation,
+    parse_rankings,
+    validate_rankings,
+)
+from flexrec.uncertainty import swap_rewards_with_variance, uncertainty_weights
+from flexrec.validation import set_value_checks
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AllActions",
+    "EncodedRankings",
+    "ParsedRankings",
+    "RankingLogprobs",
+    "RankingState",
+    "all_actions_objective",
+    "encode_rankings",
+    "inverse_permutation",
+    "item_advantages",
+    "parse_rankings",
+    "policy_loss",
+    "ranking_kl",
+    "ranking_logprobs",
+    "ranking_metric",
+    "ranking_probs",
+    "register_metric",
+    "restricted_kl",
+    "restricted_logprobs",
+    "set_value_checks",
+    "swap_rewards",
+    "swap_rewards_with_variance",
+    "swap_scores",
+    "uncertainty_weights",
+    "validate_rankings",
+]

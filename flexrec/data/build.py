@@ -84,6 +84,14 @@ def moments(
         yield int(index), Moment(counts[0], trend, rising)
 
 
+def trend_after(log: Interactions, num_items: int, *, trend_window: float, trend_smoothing: float = 5.0) -> np.ndarray:
+    """(items,) float32: the trend of every item just after the log's last interaction; see ``moments``."""
+    end = np.nextafter(log.times[-1:], np.inf)
+    for _, moment in moments(log, num_items, end, trend_window=trend_window, trend_smoothing=trend_smoothing):
+        return moment.trend
+    return np.zeros(num_items, dtype=np.float32)  # an empty log
+
+
 @dataclass(frozen=True)
 class ListBuilder:
     """Draws lists from users' sequences of events.
@@ -320,6 +328,7 @@ def build_dataset(
         test=test,
         unobserved="zero",
         resample=resample,
+        trend=trend_after(log, len(catalogue), trend_window=trend_window, trend_smoothing=trend_smoothing),
         time_boundary=boundary,
     )
 

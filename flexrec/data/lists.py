@@ -106,6 +106,8 @@ class RankingDataset:
             "critic" where feedback is missing because it was not collected.
         resample: draws the training lists anew (other cuts, other negatives) from a seed, with the same parameters as
             ``train``; None where the lists are given by the data.
+        trend: (items,) float32 in [0, 1], how strongly each item rises at the end of ``log``, for requests that come
+            after it; None where that is not known.
         time_boundary: with a split in time, the moment before which everything in ``log`` and ``train`` lies and at or
             after which every test list lies; None otherwise.
     """
@@ -117,4 +119,5 @@ class RankingDataset:
     test: list[RankingList]
     unobserved: Literal["zero", "critic"]
     resample: Callable[[int], list[RankingList]] | None = None
+    trend: np.ndarray | None = None
     time_boundary: float | None = None

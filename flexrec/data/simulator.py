@@ -13,7 +13,7 @@ from itertools import count
 
 import numpy as np
 
-from flexrec.data.build import moments
+from flexrec.data.build import moments, trend_after
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset, RankingList
 
 # For each topic, how a title may start and how it may end: titles are e.g. "Night market noodles 3".
@@ -120,6 +120,7 @@ def simulate(
         train=_to_lists(train, log, num_items, history_length, first_user=0),
         test=_to_lists(test, log, num_items, history_length, first_user=num_users),
         unobserved="critic",
+        trend=trend_after(log, num_items, trend_window=_TREND_WINDOW),
     )
 
 

@@ -1,0 +1,197 @@
+"""Ranking with a model: greedy rankings of examples, and a trained run that answers requests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flexrec.needs import get_need
+from flexrec.prompts import Item, PromptBuilder, strongest_risers
+from flexrec.rollout import Rollout, sample_rankings
+from flexrec.task import Example
+
+RUN_FILE = "flexrec.json"
+
+
+def rank_examples(
+    model: Any,
+    examples: Sequence[Example],
+    builder: PromptBuilder,
+    *,
+    num_ranked: int | None = None,
+    batch_size: int = 128,
+    description: str | None = None,
+) -> list[np.ndarray]:
+    """The most probable item at every rank, greedily: one array of candidate indices per example.
+
+    Args:
+        description: shown beside a progress bar; None shows none.
+    """
+    rankings: list[np.ndarray] = []
+    starts = range(0, len(examples), batch_size)
+    for start in tqdm(starts, desc=description, disable=description is None, leave=False):
+        part = examples[start : start + batch_size]
+        rollout = sample_rankings(
+            model,
+            [example.prompt for example in part],
+            [example.candidates for example in part],
+            separator=builder.separator,
+            end=builder.end,
+            num_ranked=num_ranked,
+            greedy=True,
+        )
+        rankings += [row[row >= 0] for row in rollout.rankings]
+    return rankings
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run's folder says about how its model is to be prompted, and what it was trained on."""
+
+    encoding: str
+    show_titles: bool
+    show_rising: bool
+    max_history: int
+    num_ranked: int | None
+    dataset: str
+    data: str | None
+    needs: list[str]
+    seed: int
+
+    def save(self, folder: Path) -> None:
+        (folder / RUN_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> RunInfo:
+        path = folder / RUN_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is not the folder of a finished run: it has no {RUN_FILE}")
+        return cls(**json.loads(path.read_text()))
+
+
+class Ranker:
+    """A trained run, loaded from its folder, that ranks the candidates of requests.
+
+    A request is a dictionary: ``need`` (a known name, or an instruction in words), ``candidates`` (a list of
+    ``{"id": .., "title": ..}``), and ``history`` (ids, or dictionaries like the candidates') or ``user`` (whose
+    history the run has logged).
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        self.info = RunInfo.load(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        if torch.cuda.is_available():
+            self.model.to("cuda")
+        self.builder = PromptBuilder(
+            self.tokenizer,
+            encoding=self.info.encoding,
+            show_titles=self.info.show_titles,
+            show_rising=self.info.show_rising,
+        )
+        catalogue = json.loads((folder / "catalogue.json").read_text())
+        self._titles: dict[str, str] = dict(zip(catalogue["ids"], catalogue["titles"], strict=True))
+        self._trend: dict[str, float] = catalogue["trend"]
+        self._histories: dict[str, list[str]] = json.loads((folder / "histories.json").read_text())
+
+    def rank(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Answer requests together: ``{"ranking": [{"id", "probability"}, ..]}`` each, best first.
+
+        ``probability`` is that of the item at its rank, given those above it. A malformed request gets
+        ``{"error": why}``; the others are answered.
+        """
+        answers: list[dict[str, Any]] = [{} for _ in requests]
+        prompts, candidates, readable = [], [], []
+        for i, request in enumerate(requests):
+            try:
+                items = self._candidates(request)
+                trend = np.array([self._trend.get(item.id, 0.0) for item in items])
+                rising = [items[j] for j in strongest_risers(trend)]
+                prompt, _ = self.builder.prompt(self._wording(request), self._history(request), items, rising)
+                tokens = self.builder.candidate_tokens(items)
+            except ValueError as error:
+                answers[i] = {"error": str(error)}
+                continue
+            prompts.append(prompt)
+            candidates.append(tokens)
+            readable.append((i, items))
+        if prompts:
+            rollout = self._greedy(prompts, candidates)
+            for (i, items), ranking, logprobs in zip(readable, *rollout, strict=True):
+                answers[i] = {
+                    "ranking": [
+                        {"id": items[c].id, "probability": round(float(np.exp(lp)), 6)}
+                        for c, lp in zip(ranking, logprobs, strict=True)
+                        if c >= 0
+                    ]
+                }
+        return answers
+
+    def _greedy(self, prompts: list[list[int]], candidates: list[list[list[int]]]) -> Rollout:
+        return sample_rankings(
+            self.model,
+            prompts,
+            candidates,
+            separator=self.builder.separator,
+            end=self.builder.end,
+            num_ranked=self.info.num_ranked,
+            greedy=True,
+        )
+
+    def _wording(self, request: dict[str, Any]) -> str:
+        need = request.get("need")
+        if not isinstance(need, str) or not need.strip():
+            raise ValueError("'need' must be the name of a need or an instruction in words")
+        return need if " " in need.strip() else get_need(need.strip()).wordings[0]
+
+    def _candidates(self, request: dict[str, Any]) -> list[Item]:
+        given = request.get("candidates")
+        if not isinstance(given, list) or not given:
+            raise ValueError("'candidates' must be a list of at least one {'id': .., 'title': ..}")
+        items = [self._item(entry, f"candidates[{j}]") for j, entry in enumerate(given)]
+        repeated = {item.id for item in items if sum(other.id == item.id for other in items) > 1}
+        if repeated:
+            raise ValueError(f"'candidates' has the id {sorted(repeated)[0]!r} more than once")
+        return items
+
+    def _history(self, request: dict[str, Any]) -> list[Item]:
+        if "history" in request:
+            given = request["history"]
+            if not isinstance(given, list):
+                raise ValueError("'history' must be a list of ids or of {'id': .., 'title': ..}, oldest first")
+            items = [self._item(entry, f"history[{j}]") for j, entry in enumerate(given)]
+        elif "user" in request:
+            user = str(request["user"])
+            if user not in self._histories:
+                raise ValueError(f"user {user!r} is not in the log of this run: give a 'history' instead")
+            items = [self._item(item_id) for item_id in self._histories[user]]
+        else:
+            raise ValueError("a request needs a 'history' (may be empty) or a 'user'")
+        return items[-self.info.max_history :]
+
+    def _item(self, entry: Any, where: str = "item") -> Item:
+        if isinstance(entry, dict):
+            if entry.get("id") is None:
+                raise ValueError(f"'{where}' has no 'id'")
+            item_id = str(entry["id"])
+            title = entry.get("title")
+        elif isinstance(entry, (str, int)):
+            item_id, title = str(entry), None
+        else:
+            raise ValueError(f"'{where}' must be an id or {{'id': .., 'title': ..}}, got {type(entry).__name__}")
+        if title is None:
+            title = self._titles.get(item_id)
+        if title is None:
+            raise ValueError(f"'{where}' has no 'title', and the id {item_id!r} is not in the run's catalogue")
+        if not isinstance(title, str):
+            raise ValueError(f"the title of '{where}' must be a string, got {type(title).__name__}")
+        return Item(item_id, title)

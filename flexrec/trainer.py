@@ -1,0 +1,440 @@
+"""Trainers on ``transformers.Trainer``: supervised stages, and reinforcement with a reward for every ranked item.
+
+They own the order of things in a step (sample, score, reward, loss) and nothing else: devices, distribution,
+checkpoints, schedules, PEFT and trackers are those of transformers, the arithmetic is in the functions of tensors.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainingArguments
+
+from flexrec.advantages import BASELINES, SCALES, item_advantages
+from flexrec.losses import policy_loss
+from flexrec.metrics import ranking_metric
+from flexrec.ops.ranking_logprobs import ranking_probs
+from flexrec.ops.swap_rewards import CREDITS, swap_rewards
+from flexrec.policy import (
+    RankingBatch,
+    RankingStates,
+    all_actions,
+    decision_states,
+    final_hidden,
+    make_batch,
+    output_layer,
+    rank_order,
+    ranking_scores,
+    ranking_states,
+    reference_kl,
+)
+from flexrec.rollout import sample_rankings
+from flexrec.task import Example
+from flexrec.uncertainty import swap_rewards_with_variance, uncertainty_weights
+from flexrec.validation import check_choice
+
+TRAINER_CREDITS = ("all_actions", *CREDITS)
+STAGES = ("format", "listwise")
+
+LossAndMetrics = tuple[torch.Tensor, Mapping[str, float | torch.Tensor]]
+
+
+@dataclass
+class FlexRecConfig(TrainingArguments):
+    """Arguments of :class:`FlexRecTrainer` beyond those of transformers; names as in TRL's ``GRPOConfig``.
+
+    ``per_device_train_batch_size`` counts prompts; each gives ``num_generations`` rankings.
+    """
+
+    num_generations: int = field(default=1, metadata={"help": "Rankings sampled per prompt."})
+    num_iterations: int = field(default=1, metadata={"help": "Updates made with one batch of rankings."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the policy, in sampling and in log-probs."})
+    metric: str = field(default="ndcg", metadata={"help": "The ranking metric that is maximised."})
+    num_ranked: int | None = field(default=None, metadata={"help": "Rank only the first so many candidates."})
+    credit: str = field(default="all_actions", metadata={"help": f"One of {', '.join(TRAINER_CREDITS)}."})
+    baseline: str = field(default="none", metadata={"help": f"One of {', '.join(BASELINES)}."})
+    scale: str = field(default="batch", metadata={"help": f"One of {', '.join(SCALES)}."})
+    uncertainty: str = field(default="rollout", metadata={"help": "Weight by certainty per rollout, item, or none."})
+    epsilon_low: float = field(default=0.2, metadata={"help": "Lower clip range of the importance ratio."})
+    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range; default as the lower."})
+    importance_level: str = field(default="item", metadata={"help": "Importance ratios per item, token or sequence."})
+    beta: float = field(default=0.0, metadata={"help": "Weight of the exact KL to the reference (paper: 0.01)."})
+    entropy_coef: float = field(default=0.005, metadata={"help": "Weight of the entropy bonus (paper: 0.005)."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Examples carry no columns to remove."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "A batch is whole, or it is not trained on."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("credit", self.credit, TRAINER_CREDITS)
+        check_choice("baseline", self.baseline, BASELINES)
+        check_choice("scale", self.scale, SCALES)
+        check_choice("uncertainty", self.uncertainty, ("none", "rollout", "item"))
+        for name in ("num_generations", "num_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.baseline == "rank" and self.num_generations == 1:
+            raise ValueError("baseline='rank' compares the rollouts of one prompt: it needs num_generations > 1")
+        if self.credit == "all_actions" and (self.baseline != "none" or self.scale not in ("batch", "none")):
+            raise ValueError(
+                f"credit='all_actions' is its own baseline: it takes baseline='none' and scale='batch' or 'none', "
+                f"got baseline={self.baseline!r}, scale={self.scale!r}"
+            )
+
+
+def collate_examples(examples: list[Example]) -> dict[str, list[Example]]:
+    """The data collator: examples stay as they are."""
+    return {"examples": examples}
+
+
+class RankingTrainer(Trainer):
+    """What the trainers of rankings share: examples in, ``ranking_loss`` out, its metrics in the log.
+
+    Args:
+        model: a causal language model.
+        train_dataset: of :class:`flexrec.task.Example`; one with a ``set_epoch`` is told when an epoch begins.
+        separator, end: token ids between two items of an answer and after the last.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        *,
+        separator: Sequence[int] = (),
+        end: Sequence[int] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, args, data_collator=collate_examples, train_dataset=train_dataset, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean: the base class divides it among micro-batches
+        self.separator = tuple(separator)
+        self.end = tuple(end)
+        self._step_metrics: dict[str, list[float]] = defaultdict(list)
+
+    def ranking_loss(self, model: Any, examples: list[Example]) -> LossAndMetrics:
+        """The loss of a micro-batch and numbers for the log."""
+        raise TypeError("a trainer of rankings defines ranking_loss")
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        loss, metrics = self.ranking_loss(model, inputs["examples"])
+        for name, value in metrics.items():
+            self._step_metrics[name].append(float(value))
+        return (loss, {}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        means = {name: sum(values) / len(values) for name, values in self._step_metrics.items()}
+        self._step_metrics.clear()
+        super().log({**logs, **means}, start_time)
+
+    def _batch(self, examples: Sequence[Example], rankings: np.ndarray, num_generations: int = 1) -> RankingBatch:
+        return make_batch(
+            [example.prompt for example in examples],
+            [example.candidates for example in examples],
+            rankings,
+            separator=self.separator,
+            end=self.end,
+            num_generations=num_generations,
+            device=self.args.device,
+        )
+
+
+class SupervisedTrainer(RankingTrainer):
+    """Supervision on the same restricted log-probs that reinforcement uses.
+
+    Args:
+        stage: "format" models the histories as language and rankings in random order: the items and the form of an
+            answer are learnt, nothing of what is good. "listwise" is ListMLE (Xia et al. 2008) towards the order of
+            the gains: the log-likelihood of placing the candidates with a gain best first, each among all that are
+            left. Ties are broken at random; candidates without a gain have no order and are not imitated.
+    """
+
+    def __init__(self, *args: Any, stage: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stage = check_choice("stage", stage, STAGES)
+        self._rng = np.random.default_rng(self.args.seed)
+
+    def ranking_loss(self, model: Any, examples: list[Example]) -> LossAndMetrics:
+        listwise = self.stage == "listwise"
+        targets = [self._target(example.gains if listwise else np.zeros_like(example.gains)) for example in examples]
+        batch = self._batch(examples, _pad_rows(targets, -1))
+        if listwise:
+            counts = torch.tensor([max(1, int((e.gains > 0).sum())) for e in examples], device=batch.lengths.device)
+        else:
+            counts = batch.lengths
+        hidden = final_hidden(model, batch.input_ids, batch.attention_mask)
+        logprobs = ranking_scores(decision_states(model, batch, hidden), batch).logprobs
+        imitated = torch.arange(batch.shape[1], device=logprobs.device) < counts[:, None]
+        loss = -logprobs[imitated].mean()
+        metrics = {"ranking_nll": loss.item()}
+        if not listwise:
+            history = self._history_loss(model, batch, hidden, examples)
+            metrics["history_nll"] = history.item()
+            loss = loss + history
+        return loss, metrics
+
+    def _target(self, gains: np.ndarray) -> np.ndarray:
+        """Candidates by falling gain, ties in random order."""
+        order = self._rng.permutation(len(gains))
+        return order[np.argsort(-gains[order], kind="stable")]
+
+    def _history_loss(
+        self, model: Any, batch: RankingBatch, hidden: torch.Tensor, examples: Sequence[Example]
+    ) -> torch.Tensor:
+        """Mean next-token loss over the history's tokens, over the whole vocabulary, a chunk of positions at a time."""
+        spans = [(max(1, example.history_span[0]), example.history_span[1]) for example in examples]
+        rows = torch.tensor([n for n, (a, b) in enumerate(spans) for _ in range(a, b)], device=batch.lengths.device)
+        if len(rows) == 0:
+            return hidden.new_zeros(())
+        columns = torch.tensor([t for a, b in spans for t in range(a, b)], device=batch.lengths.device)
+        predicting = hidden[rows, columns - 1]
+        targets = batch.input_ids[rows, columns]
+        weight, bias = output_layer(model)
+
+        def chunk_loss(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            logits = torch.nn.functional.linear(states, weight, bias).float()
+            return torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
+
+        chunks = zip(predicting.split(1024), targets.split(1024), strict=True)
+        return sum(checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks) / len(targets)
+
+
+class _Sampled(NamedTuple):
+    """A batch of rankings, kept for as many updates as are made with it."""
+
+    batch: RankingBatch
+    gains: torch.Tensor  # (N, K) in rank order
+    variance: torch.Tensor  # (N, K)
+    old_logprobs: torch.Tensor | None  # (N, T); None before the first update
+    ref_states: RankingStates | None
+
+
+class FlexRecTrainer(RankingTrainer):
+    """Reinforcement of rankings with credit for every ranked item (arXiv 2603.11901, and the all-actions gradient).
+
+    A step samples ``num_generations`` rankings of each prompt under the constraint of its candidates, values every
+    placed item (``credit``), and follows the gradient of the clipped surrogate, or of the all-actions objective.
+
+    Args:
+        reference: a frozen model for the KL penalty; needed with ``beta`` > 0.
+    """
+
+    args: FlexRecConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: FlexRecConfig,
+        train_dataset: Dataset,
+        *,
+        reference: Any | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.beta > 0 and reference is None:
+            raise ValueError(f"beta={args.beta} weighs the KL to a reference model: give one as reference=")
+        super().__init__(model, args, train_dataset, **kwargs)
+        self.reference = reference.to(args.device).eval() if reference is not None and args.beta > 0 else None
+        self._kept: dict[int, _Sampled] = {}
+        self._micro_step = 0
+
+    def ranking_loss(self, model: Any, examples: list[Example]) -> LossAndMetrics:
+        args = self.args
+        slot, iteration = self._position()
+        if iteration == 0:
+            self._kept[slot] = self._sample(examples)
+        batch, gains, variance, old_logprobs, ref_states = self._kept[slot]
+
+        item_mask = torch.arange(batch.shape[1], device=gains.device) < self._ranked(batch)[:, None]  # (N, T)
+        states = ranking_states(model, batch)
+        rewards, reward_variance = self._rewards(states, batch, gains, variance)  # (N, T) both
+        weights = None
+        if args.uncertainty != "none" and reward_variance is not None:
+            weights = uncertainty_weights(
+                reward_variance, args.num_generations, level=args.uncertainty, item_mask=item_mask
+            )
+
+        kl = None
+        metrics: Mapping[str, float | torch.Tensor]
+        if ref_states is not None:
+            kl = reference_kl(states, ref_states, batch, temperature=args.temperature)
+        if args.credit == "all_actions":
+            result = all_actions(
+                states, batch, gains, args.metric, temperature=args.temperature, num_ranked=args.num_ranked
+            )
+            loss, metrics = self._all_actions_loss(result, rewards, item_mask, weights, kl)
+        else:
+            logprobs, entropy = ranking_scores(states, batch, temperature=args.temperature)
+            if old_logprobs is None:
+                old_logprobs = logprobs.detach()
+                self._kept[slot] = self._kept[slot]._replace(old_logprobs=old_logprobs)
+            advantages = item_advantages(
+                rewards,
+                args.num_generations,
+                baseline=args.baseline,
+                scale=args.scale,
+                item_mask=item_mask,
+                weights=weights,
+            )
+            loss, metrics = policy_loss(
+                logprobs,
+                old_logprobs,
+                advantages,
+                item_mask,
+                epsilon_low=args.epsilon_low,
+                epsilon_high=args.epsilon_high,
+                importance_level=args.importance_level,
+                beta=args.beta,
+                kl=kl,
+                entropy=entropy,
+                entropy_coef=args.entropy_coef,
+            )
+        value = ranking_metric(gains, args.metric, lengths=batch.lengths, num_ranked=args.num_ranked)
+        return loss, {"reward": value.mean().item(), **{name: float(v) for name, v in metrics.items()}}
+
+    def _sample(self, examples: list[Example]) -> _Sampled:
+        args = self.args
+        rollout = sample_rankings(
+            self.accelerator.unwrap_model(self.model),
+            [example.prompt for example in examples],
+            [example.candidates for example in examples],
+            separator=self.separator,
+            end=self.end,
+            num_generations=args.num_generations,
+            num_ranked=args.num_ranked,
+            temperature=args.temperature,
+        )
+        batch = self._batch(examples, rollout.rankings, args.num_generations)
+        width = max(len(example.gains) for example in examples)
+        order = rank_order(batch.rankings, batch.lengths, width)
+
+        def in_rank_order(rows: list[np.ndarray]) -> torch.Tensor:
+            by_candidate = torch.as_tensor(_pad_rows(rows, 0.0), dtype=torch.float32, device=args.device)
+            return by_candidate.repeat_interleave(args.num_generations, dim=0).gather(1, order)
+
+        ref_states = None
+        if self.reference is not None:
+            with torch.no_grad():
+                ref_states = ranking_states(self.reference, batch)
+        return _Sampled(
+            batch,
+            in_rank_order([example.gains for example in examples]),
+            in_rank_order([example.variance for example in examples]),
+            None,
+            ref_states,
+        )
+
+    def _rewards(
+        self, states: RankingStates, batch: RankingBatch, gains: torch.Tensor, variance: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(N, T) rewards of the ranked items and, where some gain is uncertain, the rewards' variance."""
+        args = self.args
+        # The all-actions objective is scaled and weighted by the rewards of the swaps it averages.
+        credit = "swap" if args.credit == "all_actions" else args.credit
+        common: dict[str, Any] = {"credit": credit, "lengths": batch.lengths, "num_ranked": args.num_ranked}
+        if credit == "policy":
+            if batch.candidate_ids is None:
+                raise ValueError("credit='policy' needs the probability of whole items: use encoding 'item_token'")
+            with torch.no_grad():
+                probs = ranking_probs(  # (N, T, K)
+                    states.hidden,
+                    states.weight,
+                    batch.candidate_ids,
+                    batch.rankings.clamp(min=0),
+                    bias=states.bias,
+                    temperature=args.temperature,
+                    lengths=batch.lengths,
+                )
+            unranked = gains.shape[1] - batch.shape[1]
+            common["weights"] = torch.nn.functional.pad(probs, (0, 0, 0, unranked))  # (N, K, K)
+        ranks = batch.shape[1]
+        if args.uncertainty != "none" and bool((variance > 0).any()):
+            rewards, reward_variance = swap_rewards_with_variance(gains, variance, args.metric, **common)
+            return rewards[:, :ranks], reward_variance[:, :ranks]
+        return swap_rewards(gains, args.metric, **common)[:, :ranks], None
+
+    def _all_actions_loss(
+        self,
+        result: Any,
+        rewards: torch.Tensor,
+        item_mask: torch.Tensor,
+        weights: torch.Tensor | None,
+        kl: torch.Tensor | None,
+    ) -> LossAndMetrics:
+        """Minus the mean objective over the ranked items, in units of the batch's item rewards."""
+        args = self.args
+        objective = result.objective
+        if args.scale == "batch":
+            spread = rewards[item_mask].square().mean().sqrt()
+            objective = objective / spread if spread > 0 else objective
+        if weights is not None:
+            objective = objective * weights
+        per_item = -objective - args.entropy_coef * result.entropy
+        if kl is not None:
+            per_item = per_item + args.beta * kl
+        metrics = {"entropy": result.entropy.detach()[item_mask].mean().item()}
+        if kl is not None:
+            metrics["kl"] = kl.detach()[item_mask].mean().item()
+        return per_item[item_mask].mean(), metrics
+
+    def _ranked(self, batch: RankingBatch) -> torch.Tensor:
+        """(N,) how many items each row ranks."""
+        if self.args.num_ranked is None:
+            return batch.lengths
+        return batch.lengths.clamp(max=self.args.num_ranked)
+
+    def _position(self) -> tuple[int, int]:
+        """Which micro-batch of an update this is, and the how manieth update with these rankings."""
+        accumulation = self.args.gradient_accumulation_steps
+        slot = self._micro_step % accumulation
+        iteration = self._micro_step // accumulation % self.args.num_iterations
+        self._micro_step += 1
+        return slot, iteration
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if self.args.num_iterations == 1:
+            return super()._get_train_sampler(train_dataset)
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        per_update = (
+            self.args.per_device_train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.accelerator.num_processes
+        )
+        return _RepeatUpdates(len(dataset), per_update, self.args.num_iterations, self.args.seed)
+
+
+class _RepeatUpdates(Sampler):
+    """Random order in which the examples of each update come ``repeats`` times in a row."""
+
+    def __init__(self, size: int, per_update: int, repeats: int, seed: int) -> None:
+        if size < per_update:
+            raise ValueError(f"an update takes {per_update} examples, the data set has {size}")
+        self.size, self.per_update, self.repeats = size, per_update, repeats
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return self.size // self.per_update * self.per_update * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.size, generator=self._generator).tolist()
+        for start in range(0, self.size - self.per_update + 1, self.per_update):
+            for _ in range(self.repeats):
+                yield from order[start : start + self.per_update]
+
+
+def _pad_rows(rows: Sequence[np.ndarray], fill: float) -> np.ndarray:
+    padded = np.full((len(rows), max(map(len, rows))), fill, dtype=np.asarray(rows[0]).dtype)
+    for padded_row, row in zip(padded, rows, strict=True):
+        padded_row[: len(row)] = row
+    return padded

@@ -1,0 +1,232 @@
+"""The command line end to end on a small world, and what it says to a user's mistakes."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flexrec import experiment
+from flexrec.cli import main
+from flexrec.data import simulate
+
+SMALL = ["--steps", "4", "--warmup-steps", "3", "--prompts-per-step", "16"]
+METRICS = {"ndcg@5", "ndcg@10", "ndcg@30", "recall@5", "mrr@5"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_world():
+    """The simulator with few users and items, so that a run takes seconds."""
+    patch = pytest.MonkeyPatch()
+    small = partial(simulate, num_users=80, num_items=90, num_topics=4, num_test_users=10, num_candidates=8)
+    patch.setattr(experiment, "simulate", small)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, small_world):
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    assert main(["train", "--output", str(folder), *SMALL]) == 0
+    return folder
+
+
+def request(run, **changes):
+    catalogue = json.loads((run / "catalogue.json").read_text())
+    ids, titles = catalogue["ids"], catalogue["titles"]
+    base = {
+        "history": ids[:3],
+        "need": "interest",
+        "candidates": [{"id": i, "title": t} for i, t in zip(ids[3:7], titles[3:7], strict=True)],
+    }
+    return {**base, **changes}
+
+
+def rank(run, tmp_path, lines):
+    source, target = tmp_path / "requests.jsonl", tmp_path / "rankings.jsonl"
+    source.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    code = main(["rank", "--run", str(run), "--input", str(source), "--output", str(target)])
+    return code, [json.loads(line) for line in target.read_text().splitlines()]
+
+
+def test_metrics_file(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {"base", "trained", "baselines", "config", "seconds"} <= set(metrics)
+    for system in (metrics["base"], metrics["trained"], *metrics["baselines"].values()):
+        assert set(system) == {"interest", "explore", "trend"}
+        assert all(set(values) == METRICS for values in system.values())
+    assert {"random", "popularity", "item-knn", "listwise"} <= set(metrics["baselines"])
+    assert {"format", "reinforcement", "listwise", "total"} <= set(metrics["seconds"])
+    assert metrics["config"]["steps"] == 4
+    saved = np.load(run / "per_list.npz")
+    mean = saved["trained/trend/ndcg@5"].mean()
+    assert mean == pytest.approx(metrics["trained"]["trend"]["ndcg@5"])
+
+
+def test_log_has_a_line_per_step(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["stage"] == "reinforcement" and "loss" in line]
+    assert steps == [1, 2, 3, 4]
+    assert all("reward" in line for line in lines if line["stage"] == "reinforcement" and "loss" in line)
+
+
+def test_model_and_tokenizer_load_without_flexrec(run):
+    model = AutoModelForCausalLM.from_pretrained(run)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    assert model.get_input_embeddings().weight.shape[0] >= len(tokenizer)
+
+
+def test_evaluate_repeats_the_figures_of_training(run, tmp_path, capsys):
+    scores = tmp_path / "scores.json"
+    assert main(["evaluate", "--run", str(run), "--need", "interest", "--json", str(scores)]) == 0
+    assert "interest" in capsys.readouterr().out
+    found = json.loads(scores.read_text())
+    trained = json.loads((run / "metrics.json").read_text())["trained"]
+    assert set(found) == {"interest"}
+    for name, value in found["interest"].items():
+        assert value["mean"] == pytest.approx(trained["interest"][name])
+        assert value["low"] <= value["mean"] <= value["high"]
+
+
+def test_rank_answers_every_line(run, tmp_path, capsys):
+    one = request(run)["candidates"][:1]
+    good = request(run)
+    code, answers = rank(
+        run,
+        tmp_path,
+        [
+            good,
+            "{not json",
+            "",
+            request(run, candidates=one),
+            request(run, need="no-such-need"),
+            request(run, need="Put what I will love at the top, please"),
+            request(run, candidates=[{"id": "unknown", "title": "Unknown"}, *one]),
+            request(run, candidates=[*one, *one]),
+            request(run, candidates=[]),
+            {k: v for k, v in request(run).items() if k != "history"},
+            [1, 2],
+            request(run, history=[]),
+        ],
+    )
+    assert code == 1
+    assert [a["line"] for a in answers] == [1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    by_line = {a["line"]: a for a in answers}
+    assert sorted(x["id"] for x in by_line[1]["ranking"]) == sorted(c["id"] for c in good["candidates"])
+    assert all(0 < x["probability"] <= 1 for x in by_line[1]["ranking"])
+    assert by_line[1]["ranking"][-1]["probability"] == 1.0, "the last candidate is certain"
+    assert by_line[4]["ranking"] == [{"id": one[0]["id"], "probability": 1.0}]
+    assert "JSON" in by_line[2]["error"]
+    assert "known needs" in by_line[5]["error"]
+    assert "ranking" in by_line[6]
+    assert "unknown" in by_line[7]["error"]
+    assert "more than once" in by_line[8]["error"]
+    assert "at least one" in by_line[9]["error"]
+    assert "'history'" in by_line[10]["error"]
+    assert "JSON object" in by_line[11]["error"]
+    assert "ranking" in by_line[12]
+    assert "requests.jsonl, line 2:" in capsys.readouterr().err
+
+
+def test_rank_knows_logged_users(run, tmp_path):
+    user = next(iter(json.loads((run / "histories.json").read_text())))
+    without = {k: v for k, v in request(run).items() if k != "history"}
+    code, answers = rank(run, tmp_path, [{**without, "user": int(user)}, {**without, "user": "nobody"}])
+    assert code == 1
+    assert "ranking" in answers[0]
+    assert "nobody" in answers[1]["error"]
+
+
+def test_rank_does_not_overwrite(run, tmp_path, capsys):
+    rank(run, tmp_path, [request(run)])
+    before = (tmp_path / "rankings.jsonl").read_text()
+    again = ["rank", "--run", str(run), "--input", str(tmp_path / "requests.jsonl")]
+    assert main([*again, "--output", str(tmp_path / "rankings.jsonl")]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert (tmp_path / "rankings.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "movielens"], "needs --data FOLDER"),
+        (["--dataset", "movielens", "--data", "/no/such/folder"], "/no/such/folder"),
+        (["--need", "fame"], "unknown need 'fame'"),
+        (["--metric", "ndgc"], "ndgc"),
+        (["--model", "/no/such/model"], "cannot be loaded"),
+        (["--baseline", "rank"], "num_generations > 1"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, arguments, message):
+    folder = tmp_path / "out"
+    assert main(["train", "--output", str(folder), *SMALL, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert main(["train", "--output", str(folder), *SMALL, *arguments]) == 2
+    assert "exists" not in capsys.readouterr().err, "a mistake leaves no folder behind that blocks the next try"
+
+
+def test_existing_output_is_kept(run, capsys):
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    assert main(["train", "--output", str(run), *SMALL]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert main(["train", "--output", str(run), "--resume", *SMALL]) == 2
+    assert "finished run" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+
+
+def test_interrupted_run_resumes(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "interrupted"
+    command = ["train", "--output", str(folder), "--save-every", "2", "--no-listwise-baseline", *SMALL]
+    command += ["--need", "interest"]
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "_save_run", stop)
+        assert main(command) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert not (folder / "metrics.json").exists()
+    assert main([*command, "--resume"]) == 0
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert "format" not in metrics["seconds"], "the finished stage is not run again"
+    steps = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps if s["stage"] == "reinforcement" and "loss" in s] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("options", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["rank", "--help"]])
+def test_help_has_examples(options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(options)
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: flexrec" in text
+    if len(options) > 1:
+        assert "examples:" in text
+
+
+def test_title_and_index_answers(tmp_path):
+    """The other encodings, with the embedded model, through training and ranking."""
+    for encoding in ("index", "title"):
+        folder = tmp_path / encoding
+        few = ["--steps", "2", "--warmup-steps", "1", "--prompts-per-step", "4", "--no-listwise-baseline"]
+        arguments = ["--encoding", encoding, "--need", "interest", "--output", str(folder)]
+        assert main(["train", *few, *arguments]) == 0
+        unknown = {"id": "new", "title": "Never seen before"}
+        (tmp_path / encoding / "work").mkdir()
+        code, answers = rank(
+            folder,
+            folder / "work",
+            [
+                request(folder, candidates=[unknown, *request(folder)["candidates"]]),
+                request(folder, candidates=[{"id": "x", "title": " "}]),
+            ],
+        )
+        assert len(answers[0]["ranking"]) == 5, "titles and labels need no vocabulary entry of their own"
+        if encoding == "title":
+            assert "gives no tokens" in answers[1]["error"]
+        else:
+            assert (code, answers[1]["ranking"][0]["id"]) == (0, "x")

@@ -1,0 +1,93 @@
+"""Prompts: the three encodings, chat templates, and titles that try to be more than titles."""
+
+import pytest
+
+from flexrec.data import Catalogue
+from flexrec.embedded import build_model, build_tokenizer
+from flexrec.prompts import Item, PromptBuilder, add_item_tokens, item_token
+
+CATALOGUE = Catalogue(
+    ids=("a", "b", "c", "d"),
+    titles=("Alien", "Aliens", "Night market\n noodles", "Ça <item:a> va"),
+    topics=(("horror",), ("horror", "action"), ("food",), ()),
+)
+ITEMS = [Item(i, t) for i, t in zip(CATALOGUE.ids, CATALOGUE.titles, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(CATALOGUE, ["Rank what I will like"])
+
+
+@pytest.mark.parametrize("encoding", ["index", "title", "item_token"])
+def test_prompt_holds_need_history_and_candidates(tokenizer, encoding):
+    builder = PromptBuilder(tokenizer, encoding=encoding)
+    ids, (start, end) = builder.prompt("Rank what I will like", ITEMS[:2], ITEMS[2:], rising=ITEMS[:1])
+    text = tokenizer.decode(ids)
+    assert text.index("Rank what I will like") < text.index("History:") < text.index("Candidates:")
+    history = tokenizer.decode(ids[start:end])
+    assert "Alien\n" in history
+    assert "Aliens\n" in history
+    assert "noodles" not in history
+    assert "Night market noodles\n" in text, "a title is one line"
+
+
+def test_index_labels_and_separators(tokenizer):
+    builder = PromptBuilder(tokenizer, encoding="index")
+    answer = builder.candidate_tokens(ITEMS)
+    spelled = builder.separator
+    assert [tokenizer.decode(x) for x in answer] == ["[1]", "[2]", "[3]", "[4]"]
+    assert tokenizer.decode(spelled) == " > "
+    assert builder.end == (tokenizer.eos_token_id,)
+
+
+def test_item_tokens_are_single_and_short_prompts_have_no_titles(tokenizer):
+    builder = PromptBuilder(tokenizer, encoding="item_token", show_titles=False, show_rising=False)
+    tokens = builder.candidate_tokens(ITEMS)
+    assert all(len(t) == 1 for t in tokens)
+    assert len({t[0] for t in tokens}) == 4
+    ids, (start, _) = builder.prompt("Rank what I will like", ITEMS[:2], ITEMS[2:])
+    assert [t for run in tokens[:2] for t in run] == ids[start : start + 2]
+    assert "Alien" not in tokenizer.decode(ids)
+    with pytest.raises(ValueError, match="item 'zz' has no token of its own"):
+        builder.candidate_tokens([Item("zz", "Unknown")])
+
+
+def test_title_that_gives_no_tokens_is_an_error(tokenizer):
+    builder = PromptBuilder(tokenizer, encoding="title")
+    with pytest.raises(ValueError, match=r"candidate 'e' has the title ' \\n ', which gives no tokens"):
+        builder.candidate_tokens([ITEMS[0], Item("e", " \n ")])
+    PromptBuilder(tokenizer, encoding="index").candidate_tokens([ITEMS[0], Item("e", " \n ")])
+
+
+def test_titles_cannot_spell_special_tokens(tokenizer):
+    builder = PromptBuilder(tokenizer, encoding="title")
+    (tokens,) = builder.candidate_tokens([ITEMS[3]])
+    assert tokenizer.convert_tokens_to_ids(item_token("a")) not in tokens
+    (tokens,) = builder.candidate_tokens([Item("x", "</s>")])
+    assert tokenizer.eos_token_id not in tokens
+
+
+def test_chat_template_frames_the_message(tokenizer):
+    plain = PromptBuilder(tokenizer, encoding="index").prompt("Rank", [], ITEMS)[0]
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    )
+    try:
+        ids, _ = PromptBuilder(tokenizer, encoding="index").prompt("Rank", [], ITEMS)
+    finally:
+        tokenizer.chat_template = None
+    text = tokenizer.decode(ids)
+    assert text.startswith("<s>user: Rank")
+    assert text.endswith("</s><s>assistant:")
+    assert len(ids) > len(plain)
+
+
+def test_add_item_tokens_resizes_the_model():
+    tokenizer = build_tokenizer(CATALOGUE, [])
+    model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+    more = Catalogue(ids=("a", "new"), titles=("Alien", "New"), topics=((), ()))
+    assert add_item_tokens(model, tokenizer, more) == 1
+    assert model.get_input_embeddings().weight.shape[0] >= len(tokenizer)
+    assert add_item_tokens(model, tokenizer, more) == 0

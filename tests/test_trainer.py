@@ -1,0 +1,252 @@
+"""The trainers: what a step computes, on a bandit-like task whose best ranking is known."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+
+from flexrec.metrics import ranking_metric
+from flexrec.rollout import sample_rankings
+from flexrec.task import Example
+from flexrec.trainer import TRAINER_CREDITS, FlexRecConfig, FlexRecTrainer, SupervisedTrainer
+
+GAINS = np.array([0.0, 1.0, 0.25, 0.0, 0.5], dtype=np.float32)
+SINGLE = [[10], [11], [12], [13], [14]]
+TITLES = [[10, 20], [10, 21], [11, 20], [12], [12, 22]]
+
+
+class Fixed(Dataset):
+    """The same list again and again, the candidates' order turned by the index."""
+
+    def __init__(self, candidates, gains=GAINS, variance=None, size=64):
+        self.candidates, self.gains, self.size = candidates, gains, size
+        self.variance = np.zeros_like(gains) if variance is None else variance
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        order = np.roll(np.arange(len(self.gains)), index)
+        return Example(
+            prompt=[1, 2, 3, 4],
+            candidates=[self.candidates[i] for i in order],
+            gains=self.gains[order],
+            variance=self.variance[order],
+            history_span=(1, 3),
+            need="interest",
+            user=0,
+        )
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def options(tmp_path, steps=30, **more):
+    return {
+        "output_dir": str(tmp_path),
+        "max_steps": steps,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        **more,
+    }
+
+
+def ndcg(model, candidates, separator=(), end=()):
+    example = Fixed(candidates)[0]
+    rollout = sample_rankings(model, [example.prompt], [example.candidates], separator=separator, end=end, greedy=True)
+    gains = torch.tensor(example.gains[rollout.rankings])
+    return ranking_metric(gains, "ndcg").item()
+
+
+class History(TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+@pytest.mark.parametrize("credit", TRAINER_CREDITS)
+def test_every_credit_learns_the_best_order(tmp_path, credit):
+    grouped = credit in ("sequence", "rank", "independent", "noncausal")
+    model = make_model()
+    args = FlexRecConfig(
+        **options(tmp_path),
+        credit=credit,
+        num_generations=8 if grouped else 2,
+        baseline="rank" if grouped else "none",
+        entropy_coef=0.0,
+    )
+    FlexRecTrainer(model, args, Fixed(SINGLE)).train()
+    assert ndcg(model, SINGLE) > 0.99
+
+
+@pytest.mark.parametrize("credit", ["all_actions", "swap", "sequence"])
+def test_candidates_of_several_tokens(tmp_path, credit):
+    model = make_model()
+    args = FlexRecConfig(
+        **options(tmp_path, steps=60),
+        credit=credit,
+        num_generations=4,
+        baseline="none" if credit == "all_actions" else "rank",
+        entropy_coef=0.0,
+    )
+    FlexRecTrainer(model, args, Fixed(TITLES), separator=(30,), end=(31,)).train()
+    assert ndcg(model, TITLES, (30,), (31,)) > 0.95
+
+
+def test_policy_credit_needs_single_tokens(tmp_path):
+    args = FlexRecConfig(**options(tmp_path, steps=1), credit="policy")
+    with pytest.raises(ValueError, match="item_token"):
+        FlexRecTrainer(make_model(), args, Fixed(TITLES), separator=(30,)).train()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_several_updates_with_one_batch(tmp_path, accumulation):
+    """The first update with a batch has ratio 1; the next ones compare with the log-probs it was sampled with."""
+    history = History()
+    args = FlexRecConfig(
+        **options(tmp_path, steps=6, gradient_accumulation_steps=accumulation, per_device_train_batch_size=4),
+        credit="swap",
+        num_generations=2,
+        num_iterations=3,
+    )
+    FlexRecTrainer(make_model(), args, Fixed(SINGLE), callbacks=[history]).train()
+    ratios = [log["ratio_mean"] for log in history.logs if "ratio_mean" in log]
+    rewards = [log["reward"] for log in history.logs if "reward" in log]
+    assert len(ratios) == 6
+    assert ratios[0] == ratios[3] == 1.0
+    assert all(ratio != 1.0 for i, ratio in enumerate(ratios) if i % 3)
+    assert rewards[0] == rewards[1] == rewards[2] != rewards[3], "one batch of rankings per three updates"
+
+
+def test_kl_holds_the_policy_to_the_reference(tmp_path):
+    kls = {}
+    for beta in (1e-6, 10.0):
+        history = History()
+        model, reference = make_model(), make_model()
+        args = FlexRecConfig(**options(tmp_path), beta=beta, entropy_coef=0.0)
+        FlexRecTrainer(model, args, Fixed(SINGLE), reference=reference, callbacks=[history]).train()
+        found = [log["kl"] for log in history.logs if "kl" in log]
+        assert abs(found[0]) < 1e-6, "the policy begins as the reference"
+        kls[beta] = found[-1]
+    assert kls[10.0] < 0.1 * kls[1e-6]
+    with pytest.raises(ValueError, match="reference"):
+        FlexRecTrainer(make_model(), FlexRecConfig(**options(tmp_path), beta=0.1), Fixed(SINGLE))
+
+
+@pytest.mark.parametrize("level", ["rollout", "item"])
+def test_uncertain_rewards_count_less(tmp_path, level):
+    """One list is certain, one contradicts it without certainty: the policy follows the certain one."""
+
+    class Contradicting(Fixed):
+        def __getitem__(self, index):
+            example = super().__getitem__(index)
+            if index % 2:
+                reverse = example.gains.max() - example.gains
+                return Example(**{**vars(example), "gains": reverse, "variance": np.full_like(reverse, 4.0)})
+            return example
+
+    scores = {}
+    for uncertainty in (level, "none"):
+        model = make_model()
+        args = FlexRecConfig(**options(tmp_path), num_generations=4, uncertainty=uncertainty, entropy_coef=0.0)
+        FlexRecTrainer(model, args, Contradicting(SINGLE)).train()
+        scores[uncertainty] = ndcg(model, SINGLE)
+    assert scores[level] > 0.99
+    assert scores["none"] < scores[level]
+
+
+def test_partial_rankings_and_other_metrics(tmp_path):
+    for metric in ("mrr@2", "recall@2"):
+        model = make_model()
+        args = FlexRecConfig(**options(tmp_path), metric=metric, num_ranked=2, uncertainty="none", entropy_coef=0.0)
+        FlexRecTrainer(model, args, Fixed(SINGLE)).train()
+        rollout = sample_rankings(model, [[1, 2, 3, 4]], [SINGLE], num_ranked=2, greedy=True)
+        assert GAINS[rollout.rankings[0, 0]] > 0
+
+
+def test_lists_of_different_lengths(tmp_path):
+    class Ragged(Fixed):
+        def __getitem__(self, index):
+            example = super().__getitem__(0)
+            size = 1 + index % 5
+            cut = {name: getattr(example, name)[:size] for name in ("candidates", "gains", "variance")}
+            return Example(**{**vars(example), **cut})
+
+    for credit in ("all_actions", "swap"):
+        model = make_model()
+        args = FlexRecConfig(**options(tmp_path, steps=20), credit=credit, num_generations=2)
+        FlexRecTrainer(model, args, Ragged(SINGLE)).train()
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+        assert ndcg(model, SINGLE) > 0.8
+
+
+def test_listwise_reaches_the_order_of_the_gains_and_format_does_not(tmp_path):
+    listwise, formatted = make_model(), make_model()
+    for model, stage in ((listwise, "listwise"), (formatted, "format")):
+        args = TrainingArguments(**options(tmp_path))
+        SupervisedTrainer(model, args, Fixed(SINGLE), stage=stage).train()
+    assert ndcg(listwise, SINGLE) > 0.99
+    with torch.no_grad():
+        logits = formatted(torch.tensor([[1, 2, 3, 4]])).logits[0]
+    first = logits[-1, 10:15].softmax(0)
+    assert first.max() < 0.35, "rankings in random order teach no preference"
+    assert logits[0].argmax() == 2, "the history is modelled as language"
+    assert logits[1].argmax() == 3
+
+
+def test_resume_continues_where_it_stopped(tmp_path):
+    def run(folder, steps, resume=False):
+        model = make_model()
+        args = FlexRecConfig(
+            **{
+                **options(folder, steps=8, save_strategy="steps", save_steps=4, lr_scheduler_type="constant"),
+                "max_steps": steps,
+            }
+        )
+        FlexRecTrainer(model, args, Fixed(SINGLE)).train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run(tmp_path / "whole", 8)
+    run(tmp_path / "parts", 4)
+    resumed = run(tmp_path / "parts", 8, resume=True)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    state = json.loads((tmp_path / "parts" / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["global_step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"credit": "magic"}, "credit must be one of"),
+        ({"credit": "swap", "baseline": "rank"}, "num_generations > 1"),
+        ({"baseline": "group"}, "its own baseline"),
+        ({"num_generations": 0}, "at least 1"),
+    ],
+)
+def test_config_errors(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        FlexRecConfig(**options(tmp_path), **wrong)
