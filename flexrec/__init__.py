@@ -5,6 +5,7 @@ The functions of tensors below need no model and no trainer. The ranking task ar
 """
 
 from flexrec.advantages import item_advantages
+from flexrec.evaluation import Comparison, bootstrap_interval, rank_metrics, relative_change
 from flexrec.losses import policy_loss
 from flexrec.metrics import ranking_metric, register_metric
 from flexrec.ops.all_actions import AllActions, all_actions_objective
@@ -28,21 +29,25 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AllActions",
+    "Comparison",
     "EncodedRankings",
     "ParsedRankings",
     "RankingLogprobs",
     "RankingState",
     "all_actions_objective",
+    "bootstrap_interval",
     "encode_rankings",
     "inverse_permutation",
     "item_advantages",
     "parse_rankings",
     "policy_loss",
+    "rank_metrics",
     "ranking_kl",
     "ranking_logprobs",
     "ranking_metric",
     "ranking_probs",
     "register_metric",
+    "relative_change",
     "restricted_kl",
     "restricted_logprobs",
     "set_value_checks",

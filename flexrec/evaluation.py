@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from rich import box
 from rich.table import Table
 
 from flexrec.metrics import ranking_metric
@@ -189,15 +190,19 @@ def comparison_table(
         ValueError: no ``base``, a ranker without a need or a metric that ``base`` has, and as ``relative_change``.
     """
     header, rows = _table_cells(results, base, headline, clusters, level, num_samples, seed)
-    table = Table(title=title, highlight=False)
-    for column, name in enumerate(header):
-        table.add_column(name, justify="left" if column < 2 else "right", no_wrap=True)
+    # 80 columns hold five metrics: the need heads its rows, the interval stands behind its change.
+    table = Table(title=title, box=box.SIMPLE_HEAD, highlight=False, pad_edge=False, padding=(0, 1))
+    table.add_column("ranker", no_wrap=True)
+    for name in header[2:-3]:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(f"{headline} vs {base}", justify="right", no_wrap=True)
     previous = None
-    for row in rows:
-        if previous not in (None, row[0]):
+    for need, ranker, *means, change, interval, _ in rows:
+        if need != previous:
             table.add_section()
-        table.add_row("" if row[0] == previous else row[0], *row[1:])
-        previous = row[0]
+            table.add_row(need, style="bold")
+        table.add_row(f" {ranker}", *means, f"{change} [{interval}]" if change else "")
+        previous = need
     return table
 
 
@@ -250,7 +255,7 @@ def _table_cells(
                 seed=seed,
             )
             p_value = f"{change.p_value:.3f}" if change.p_value >= 0.001 else "< 0.001"
-            interval = f"{change.percent_low:+.1f} .. {change.percent_high:+.1f}"
+            interval = f"{change.percent_low:+.1f}, {change.percent_high:+.1f}"
             rows.append([*row, f"{change.percent:+.1f} %", interval, p_value])
     return header, rows
 

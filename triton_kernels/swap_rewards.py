@@ -1,13 +1,14 @@
 """Triton kernel of the causal swap rewards of linear metrics: one launch, every list read and written once.
 
 Derivation. R = sum d_k w_k / Z (d the discount, w the term gain, Z the normaliser), so for n = length - k candidates
-behind rank k (1-based), with x = w - (mean of w), which changes no difference,
+behind rank k (1-based), with x = w - w_1, which changes no difference,
 
     r_k = mean over j > k of (d_k - d_j)(w_k - w_j) / Z
-        = [ d_k (x_k - X_k / n) - (x_k D_k - Y_k) / n ] / Z,
+        = [ d_k (n x_k - X_k) - (x_k D_k - Y_k) ] / (n Z),
     X_k, D_k, Y_k = sums over j > k of x_j, d_j, d_j x_j: three reverse scans.
 
-Centring is what lets float32 serve: gains of 1e4 + noise would leave three digits of the noise in X, D and Y. The
+Centring is what lets float32 serve: gains of 1e4 + noise would leave three digits of the noise in X and Y. The centre
+is one of the list's own term gains, so that ties give exactly 0, and binary gains with equal discounts exact sums. The
 scans run from the end of the list, so that their error at rank k is relative to what lies behind k and is divided by
 n with it; total minus prefix would carry the error of the whole list into ranks with few candidates behind them.
 Z of ndcg and ndcg_burges: the list sorted in registers, times the same discounts. Beyond MAX_SORTED the caller gives
@@ -89,7 +90,6 @@ def _swap_rewards_linear_kernel(
     top = tl.max(gains, axis=1)  # (BLOCK_N,)
     w = _term_gains(gains, top, GAIN_KIND)  # (BLOCK_N, BLOCK_K)
     w = tl.where(inside, w, 0.0)  # (BLOCK_N, BLOCK_K)
-    total = tl.sum(w, axis=1)  # (BLOCK_N,)
 
     if NORMALISER == IDEAL:
         best = tl.sort(gains, dim=1, descending=True)  # (BLOCK_N, BLOCK_K)
@@ -99,7 +99,7 @@ def _swap_rewards_linear_kernel(
         best = tl.where(counted, _term_gains(best, top, GAIN_KIND) * table[None, :], 0.0)  # (BLOCK_N, BLOCK_K)
         norm = tl.sum(best, axis=1)  # (BLOCK_N,)
     elif NORMALISER == RELEVANT:
-        norm = total  # (BLOCK_N,)
+        norm = tl.sum(w, axis=1)  # (BLOCK_N,)
     elif NORMALISER == CUTOFF:
         norm = length.to(ACCUMULATOR)  # (BLOCK_N,)
         if cutoff > 0:
@@ -107,22 +107,22 @@ def _swap_rewards_linear_kernel(
     else:
         norm = tl.full([BLOCK_N], 1.0, ACCUMULATOR)  # (BLOCK_N,)
 
-    mean = total / tl.maximum(length, 1).to(ACCUMULATOR)  # (BLOCK_N,)
-    x = tl.where(inside, w - mean[:, None], 0.0)  # (BLOCK_N, BLOCK_K)
+    centre = tl.sum(tl.where(k[None, :] == 0, w, 0.0), axis=1)  # (BLOCK_N,)
+    x = tl.where(inside, w - centre[:, None], 0.0)  # (BLOCK_N, BLOCK_K)
     dx = d * x  # (BLOCK_N, BLOCK_K)
     x_behind = tl.cumsum(x, axis=1, reverse=True) - x  # (BLOCK_N, BLOCK_K)
     d_behind = tl.cumsum(d, axis=1, reverse=True) - d  # (BLOCK_N, BLOCK_K)
     dx_behind = tl.cumsum(dx, axis=1, reverse=True) - dx  # (BLOCK_N, BLOCK_K)
-    n = length[:, None] - 1 - k[None, :]  # (BLOCK_N, BLOCK_K)
-    share = 1.0 / tl.maximum(n, 1).to(ACCUMULATOR)  # (BLOCK_N, BLOCK_K)
-    rewards = d * (x - x_behind * share) - (x * d_behind - dx_behind) * share  # (BLOCK_N, BLOCK_K)
+    n = tl.maximum(length[:, None] - 1 - k[None, :], 0).to(ACCUMULATOR)  # (BLOCK_N, BLOCK_K)
+    rewards = d * (n * x - x_behind) - (x * d_behind - dx_behind)  # (BLOCK_N, BLOCK_K)
+    rewards = rewards / tl.maximum(n, 1.0)  # (BLOCK_N, BLOCK_K)
     if NORMALISER == GIVEN:
         norm = tl.load(inverse_norms_ptr + row, mask=exists, other=0.0)  # (BLOCK_N,)
         rewards = rewards * norm.to(ACCUMULATOR)[:, None]  # (BLOCK_N, BLOCK_K)
     else:
         norm = tl.where(norm > 0.0, norm, 1.0)  # (BLOCK_N,), a list without a positive gain has x = 0
         rewards = rewards / norm[:, None]  # (BLOCK_N, BLOCK_K)
-    rewards = tl.where((n > 0) & (k[None, :] < shown[:, None]), rewards, 0.0)  # (BLOCK_N, BLOCK_K)
+    rewards = tl.where((n > 0.0) & (k[None, :] < shown[:, None]), rewards, 0.0)  # (BLOCK_N, BLOCK_K)
     written = exists[:, None] & (k[None, :] < size)  # (BLOCK_N, BLOCK_K)
     tl.store(rewards_ptr + row[:, None] * size + k[None, :], rewards, mask=written)  # (BLOCK_N, BLOCK_K)
 

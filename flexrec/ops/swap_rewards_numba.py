@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -233,31 +234,33 @@ def _average_precision_sums(
 def _cascade_sums(
     w: np.ndarray, d: np.ndarray, depth: int, length: int, later: np.ndarray, earlier: np.ndarray, both: bool
 ) -> None:
-    # Forwards: P, and (for the sums over earlier ranks) A, B and C, each for y = 1 and y = theta.
+    base = w[0]  # x = theta - base
+    # Forwards: P, and (for the sums over earlier ranks) A, B and C, each for y = 1 and y = x.
     reached = 1.0
-    a1, b1, c1, at, bt, ct = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    a1, b1, c1, ax, bx, cx = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for k in range(length):
         h = d[k] if k < depth else 0.0
-        theta = w[k]
+        theta, x = w[k], w[k] - base
         later[k] = reached
-        earlier[k] = (at - bt - ct * h) - theta * (a1 - b1 - c1 * h)
-        a1 += reached * h
-        at += reached * theta * h
-        b1 += c1 * h * theta
-        bt += ct * h * theta
-        c1 = c1 * (1.0 - theta) + reached
-        ct = ct * (1.0 - theta) + reached * theta
+        if both:
+            earlier[k] = (ax - bx - cx * h) - x * (a1 - b1 - c1 * h)
+            a1 += reached * h
+            ax += reached * x * h
+            b1 += c1 * h * theta
+            bx += cx * h * theta
+            c1 = c1 * (1.0 - theta) + reached
+            cx = cx * (1.0 - theta) + reached * x
         reached *= 1.0 - theta
-    # Backwards: Gamma of 1 and of theta.
-    gamma1, gammat, suffix = 0.0, 0.0, 0.0
+    # Backwards: Gamma of 1 and of x.
+    gamma1, gammax, behind = 0.0, 0.0, 0.0
     for k in range(length - 1, -1, -1):
         h = d[k] if k < depth else 0.0
-        theta = w[k]
+        theta, x = w[k], w[k] - base
         n = length - 1 - k
-        later[k] = later[k] * (h * (n * theta - suffix) - theta * gamma1 + gammat)
+        later[k] *= h * (n * x - behind) - x * gamma1 + gammax
         gamma1 = h + h * theta * n + (1.0 - theta) * gamma1
-        gammat = theta * h + h * theta * suffix + (1.0 - theta) * gammat
-        suffix += theta
+        gammax = x * h + h * theta * behind + (1.0 - theta) * gammax
+        behind += x
 
 
 @njit(cache=True)
@@ -447,25 +450,42 @@ def compile_custom_metric(name: str, f: Callable[[Any, int], float]) -> Any:
     return compiled
 
 
-@njit(parallel=True)
 def custom_prefix_values(f: Any, gains: np.ndarray, lengths: np.ndarray, shown: np.ndarray) -> np.ndarray:
     """(N, K + 1) float64: f of each list (N, K) float64 with the first 0, 1, .. of its shown ranks shown."""
-    rows, size = gains.shape
-    values = np.zeros((rows, size + 1))
-    for i in prange(rows):
-        list_gains = gains[i, : lengths[i]].copy()
-        if (list_gains > 0.0).any():
-            for t in range(size + 1):
-                values[i, t] = f(list_gains, t) if t <= shown[i] else values[i, t - 1]
+    values = np.zeros((gains.shape[0], gains.shape[1] + 1))
+    _in_threads(_custom_prefix_values, f, gains, lengths, shown, values)
     return values
 
 
-@njit(parallel=True)
 def custom_swap_scores(f: Any, gains: np.ndarray, lengths: np.ndarray, shown: np.ndarray) -> np.ndarray:
     """(N, K, K) float64 swap scores of f, by evaluating it after every swap that can matter."""
-    rows, size = gains.shape
-    scores = np.zeros((rows, size, size))
-    for i in prange(rows):
+    scores = np.zeros((*gains.shape, gains.shape[1]))
+    _in_threads(_custom_swap_scores, f, gains, lengths, shown, scores)
+    return scores
+
+
+def _in_threads(kernel: Any, f: Any, *arrays: np.ndarray) -> None:
+    """Run a kernel over slices of the lists. Threads, not prange, which takes seconds to compile for every new f."""
+    rows, threads = len(arrays[0]), numba.get_num_threads()
+    pieces = [slice(i * rows // threads, (i + 1) * rows // threads) for i in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda piece: kernel(f, *(array[piece] for array in arrays)), pieces))
+
+
+@njit(nogil=True)
+def _custom_prefix_values(
+    f: Any, gains: np.ndarray, lengths: np.ndarray, shown: np.ndarray, values: np.ndarray
+) -> None:
+    for i in range(len(gains)):
+        list_gains = gains[i, : lengths[i]].copy()
+        if (list_gains > 0.0).any():
+            for t in range(values.shape[1]):
+                values[i, t] = f(list_gains, t) if t <= shown[i] else values[i, t - 1]
+
+
+@njit(nogil=True)
+def _custom_swap_scores(f: Any, gains: np.ndarray, lengths: np.ndarray, shown: np.ndarray, scores: np.ndarray) -> None:
+    for i in range(len(gains)):
         swapped = gains[i, : lengths[i]].copy()
         if (swapped > 0.0).any():
             present = f(swapped, shown[i])
@@ -475,4 +495,3 @@ def custom_swap_scores(f: Any, gains: np.ndarray, lengths: np.ndarray, shown: np
                     scores[i, k, j] = present - f(swapped, shown[i])
                     scores[i, j, k] = scores[i, k, j]
                     swapped[k], swapped[j] = gains[i, k], gains[i, j]
-    return scores

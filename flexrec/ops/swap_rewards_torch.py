@@ -10,7 +10,8 @@ the number of candidates behind k, "sum" without bounds runs over j > k.
 Linear metrics (dcg, ndcg, recall, precision, rbp): R = sum d_k w_k, hence
     S[k, j] = (d_k - d_j) (w_k - w_j)
     later_k = d_k (n w_k - sum w_j) - (w_k sum d_j - sum d_j w_j),
-  three suffix sums. Adding a constant to w changes nothing but the rounding, so w is centred first. earlier_k is the
+  three suffix sums. Adding a constant to w changes nothing but the rounding, so w is centred first, on one of the
+  list's own values: ties then give exactly 0. earlier_k is the
   same with prefix sums, by symmetry.
 
 First relevant item (mrr: d_k = 1/k; hit_rate: d_k = 1): R = d_f, f the first rank with w = 1; s is the second such
@@ -33,14 +34,15 @@ Cascade (err: d_k = 1/k, w = theta): let P_k be the product of (1 - theta_i) ove
     old: d_k theta_k + (1 - theta_k) (M + Q d_j theta_j) + (1 - theta_k) Q (1 - theta_j) (what follows j)
     new: d_k theta_j + (1 - theta_j) (M + Q d_j theta_k) + (1 - theta_j) Q (1 - theta_k) (what follows j)
     S[k, j] = P_k (theta_k - theta_j) (d_k - G_kj),   G_kj = M_kj + Q_kj d_j.
-  With Gamma^x_k = sum over j > k of x_j G_kj for x = 1 and x = theta,
-    later_k = P_k [d_k (n theta_k - sum theta_j) - theta_k Gamma^1_k + Gamma^theta_k].
+  The factor theta_k - theta_j does not feel a constant either: let x = theta - theta_1, so that ties give exactly 0.
+  With Gamma^y_k = sum over j > k of y_j G_kj for y = 1 and y = x,
+    later_k = P_k [d_k (n x_k - sum x_j) - x_k Gamma^1_k + Gamma^x_k].
   G_{k,k+1} = d_{k+1} and G_kj = d_{k+1} theta_{k+1} + (1 - theta_{k+1}) G_{k+1,j}, hence backwards
-    Gamma^x_k = x_{k+1} d_{k+1} + d_{k+1} theta_{k+1} sum_{j > k+1} x_j + (1 - theta_{k+1}) Gamma^x_{k+1}.
-  Never dividing by a product of (1 - theta), which underflows. For earlier_k, forwards, with y = 1 and y = theta:
+    Gamma^y_k = y_{k+1} d_{k+1} + d_{k+1} theta_{k+1} sum_{j > k+1} y_j + (1 - theta_{k+1}) Gamma^y_{k+1}.
+  Never dividing by a product of (1 - theta), which underflows. For earlier_k, forwards, again with y = 1 and y = x:
     A^y_k = sum_{j<k} P_j y_j d_j,  B^y_k = sum_{j<k} P_j y_j M_jk,  C^y_k = sum_{j<k} P_j y_j Q_jk;
     B_{k+1} = B_k + C_k d_k theta_k,  C_{k+1} = (1 - theta_k) C_k + P_k y_k,
-    earlier_k = (A^theta - B^theta - C^theta d_k) - theta_k (A^1 - B^1 - C^1 d_k).
+    earlier_k = (A^x - B^x - C^x d_k) - x_k (A^1 - B^1 - C^1 d_k).
 """
 
 from __future__ import annotations
@@ -81,8 +83,7 @@ def _shift(x: torch.Tensor) -> torch.Tensor:
 
 def _linear_sums(parts: Ingredients) -> tuple[torch.Tensor, torch.Tensor]:
     d, inside = parts.discount, parts.inside  # (N, K)
-    mean = parts.weight.sum(-1, keepdim=True) / parts.length.clamp(min=1)  # (N, 1)
-    w = torch.where(inside, parts.weight - mean, 0.0)  # (N, K)
+    w = torch.where(inside, parts.weight - parts.weight[:, :1], 0.0)  # (N, K)
 
     def sums(over: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         return d * (over(inside.double()) * w - over(w)) - (w * over(d) - over(d * w))
@@ -114,20 +115,20 @@ def _average_precision_sums(parts: Ingredients) -> tuple[torch.Tensor, torch.Ten
 
 
 def _cascade_sums(parts: Ingredients) -> tuple[torch.Tensor, torch.Tensor]:
-    d, theta, inside = parts.discount, parts.weight, parts.inside.double()  # (N, K)
+    d, theta, one = parts.discount, parts.weight, parts.inside.double()  # (N, K)
+    x = torch.where(parts.inside, theta - theta[:, :1], 0.0)  # (N, K)
     go_on, reach = 1.0 - theta, metrics.reach(theta)  # (N, K)
 
-    def gamma(x: torch.Tensor) -> torch.Tensor:  # what rank k+1 adds, seen from the end of the list
-        added = x * d + d * theta * _behind(x)
+    def gamma(y: torch.Tensor) -> torch.Tensor:
+        added = y * d + d * theta * _behind(y)  # what rank k + 1 adds
         return _shift(_recur(added.flip(-1), go_on.flip(-1))).flip(-1)
 
-    later = reach * (d * (_behind(inside) * theta - _behind(theta)) - theta * gamma(inside) + gamma(theta))
-
     def lost(y: torch.Tensor) -> torch.Tensor:  # A - B - C d
-        c = _shift(_recur(reach * y, torch.cat([torch.zeros_like(go_on[:, :1]), go_on[:, 1:]], dim=-1)))
+        c = _shift(_recur(reach * y, go_on))
         return _before(reach * y * d) - _before(c * d * theta) - c * d
 
-    return later, lost(theta) - theta * lost(inside)
+    later = reach * (d * (_behind(one) * x - _behind(x)) - x * gamma(one) + gamma(x))
+    return later, lost(x) - x * lost(one)
 
 
 _SUMS = {

@@ -179,6 +179,18 @@ def test_lists_without_positive_gain_and_single_items_get_zero(family, backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ties_give_exactly_zero(family, backend):
+    """A rounding error in place of 0 would become an advantage of size 1 where rewards are divided by their spread."""
+    tied = torch.full((3, 37), 0.3)
+    assert swap_rewards(tied, family, backend=backend).eq(0).all()
+    assert swap_rewards(tied, family, credit="noncausal", backend=backend).eq(0).all()
+    if family in ("recall", "precision"):  # all candidates shown, equal discounts: no order is better than another
+        mixed = torch.rand(3, 37, generator=torch.Generator().manual_seed(0)).round()
+        assert swap_rewards(mixed, family, backend=backend).eq(0).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize("metric", ["dcg", "ndcg", "ndcg@10", "err", "ndcg_burges"])
 def test_large_common_offset(metric, backend):
     """1e4 + noise, K = 4096, float32: within 1e-5 of the reward's scale of the O(K) sums taken exactly."""
