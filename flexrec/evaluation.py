@@ -191,7 +191,7 @@ def comparison_table(
     """
     header, rows = _table_cells(results, base, headline, clusters, level, num_samples, seed)
     # 80 columns hold five metrics: the need heads its rows, the interval stands behind its change.
-    table = Table(title=title, box=box.SIMPLE_HEAD, highlight=False, pad_edge=False, padding=(0, 1))
+    table = Table(title=title, box=box.SIMPLE_HEAD, highlight=False, pad_edge=False, padding=0)
     table.add_column("ranker", no_wrap=True)
     for name in header[2:-3]:
         table.add_column(name, justify="right", no_wrap=True)
