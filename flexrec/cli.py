@@ -28,7 +28,8 @@ RANK_EXAMPLES = """examples:
 
 a request is one line of JSON:
   {"history": ["17", "4"], "need": "interest", "candidates": [{"id": "8", "title": "Night market 3"}, {"id": "9"}]}
-"history" lists ids (or {"id", "title"}), oldest first; {"user": "12"} takes a user's history from the run's log;
+"history" lists ids (or {"id", "title", "liked": false} for what was seen and not liked), oldest first;
+{"user": "12"} takes a user's history from the run's log;
 "need" is a name (interest, explore, trend) or an instruction in words. The answer on the same line of the output:
   {"line": 1, "ranking": [{"id": "9", "probability": 0.83}, {"id": "8", "probability": 1.0}]}
 or {"line": 1, "error": "what was wrong"}.

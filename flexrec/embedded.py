@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flexrec.data.lists import Catalogue
-from flexrec.prompts import CANDIDATES, HISTORY, RANKING, RISING, item_token
+from flexrec.prompts import CANDIDATES, LIKED, RANKING, RISING, SEEN, item_token
 
 
 def build_tokenizer(catalogue: Catalogue, texts: Iterable[str], *, vocab_size: int = 2048) -> PreTrainedTokenizerFast:
@@ -25,7 +25,7 @@ def build_tokenizer(catalogue: Catalogue, texts: Iterable[str], *, vocab_size: i
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    corpus = [*texts, HISTORY, RISING, CANDIDATES, RANKING, *catalogue.titles, *catalogue.topic_names]
+    corpus = [*texts, LIKED, SEEN, RISING, CANDIDATES, RANKING, *catalogue.titles, *catalogue.topic_names]
     tokenizer.train_from_iterator(corpus, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"

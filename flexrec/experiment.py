@@ -395,10 +395,12 @@ def _save_run(
     shown = {"ids": catalogue.ids, "titles": catalogue.titles, "trend": rises}
     (folder / "catalogue.json").write_text(json.dumps(shown) + "\n")
     most = max(len(lst.history) for lst in dataset.train)
-    histories: dict[str, list[str]] = {}
-    for user, item in zip(log.users.tolist(), log.items.tolist(), strict=True):
-        histories.setdefault(str(user), []).append(catalogue.ids[item])
-    (folder / "histories.json").write_text(json.dumps({user: ids[-most:] for user, ids in histories.items()}) + "\n")
+    histories: dict[str, list[dict[str, Any]]] = {}
+    for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
+        histories.setdefault(str(user), []).append({"id": catalogue.ids[item], "liked": interest >= 0.5})
+    (folder / "histories.json").write_text(
+        json.dumps({user: events[-most:] for user, events in histories.items()}) + "\n"
+    )
     _save_model(folder, model, tokenizer, config, builder, dataset)
 
 

@@ -21,7 +21,8 @@ ENCODINGS = ("index", "title", "item_token")
 MAX_RISING = 8
 
 # The fixed parts of every prompt.
-HISTORY, RISING, CANDIDATES, RANKING = "\nHistory:\n", "Rising now:\n", "Candidates:\n", "Ranking, best first:\n"
+LIKED, SEEN = "\nLiked before:\n", "Seen before:\n"
+RISING, CANDIDATES, RANKING = "Rising now:\n", "Candidates:\n", "Ranking, best first:\n"
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,29 @@ class PromptBuilder:
             self.end = (int(tokenizer.eos_token_id),)
 
     def prompt(
-        self, wording: str, history: Sequence[Item], candidates: Sequence[Item], rising: Sequence[Item] = ()
+        self,
+        wording: str,
+        history: Sequence[Item],
+        candidates: Sequence[Item],
+        *,
+        liked: Sequence[bool] | None = None,
+        rising: Sequence[Item] = (),
     ) -> tuple[list[int], tuple[int, int]]:
-        """Token ids of one prompt, after which the answer begins, and the span (start, end) of the history in it."""
+        """Token ids of one prompt, after which the answer begins, and the span (start, end) of the history in it.
+
+        Args:
+            wording: the need in words.
+            history: oldest first; it is shown as what was liked and what was merely seen.
+            liked: which items of the history were liked; None: none is known to be.
+            rising: candidates that rise, the strongest first.
+        """
         before, after = self._frame
-        ids = [*before, *self._encode(wording + HISTORY)]
+        marks = [False] * len(history) if liked is None else liked
+        ids = [*before, *self._encode(wording + LIKED)]
         start = len(ids)
-        ids += self._listing(history)
+        ids += self._listing([item for item, mark in zip(history, marks, strict=True) if mark])
+        ids += self._encode(SEEN)
+        ids += self._listing([item for item, mark in zip(history, marks, strict=True) if not mark])
         end = len(ids)
         if self.show_rising:
             ids += [*self._encode(RISING), *self._listing(rising)]
@@ -100,8 +117,8 @@ class PromptBuilder:
     def prompt_of(self, lst: RankingList, catalogue: Catalogue, wording: str) -> tuple[list[int], tuple[int, int]]:
         """:meth:`prompt` for a list of a data set."""
         groups = (lst.history, lst.candidates, lst.candidates[strongest_risers(lst.trend)])
-        items = [[Item(catalogue.ids[i], catalogue.titles[i]) for i in group] for group in groups]
-        return self.prompt(wording, *items)
+        history, candidates, rising = ([Item(catalogue.ids[i], catalogue.titles[i]) for i in group] for group in groups)
+        return self.prompt(wording, history, candidates, liked=lst.history_liked.tolist(), rising=rising)
 
     def candidate_tokens(self, candidates: Sequence[Item]) -> list[list[int]]:
         """The token sequence by which an answer names each candidate.

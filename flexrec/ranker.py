@@ -81,8 +81,8 @@ class Ranker:
     """A trained run, loaded from its folder, that ranks the candidates of requests.
 
     A request is a dictionary: ``need`` (a known name, or an instruction in words), ``candidates`` (a list of
-    ``{"id": .., "title": ..}``), and ``history`` (ids, or dictionaries like the candidates') or ``user`` (whose
-    history the run has logged).
+    ``{"id": .., "title": ..}``), and ``history`` (ids, or dictionaries like the candidates', oldest first; ``"liked":
+    false`` marks what was seen and not liked) or ``user`` (whose history the run has logged).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -116,7 +116,8 @@ class Ranker:
                 items = self._candidates(request)
                 trend = np.array([self._trend.get(item.id, 0.0) for item in items])
                 rising = [items[j] for j in strongest_risers(trend)]
-                prompt, _ = self.builder.prompt(self._wording(request), self._history(request), items, rising)
+                history, liked = self._history(request)
+                prompt, _ = self.builder.prompt(self._wording(request), history, items, liked=liked, rising=rising)
                 tokens = self.builder.candidate_tokens(items)
             except ValueError as error:
                 answers[i] = {"error": str(error)}
@@ -163,20 +164,23 @@ class Ranker:
             raise ValueError(f"'candidates' has the id {sorted(repeated)[0]!r} more than once")
         return items
 
-    def _history(self, request: dict[str, Any]) -> list[Item]:
+    def _history(self, request: dict[str, Any]) -> tuple[list[Item], list[bool]]:
+        """The latest items of the history, and which of them were liked."""
         if "history" in request:
             given = request["history"]
             if not isinstance(given, list):
                 raise ValueError("'history' must be a list of ids or of {'id': .., 'title': ..}, oldest first")
-            items = [self._item(entry, f"history[{j}]") for j, entry in enumerate(given)]
+            where = "history"
         elif "user" in request:
             user = str(request["user"])
             if user not in self._histories:
                 raise ValueError(f"user {user!r} is not in the log of this run: give a 'history' instead")
-            items = [self._item(item_id) for item_id in self._histories[user]]
+            given, where = self._histories[user], "the user's history"
         else:
             raise ValueError("a request needs a 'history' (may be empty) or a 'user'")
-        return items[-self.info.max_history :]
+        items = [self._item(entry, f"{where}[{j}]") for j, entry in enumerate(given)]
+        liked = [bool(entry.get("liked", True)) if isinstance(entry, dict) else True for entry in given]
+        return items[-self.info.max_history :], liked[-self.info.max_history :]
 
     def _item(self, entry: Any, where: str = "item") -> Item:
         if isinstance(entry, dict):

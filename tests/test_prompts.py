@@ -22,13 +22,17 @@ def tokenizer():
 @pytest.mark.parametrize("encoding", ["index", "title", "item_token"])
 def test_prompt_holds_need_history_and_candidates(tokenizer, encoding):
     builder = PromptBuilder(tokenizer, encoding=encoding)
-    ids, (start, end) = builder.prompt("Rank what I will like", ITEMS[:2], ITEMS[2:], rising=ITEMS[:1])
+    ids, (start, end) = builder.prompt(
+        "Rank what I will like", ITEMS[:2], ITEMS[2:], liked=[False, True], rising=ITEMS[2:3]
+    )
     text = tokenizer.decode(ids)
-    assert text.index("Rank what I will like") < text.index("History:") < text.index("Candidates:")
+    assert text.index("Rank what I will like") < text.index("Liked before:") < text.index("Candidates:")
     history = tokenizer.decode(ids[start:end])
-    assert "Alien\n" in history
-    assert "Aliens\n" in history
+    liked, seen = history.split("Seen before:\n")
+    assert "Aliens\n" in liked
+    assert "Alien\n" in seen
     assert "noodles" not in history
+    assert text[text.index("Rising now:") : text.index("Candidates:")].count("noodles") == 1
     assert "Night market noodles\n" in text, "a title is one line"
 
 
@@ -46,7 +50,7 @@ def test_item_tokens_are_single_and_short_prompts_have_no_titles(tokenizer):
     tokens = builder.candidate_tokens(ITEMS)
     assert all(len(t) == 1 for t in tokens)
     assert len({t[0] for t in tokens}) == 4
-    ids, (start, _) = builder.prompt("Rank what I will like", ITEMS[:2], ITEMS[2:])
+    ids, (start, _) = builder.prompt("Rank what I will like", ITEMS[:2], ITEMS[2:], liked=[True, True])
     assert [t for run in tokens[:2] for t in run] == ids[start : start + 2]
     assert "Alien" not in tokenizer.decode(ids)
     with pytest.raises(ValueError, match="item 'zz' has no token of its own"):

@@ -213,6 +213,7 @@ class ListBuilder:
             return None
         first = np.argpartition(clock, num_negatives - 1)[:num_negatives] if num_negatives else np.zeros(0, np.int64)
         negatives = pool[first[np.argsort(clock[first])]]
+        shown = slice(max(0, position - self.history_length), position)
         observed = slice(position, position + self.num_positives)
         order = rng.permutation(self.num_candidates)
         candidates = np.concatenate([items[observed], negatives])[order]
@@ -220,7 +221,8 @@ class ListBuilder:
         return RankingList(
             user=user,
             time=time,
-            history=items[max(0, position - self.history_length) : position].copy(),
+            history=items[shown].copy(),
+            history_interest=interest[shown].astype(np.float32),
             candidates=candidates,
             interest=feedback.astype(np.float32),
             popularity=moment.popularity[candidates].astype(np.float32),

@@ -87,7 +87,17 @@ class RankingList:
     popularity: np.ndarray  # (K,) float32, interactions with the candidate before `time`
     trend: np.ndarray  # (K,) float32 in [0, 1], how strongly the candidate rises just before `time`
     rising: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # (R,) items that rise the most
+    history_interest: np.ndarray | None = (
+        None  # (H,) float32 in [0, 1], feedback on the history; NaN where none is known
+    )
     truth: np.ndarray | None = None  # (K,) float32 in [0, 1], the noise-free interest where it is known; scoring only
+
+    @property
+    def history_liked(self) -> np.ndarray:
+        """(H,) bool: the items of the history that are known to have been liked (an interest of at least 1/2)."""
+        if self.history_interest is None:
+            return np.zeros(len(self.history), dtype=bool)
+        return self.history_interest >= 0.5  # NaN is not
 
     def reordered(self, order: np.ndarray) -> RankingList:
         """The same list with its candidates in another order: ``order`` (K,) holds their present positions."""

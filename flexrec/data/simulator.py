@@ -195,6 +195,7 @@ class _Users:
 
     watched: list[np.ndarray]  # U arrays of distinct items in order of time
     watch_times: list[np.ndarray]
+    watch_interest: list[np.ndarray]  # NaN where thinned away
     list_users: np.ndarray  # (L,)
     list_times: np.ndarray  # (L,)
     candidates: np.ndarray  # (L, K)
@@ -257,6 +258,7 @@ def _simulate_users(
     return _Users(
         watched=watched,
         watch_times=watch_times,
+        watch_interest=np.split(np.where(watch_kept, watch_interest, np.nan).astype(np.float32), ends),
         list_users=list_users,
         list_times=list_times,
         candidates=candidates,
@@ -334,10 +336,12 @@ def _to_lists(
     for i, moment in moments(log, num_items, users.list_times, trend_window=_TREND_WINDOW):
         user, time = users.list_users[i], float(users.list_times[i])
         seen = np.searchsorted(users.watch_times[user], time)
+        shown = slice(max(0, seen - history_length), seen)
         lists[i] = RankingList(
             user=first_user + int(user),
             time=time,
-            history=users.watched[user][max(0, seen - history_length) : seen],
+            history=users.watched[user][shown],
+            history_interest=users.watch_interest[user][shown],
             candidates=users.candidates[i],
             interest=users.interest[i],
             popularity=moment.popularity[users.candidates[i]].astype(np.float32),
