@@ -25,16 +25,17 @@ CREDITS = {"swap": SWAP, "noncausal": NONCAUSAL, "independent": INDEPENDENT, "ra
 LN2 = math.log(2.0)
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
 def all_within(gains: np.ndarray, lengths: np.ndarray, high: float) -> bool:
-    """Whether every gain (N, K) inside its list's length is a number in [0, high]."""
-    bad = 0
-    for row in prange(gains.shape[0]):
-        outside = 0
-        for k in range(lengths[row]):
-            outside += not (gains[row, k] >= 0.0 and gains[row, k] <= high)
-        bad += outside
-    return bad == 0
+    """Whether every gain (N, K) inside its list's length is a number in [0, high]. Not worth waking threads for."""
+    for row in range(gains.shape[0]):
+        inside = gains[row, : lengths[row]]
+        outside = False
+        for k in range(len(inside)):
+            outside |= not (inside[k] >= 0.0 and inside[k] <= high)
+        if outside:
+            return False
+    return True
 
 
 @njit(cache=True)
@@ -121,13 +122,18 @@ def ideal_dcg(
         _sort_columns_descending(flat, longest, lanes)
         ordered = flat.view(gains.dtype).reshape(longest, lanes)
         depth = min(longest, cutoff)
-        w = np.empty(depth)
-        for lane in range(lanes):
-            _term_gains(ordered[:, lane], depth, kind, 0.0, w)
-            total = 0.0
+        sums = ideal[first : first + lanes]
+        if kind == GAIN:  # by rows, which SIMD likes
             for k in range(depth):
-                total += w[k] * discounts[k]
-            ideal[first + lane] = total
+                best = ordered[k]
+                for lane in range(lanes):
+                    sums[lane] += best[lane] * discounts[k]
+        else:
+            w = np.empty(depth)
+            for lane in range(lanes):
+                _term_gains(ordered[:, lane], depth, kind, 0.0, w)
+                for k in range(depth):
+                    sums[lane] += w[k] * discounts[k]
     return ideal
 
 
