@@ -25,8 +25,9 @@ def build_tokenizer(catalogue: Catalogue, texts: Iterable[str], *, vocab_size: i
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    corpus = [*texts, LIKED, SEEN, RISING, CANDIDATES, RANKING, *catalogue.titles, *catalogue.topic_names]
-    tokenizer.train_from_iterator(corpus, trainer)
+    # What stands in every prompt weighs as much as all titles, so that it takes few tokens.
+    frame = [*texts, LIKED, SEEN, RISING, CANDIDATES, RANKING] * len(catalogue)
+    tokenizer.train_from_iterator([*frame, *catalogue.titles, *catalogue.topic_names], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
     )
