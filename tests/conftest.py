@@ -1,4 +1,4 @@
-"""Shared fixtures. Without a GPU every Triton kernel runs in Triton's interpreter, which must be chosen before import."""
+"""Shared fixtures. Without a GPU every Triton kernel runs in the interpreter, which must be chosen before import."""
 
 import os
 

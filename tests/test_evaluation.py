@@ -247,7 +247,7 @@ def test_markdown_states_means_changes_and_intervals(results):
 def test_table_of_five_metrics_fits_80_columns(results):
     for needs in results.values():
         for metrics in needs.values():
-            metrics |= {name: metrics["ndcg@5"] for name in ("ndcg@10", "ndcg@30", "recall@5")}
+            metrics |= dict.fromkeys(("ndcg@10", "ndcg@30", "recall@5"), metrics["ndcg@5"])
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(comparison_table(results, title="test users"))
     text = console.export_text()
