@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--warmup-steps", type=_positive, metavar="N", help="steps of each supervised stage")
     train.add_argument("--prompts-per-step", type=_positive, metavar="N", help="prompts in a step")
     train.add_argument("--num-generations", type=_positive, metavar="G", help="rankings sampled per prompt")
+    train.add_argument("--num-iterations", type=_positive, metavar="N", help="updates made with the same rankings")
     train.add_argument("--num-ranked", type=_positive, metavar="T", help="rank only the best T candidates")
     train.add_argument("--baseline", choices=("none", "rank", "group"), help="what rewards are compared with")
     train.add_argument("--scale", choices=("none", "rank", "group", "batch"), help="what advantages are divided by")

@@ -45,12 +45,14 @@ class ExperimentConfig:
     encoding: str | None = None  # default: item_token for the embedded model, index for any other
     needs: tuple[str, ...] = tuple(NEEDS)
     credit: str = "all_actions"
+    tilt: float | None = None
     metric: str = "ndcg"
     warmup: str = "format"
     steps: int = 120
     warmup_steps: int = 60
     prompts_per_step: int = 192
     num_generations: int = 1
+    num_iterations: int = 1
     baseline: str = "none"
     scale: str = "batch"
     uncertainty: str = "rollout"
@@ -319,10 +321,12 @@ def _reinforcement_arguments(config: ExperimentConfig) -> FlexRecConfig:
     return FlexRecConfig(
         **common,
         num_generations=config.num_generations,
+        num_iterations=config.num_iterations,
         temperature=config.temperature,
         metric=config.metric,
         num_ranked=config.num_ranked,
         credit=config.credit,
+        tilt=config.tilt if config.credit == "all_actions" else None,
         baseline=config.baseline,
         scale=config.scale,
         uncertainty=config.uncertainty,

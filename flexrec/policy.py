@@ -184,11 +184,13 @@ def all_actions(
     *,
     temperature: float = 1.0,
     num_ranked: int | None = None,
+    tilt: float | None = None,
 ) -> AllActions:
     """The all-actions objective of every rank for ``gains`` (N, K) in rank order (see :func:`rank_order`).
 
     Candidates of several tokens are chosen branch by branch: at each decision a branch is worth the mean of what
-    the items below it would be worth at this rank, and the objectives of an item's decisions add up.
+    the items below it would be worth at this rank, and the objectives of an item's decisions add up. ``tilt`` is that
+    of :func:`flexrec.all_actions_objective`.
     """
     hidden, weight, bias = states
     if batch.candidate_ids is not None:
@@ -203,21 +205,32 @@ def all_actions(
             temperature=temperature,
             lengths=batch.lengths,
             num_ranked=num_ranked,
+            tilt=tilt,
         )
     decisions = _decisions(batch)
+    change = _branch_values(batch, gains, metric, num_ranked)  # (nnz,)
+    values = change
+    best = change.new_full((len(decisions.targets),), -torch.inf)  # (M,)
+    if tilt is not None:  # exp of what a branch lacks to its decision's best, so that nothing overflows
+        rows = torch.arange(len(best), device=change.device).repeat_interleave(decisions.offsets.diff())
+        best = best.scatter_reduce(0, rows, change, "amax")
+        values = ((change - best[rows]) / tilt).exp()
     result = restricted_logprobs(
         hidden,
         weight,
         decisions.ids,
         decisions.offsets,
         decisions.targets,
-        values=_branch_values(batch, gains, metric, num_ranked)[:, None],
+        values=values[:, None],
         bias=bias,
         temperature=temperature,
     )
     assert result.expectations is not None
+    objective = result.expectations[:, 0]  # (M,)
+    if tilt is not None:
+        objective = best + tilt * objective.clamp(min=torch.finfo(objective.dtype).tiny).log()
     return AllActions(
-        _sum_per_rank(result.expectations[:, 0], decisions, batch),
+        _sum_per_rank(objective, decisions, batch),
         _sum_per_rank(result.logprobs, decisions, batch),
         _sum_per_rank(result.entropy, decisions, batch),
     )

@@ -59,6 +59,9 @@ class FlexRecConfig(TrainingArguments):
     metric: str = field(default="ndcg", metadata={"help": "The ranking metric that is maximised."})
     num_ranked: int | None = field(default=None, metadata={"help": "Rank only the first so many candidates."})
     credit: str = field(default="all_actions", metadata={"help": f"One of {', '.join(TRAINER_CREDITS)}."})
+    tilt: float | None = field(
+        default=None, metadata={"help": "Of all_actions: exponential utility with this temperature, in metric units."}
+    )
     baseline: str = field(default="none", metadata={"help": f"One of {', '.join(BASELINES)}."})
     scale: str = field(default="batch", metadata={"help": f"One of {', '.join(SCALES)}."})
     uncertainty: str = field(default="rollout", metadata={"help": "Weight by certainty per rollout, item, or none."})
@@ -271,7 +274,13 @@ class FlexRecTrainer(RankingTrainer):
             kl = reference_kl(states, ref_states, batch, temperature=args.temperature)
         if args.credit == "all_actions":
             result = all_actions(
-                states, batch, gains, args.metric, temperature=args.temperature, num_ranked=args.num_ranked
+                states,
+                batch,
+                gains,
+                args.metric,
+                temperature=args.temperature,
+                num_ranked=args.num_ranked,
+                tilt=args.tilt,
             )
             loss, metrics = self._all_actions_loss(result, rewards, item_mask, weights, kl)
         else:

@@ -16,10 +16,21 @@ For a metric linear in a term per item, R = sum_k d_k g_k / Z, exchanging two ra
 
 These are expectations of values that do not depend on the step, so no tensor (N, T, K) is formed. Other metrics take
 their swap scores (N, K, K) and the explicit distribution (N, T, K).
+
+The expectation has a weakness: its gradient in the logits, pi_j (change_j - E[change]), vanishes for a good candidate
+that the policy holds improbable. With a ``tilt`` tau > 0 the objective is the exponential utility instead,
+
+    objective_k = tau log E_{j ~ pi_k} exp((R(y^{k<->j}) - R(y)) / tau),
+
+whose gradient in the logits is tau (q - pi) with the improvement target q_j ~ pi_j exp(change_j / tau): the step of
+regularised policy improvement (mirror descent; MPO, arXiv 1806.06920) instead of the policy gradient. tau -> infinity
+gives the expectation back; tau -> 0 gives tau log pi of the best candidate left, that is, listwise likelihood along
+the policy's own rankings. It takes the explicit distribution for every metric.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,7 +38,7 @@ from torch import Tensor
 
 from flexrec.metrics import Metric, ingredients, parse_metric
 from flexrec.metrics import check_lists as check_gains
-from flexrec.ops.ranked_lists import check_lists, in_rank_order, lengths_per_ranking, step_log_probs
+from flexrec.ops.ranked_lists import FLOOR, check_lists, in_rank_order, lengths_per_ranking, step_log_probs
 from flexrec.ops.ranking_logprobs import BACKENDS, from_distribution, ranking_logprobs
 from flexrec.ops.swap_rewards import swap_scores
 from flexrec.validation import check_choice, check_range, check_tensor
@@ -53,6 +64,7 @@ def all_actions_objective(
     temperature: float = 1.0,
     lengths: Tensor | None = None,
     num_ranked: int | Tensor | None = None,
+    tilt: float | None = None,
     backend: str = "auto",
 ) -> AllActions:
     """The expected change of a metric at every step, over what the policy could have placed there.
@@ -67,6 +79,8 @@ def all_actions_objective(
             on of the unranked candidates by ascending candidate index. Ignored beyond ``lengths``.
         metric: a metric's name, see :func:`flexrec.metrics.ranking_metric`.
         num_ranked: int or (N,), how many ranks are shown (discount 0 beyond); at most T, and T if not given.
+        tilt: tau, in the metric's unit, of the exponential utility that replaces the expectation; None, the
+            expectation itself. Forms the distribution (N, T, K) by torch operations, whatever the backend.
 
     Returns:
         ``AllActions(objective (N, T), logprobs (N, T), entropy (N, T))``, float32 (float64 if ``hidden`` or ``weight``
@@ -84,14 +98,24 @@ def all_actions_objective(
     shown = _check_num_ranked(num_ranked, n, t, gains.device)
     per_ranking = None if lengths is None else lengths_per_ranking(lengths, n, len(candidates), k)
 
-    if metric.definition.form != "linear":
+    if tilt is not None and not 0 < tilt < math.inf:
+        raise ValueError(f"tilt must be positive and finite, or None for the expectation; got {tilt}")
+
+    if tilt is not None or metric.definition.form != "linear":
         log_probs, pool = step_log_probs(lists)
         result = from_distribution(log_probs, pool, lists)
-        probs = in_rank_order(torch.where(pool, log_probs.exp(), 0.0), lists.position)  # (N, T, K)
         scores = swap_scores(
             gains, metric, lengths=per_ranking, num_ranked=shown, backend="torch" if backend == "torch" else "auto"
         )
-        objective = -(probs * scores[:, :t].to(probs.dtype)).sum(-1)
+        change = -scores[:, :t].to(log_probs.dtype)  # (N, T, K)
+        if tilt is None:
+            probs = in_rank_order(torch.where(pool, log_probs.exp(), 0.0), lists.position)  # (N, T, K)
+            objective = (probs * change).sum(-1)
+        else:
+            in_pool = in_rank_order(pool.to(log_probs.dtype), lists.position) > 0  # (N, T, K)
+            utility = in_rank_order(torch.where(pool, log_probs, 0.0), lists.position) + change / tilt
+            utility = torch.where(in_pool, utility, 2 * FLOOR).logsumexp(-1) * tilt
+            objective = torch.where(in_pool.any(-1), utility, 0.0)
         return AllActions(objective, result.logprobs, result.entropy)
 
     parts = ingredients(check_gains(gains, metric, per_ranking, shown), metric)

@@ -17,8 +17,11 @@ def make_gains(case, seed=0):
     return torch.randint(0, 4, (n, k), generator=generator).double()
 
 
-def brute_force(case, gains, metric, num_ranked):
-    """(N, T): sum over j of pi_t(j) (R(y with t and j exchanged) - R(y)); num_ranked: one int per ranking."""
+def brute_force(case, gains, metric, num_ranked, tilt=None):
+    """(N, T): sum over j of pi_t(j) (R(y with t and j exchanged) - R(y)); num_ranked: one int per ranking.
+
+    With a tilt, its exponential utility instead.
+    """
     objective = case.hidden.new_zeros(case.ranking.shape)
     for n, t, remaining in case.steps():
         length = case.length(n)
@@ -31,7 +34,8 @@ def brute_force(case, gains, metric, num_ranked):
             swapped = own.clone()
             swapped[0, [t, j]] = own[0, [j, t]]
             changes.append(ranking_metric(swapped, metric, **options) - value)
-        objective[n, t] = probs @ torch.cat(changes)
+        change = torch.cat(changes)
+        objective[n, t] = probs @ change if tilt is None else tilt * (probs @ (change / tilt).exp()).log()
     return objective
 
 
@@ -54,6 +58,42 @@ def test_equals_brute_force(metric, ragged, ranked_case, weighted_sum):
                 rtol=1e-8,
                 atol=1e-9,
             )
+
+
+@pytest.mark.parametrize("ragged", ["", "ranking"])
+@pytest.mark.parametrize("metric", ["ndcg@3", "mrr"])
+def test_tilted_utility_equals_brute_force(metric, ragged, ranked_case, weighted_sum):
+    case = ranked_case(9, lists=2, group=2, steps=4, size=5, ragged=ragged, channels=0)
+    gains = make_gains(case)
+    for tilt in (0.05, 1.0):
+        out = all_actions_objective(*case.positional, gains, metric, tilt=tilt, **case.options)
+        expected = brute_force(case, gains, metric, [4] * len(gains), tilt)
+        torch.testing.assert_close(out.objective, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            torch.autograd.grad(weighted_sum(out.objective), case.leaves, retain_graph=True),
+            torch.autograd.grad(weighted_sum(expected), case.leaves),
+            rtol=1e-8,
+            atol=1e-9,
+        )
+
+
+def test_tilt_spans_from_the_expectation_to_the_likelihood_of_the_best(ranked_case):
+    case = ranked_case(10, lists=3, steps=4, size=5, channels=0)
+    gains = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]] * 3, dtype=torch.float64)  # the last candidate is best everywhere
+    plain = all_actions_objective(*case.positional, gains, "ndcg", **case.options).objective
+    broad = all_actions_objective(*case.positional, gains, "ndcg", tilt=1e6, **case.options).objective
+    torch.testing.assert_close(broad, plain, atol=1e-5, rtol=0)
+    sharp = all_actions_objective(*case.positional, gains, "ndcg@4", tilt=1e-5, **case.options).objective
+    best = torch.stack([case.log_probs(n, t, remaining)[-1] for n, t, remaining in case.steps() if t == 0])
+    # Only the first step: there the exchange with the best candidate is worth more than any other by far more than tau.
+    gradient = torch.autograd.grad(sharp[:, 0].sum() / 1e-5, case.hidden)[0]
+    torch.testing.assert_close(gradient, torch.autograd.grad(best.sum(), case.hidden)[0], atol=1e-6, rtol=1e-6)
+
+
+def test_tilt_must_be_positive(ranked_case):
+    case = ranked_case(11, lists=1, steps=2, size=2, channels=0)
+    with pytest.raises(ValueError, match="tilt must be positive"):
+        all_actions_objective(*case.positional, make_gains(case), "ndcg", tilt=0.0, **case.options)
 
 
 @pytest.mark.parametrize("metric", ["ndcg", "mrr"])
