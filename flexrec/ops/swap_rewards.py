@@ -5,9 +5,9 @@ The mathematics stands in ``flexrec/ops/swap_rewards_torch.py``, the reference; 
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import torch
-from numba import get_num_threads
 
 from flexrec import metrics
 from flexrec.metrics import Lists, Metric, check_lists, ingredients, parse_metric
@@ -20,8 +20,23 @@ BACKENDS = ("auto", "triton", "numba", "torch")
 MAX_TRITON_SIZE = 16384  # a list lies in one program's registers
 
 
+def _follow_torch_threads() -> None:
+    """Run numba on as many threads as torch.
+
+    The two may share one OpenMP runtime, in which the start of numba's threads overrides ``torch.set_num_threads``;
+    torch's number is put back.
+    """
+    threads = torch.get_num_threads()
+    wanted = min(threads, numba.config.NUMBA_NUM_THREADS)
+    if numba.get_num_threads() != wanted:
+        numba.set_num_threads(wanted)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
 def _numba_arguments(lists: Lists, metric: Metric) -> tuple:
     """The arguments that both numba kernels share, in their order."""
+    _follow_torch_threads()
     gains = lists.gains if lists.gains.dtype == torch.float64 else lists.gains.float()
     rows, size = gains.shape
     array, lengths = gains.contiguous().numpy(), lists.real_lengths.numpy()
@@ -45,7 +60,7 @@ def _numba_arguments(lists: Lists, metric: Metric) -> tuple:
 def _numba_swap_rewards(lists: Lists, metric: Metric, credit: str, weights: torch.Tensor | None) -> torch.Tensor:
     arguments = _numba_arguments(lists, metric)
     if credit != "policy":
-        chunks = min(lists.gains.shape[0], 8 * get_num_threads())
+        chunks = min(lists.gains.shape[0], 8 * numba.get_num_threads())
         return torch.from_numpy(kernels.swap_rewards(*arguments, kernels.CREDITS[credit], chunks))
     assert weights is not None
     dtype = metrics.result_dtype(lists.gains)

@@ -1,6 +1,8 @@
 """Swap rewards against brute force: the metric, from its textbook definition, computed anew after every swap."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -391,3 +393,14 @@ def test_values_that_do_not_count_are_not_read():
         policy = swap_rewards(gains, "dcg", credit="policy", weights=weights, lengths=2, backend=backend)
         torch.testing.assert_close(policy, swap_rewards(gains, "dcg", lengths=2, backend=backend))
         assert policy[0, 0] < 0
+
+
+def test_numba_leaves_torch_its_number_of_threads():
+    """Starting numba's threads once reset torch's, so that two processes of one thread each ran as four."""
+    program = (
+        "import torch; torch.set_num_threads(1); torch.get_num_threads()\n"
+        "from flexrec import swap_rewards\n"
+        "swap_rewards(torch.rand(4096, 30), 'ndcg'); print(torch.get_num_threads())"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["1"]
