@@ -64,10 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("all_actions", "swap", "noncausal", "independent", "rank", "sequence", "policy"),
         help="how the metric's value is credited to ranked items (default: %(default)s)",
     )
-    train.add_argument("--metric", default="ndcg", help="the metric to maximise, as ndcg or ndcg@10 (default: ndcg)")
+    train.add_argument(
+        "--metric",
+        default="ndcg@10",
+        help="the metric to maximise; ranks beyond its cutoff are not trained (%(default)s)",
+    )
     train.add_argument(
         "--warmup",
-        default="format",
+        default="listwise",
         choices=("format", "listwise"),
         help="start from the format stage alone, or from listwise supervision after it (default: %(default)s)",
     )
@@ -80,7 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--baseline", choices=("none", "rank", "group"), help="what rewards are compared with")
     train.add_argument("--scale", choices=("none", "rank", "group", "batch"), help="what advantages are divided by")
     train.add_argument("--uncertainty", choices=("none", "rollout", "item"), help="weight rewards by their certainty")
-    train.add_argument("--learning-rate", type=float, metavar="X")
+    train.add_argument("--learning-rate", type=float, metavar="X", help="of reinforcement")
+    train.add_argument("--warmup-learning-rate", type=float, metavar="X", help="of the supervised stages")
+    train.add_argument("--tilt", type=float, metavar="X", help="of all_actions: temperature of an exponential utility")
     train.add_argument("--temperature", type=float, metavar="X", help="of the policy while it is trained")
     train.add_argument("--beta", type=float, metavar="X", help="weight of the exact KL to the base (paper: 0.01)")
     train.add_argument("--entropy-coef", type=float, metavar="X", help="weight of the entropy bonus (paper: 0.005)")

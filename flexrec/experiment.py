@@ -17,7 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from flexrec.baselines import BASELINES
 from flexrec.critic import Critic
@@ -46,17 +54,18 @@ class ExperimentConfig:
     needs: tuple[str, ...] = tuple(NEEDS)
     credit: str = "all_actions"
     tilt: float | None = None
-    metric: str = "ndcg"
-    warmup: str = "format"
-    steps: int = 120
-    warmup_steps: int = 60
+    metric: str = "ndcg@10"
+    warmup: str = "listwise"
+    steps: int = 40
+    warmup_steps: int = 40
     prompts_per_step: int = 192
     num_generations: int = 1
     num_iterations: int = 1
     baseline: str = "none"
     scale: str = "batch"
     uncertainty: str = "rollout"
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4  # of reinforcement
+    warmup_learning_rate: float = 1e-3  # of the supervised stages
     entropy_coef: float = 0.005
     beta: float = 0.0
     temperature: float = 1.0
@@ -113,7 +122,7 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
     set_seed(config.seed)
     clock = _Clock()
 
-    say(f"Loading {config.dataset} ..")
+    say(f"Loading the {config.dataset} data ..")
     dataset = load_dataset(config.dataset, config.data, config.seed)
     model, tokenizer, builder = _make_model(config, dataset, needs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,6 +138,9 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
             critic = Critic.fit(dataset.log, dataset.catalogue, seed=config.seed, progress=True)
     task = RankingTask(dataset.catalogue, needs, builder, critic)
     examples = TrainingExamples(task, dataset.train, resample=dataset.resample, seed=config.seed)
+    # Supervision imitates the order of what was observed; a guess of the critic is no label.
+    observed = RankingTask(dataset.catalogue, needs, builder)
+    labels = TrainingExamples(observed, dataset.train, resample=dataset.resample, seed=config.seed)
     tests = {need.name: [task.test_example(lst, need) for lst in dataset.test] for need in needs}
     results = Results(np.array([lst.user for lst in dataset.test]), seconds=clock.seconds)
     evaluate = _Evaluation(tests, builder, config.num_ranked)
@@ -141,7 +153,7 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
     start = copy.deepcopy(model)
     if config.warmup == "listwise" and not _checkpoints(config):
         with clock.stage("listwise warm-up"):
-            _supervise(model, "listwise", config.warmup_steps, config, examples, builder, log)
+            _supervise(model, "listwise", config.warmup_steps, config, labels, builder, log)
 
     with clock.stage("reinforcement") as stage:
         _reinforce(model, start, config, examples, builder, log, evaluate, stage)
@@ -149,10 +161,9 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
     _save_run(folder, model, tokenizer, config, builder, dataset)
 
     if config.listwise_baseline:
-        # The same time as reinforcement took, at the pace of the format stage, whose steps cost as much.
         steps = _equal_time_steps(clock, config)
         with clock.stage("listwise"):
-            _supervise(start, "listwise", steps, config, examples, builder, log)
+            _supervise(start, "listwise", steps, config, labels, builder, log)
         results.per_list["listwise"] = evaluate(start, "listwise")
     for name, make in BASELINES.items():
         baseline = make(dataset)
@@ -271,12 +282,12 @@ def _make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[N
     return model, tokenizer, builder
 
 
-def _training_arguments(config: ExperimentConfig, steps: int) -> dict[str, Any]:
+def _training_arguments(config: ExperimentConfig, steps: int, learning_rate: float) -> dict[str, Any]:
     return {
         "output_dir": str(Path(config.output) / "checkpoints"),
         "max_steps": steps,
         "per_device_train_batch_size": config.prompts_per_step,
-        "learning_rate": config.learning_rate,
+        "learning_rate": learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(10, steps // 4),
         "weight_decay": 0.01,
@@ -288,6 +299,7 @@ def _training_arguments(config: ExperimentConfig, steps: int) -> dict[str, Any]:
         "remove_unused_columns": False,
         "dataloader_drop_last": True,
         "log_level": "error",
+        "disable_tqdm": True,  # the steps' logs go to a file, and _Progress draws the bar
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
@@ -304,18 +316,19 @@ def _supervise(
 ) -> None:
     trainer = SupervisedTrainer(
         model,
-        TrainingArguments(**_training_arguments(config, steps)),
+        TrainingArguments(**_training_arguments(config, steps, config.warmup_learning_rate)),
         examples,
         stage=stage,
         separator=builder.separator,
         end=builder.end,
-        callbacks=[log.of_stage(stage)],
+        callbacks=[log.of_stage(stage), _Progress(stage)],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
 
 
 def _reinforcement_arguments(config: ExperimentConfig) -> FlexRecConfig:
-    common = _training_arguments(config, config.steps)
+    common = _training_arguments(config, config.steps, config.learning_rate)
     if config.save_every:
         common |= {"save_strategy": "steps", "save_steps": config.save_every, "save_total_limit": 2}
     return FlexRecConfig(
@@ -345,7 +358,7 @@ def _reinforce(
     evaluate: _Evaluation,
     stage: _Stage,
 ) -> None:
-    callbacks: list[TrainerCallback] = [log.of_stage("reinforcement")]
+    callbacks: list[TrainerCallback] = [log.of_stage("reinforcement"), _Progress("reinforcement")]
     if config.eval_every:
         callbacks.append(_Curve(evaluate, log, config.eval_every, stage))
     trainer = FlexRecTrainer(
@@ -357,6 +370,7 @@ def _reinforce(
         end=builder.end,
         callbacks=callbacks,
     )
+    trainer.remove_callback(PrinterCallback)
     checkpoints = _checkpoints(config)
     if checkpoints and _step_of(checkpoints[-1]) >= config.steps:  # interrupted after the last step
         model.load_state_dict(AutoModelForCausalLM.from_pretrained(checkpoints[-1]).state_dict())
@@ -365,10 +379,10 @@ def _reinforce(
 
 
 def _equal_time_steps(clock: _Clock, config: ExperimentConfig) -> int:
-    format_seconds = clock.seconds.get("format")
-    if not format_seconds or not config.warmup_steps:
-        return config.steps
-    return max(1, round(clock.seconds["reinforcement"] * config.warmup_steps / format_seconds))
+    """Steps of listwise supervision in the time that the trained model took from the base on."""
+    spent = sum(clock.seconds.get(name, 0.0) for name in ("listwise warm-up", "reinforcement"))
+    pace = clock.seconds.get("listwise warm-up") or clock.seconds.get("format")
+    return max(1, round(spent * config.warmup_steps / pace)) if pace else config.steps + config.warmup_steps
 
 
 def _save_model(
@@ -494,6 +508,24 @@ class _StepLog:
                 log.write(stage=stage, step=state.global_step, **(logs or {}))
 
         return _Callback()
+
+
+class _Progress(TrainerCallback):
+    """A progress bar for a stage, with the latest loss or reward beside it."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage.capitalize(), unit="step")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        shown = {name: round(float(logs[name]), 3) for name in ("ranking_nll", "reward") if name in (logs or {})}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
 
 
 class _Curve(TrainerCallback):

@@ -48,7 +48,7 @@ def sample_rankings(
         prompts: P rows of token ids.
         candidates: P lists of token-id sequences.
         separator, end: token ids between two items and after the last.
-        num_ranked: rank the first T only (default: all).
+        num_ranked: rank the first T only, or all where a list has fewer (default: all).
         temperature: of the sampling distribution; ``greedy`` takes the most probable token instead.
         generator: randomness, on the model's device.
 
@@ -61,6 +61,8 @@ def sample_rankings(
         raise ValueError(f"got {len(prompts)} prompts and {len(candidates)} lists of candidates")
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
+    if num_ranked is not None:
+        num_ranked = min(num_ranked, max(map(len, candidates), default=0))
     training = model.training
     model.eval()
     try:

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from flexrec.advantages import BASELINES, SCALES, item_advantages
 from flexrec.losses import policy_loss
-from flexrec.metrics import ranking_metric
+from flexrec.metrics import parse_metric, ranking_metric
 from flexrec.ops.ranking_logprobs import ranking_probs
 from flexrec.ops.swap_rewards import CREDITS, swap_rewards
 from flexrec.policy import (
@@ -57,7 +57,12 @@ class FlexRecConfig(TrainingArguments):
     num_iterations: int = field(default=1, metadata={"help": "Updates made with one batch of rankings."})
     temperature: float = field(default=1.0, metadata={"help": "Of the policy, in sampling and in log-probs."})
     metric: str = field(default="ndcg", metadata={"help": "The ranking metric that is maximised."})
-    num_ranked: int | None = field(default=None, metadata={"help": "Rank only the first so many candidates."})
+    num_ranked: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank only so many candidates; never more than the metric's cutoff, beyond which none earns."
+        },
+    )
     credit: str = field(default="all_actions", metadata={"help": f"One of {', '.join(TRAINER_CREDITS)}."})
     tilt: float | None = field(
         default=None, metadata={"help": "Of all_actions: exponential utility with this temperature, in metric units."}
@@ -249,6 +254,9 @@ class FlexRecTrainer(RankingTrainer):
             raise ValueError(f"beta={args.beta} weighs the KL to a reference model: give one as reference=")
         super().__init__(model, args, train_dataset, **kwargs)
         self.reference = reference.to(args.device).eval() if reference is not None and args.beta > 0 else None
+        cutoff = parse_metric(args.metric).cutoff
+        limits = [limit for limit in (args.num_ranked, cutoff) if limit is not None]
+        self._num_ranked = min(limits) if limits else None
         self._kept: dict[int, _Sampled] = {}
         self._micro_step = 0
 
@@ -259,7 +267,8 @@ class FlexRecTrainer(RankingTrainer):
             self._kept[slot] = self._sample(examples)
         batch, gains, variance, old_logprobs, ref_states = self._kept[slot]
 
-        item_mask = torch.arange(batch.shape[1], device=gains.device) < self._ranked(batch)[:, None]  # (N, T)
+        shown = batch.shape[1]
+        item_mask = torch.arange(shown, device=gains.device) < batch.lengths[:, None]  # (N, T)
         states = ranking_states(model, batch)
         rewards, reward_variance = self._rewards(states, batch, gains, variance)  # (N, T) both
         weights = None
@@ -279,7 +288,7 @@ class FlexRecTrainer(RankingTrainer):
                 gains,
                 args.metric,
                 temperature=args.temperature,
-                num_ranked=args.num_ranked,
+                num_ranked=shown,
                 tilt=args.tilt,
             )
             loss, metrics = self._all_actions_loss(result, rewards, item_mask, weights, kl)
@@ -309,7 +318,7 @@ class FlexRecTrainer(RankingTrainer):
                 entropy=entropy,
                 entropy_coef=args.entropy_coef,
             )
-        value = ranking_metric(gains, args.metric, lengths=batch.lengths, num_ranked=args.num_ranked)
+        value = ranking_metric(gains, args.metric, lengths=batch.lengths, num_ranked=shown)
         return loss, {"reward": value.mean().item(), **{name: float(v) for name, v in metrics.items()}}
 
     def _sample(self, examples: list[Example]) -> _Sampled:
@@ -321,7 +330,7 @@ class FlexRecTrainer(RankingTrainer):
             separator=self.separator,
             end=self.end,
             num_generations=args.num_generations,
-            num_ranked=args.num_ranked,
+            num_ranked=self._num_ranked,
             temperature=args.temperature,
         )
         batch = self._batch(examples, rollout.rankings, args.num_generations)
@@ -351,7 +360,8 @@ class FlexRecTrainer(RankingTrainer):
         args = self.args
         # The all-actions objective is scaled and weighted by the rewards of the swaps it averages.
         credit = "swap" if args.credit == "all_actions" else args.credit
-        common: dict[str, Any] = {"credit": credit, "lengths": batch.lengths, "num_ranked": args.num_ranked}
+        ranks = batch.shape[1]
+        common: dict[str, Any] = {"credit": credit, "lengths": batch.lengths, "num_ranked": ranks}
         if credit == "policy":
             if batch.candidate_ids is None:
                 raise ValueError("credit='policy' needs the probability of whole items: use encoding 'item_token'")
@@ -365,9 +375,8 @@ class FlexRecTrainer(RankingTrainer):
                     temperature=args.temperature,
                     lengths=batch.lengths,
                 )
-            unranked = gains.shape[1] - batch.shape[1]
+            unranked = gains.shape[1] - ranks
             common["weights"] = torch.nn.functional.pad(probs, (0, 0, 0, unranked))  # (N, K, K)
-        ranks = batch.shape[1]
         if args.uncertainty != "none" and bool((variance > 0).any()):
             rewards, reward_variance = swap_rewards_with_variance(gains, variance, args.metric, **common)
             return rewards[:, :ranks], reward_variance[:, :ranks]
@@ -396,12 +405,6 @@ class FlexRecTrainer(RankingTrainer):
         if kl is not None:
             metrics["kl"] = kl.detach()[item_mask].mean().item()
         return per_item[item_mask].mean(), metrics
-
-    def _ranked(self, batch: RankingBatch) -> torch.Tensor:
-        """(N,) how many items each row ranks."""
-        if self.args.num_ranked is None:
-            return batch.lengths
-        return batch.lengths.clamp(max=self.args.num_ranked)
 
     def _position(self) -> tuple[int, int]:
         """Which micro-batch of an update this is, and the how manieth update with these rankings."""
