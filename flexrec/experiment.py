@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import copy
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,6 +31,7 @@ from flexrec.embedded import build_model, build_tokenizer
 from flexrec.evaluation import METRICS, Comparison, bootstrap_interval, rank_metrics, relative_change
 from flexrec.metrics import parse_metric
 from flexrec.needs import NEEDS, Need, get_need
+from flexrec.progress import Clock, Curve, ProgressBar, Stage, StepLog
 from flexrec.prompts import PromptBuilder, add_item_tokens
 from flexrec.ranker import RUN_FILE, Ranker, RunInfo, rank_examples
 from flexrec.task import Example, RankingTask, TrainingExamples
@@ -120,13 +118,13 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
     _reinforcement_arguments(config)  # options that contradict each other are an error before anything is loaded
     parse_metric(config.metric)
     set_seed(config.seed)
-    clock = _Clock()
+    clock = Clock()
 
     say(f"Loading the {config.dataset} data ..")
     dataset = load_dataset(config.dataset, config.data, config.seed)
     model, tokenizer, builder = _make_model(config, dataset, needs)
     folder.mkdir(parents=True, exist_ok=True)
-    log = _StepLog(folder / "log.jsonl", append=config.resume)
+    log = StepLog(folder / "log.jsonl", append=config.resume)
     say(
         f"{len(dataset.catalogue)} items; {len(dataset.train)} lists of training users, {len(dataset.test)} of "
         f"{len({lst.user for lst in dataset.test})} other users to test on; model {config.model} with "
@@ -299,7 +297,7 @@ def _training_arguments(config: ExperimentConfig, steps: int, learning_rate: flo
         "remove_unused_columns": False,
         "dataloader_drop_last": True,
         "log_level": "error",
-        "disable_tqdm": True,  # the steps' logs go to a file, and _Progress draws the bar
+        "disable_tqdm": True,  # the steps' logs go to a file, and ProgressBar draws the bar
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
@@ -312,7 +310,7 @@ def _supervise(
     config: ExperimentConfig,
     examples: TrainingExamples,
     builder: PromptBuilder,
-    log: _StepLog,
+    log: StepLog,
 ) -> None:
     trainer = SupervisedTrainer(
         model,
@@ -321,7 +319,7 @@ def _supervise(
         stage=stage,
         separator=builder.separator,
         end=builder.end,
-        callbacks=[log.of_stage(stage), _Progress(stage)],
+        callbacks=[log.of_stage(stage), ProgressBar(stage)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -354,13 +352,13 @@ def _reinforce(
     config: ExperimentConfig,
     examples: TrainingExamples,
     builder: PromptBuilder,
-    log: _StepLog,
+    log: StepLog,
     evaluate: _Evaluation,
-    stage: _Stage,
+    stage: Stage,
 ) -> None:
-    callbacks: list[TrainerCallback] = [log.of_stage("reinforcement"), _Progress("reinforcement")]
+    callbacks: list[TrainerCallback] = [log.of_stage("reinforcement"), ProgressBar("reinforcement")]
     if config.eval_every:
-        callbacks.append(_Curve(evaluate, log, config.eval_every, stage))
+        callbacks.append(Curve(evaluate, log, config.eval_every, stage))
     trainer = FlexRecTrainer(
         model,
         _reinforcement_arguments(config),
@@ -378,7 +376,7 @@ def _reinforce(
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
 
 
-def _equal_time_steps(clock: _Clock, config: ExperimentConfig) -> int:
+def _equal_time_steps(clock: Clock, config: ExperimentConfig) -> int:
     """Steps of listwise supervision in the time that the trained model took from the base on."""
     spent = sum(clock.seconds.get(name, 0.0) for name in ("listwise warm-up", "reinforcement"))
     pace = clock.seconds.get("listwise warm-up") or clock.seconds.get("format")
@@ -456,89 +454,3 @@ class _Evaluation:
                 gains[n, : lengths[n]] = example.gains[np.concatenate([ranking, rest])]
             results[need] = rank_metrics(gains, METRICS, lengths=lengths, num_ranked=ranked)
         return results
-
-
-class _Stage:
-    """A running stage of the clock; time spent in ``pause`` does not count."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.started
-
-    def pause(self, seconds: float) -> None:
-        self.started += seconds
-
-
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._whole = _Stage()
-
-    def elapsed(self) -> float:
-        return self._whole.elapsed()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[_Stage]:
-        stage = _Stage()
-        yield stage
-        self.seconds[name] = stage.elapsed()
-
-
-class _StepLog:
-    """A line of JSON per optimiser step, written as it happens."""
-
-    def __init__(self, path: Path, append: bool) -> None:
-        self.path = path
-        if not append:
-            path.write_text("")
-
-    def write(self, **entry: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def of_stage(self, stage: str) -> TrainerCallback:
-        log = self
-
-        class _Callback(TrainerCallback):
-            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-                log.write(stage=stage, step=state.global_step, **(logs or {}))
-
-        return _Callback()
-
-
-class _Progress(TrainerCallback):
-    """A progress bar for a stage, with the latest loss or reward beside it."""
-
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage.capitalize(), unit="step")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        shown = {name: round(float(logs[name]), 3) for name in ("ranking_nll", "reward") if name in (logs or {})}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
-
-class _Curve(TrainerCallback):
-    """Evaluates every few steps and logs the means with the seconds trained so far."""
-
-    def __init__(self, evaluate: _Evaluation, log: _StepLog, every: int, stage: _Stage) -> None:
-        self.evaluate, self.log, self.every, self.stage = evaluate, log, every, stage
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step % self.every and state.global_step != state.max_steps:
-            return
-        trained = self.stage.elapsed()
-        values = self.evaluate(model, f"step {state.global_step}")
-        means = {need: {m: float(v.mean()) for m, v in metrics.items()} for need, metrics in values.items()}
-        self.log.write(stage="evaluation", step=state.global_step, seconds=round(trained, 2), means=means)
-        self.stage.pause(self.stage.elapsed() - trained)
