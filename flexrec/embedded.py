@@ -25,12 +25,13 @@ def build_tokenizer(catalogue: Catalogue, texts: Iterable[str], *, vocab_size: i
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # What stands in every prompt weighs as much as all titles, so that it takes few tokens.
-    frame = [*texts, LIKED, SEEN, RISING, CANDIDATES, RANKING] * len(catalogue)
-    tokenizer.train_from_iterator([*frame, *catalogue.titles, *catalogue.topic_names], trainer)
+    # The texts stand in many prompts: they weigh as much as all titles, so that they take few tokens.
+    corpus = [*list(texts) * len(catalogue), *catalogue.titles, *catalogue.topic_names]
+    tokenizer.train_from_iterator(corpus, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
     )
+    fast.add_tokens([LIKED, SEEN, RISING, CANDIDATES, RANKING])  # what stands in every prompt: one token each
     fast.add_tokens([item_token(item_id) for item_id in catalogue.ids], special_tokens=True)
     return fast
 

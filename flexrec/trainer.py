@@ -176,16 +176,12 @@ class SupervisedTrainer(RankingTrainer):
 
     def ranking_loss(self, model: Any, examples: list[Example]) -> LossAndMetrics:
         listwise = self.stage == "listwise"
-        targets = [self._target(example.gains if listwise else np.zeros_like(example.gains)) for example in examples]
+        # Ranks that are not imitated are not spelled either.
+        targets = [self._best_first(example.gains) if listwise else self._shuffled(example) for example in examples]
         batch = self._batch(examples, _pad_rows(targets, -1))
-        if listwise:
-            counts = torch.tensor([max(1, int((e.gains > 0).sum())) for e in examples], device=batch.lengths.device)
-        else:
-            counts = batch.lengths
         hidden = final_hidden(model, batch.input_ids, batch.attention_mask)
         logprobs = ranking_scores(decision_states(model, batch, hidden), batch).logprobs
-        imitated = torch.arange(batch.shape[1], device=logprobs.device) < counts[:, None]
-        loss = -logprobs[imitated].mean()
+        loss = -logprobs[batch.rankings >= 0].mean()
         metrics = {"ranking_nll": loss.item()}
         if not listwise:
             history = self._history_loss(model, batch, hidden, examples)
@@ -193,10 +189,14 @@ class SupervisedTrainer(RankingTrainer):
             loss = loss + history
         return loss, metrics
 
-    def _target(self, gains: np.ndarray) -> np.ndarray:
-        """Candidates by falling gain, ties in random order."""
+    def _shuffled(self, example: Example) -> np.ndarray:
+        return self._rng.permutation(len(example.gains))
+
+    def _best_first(self, gains: np.ndarray) -> np.ndarray:
+        """The candidates with a gain by falling gain, ties in random order; one at random where none has any."""
         order = self._rng.permutation(len(gains))
-        return order[np.argsort(-gains[order], kind="stable")]
+        order = order[np.argsort(-gains[order], kind="stable")]
+        return order[: max(1, int((gains > 0).sum()))]
 
     def _history_loss(
         self, model: Any, batch: RankingBatch, hidden: torch.Tensor, examples: Sequence[Example]

