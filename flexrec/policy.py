@@ -162,11 +162,16 @@ def ranking_scores(states: RankingStates, batch: RankingBatch, *, temperature: f
     """Log-probs and entropies of the batch's rankings; differentiable."""
     hidden, weight, bias = states
     if batch.candidate_ids is not None:
-        ranking = batch.rankings.clamp(min=0)
         result = ranking_logprobs(
-            hidden, weight, batch.candidate_ids, ranking, bias=bias, temperature=temperature, lengths=batch.lengths
+            hidden,
+            weight,
+            batch.candidate_ids,
+            completed_rankings(batch),
+            bias=bias,
+            temperature=temperature,
+            lengths=batch.lengths,
         )
-        return RankingScores(result.logprobs, result.entropy)
+        return RankingScores(*(_of_ranked(values, batch) for values in (result.logprobs, result.entropy)))
     decisions = _decisions(batch)
     result = restricted_logprobs(
         hidden, weight, decisions.ids, decisions.offsets, decisions.targets, bias=bias, temperature=temperature
@@ -194,11 +199,11 @@ def all_actions(
     """
     hidden, weight, bias = states
     if batch.candidate_ids is not None:
-        return all_actions_objective(
+        chosen = all_actions_objective(
             hidden,
             weight,
             batch.candidate_ids,
-            batch.rankings.clamp(min=0),
+            completed_rankings(batch),
             gains,
             metric,
             bias=bias,
@@ -207,6 +212,7 @@ def all_actions(
             num_ranked=num_ranked,
             tilt=tilt,
         )
+        return AllActions(*(_of_ranked(values, batch) for values in chosen))
     decisions = _decisions(batch)
     change = _branch_values(batch, gains, metric, num_ranked)  # (nnz,)
     values = change
@@ -243,18 +249,19 @@ def reference_kl(
     hidden, weight, bias = states
     ref_hidden, ref_weight, ref_bias = reference
     if batch.candidate_ids is not None:
-        return ranking_kl(
+        kl = ranking_kl(
             hidden,
             weight,
             ref_hidden,
             ref_weight,
             batch.candidate_ids,
-            batch.rankings.clamp(min=0),
+            completed_rankings(batch),
             bias=bias,
             ref_bias=ref_bias,
             temperature=temperature,
             lengths=batch.lengths,
         )
+        return _of_ranked(kl, batch)
     decisions = _decisions(batch)
     kl = restricted_kl(
         hidden,
@@ -285,6 +292,17 @@ def rank_order(rankings: torch.Tensor, lengths: torch.Tensor, num_candidates: in
     key[rows[placed], rankings[placed]] = torch.arange(t, device=rankings.device).expand_as(rankings)[placed]
     key[columns[None, :] >= lengths[:, None]] += num_candidates + t
     return key.argsort(dim=1)
+
+
+def completed_rankings(batch: RankingBatch) -> torch.Tensor:
+    """(N, T) the rankings, where a row ranks fewer than T followed by candidates it left out."""
+    assert batch.candidate_ids is not None
+    return rank_order(batch.rankings, batch.lengths, batch.candidate_ids.shape[1])[:, : batch.shape[1]]
+
+
+def _of_ranked(values: torch.Tensor, batch: RankingBatch) -> torch.Tensor:
+    """``values`` (N, T) at ranks that the row has, 0 elsewhere."""
+    return torch.where(batch.rankings >= 0, values, 0.0)
 
 
 def _branch_values(batch: RankingBatch, gains: torch.Tensor, metric: str, num_ranked: int | None) -> torch.Tensor:

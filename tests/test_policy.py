@@ -134,6 +134,26 @@ def test_all_actions_gradient_reaches_the_model():
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize(("candidates", "separator", "end"), [(SINGLE, (), ()), (TITLES, (30, 31), (32,))])
+def test_rows_may_rank_different_numbers_of_items(candidates, separator, end):
+    """A row that stops early has its own scores up to there and exactly 0 behind, beside rows that go on."""
+    model = make_model()
+    partial = np.array([[2, 0, 3], [1, -1, -1]])
+    whole = make_batch(PROMPTS, candidates, RANKINGS, separator=separator, end=end)
+    batch = make_batch(PROMPTS, candidates, partial, separator=separator, end=end)
+    scores = ranking_scores(ranking_states(model, batch), batch)
+    expected = ranking_scores(ranking_states(model, whole), whole)
+    torch.testing.assert_close(scores.logprobs[0, :2], expected.logprobs[0, :2])
+    if not end:  # what closes the row's only item is an end now
+        torch.testing.assert_close(scores.entropy[1, 0], expected.entropy[1, 0])
+    assert not scores.logprobs[1, 1:].any()
+    gains = GAINS.gather(1, rank_order(batch.rankings, batch.lengths, 4))
+    objective = all_actions(ranking_states(model, batch), batch, gains, "ndcg").objective
+    assert not objective[1, 1:].any()
+    objective.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 def test_rank_order_puts_unranked_candidates_behind_in_candidate_order():
     rankings = torch.tensor([[3, 0], [1, -1], [2, 1]])
     order = rank_order(rankings, torch.tensor([5, 2, 3]), 5)
