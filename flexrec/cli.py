@@ -76,7 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="start from the format stage alone, or from listwise supervision after it (default: %(default)s)",
     )
     train.add_argument("--steps", type=_positive, metavar="N", help="steps of reinforcement")
-    train.add_argument("--warmup-steps", type=_positive, metavar="N", help="steps of each supervised stage")
+    train.add_argument("--warmup-steps", type=_positive, metavar="N", help="steps of the format stage")
+    train.add_argument("--listwise-steps", type=_positive, metavar="N", help="steps of the listwise warm start")
     train.add_argument("--prompts-per-step", type=_positive, metavar="N", help="prompts in a step")
     train.add_argument("--num-generations", type=_positive, metavar="G", help="rankings sampled per prompt")
     train.add_argument("--num-iterations", type=_positive, metavar="N", help="updates made with the same rankings")

@@ -54,8 +54,9 @@ class ExperimentConfig:
     tilt: float | None = None
     metric: str = "ndcg@10"
     warmup: str = "listwise"
-    steps: int = 40
+    steps: int = 30
     warmup_steps: int = 40
+    listwise_steps: int = 80
     prompts_per_step: int = 192
     num_generations: int = 1
     num_iterations: int = 1
@@ -66,7 +67,7 @@ class ExperimentConfig:
     warmup_learning_rate: float = 1e-3  # of the supervised stages
     entropy_coef: float = 0.005
     beta: float = 0.0
-    temperature: float = 1.0
+    temperature: float = 0.3
     num_ranked: int | None = None
     listwise_baseline: bool = True
     critic: bool | None = None  # default: where the data set says that feedback is missing
@@ -151,7 +152,7 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
     start = copy.deepcopy(model)
     if config.warmup == "listwise" and not _checkpoints(config):
         with clock.stage("listwise warm-up"):
-            _supervise(model, "listwise", config.warmup_steps, config, labels, builder, log)
+            _supervise(model, "listwise", config.listwise_steps, config, labels, builder, log)
 
     with clock.stage("reinforcement") as stage:
         _reinforce(model, start, config, examples, builder, log, evaluate, stage)
@@ -378,9 +379,15 @@ def _reinforce(
 
 def _equal_time_steps(clock: Clock, config: ExperimentConfig) -> int:
     """Steps of listwise supervision in the time that the trained model took from the base on."""
-    spent = sum(clock.seconds.get(name, 0.0) for name in ("listwise warm-up", "reinforcement"))
-    pace = clock.seconds.get("listwise warm-up") or clock.seconds.get("format")
-    return max(1, round(spent * config.warmup_steps / pace)) if pace else config.steps + config.warmup_steps
+    seconds = clock.seconds
+    spent = seconds.get("listwise warm-up", 0.0) + seconds["reinforcement"]
+    if "listwise warm-up" in seconds:
+        pace = seconds["listwise warm-up"] / config.listwise_steps
+    elif "format" in seconds:
+        pace = seconds["format"] / config.warmup_steps
+    else:  # a resumed run did not time its supervised stages
+        return config.listwise_steps + config.steps
+    return max(1, round(spent / pace))
 
 
 def _save_model(
@@ -394,6 +401,7 @@ def _save_model(
         show_rising=builder.show_rising,
         max_history=max(len(lst.history) for lst in dataset.train),
         num_ranked=config.num_ranked,
+        temperature=config.temperature,
         dataset=config.dataset,
         data=config.data,
         needs=list(config.needs),

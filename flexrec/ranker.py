@@ -61,6 +61,7 @@ class RunInfo:
     show_rising: bool
     max_history: int
     num_ranked: int | None
+    temperature: float
     dataset: str
     data: str | None
     needs: list[str]
@@ -106,7 +107,7 @@ class Ranker:
     def rank(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answer requests together: ``{"ranking": [{"id", "probability"}, ..]}`` each, best first.
 
-        ``probability`` is that of the item at its rank, given those above it. A malformed request gets
+        ``probability`` is that of the item at its rank, given those above it, at the temperature of training. A malformed request gets
         ``{"error": why}``; the others are answered.
         """
         answers: list[dict[str, Any]] = [{} for _ in requests]
@@ -145,6 +146,7 @@ class Ranker:
             separator=self.builder.separator,
             end=self.builder.end,
             num_ranked=self.info.num_ranked,
+            temperature=self.info.temperature,
             greedy=True,
         )
 

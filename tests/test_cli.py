@@ -11,7 +11,7 @@ from flexrec import experiment
 from flexrec.cli import main
 from flexrec.data import simulate
 
-SMALL = ["--steps", "4", "--warmup-steps", "3", "--prompts-per-step", "16"]
+SMALL = ["--steps", "4", "--warmup-steps", "3", "--listwise-steps", "2", "--prompts-per-step", "16"]
 METRICS = {"ndcg@5", "ndcg@10", "ndcg@30", "recall@5", "mrr@5"}
 
 
@@ -57,7 +57,7 @@ def test_metrics_file(run):
         assert set(system) == {"interest", "explore", "trend"}
         assert all(set(values) == METRICS for values in system.values())
     assert {"random", "popularity", "item-knn", "listwise"} <= set(metrics["baselines"])
-    assert {"format", "reinforcement", "listwise", "total"} <= set(metrics["seconds"])
+    assert {"format", "reinforcement", "listwise warm-up", "listwise", "total"} <= set(metrics["seconds"])
     assert metrics["config"]["steps"] == 4
     saved = np.load(run / "per_list.npz")
     mean = saved["trained/trend/ndcg@5"].mean()
@@ -212,7 +212,17 @@ def test_title_and_index_answers(tmp_path):
     """The other encodings, with the embedded model, through training and ranking."""
     for encoding in ("index", "title"):
         folder = tmp_path / encoding
-        few = ["--steps", "2", "--warmup-steps", "1", "--prompts-per-step", "4", "--no-listwise-baseline"]
+        few = [
+            "--steps",
+            "2",
+            "--warmup-steps",
+            "1",
+            "--listwise-steps",
+            "1",
+            "--prompts-per-step",
+            "4",
+            "--no-listwise-baseline",
+        ]
         arguments = ["--encoding", encoding, "--need", "interest", "--output", str(folder)]
         assert main(["train", *few, *arguments]) == 0
         unknown = {"id": "new", "title": "Never seen before"}
