@@ -107,8 +107,8 @@ class Ranker:
     def rank(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answer requests together: ``{"ranking": [{"id", "probability"}, ..]}`` each, best first.
 
-        ``probability`` is that of the item at its rank, given those above it, at the temperature of training. A malformed request gets
-        ``{"error": why}``; the others are answered.
+        ``probability`` is that of the item at its rank, given those above it, at the temperature of training.
+        A malformed request gets ``{"error": why}``; the others are answered.
         """
         answers: list[dict[str, Any]] = [{} for _ in requests]
         prompts, candidates, readable = [], [], []
