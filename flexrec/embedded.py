@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from flexrec.data.lists import Catalogue
+from flexrec.data.lists import Catalogue, Interactions
 from flexrec.prompts import CANDIDATES, LIKED, RANKING, RISING, SEEN, item_token
+
+HIDDEN_SIZE = 128
 
 
 def build_tokenizer(catalogue: Catalogue, texts: Iterable[str], *, vocab_size: int = 2048) -> PreTrainedTokenizerFast:
@@ -36,16 +39,45 @@ def build_tokenizer(catalogue: Catalogue, texts: Iterable[str], *, vocab_size: i
     return fast
 
 
+def item_vectors(log: Interactions, num_items: int, size: int, *, seed: int = 0) -> torch.Tensor:
+    """(items, size) float32: where items stand to each other by who had them, to start their embeddings from.
+
+    The leading right singular vectors, each times the root of its singular value, of the user-item matrix with entries
+    1 + interest and columns divided by the root of their norm, so that popular items do not fill the space (PureSVD,
+    Cremonesi et al. 2010, between raw counts and cosines). Items that nobody had get a zero row.
+    """
+    users, rows = np.unique(log.users, return_inverse=True)
+    matrix = np.zeros((len(users), num_items), dtype=np.float32)
+    matrix[rows, log.items] = 1.0 + log.interest
+    matrix /= np.sqrt(np.maximum(np.linalg.norm(matrix, axis=0), 1e-6))
+    rank = min(size, *matrix.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _, values, right = torch.svd_lowrank(torch.from_numpy(matrix), q=rank, niter=4)
+    vectors = torch.zeros(num_items, size)
+    vectors[:, :rank] = right * values.sqrt()
+    # A random rotation, so that no coordinate of the embedding is larger than another.
+    rotation, _ = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(seed)))
+    return vectors @ rotation
+
+
 def build_model(
     tokenizer: Any,
     *,
-    hidden_size: int = 128,
+    item_ids: Sequence[str] = (),
+    vectors: torch.Tensor | None = None,
+    hidden_size: int = HIDDEN_SIZE,
     num_layers: int = 3,
     num_heads: int = 4,
     max_length: int = 4096,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """A freshly initialised Llama-type model for ``tokenizer``; input and output embeddings are tied."""
+    """A freshly initialised Llama-type model for ``tokenizer``; input and output embeddings are tied.
+
+    Args:
+        item_ids, vectors: the embeddings of these items' tokens start from ``vectors`` (items, hidden_size), scaled to
+            the spread of the others, plus a quarter of the noise those have.
+    """
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 8) * 8,
         hidden_size=hidden_size,
@@ -61,4 +93,11 @@ def build_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
+    if vectors is not None:
+        tokens = tokenizer.convert_tokens_to_ids([item_token(item_id) for item_id in item_ids])
+        with torch.no_grad():
+            weight = model.get_input_embeddings().weight
+            spread = config.initializer_range / vectors.square().mean().sqrt()
+            weight[tokens] = vectors * spread + weight[tokens] / 4
+    return model

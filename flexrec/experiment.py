@@ -27,7 +27,7 @@ from transformers import (
 from flexrec.baselines import BASELINES
 from flexrec.critic import Critic
 from flexrec.data import RankingDataset, load_movielens, simulate
-from flexrec.embedded import build_model, build_tokenizer
+from flexrec.embedded import HIDDEN_SIZE, build_model, build_tokenizer, item_vectors
 from flexrec.evaluation import METRICS, Comparison, bootstrap_interval, rank_metrics, relative_change
 from flexrec.metrics import parse_metric
 from flexrec.needs import NEEDS, Need, get_need
@@ -55,8 +55,8 @@ class ExperimentConfig:
     metric: str = "ndcg@10"
     warmup: str = "listwise"
     steps: int = 30
-    warmup_steps: int = 40
-    listwise_steps: int = 80
+    warmup_steps: int = 30
+    listwise_steps: int = 40
     prompts_per_step: int = 192
     num_generations: int = 1
     num_iterations: int = 1
@@ -261,7 +261,9 @@ def _make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[N
         model: Any = AutoModelForCausalLM.from_pretrained(base)
     elif config.model == EMBEDDED:
         tokenizer = build_tokenizer(dataset.catalogue, [wording for need in needs for wording in need.wordings])
-        model = build_model(tokenizer, seed=config.seed)
+        ids, size = dataset.catalogue.ids, HIDDEN_SIZE
+        vectors = item_vectors(dataset.log, len(ids), size, seed=config.seed)
+        model = build_model(tokenizer, hidden_size=size, item_ids=ids, vectors=vectors, seed=config.seed)
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.model)
