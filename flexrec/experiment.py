@@ -54,7 +54,7 @@ class ExperimentConfig:
     tilt: float | None = None
     metric: str = "ndcg@10"
     warmup: str = "listwise"
-    steps: int = 30
+    steps: int = 40
     warmup_steps: int = 30
     listwise_steps: int = 40
     prompts_per_step: int = 192
