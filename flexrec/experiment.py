@@ -283,11 +283,11 @@ def _make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[N
     return model, tokenizer, builder
 
 
-def _training_arguments(config: ExperimentConfig, steps: int, learning_rate: float) -> dict[str, Any]:
+def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, learning_rate: float) -> dict[str, Any]:
     return {
         "output_dir": str(Path(config.output) / "checkpoints"),
         "max_steps": steps,
-        "per_device_train_batch_size": config.prompts_per_step,
+        "per_device_train_batch_size": prompts,
         "learning_rate": learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(10, steps // 4),
@@ -315,9 +315,11 @@ def _supervise(
     builder: PromptBuilder,
     log: StepLog,
 ) -> None:
+    # As many rankings in a step as reinforcement has, each of another prompt.
+    rankings = config.prompts_per_step * config.num_generations
     trainer = SupervisedTrainer(
         model,
-        TrainingArguments(**_training_arguments(config, steps, config.warmup_learning_rate)),
+        TrainingArguments(**_training_arguments(config, steps, rankings, config.warmup_learning_rate)),
         examples,
         stage=stage,
         separator=builder.separator,
@@ -329,7 +331,7 @@ def _supervise(
 
 
 def _reinforcement_arguments(config: ExperimentConfig) -> FlexRecConfig:
-    common = _training_arguments(config, config.steps, config.learning_rate)
+    common = _training_arguments(config, config.steps, config.prompts_per_step, config.learning_rate)
     if config.save_every:
         common |= {"save_strategy": "steps", "save_steps": config.save_every, "save_total_limit": 2}
     return FlexRecConfig(
