@@ -18,7 +18,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/flexrec train --dataset simulated $(STEPS) --output $(RUN)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -124,13 +124,16 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
     say(f"Loading the {config.dataset} data ..")
     dataset = load_dataset(config.dataset, config.data, config.seed)
     model, tokenizer, builder = _make_model(config, dataset, needs)
-    folder.mkdir(parents=True, exist_ok=True)
-    log = StepLog(folder / "log.jsonl", append=config.resume)
     say(
         f"{len(dataset.catalogue)} items; {len(dataset.train)} lists of training users, {len(dataset.test)} of "
         f"{len({lst.user for lst in dataset.test})} other users to test on; model {config.model} with "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
     )
+    wanted, available = config.prompts_per_step * config.num_generations, len(dataset.train) * len(needs)
+    if wanted > available:
+        raise ValueError(
+            f"a step takes {wanted} rankings, and there are {available} training examples: use fewer --prompts-per-step"
+        )
     critic = None
     if config.critic or (config.critic is None and dataset.unobserved == "critic"):
         with clock.stage("critic"):
@@ -144,6 +147,9 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
     results = Results(np.array([lst.user for lst in dataset.test]), seconds=clock.seconds)
     evaluate = _Evaluation(tests, builder, config.num_ranked)
 
+    # From here on the folder is written to; mistakes that can be seen before have left no trace.
+    folder.mkdir(parents=True, exist_ok=True)
+    log = StepLog(folder / "log.jsonl", append=config.resume)
     if not _has_base(config):
         with clock.stage("format"):
             _supervise(model, "format", config.warmup_steps, config, examples, builder, log)

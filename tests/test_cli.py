@@ -156,6 +156,7 @@ def test_rank_does_not_overwrite(run, tmp_path, capsys):
         (["--metric", "ndgc"], "ndgc"),
         (["--model", "/no/such/model"], "cannot be loaded"),
         (["--baseline", "rank"], "num_generations > 1"),
+        (["--prompts-per-step", "100000"], "use fewer --prompts-per-step"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, arguments, message):
