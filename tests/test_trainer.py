@@ -104,7 +104,7 @@ def test_every_credit_learns_the_best_order(tmp_path, credit):
 
 
 @pytest.mark.parametrize(
-    # A branch is worth the mean of the items below it: between a sure 0.25 and {0, 0.5} behind one token it cannot tell.
+    # A branch is worth the mean of the items below it: a sure 0.25, and 0 or 0.5 behind one token, are equal to it.
     ("candidates", "separator", "end", "least"),
     [(SINGLE, (), (), 0.99), (TITLES, (30,), (31,), 0.95)],
 )
