@@ -26,6 +26,7 @@ namespace {
 
 using Int64Array = py::array_t<std::int64_t, py::array::c_style>;
 using Int32Array = py::array_t<std::int32_t, py::array::c_style>;
+using BoolArray = py::array_t<bool, py::array::c_style>;
 
 // ------------------------------------------------------------------------------------------------ Python to the core
 
@@ -48,7 +49,9 @@ void append_tokens(py::handle object, std::vector<std::int32_t>& tokens, const N
   const Py_ssize_t size = PySequence_Fast_GET_SIZE(elements.ptr());
   for (Py_ssize_t i = 0; i < size; ++i) {
     PyObject* element = PySequence_Fast_GET_ITEM(elements.ptr(), i);
-    const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(element));
+    // A list of ints is what most callers have; anything else that stands for an integer is asked for it.
+    const auto index = PyLong_CheckExact(element) ? py::reinterpret_borrow<py::object>(element)
+                                                  : py::reinterpret_steal<py::object>(PyNumber_Index(element));
     if (!index) {
       PyErr_Clear();
       throw py::type_error(name() + "[" + std::to_string(i) + "] must be an integer token id, got " +
@@ -88,16 +91,29 @@ std::vector<std::int32_t> tokens_from_python(py::handle object, const std::strin
 
 std::vector<std::int64_t> to_vector(const Int64Array& array) { return {array.data(), array.data() + array.size()}; }
 
+using Tries = std::shared_ptr<flexrec::CandidateTries>;
 using Grammar = std::shared_ptr<flexrec::RankingGrammar>;
 
-Grammar make_grammar(py::handle candidates, py::handle separator, py::handle end, std::optional<std::int64_t> at_most,
+Tries make_tries(py::handle candidates) {
+  flexrec::CandidateTokens tokens = candidates_from_python(candidates);
+  const py::gil_scoped_release release;
+  return std::make_shared<flexrec::CandidateTries>(std::move(tokens));
+}
+
+Tries tries_from_arrays(const Int32Array& tokens, const Int64Array& sequence_offsets, const Int64Array& list_offsets) {
+  flexrec::CandidateTokens candidates{
+      {tokens.data(), tokens.data() + tokens.size()}, to_vector(sequence_offsets), to_vector(list_offsets)};
+  const py::gil_scoped_release release;
+  return std::make_shared<flexrec::CandidateTries>(std::move(candidates));
+}
+
+Grammar make_grammar(const Tries& tries, py::handle separator, py::handle end, std::optional<std::int64_t> at_most,
                      const std::optional<Int64Array>& by_row, std::int64_t num_generations) {
-  const flexrec::CandidateTokens tokens = candidates_from_python(candidates);
   std::vector<std::int32_t> separator_tokens = tokens_from_python(separator, "separator");
   std::vector<std::int32_t> end_tokens = tokens_from_python(end, "end");
   flexrec::NumRanked num_ranked{at_most, by_row ? to_vector(*by_row) : std::vector<std::int64_t>{}};
   const py::gil_scoped_release release;
-  return std::make_shared<flexrec::RankingGrammar>(tokens, std::move(separator_tokens), std::move(end_tokens),
+  return std::make_shared<flexrec::RankingGrammar>(tries, std::move(separator_tokens), std::move(end_tokens),
                                                    num_ranked, num_generations);
 }
 
@@ -148,16 +164,27 @@ class SharedState {
   std::mutex mutex_;
 };
 
-void advance(SharedState& self, const Int64Array& tokens, const std::optional<Int64Array>& offsets) {
+void advance(SharedState& self, const Int64Array& tokens, const std::optional<Int64Array>& offsets, bool strict) {
+  using OnRejected = flexrec::RankingState::OnRejected;
   const std::int64_t* token_data = tokens.data();
   const std::int64_t* offset_data = offsets ? offsets->data() : nullptr;
-  self.use([&](flexrec::RankingState& state) { state.advance(token_data, offset_data); });
+  const OnRejected on_rejected = strict ? OnRejected::kThrow : OnRejected::kLose;
+  self.use([&](flexrec::RankingState& state) { state.advance(token_data, offset_data, on_rejected); });
 }
 
-void allowed_bitmask(SharedState& self, std::int64_t vocab_size, Int32Array& words) {
+void restart(SharedState& self, const std::optional<BoolArray>& rows) {
+  const auto* chosen = rows ? reinterpret_cast<const std::uint8_t*>(rows->data()) : nullptr;
+  self.use([&](flexrec::RankingState& state) { state.restart(chosen); });
+}
+
+// `set_ids` and `set_offsets` say which bits are set in `words`; returns which are set now.
+py::tuple allowed_bitmask(SharedState& self, std::int64_t vocab_size, Int32Array& words, const Int32Array& set_ids,
+                          const Int64Array& set_offsets) {
+  flexrec::Csr set{{set_ids.data(), set_ids.data() + set_ids.size()}, to_vector(set_offsets)};
   std::int32_t* data = words.mutable_data();
   const std::int64_t words_per_row = words.shape(1);
-  self.use([&](const flexrec::RankingState& state) { state.allowed_bitmask(vocab_size, data, words_per_row); });
+  self.use([&](const flexrec::RankingState& state) { state.allowed_bitmask(vocab_size, data, words_per_row, set); });
+  return to_arrays(std::move(set));
 }
 
 py::array rankings(SharedState& self) {
@@ -220,10 +247,18 @@ void check_permutations(const Int64Array& rankings, const Int64Array& num_candid
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The C++ core of flexrec.rankings, which is its public face.";
 
+  py::class_<flexrec::CandidateTries, Tries>(module, "CandidateTries")
+      .def(py::init(&make_tries), py::arg("candidates"))
+      .def_static("from_arrays", &tries_from_arrays, py::arg("tokens").noconvert(),
+                  py::arg("sequence_offsets").noconvert(), py::arg("list_offsets").noconvert())
+      .def_property_readonly("num_lists", [](const flexrec::CandidateTries& self) { return self.num_lists(); });
+
   py::class_<flexrec::RankingGrammar, Grammar>(module, "RankingGrammar")
-      .def(py::init(&make_grammar), py::arg("candidates"), py::arg("separator"), py::arg("end"), py::arg("at_most"),
+      .def(py::init(&make_grammar), py::arg("tries"), py::arg("separator"), py::arg("end"), py::arg("at_most"),
            py::arg("by_row"), py::arg("num_generations"))
-      .def_property_readonly("num_rows", &flexrec::RankingGrammar::num_rows);
+      .def_property_readonly("num_rows", &flexrec::RankingGrammar::num_rows)
+      .def_property_readonly("max_length", &flexrec::RankingGrammar::max_length)
+      .def_property_readonly("max_token", &flexrec::RankingGrammar::max_token);
 
   py::class_<SharedState>(module, "RankingState")
       .def(py::init<Grammar>(), py::arg("grammar"))
@@ -232,8 +267,10 @@ PYBIND11_MODULE(_core, module) {
            [](SharedState& self) { return to_arrays(self.use([](const auto& state) { return state.allowed(); })); })
       .def("forced",
            [](SharedState& self) { return to_arrays(self.use([](const auto& state) { return state.forced(); })); })
-      .def("allowed_bitmask", &allowed_bitmask, py::arg("vocab_size"), py::arg("words").noconvert())
-      .def("advance", &advance, py::arg("tokens").noconvert(), py::arg("offsets").noconvert())
+      .def("allowed_bitmask", &allowed_bitmask, py::arg("vocab_size"), py::arg("words").noconvert(),
+           py::arg("set_ids").noconvert(), py::arg("set_offsets").noconvert())
+      .def("advance", &advance, py::arg("tokens").noconvert(), py::arg("offsets").noconvert(), py::arg("strict"))
+      .def("restart", &restart, py::arg("rows").noconvert())
       .def("done", [](SharedState& self) { return to_bools(self.use([](const auto& state) { return state.done(); })); })
       .def("rankings", &rankings);
 

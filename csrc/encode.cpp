@@ -1,8 +1,11 @@
 #include "flexrec/encode.hpp"
 
 #include <algorithm>
+#include <cstddef>
+#include <iterator>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "flexrec/cursor.hpp"
 #include "flexrec/parallel.hpp"
@@ -12,23 +15,26 @@ namespace flexrec {
 
 namespace {
 
-// How far each of the result's arrays is filled.
-struct Position {
-  std::int64_t tokens = 0;
-  std::int64_t decisions = 0;
-  std::int64_t allowed = 0;
-  std::int64_t below = 0;
-};
+// Enough rows to repay a thread, few enough for many threads.
+constexpr std::int64_t kRowsPerChunk = 128;
 
-Position operator+(const Position& a, const Position& b) {
-  return {a.tokens + b.tokens, a.decisions + b.decisions, a.allowed + b.allowed, a.below + b.below};
+// Writes the decision that `walk` stands before, if it is one.
+void append_decision(const RowWalk& walk, const Trie& trie, const bits::Word* remaining, EncodedBatch& out) {
+  walk.for_each_allowed([&](std::int32_t id, std::int32_t low, std::int32_t high) {
+    const auto first_below = static_cast<std::ptrdiff_t>(out.below_items.size());
+    bits::for_each(remaining, low, high, [&](std::int32_t leaf) { out.below_items.push_back(trie.candidate(leaf)); });
+    if (high - low > 1) std::sort(out.below_items.begin() + first_below, out.below_items.end());
+    out.below_offsets.push_back(static_cast<std::int64_t>(out.below_items.size()));
+    out.allowed_ids.push_back(id);
+    return true;
+  });
+  out.allowed_offsets.push_back(static_cast<std::int64_t>(out.allowed_ids.size()));
 }
 
-// Spells one row from position `at` on, which it moves; `out` is null where only the sizes are wanted.
-void encode_row(const RankingGrammar& grammar, std::int64_t row, const std::int64_t* ranking, bits::Word* remaining,
-                Position& at, EncodedBatch* out) {
+// Spells one row at the end of `out`.
+void append_row(const RankingGrammar& grammar, std::int64_t row, const std::int64_t* ranking, bits::Word* remaining,
+                EncodedBatch& out) {
   const Trie& trie = grammar.trie(row);
-  const std::int64_t row_begin = at.tokens;
   Cursor cursor;
   RowWalk walk(grammar, row, cursor, remaining);
   walk.restart();
@@ -38,40 +44,48 @@ void encode_row(const RankingGrammar& grammar, std::int64_t row, const std::int6
     const std::int32_t leaf =
         rank < grammar.num_ranked(row) ? trie.leaf(static_cast<std::int32_t>(ranking[rank])) : Trie::kNone;
     const std::int32_t token = walk.token_towards(leaf);
-
     if (walk.only_token() == Trie::kNone) {
-      walk.for_each_allowed([&](std::int32_t id, std::int32_t low, std::int32_t high) {
-        const std::int64_t first_below = at.below;
-        bits::for_each(remaining, low, high, [&](std::int32_t below) {
-          if (out != nullptr) out->below_items[static_cast<std::size_t>(at.below)] = trie.candidate(below);
-          ++at.below;
-        });
-        if (out != nullptr) {
-          if (high - low > 1) std::sort(out->below_items.begin() + first_below, out->below_items.begin() + at.below);
-          out->allowed_ids[static_cast<std::size_t>(at.allowed)] = id;
-          out->below_offsets[static_cast<std::size_t>(at.allowed) + 1] = at.below;
-        }
-        ++at.allowed;
-        return true;
-      });
-      if (out != nullptr) {
-        const auto decision = static_cast<std::size_t>(at.decisions);
-        out->decision_rows[decision] = static_cast<std::int32_t>(row);
-        out->decision_positions[decision] = static_cast<std::int32_t>(at.tokens - row_begin);
-        out->decision_ranks[decision] = rank;
-        out->targets[decision] = token;
-        out->allowed_offsets[decision + 1] = at.allowed;
-      }
-      ++at.decisions;
+      append_decision(walk, trie, remaining, out);
+      out.decision_rows.push_back(static_cast<std::int32_t>(row));
+      out.decision_positions.push_back(cursor.step);
+      out.decision_ranks.push_back(rank);
+      out.targets.push_back(token);
     }
-
     const RowWalk::Step step = walk.advance(token, nullptr, leaf);
-    if (out != nullptr) {
-      out->tokens[static_cast<std::size_t>(at.tokens)] = token;
-      out->item_ids[static_cast<std::size_t>(at.tokens)] = step == RowWalk::Step::kItem ? rank : -1;
-    }
-    ++at.tokens;
+    out.tokens.push_back(token);
+    out.item_ids.push_back(step == RowWalk::Step::kItem ? rank : -1);
   }
+  out.offsets.push_back(static_cast<std::int64_t>(out.tokens.size()));
+}
+
+template <class T>
+void append(std::vector<T>& to, const std::vector<T>& from) {
+  to.insert(to.end(), from.begin(), from.end());
+}
+
+// Offsets begin with 0, those of `from` count from the end of what `to` describes.
+void append_offsets(std::vector<std::int64_t>& to, const std::vector<std::int64_t>& from) {
+  const std::int64_t shift = to.back();
+  std::transform(from.begin() + 1, from.end(), std::back_inserter(to), [&](std::int64_t at) { return at + shift; });
+}
+
+EncodedBatch concatenated(std::vector<EncodedBatch>&& chunks) {
+  EncodedBatch result = std::move(chunks.front());
+  for (std::size_t i = 1; i < chunks.size(); ++i) {
+    const EncodedBatch chunk = std::move(chunks[i]);
+    append(result.tokens, chunk.tokens);
+    append_offsets(result.offsets, chunk.offsets);
+    append(result.item_ids, chunk.item_ids);
+    append(result.decision_rows, chunk.decision_rows);
+    append(result.decision_positions, chunk.decision_positions);
+    append(result.decision_ranks, chunk.decision_ranks);
+    append(result.targets, chunk.targets);
+    append(result.allowed_ids, chunk.allowed_ids);
+    append_offsets(result.allowed_offsets, chunk.allowed_offsets);
+    append(result.below_items, chunk.below_items);
+    append_offsets(result.below_offsets, chunk.below_offsets);
+  }
+  return result;
 }
 
 void check_rankings(const RankingGrammar& grammar, const std::int64_t* rankings, std::int64_t width) {
@@ -96,37 +110,19 @@ void check_rankings(const RankingGrammar& grammar, const std::int64_t* rankings,
 EncodedBatch encode_rankings(const RankingGrammar& grammar, const std::int64_t* rankings, std::int64_t width) {
   check_rankings(grammar, rankings, width);
   const std::int64_t num_rows = grammar.num_rows();
+  const std::int64_t num_chunks = std::max<std::int64_t>(1, (num_rows + kRowsPerChunk - 1) / kRowsPerChunk);
   const std::int64_t cost = num_rows * grammar.max_num_ranked() * (50 + 2 * grammar.max_num_candidates());
-  // starts[row] is where the row begins in every array; the rows are spelled once to know their sizes, once to write.
-  std::vector<Position> starts(static_cast<std::size_t>(num_rows) + 1);
-  const auto encode_all = [&](EncodedBatch* out) {
-    parallel_for(num_rows, cost, [&](std::int64_t begin, std::int64_t end) {
-      std::vector<bits::Word> remaining(static_cast<std::size_t>(bits::words_for(grammar.max_num_candidates())));
-      for (std::int64_t row = begin; row < end; ++row) {
-        Position at = out == nullptr ? Position{} : starts[static_cast<std::size_t>(row)];
-        encode_row(grammar, row, rankings + row * width, remaining.data(), at, out);
-        if (out == nullptr) starts[static_cast<std::size_t>(row) + 1] = at;
+  std::vector<EncodedBatch> chunks(static_cast<std::size_t>(num_chunks));
+  parallel_for(num_chunks, cost, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<bits::Word> remaining(static_cast<std::size_t>(bits::words_for(grammar.max_num_candidates())));
+    for (std::int64_t chunk = begin; chunk < end; ++chunk) {
+      const std::int64_t last_row = std::min(num_rows, (chunk + 1) * kRowsPerChunk);
+      for (std::int64_t row = chunk * kRowsPerChunk; row < last_row; ++row) {
+        append_row(grammar, row, rankings + row * width, remaining.data(), chunks[static_cast<std::size_t>(chunk)]);
       }
-    });
-  };
-  encode_all(nullptr);
-  for (std::size_t row = 1; row < starts.size(); ++row) starts[row] = starts[row - 1] + starts[row];
-
-  const Position total = starts.back();
-  EncodedBatch result;
-  result.tokens.resize(static_cast<std::size_t>(total.tokens));
-  result.item_ids.resize(static_cast<std::size_t>(total.tokens));
-  result.decision_rows.resize(static_cast<std::size_t>(total.decisions));
-  result.decision_positions.resize(static_cast<std::size_t>(total.decisions));
-  result.decision_ranks.resize(static_cast<std::size_t>(total.decisions));
-  result.targets.resize(static_cast<std::size_t>(total.decisions));
-  result.allowed_ids.resize(static_cast<std::size_t>(total.allowed));
-  result.allowed_offsets.resize(static_cast<std::size_t>(total.decisions) + 1);
-  result.below_items.resize(static_cast<std::size_t>(total.below));
-  result.below_offsets.resize(static_cast<std::size_t>(total.allowed) + 1);
-  for (const Position& start : starts) result.offsets.push_back(start.tokens);
-  encode_all(&result);
-  return result;
+    }
+  });
+  return concatenated(std::move(chunks));
 }
 
 }  // namespace flexrec

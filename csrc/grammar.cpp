@@ -1,11 +1,12 @@
 #include "flexrec/grammar.hpp"
 
 #include <algorithm>
+#include <functional>
+#include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
-
-#include "flexrec/parallel.hpp"
 
 namespace flexrec {
 
@@ -52,66 +53,32 @@ std::optional<Ambiguity> find_ambiguity(const Trie& trie, const std::vector<std:
 
 }  // namespace
 
-RankingGrammar::RankingGrammar(const CandidateTokens& candidates, std::vector<std::int32_t> separator,
+RankingGrammar::RankingGrammar(std::shared_ptr<const CandidateTries> tries, std::vector<std::int32_t> separator,
                                std::vector<std::int32_t> end, const NumRanked& num_ranked, std::int64_t num_generations)
-    : separator_(std::move(separator)), end_(std::move(end)), num_generations_(num_generations) {
-  if (num_generations < 1) {
-    throw std::invalid_argument("num_generations must be at least 1, got " + text(num_generations));
+    : tries_(std::move(tries)),
+      separator_(std::move(separator)),
+      end_(std::move(end)),
+      num_generations_(num_generations),
+      max_token_(tries_->max_token()) {
+  if (num_generations < 1 || num_generations > std::numeric_limits<std::int32_t>::max()) {
+    throw std::invalid_argument("num_generations must be at least 1 and at most 2147483647, got " +
+                                text(num_generations));
   }
   check_tokens(separator_, "separator");
   check_tokens(end_, "end");
-  build_tries(candidates);
+  for (const std::int32_t token : separator_) max_token_ = std::max(max_token_, token);
+  for (const std::int32_t token : end_) max_token_ = std::max(max_token_, token);
   set_num_ranked(num_ranked);
   check_ambiguity();
 }
 
-void RankingGrammar::build_tries(const CandidateTokens& candidates) {
-  for (std::int64_t list = 0; list < candidates.num_lists(); ++list) {
-    const std::int64_t begin = candidates.list_offsets[static_cast<std::size_t>(list)];
-    const std::int64_t end = candidates.list_offsets[static_cast<std::size_t>(list) + 1];
-    if (begin == end) throw std::invalid_argument("candidates[" + text(list) + "] is empty: a list needs a candidate");
-    for (std::int64_t s = begin; s < end; ++s) {
-      const std::int64_t first = candidates.sequence_offsets[static_cast<std::size_t>(s)];
-      const std::int64_t last = candidates.sequence_offsets[static_cast<std::size_t>(s) + 1];
-      const std::string name = "candidates[" + text(list) + "][" + text(s - begin) + "]";
-      if (first == last) throw std::invalid_argument(name + " is an empty token sequence: it could not be chosen");
-      for (std::int64_t i = first; i < last; ++i) {
-        const std::int32_t token = candidates.tokens[static_cast<std::size_t>(i)];
-        if (token < 0) {
-          throw std::invalid_argument(name + " must hold token ids >= 0, got " + text(token) + " at index " +
-                                      text(i - first));
-        }
-      }
-    }
-    max_num_candidates_ = std::max(max_num_candidates_, static_cast<std::int32_t>(end - begin));
-  }
-  const auto take_largest = [&](const std::vector<std::int32_t>& tokens) {
-    for (const std::int32_t token : tokens) max_token_ = std::max(max_token_, token);
-  };
-  take_largest(candidates.tokens);
-  take_largest(separator_);
-  take_largest(end_);
-
-  std::vector<std::optional<Trie>> built(static_cast<std::size_t>(candidates.num_lists()));
-  const std::int64_t cost = static_cast<std::int64_t>(candidates.tokens.size()) * 30;
-  parallel_for(candidates.num_lists(), cost, [&](std::int64_t first_list, std::int64_t last_list) {
-    for (auto list = static_cast<std::size_t>(first_list); list < static_cast<std::size_t>(last_list); ++list) {
-      const std::int64_t begin = candidates.list_offsets[list];
-      built[list].emplace(candidates.tokens.data(), candidates.sequence_offsets.data() + begin,
-                          static_cast<std::int32_t>(candidates.list_offsets[list + 1] - begin));
-    }
-  });
-  tries_.reserve(built.size());
-  for (std::optional<Trie>& trie : built) tries_.push_back(std::move(*trie));
-}
-
 void RankingGrammar::set_num_ranked(const NumRanked& num_ranked) {
-  const std::int64_t num_rows = static_cast<std::int64_t>(tries_.size()) * num_generations_;
+  const std::int64_t num_rows = tries_->num_lists() * num_generations_;
   if (num_ranked.at_most) {
     const std::int64_t most = *num_ranked.at_most;
-    if (most < 1 || (num_rows > 0 && most > max_num_candidates_)) {
+    if (most < 1 || (num_rows > 0 && most > max_num_candidates())) {
       throw std::invalid_argument("num_ranked must lie between 1 and the number of candidates (" +
-                                  text(max_num_candidates_) + " in the longest list), got " + text(most));
+                                  text(max_num_candidates()) + " in the longest list), got " + text(most));
     }
   }
   if (!num_ranked.by_row.empty() && static_cast<std::int64_t>(num_ranked.by_row.size()) != num_rows) {
@@ -136,8 +103,8 @@ void RankingGrammar::set_num_ranked(const NumRanked& num_ranked) {
 }
 
 void RankingGrammar::check_ambiguity() const {
-  for (std::int64_t list = 0; list < static_cast<std::int64_t>(tries_.size()); ++list) {
-    const Trie& trie = tries_[static_cast<std::size_t>(list)];
+  for (std::int64_t list = 0; list < tries_->num_lists(); ++list) {
+    const Trie& trie = tries_->trie(list);
     // A separator follows wherever a second item does; where the last item is chosen, at least two candidates must be
     // left for any doubt.
     bool has_separator = false;
@@ -155,6 +122,25 @@ void RankingGrammar::check_ambiguity() const {
       if (const auto found = find_ambiguity(trie, end_)) throw_ambiguous(list, *found, "end", end_.empty());
     }
   }
+}
+
+std::int64_t RankingGrammar::max_length() const {
+  std::int64_t result = 0;
+  std::vector<std::int64_t> lengths;
+  for (std::int64_t list = 0; list < tries_->num_lists(); ++list) {
+    const std::int64_t first_row = list * num_generations_;
+    const std::int32_t* most =
+        std::max_element(num_ranked_.data() + first_row, num_ranked_.data() + first_row + num_generations_);
+    const std::int64_t* offsets = tries_->candidates().offsets_of(list);
+    lengths.clear();
+    for (std::int32_t k = 0; k < tries_->trie(list).num_candidates(); ++k)
+      lengths.push_back(offsets[k + 1] - offsets[k]);
+    std::partial_sort(lengths.begin(), lengths.begin() + *most, lengths.end(), std::greater<>());
+    const std::int64_t items = std::accumulate(lengths.begin(), lengths.begin() + *most, std::int64_t{0});
+    const auto separators = (*most - 1) * static_cast<std::int64_t>(separator_.size());
+    result = std::max(result, items + separators + static_cast<std::int64_t>(end_.size()));
+  }
+  return result;
 }
 
 }  // namespace flexrec

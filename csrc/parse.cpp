@@ -1,13 +1,19 @@
 #include "flexrec/parse.hpp"
 
 #include <algorithm>
+#include <optional>
+#include <vector>
 
 #include "flexrec/cursor.hpp"
 #include "flexrec/parallel.hpp"
+#include "flexrec/phrase_matcher.hpp"
 
 namespace flexrec {
 
 namespace {
+
+// Reading a completion costs about this many elementary operations per token.
+constexpr std::int64_t kOperationsPerToken = 40;
 
 struct Tokens {
   const std::int64_t* data;
@@ -34,43 +40,91 @@ bool read_by_grammar(Tokens completion, RowWalk walk, const Cursor& cursor, Pars
   return walk.done();
 }
 
-// The length of `phrase` if `rest` begins with it, else 0.
-std::int64_t match_phrase(Tokens rest, const std::vector<std::int32_t>& phrase) {
-  const auto length = static_cast<std::int64_t>(phrase.size());
-  return length <= rest.size && std::equal(phrase.begin(), phrase.end(), rest.data) ? length : 0;
-}
+// The longest of a set of phrases at each position of a text, tried position by position while that is cheap:
+// PhraseMatcher takes longer to build than a short completion to read. Trying costs as much as the failed attempts are
+// long, so after a budget linear in the text a matcher is built and only what matches is walked.
+class PhraseFinder {
+ public:
+  // The finder's trie, of the phrases that PhraseMatcher is built from when it comes to that.
+  PhraseFinder(const Trie& trie, const std::int32_t* tokens, const std::int64_t* offsets)
+      : trie_(trie), tokens_(tokens), offsets_(offsets) {}
 
-struct Mention {
-  std::int64_t length = 0;
-  std::int32_t node = Trie::kNone;
+  void read(Tokens text) {
+    text_ = text;
+    budget_ = kStepsPerToken * text.size;
+    lengths_.clear();
+  }
+
+  struct Match {
+    std::int64_t length = 0;
+    std::int32_t node = Trie::kNone;
+  };
+
+  // The longest phrase that begins at text[at].
+  Match longest(std::int64_t at) {
+    if (budget_ < 0 && lengths_.empty()) match_all();
+    const std::int64_t limit = lengths_.empty() ? text_.size - at : lengths_[static_cast<std::size_t>(at)];
+    Match result;
+    std::int32_t node = Trie::kRoot;
+    std::int64_t length = 0;
+    while (length < limit) {
+      node = trie_.child_by_token(node, text_.data[at + length]);
+      if (node == Trie::kNone) break;
+      ++length;
+      if (trie_.node(node).low < trie_.node(node).end_high) result = {length, node};
+    }
+    budget_ -= length;
+    return result;
+  }
+
+ private:
+  static constexpr std::int64_t kStepsPerToken = 8;
+
+  void match_all() {
+    if (!matcher_) matcher_.emplace(tokens_, offsets_, trie_.num_candidates());
+    lengths_.resize(static_cast<std::size_t>(text_.size));
+    matcher_->longest_lengths(text_.data, text_.size, lengths_.data());
+  }
+
+  const Trie& trie_;
+  const std::int32_t* tokens_;
+  const std::int64_t* offsets_;
+  Tokens text_{nullptr, 0};
+  std::int64_t budget_ = 0;
+  std::optional<PhraseMatcher> matcher_;
+  std::vector<std::int32_t> lengths_;  // by position; empty while positions are tried
 };
 
-// The longest candidate that `rest` begins with.
-Mention match_item(Tokens rest, const Trie& trie) {
-  Mention longest;
-  std::int32_t node = Trie::kRoot;
-  for (std::int64_t length = 0; length < rest.size;) {
-    node = trie.child_by_token(node, rest.data[length]);
-    if (node == Trie::kNone) break;
-    ++length;
-    if (trie.node(node).low < trie.node(node).end_high) longest = {length, node};
+// Separator and end, those that are not empty, as phrases.
+struct Tails {
+  explicit Tails(const RankingGrammar& grammar) {
+    for (const std::vector<std::int32_t>* tail : {&grammar.separator(), &grammar.end()}) {
+      if (tail->empty()) continue;
+      tokens.insert(tokens.end(), tail->begin(), tail->end());
+      offsets.push_back(static_cast<std::int64_t>(tokens.size()));
+    }
+    trie = Trie(tokens.data(), offsets.data(), static_cast<std::int32_t>(offsets.size()) - 1);
   }
-  return longest;
-}
 
-// Returns the number of items ranked.
-std::int32_t read_mentions(Tokens completion, const RankingGrammar& grammar, std::int64_t row, bits::Word* remaining,
-                           ParsedRow& out) {
+  std::vector<std::int32_t> tokens;
+  std::vector<std::int64_t> offsets{0};
+  Trie trie;
+};
+
+// Places first mentions, which leave `remaining`, as leaves of the row's trie; returns how many ranks they filled.
+std::int32_t read_mentions(Tokens completion, const RankingGrammar& grammar, std::int64_t row, PhraseFinder& items,
+                           PhraseFinder& tails, bits::Word* remaining, ParsedRow& out) {
   const Trie& trie = grammar.trie(row);
   bits::insert_all(remaining, trie.num_candidates());
   std::fill_n(out.item_ids, completion.size, -1);
+  items.read(completion);
+  tails.read(completion);
   std::int32_t num_placed = 0;
   bool after_mention = false;
   bool in_unknown = false;
   for (std::int64_t i = 0; i < completion.size;) {
-    const Tokens rest{completion.data + i, completion.size - i};
-    const std::int64_t tail = std::max(match_phrase(rest, grammar.separator()), match_phrase(rest, grammar.end()));
-    const Mention mention = after_mention && tail > 0 ? Mention{} : match_item(rest, trie);
+    const PhraseFinder::Match tail = tails.longest(i);
+    const PhraseFinder::Match mention = after_mention && tail.length > 0 ? PhraseFinder::Match{} : items.longest(i);
     after_mention = mention.length > 0;
     if (mention.length > 0) {
       const Trie::Node& node = trie.node(mention.node);
@@ -86,8 +140,8 @@ std::int32_t read_mentions(Tokens completion, const RankingGrammar& grammar, std
       }
       i += mention.length;
       in_unknown = false;
-    } else if (tail > 0) {
-      i += tail;
+    } else if (tail.length > 0) {
+      i += tail.length;
       in_unknown = false;
     } else {
       if (!in_unknown) ++out.unknown;
@@ -112,20 +166,28 @@ ParsedBatch parse_rankings(const RankingGrammar& grammar, const std::int64_t* to
   result.unknown.resize(size);
   result.item_ids.resize(static_cast<std::size_t>(offsets[num_rows]));
 
-  parallel_for(num_rows, offsets[num_rows] * 40, [&](std::int64_t begin, std::int64_t end) {
+  const Tails tails(grammar);
+  const CandidateTokens& candidates = grammar.tries().candidates();
+  parallel_for(num_rows, offsets[num_rows] * kOperationsPerToken, [&](std::int64_t begin, std::int64_t end) {
     std::vector<bits::Word> remaining(static_cast<std::size_t>(bits::words_for(grammar.max_num_candidates())));
+    PhraseFinder tail_finder(tails.trie, tails.tokens.data(), tails.offsets.data());
+    std::optional<PhraseFinder> item_finder;  // shared by the rows of a list
     for (std::int64_t row = begin; row < end; ++row) {
       const Trie& trie = grammar.trie(row);
+      if (row == begin || grammar.list(row) != grammar.list(row - 1)) {
+        item_finder.emplace(trie, candidates.tokens.data(), candidates.offsets_of(grammar.list(row)));
+      }
       const std::int32_t num_ranked = grammar.num_ranked(row);
       const Tokens completion{tokens + offsets[row], offsets[row + 1] - offsets[row]};
       ParsedRow out{result.ranking.data() + row * width, result.item_ids.data() + offsets[row]};
       Cursor cursor;
       const bool valid = read_by_grammar(completion, {grammar, row, cursor, remaining.data()}, cursor, out);
       const std::int32_t num_placed =
-          valid ? num_ranked : read_mentions(completion, grammar, row, remaining.data(), out);
+          valid ? num_ranked
+                : read_mentions(completion, grammar, row, *item_finder, tail_finder, remaining.data(), out);
 
       std::transform(out.ranking, out.ranking + num_placed, out.ranking,
-                     [&](auto leaf) { return trie.candidate(leaf); });
+                     [&](std::int32_t leaf) { return trie.candidate(leaf); });
       std::int32_t candidate = 0;
       for (std::int32_t rank = num_placed; rank < num_ranked; ++candidate) {
         if (bits::test(remaining.data(), trie.leaf(candidate))) out.ranking[rank++] = candidate;

@@ -34,7 +34,13 @@ RankingState::RankingState(std::shared_ptr<const RankingGrammar> grammar)
       words_per_row_(bits::words_for(grammar_->max_num_candidates())),
       remaining_(static_cast<std::size_t>(num_rows() * words_per_row_)),
       placed_(static_cast<std::size_t>(num_rows() * max_num_ranked())) {
-  for (std::int64_t row = 0; row < num_rows(); ++row) walk(row).restart();
+  restart(nullptr);
+}
+
+void RankingState::restart(const std::uint8_t* chosen) {
+  for (std::int64_t row = 0; row < num_rows(); ++row) {
+    if (chosen == nullptr || chosen[row] != 0) walk(row).restart();
+  }
 }
 
 RowWalk RankingState::walk(std::int64_t row) {
@@ -64,25 +70,33 @@ Csr RankingState::allowed() const {
   return result;
 }
 
-void RankingState::allowed_bitmask(std::int64_t vocab_size, std::int32_t* words, std::int64_t words_per_row) const {
+void RankingState::allowed_bitmask(std::int64_t vocab_size, std::int32_t* words, std::int64_t words_per_row,
+                                   Csr& set) const {
   if (grammar_->max_token() >= vocab_size) {
     throw std::invalid_argument("vocab_size must exceed every token id of candidates, separator and end: got " +
                                 std::to_string(vocab_size) + " with token " + std::to_string(grammar_->max_token()));
   }
-  parallel_for(num_rows(), num_rows() * grammar_->max_num_candidates() * 2, [&](std::int64_t begin, std::int64_t end) {
+  Csr allowed = this->allowed();
+  if (set.offsets.empty()) set.offsets.assign(allowed.offsets.size(), 0);
+  const auto cost = static_cast<std::int64_t>(set.ids.size() + allowed.ids.size()) * 2;
+  parallel_for(num_rows(), cost, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
+      const auto i = static_cast<std::size_t>(row);
       // Unsigned, because bit 31 is a bit like any other.
       auto* out = reinterpret_cast<std::uint32_t*>(words + row * words_per_row);
-      reader(row).for_each_allowed([&](std::int32_t id, std::int32_t, std::int32_t) {
-        out[id / 32] |= std::uint32_t{1} << (id % 32);
-        return true;
-      });
+      const std::int32_t* const old = set.ids.data();
+      const std::int32_t* const now = allowed.ids.data();
+      std::for_each(old + set.offsets[i], old + set.offsets[i + 1], [&](std::int32_t id) { out[id / 32] = 0; });
+      std::for_each(now + allowed.offsets[i], now + allowed.offsets[i + 1],
+                    [&](std::int32_t id) { out[id / 32] |= std::uint32_t{1} << (id % 32); });
     }
   });
+  set = std::move(allowed);
 }
 
-void RankingState::advance(const std::int64_t* tokens, const std::int64_t* offsets) {
-  const std::vector<Cursor> before = cursors_;
+void RankingState::advance(const std::int64_t* tokens, const std::int64_t* offsets, OnRejected on_rejected) {
+  // Only an error is ever taken back.
+  const std::vector<Cursor> before = on_rejected == OnRejected::kThrow ? cursors_ : std::vector<Cursor>{};
   const std::int64_t num_tokens = offsets == nullptr ? num_rows() : offsets[num_rows()];
   try {
     parallel_for(num_rows(), num_tokens * 20, [&](std::int64_t begin, std::int64_t end) {
@@ -90,15 +104,17 @@ void RankingState::advance(const std::int64_t* tokens, const std::int64_t* offse
         const std::int64_t first = offsets == nullptr ? row : offsets[row];
         const std::int64_t last = offsets == nullptr ? row + 1 : offsets[row + 1];
         RowWalk row_walk = walk(row);
-        for (std::int64_t i = first; i < last && !row_walk.done(); ++i) {
-          if (row_walk.advance(tokens[i], placed(row)) == RowWalk::Step::kRejected) {
+        for (std::int64_t i = first; i < last && !row_walk.done() && !row_walk.lost(); ++i) {
+          if (row_walk.advance(tokens[i], placed(row)) != RowWalk::Step::kRejected) continue;
+          if (on_rejected == OnRejected::kThrow) {
             throw_rejected(row, cursors_[static_cast<std::size_t>(row)].step, tokens[i], row_walk);
           }
+          row_walk.lose();
         }
       }
     });
   } catch (...) {
-    undo(before);
+    if (on_rejected == OnRejected::kThrow) undo(before);
     throw;
   }
 }

@@ -1,7 +1,8 @@
 """FlexRec: post-train LLMs as recommenders, with a reward for every ranked item.
 
 The functions of tensors below need no model and no trainer. The ranking task around them is in the modules
-``flexrec.data``, ``needs``, ``prompts``, ``rollout``, ``critic``, ``evaluation``, ``baselines`` and ``trainer``.
+``flexrec.data``, ``needs``, ``prompts``, ``rollout``, ``critic``, ``evaluation``, ``baselines`` and ``trainer``;
+``flexrec.decoding`` constrains anybody's ``generate``.
 """
 
 from flexrec.advantages import item_advantages
@@ -9,11 +10,18 @@ from flexrec.evaluation import Comparison, bootstrap_interval, rank_metrics, rel
 from flexrec.losses import policy_loss
 from flexrec.metrics import ranking_metric, register_metric
 from flexrec.ops.all_actions import AllActions, all_actions_objective
-from flexrec.ops.ranking_logprobs import RankingLogprobs, ranking_logprobs, ranking_probs
-from flexrec.ops.restricted_kl import ranking_kl, restricted_kl
-from flexrec.ops.restricted_logprobs import restricted_logprobs
+from flexrec.ops.ranking_logprobs import (
+    RankingLogprobs,
+    RankingLogprobsWithKL,
+    ranking_kl,
+    ranking_logprobs,
+    ranking_logprobs_with_kl,
+    ranking_probs,
+)
+from flexrec.ops.restricted_logprobs import restricted_kl, restricted_logprobs, restricted_logprobs_with_kl
 from flexrec.ops.swap_rewards import swap_rewards, swap_scores
 from flexrec.rankings import (
+    CandidateTries,
     EncodedRankings,
     ParsedRankings,
     RankingState,
@@ -29,10 +37,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AllActions",
+    "CandidateTries",
     "Comparison",
     "EncodedRankings",
     "ParsedRankings",
     "RankingLogprobs",
+    "RankingLogprobsWithKL",
     "RankingState",
     "all_actions_objective",
     "bootstrap_interval",
@@ -44,12 +54,14 @@ __all__ = [
     "rank_metrics",
     "ranking_kl",
     "ranking_logprobs",
+    "ranking_logprobs_with_kl",
     "ranking_metric",
     "ranking_probs",
     "register_metric",
     "relative_change",
     "restricted_kl",
     "restricted_logprobs",
+    "restricted_logprobs_with_kl",
     "set_value_checks",
     "swap_rewards",
     "swap_rewards_with_variance",

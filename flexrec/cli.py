@@ -103,6 +103,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=True,
         help="do not train the listwise baseline, which takes as long as the reinforcement",
     )
+    train.add_argument(
+        "--profile",
+        action="store_true",
+        help="show where the seconds of a step of reinforcement go; also in log.jsonl, by step",
+    )
     train.add_argument("--eval-every", type=_positive, metavar="N", help="log test metrics every N steps")
     train.add_argument("--save-every", type=_positive, metavar="N", help="checkpoint every N steps")
     train.add_argument("--resume", action="store_true", help="continue the interrupted run in --output")

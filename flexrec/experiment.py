@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from flexrec.embedded import HIDDEN_SIZE, build_model, build_tokenizer, item_vec
 from flexrec.evaluation import METRICS, Comparison, bootstrap_interval, rank_metrics, relative_change
 from flexrec.metrics import parse_metric
 from flexrec.needs import NEEDS, Need, get_need
+from flexrec.profiling import profile_steps
 from flexrec.progress import Clock, Curve, ProgressBar, Stage, StepLog
 from flexrec.prompts import PromptBuilder, add_item_tokens
 from flexrec.ranker import RUN_FILE, Ranker, RunInfo, rank_examples
@@ -70,6 +72,7 @@ class ExperimentConfig:
     temperature: float = 0.3
     num_ranked: int | None = None
     listwise_baseline: bool = True
+    profile: bool = False
     critic: bool | None = None  # default: where the data set says that feedback is missing
     eval_every: int = 0
     save_every: int = 0
@@ -160,8 +163,11 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
         with clock.stage("listwise warm-up"):
             _supervise(model, "listwise", config.listwise_steps, config, labels, builder, log)
 
-    with clock.stage("reinforcement") as stage:
+    with clock.stage("reinforcement") as stage, ExitStack() as listening:
+        profile = listening.enter_context(profile_steps()) if config.profile else None
         _reinforce(model, start, config, examples, builder, log, evaluate, stage)
+    if profile is not None:
+        say(profile.table())
     results.per_list["trained"] = evaluate(model, "trained")
     _save_run(folder, model, tokenizer, config, builder, dataset)
 

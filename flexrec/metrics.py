@@ -36,7 +36,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from flexrec.ops import swap_rewards_numba as kernels
+from flexrec.ops import custom_metrics_numba as kernels
+from flexrec.ops.list_tiles import all_within
 from flexrec.validation import check_finite, check_range, check_tensor, values_are_checked
 
 Form = Literal["linear", "first", "average_precision", "cascade", "custom"]
@@ -136,6 +137,10 @@ def parse_metric(name: str | Metric) -> Metric:
         return name
     if not isinstance(name, str):
         raise TypeError(f"metric must be a string or a Metric, got {type(name).__name__}")
+    return _read_name(name) if torch.compiler.is_compiling() else _cached_read_name(name)
+
+
+def _read_name(name: str) -> Metric:
     match = _NAME.fullmatch(name)
     if match is None or (match["family"] not in FAMILIES and match["family"] not in _custom):
         raise ValueError(_unknown(name))
@@ -147,6 +152,9 @@ def parse_metric(name: str | Metric) -> Metric:
         return Metric(family, cutoff, max_gain=float(parameter))
     # ".8" is written without its 0; "rbp.0.8" says the same.
     return Metric(family, cutoff, p=float(parameter if "." in parameter else "0." + parameter))
+
+
+_cached_read_name = lru_cache(maxsize=256)(_read_name)  # names are never forgotten, and errors are not kept
 
 
 def register_metric(name: str, f: Callable[[Any, int], float]) -> None:
@@ -200,8 +208,13 @@ def check_lists(
     metric: Metric,
     lengths: int | torch.Tensor | None,
     num_ranked: int | torch.Tensor | None,
+    *,
+    values: bool = True,
 ) -> Lists:
-    """Check the arguments that all functions of this kind share; see ``ranking_metric`` for their meaning."""
+    """Check the arguments that all functions of this kind share; see ``ranking_metric`` for their meaning.
+
+    Without ``values`` those of the gains are left to the caller (``check_gain_values``).
+    """
     check_tensor("gains", gains, ("N", "K"))
     gains = gains.detach()
     size = gains.shape[1]
@@ -210,7 +223,8 @@ def check_lists(
         lists = Lists(gains, ragged, _counts("num_ranked", num_ranked, gains), size)
     else:
         lists = Lists(gains, ragged, None, _count("num_ranked", num_ranked, size))
-    _check_gain_values(lists, metric)
+    if values:
+        check_gain_values(lists, metric)
     return lists
 
 
@@ -239,14 +253,20 @@ def _counts(name: str, value: int | torch.Tensor | None, gains: torch.Tensor) ->
     return value.to(torch.int64)
 
 
-def _check_gain_values(lists: Lists, metric: Metric) -> None:
+def largest_gain(metric: Metric) -> float:
+    """Gains above it are an error."""
+    return metric.max_gain or (MAX_EXPONENT if metric.family == "dcg_burges" else MAX_GAIN)
+
+
+def check_gain_values(lists: Lists, metric: Metric) -> None:
+    """Raise ValueError at the first gain, inside its list's length, that is no number in [0, largest_gain(metric)]."""
     gains = lists.gains
     if not values_are_checked(gains):
         return
-    high = metric.max_gain or (MAX_EXPONENT if metric.family == "dcg_burges" else MAX_GAIN)
+    high = largest_gain(metric)
     if gains.device.type == "cpu":  # one pass instead of the six below
         plain = gains if gains.dtype in (torch.float32, torch.float64) else gains.float()
-        if kernels.all_within(plain.contiguous().numpy(), lists.real_lengths.numpy(), high):
+        if all_within(plain.contiguous().numpy(), lists.real_lengths.numpy(), high):
             return
     inside = torch.arange(gains.shape[1], device=gains.device) < lists.real_lengths[:, None]
     check_finite("gains", gains, inside)

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from flexrec.ops.all_actions import AllActions, all_actions_objective
-from flexrec.ops.ranking_logprobs import ranking_logprobs
-from flexrec.ops.restricted_kl import ranking_kl, restricted_kl
-from flexrec.ops.restricted_logprobs import restricted_logprobs
+from flexrec.ops.all_actions import all_actions_objective, all_actions_objective_with_kl
+from flexrec.ops.ranking_logprobs import Results, ranking_logprobs, ranking_logprobs_with_kl
+from flexrec.ops.restricted_logprobs import restricted_logprobs, restricted_logprobs_with_kl
 from flexrec.ops.swap_rewards import swap_scores
+from flexrec.packing import TokenRows, attention_mask, pack_rankings
+from flexrec.profiling import span
 from flexrec.rankings import EncodedRankings, encode_rankings
 
 Candidates = Sequence[Sequence[Sequence[int]]]  # P lists of K candidates of token ids
@@ -30,12 +31,10 @@ class RankingBatch:
     A decision is a token with an alternative; all other tokens of an answer are forced and carry no log-prob.
     """
 
-    input_ids: torch.Tensor  # (N, L) int64, prompt and answer, right-padded
-    attention_mask: torch.Tensor  # (N, L) int64
+    tokens: TokenRows  # prompts and answers
     rankings: torch.Tensor  # (N, T) int64, index into the row's candidates, -1 beyond a row's own
     lengths: torch.Tensor  # (N,) int64, number of candidates
     encoded: EncodedRankings
-    prompt_lengths: np.ndarray  # (N,) int64
     candidate_ids: torch.Tensor | None  # (P, K) int64 token ids, where every candidate is a single token
     num_generations: int
 
@@ -53,10 +52,14 @@ def make_batch(
     separator: Sequence[int] = (),
     end: Sequence[int] = (),
     num_generations: int = 1,
+    rankings_per_row: int = 1,
     pad_token_id: int = 0,
     device: torch.device | str = "cpu",
 ) -> RankingBatch:
-    """Model inputs that score ``rankings`` (N, T; -1 beyond a row's own) under P prompts and candidate lists."""
+    """Model inputs that score ``rankings`` (N, T; -1 beyond a row's own) under P prompts and candidate lists.
+
+    With ``rankings_per_row`` > 1 the rankings of a prompt share it: see :mod:`flexrec.packing`.
+    """
     encoded = encode_rankings(
         candidates,
         rankings,
@@ -66,21 +69,20 @@ def make_batch(
         num_generations=num_generations,
     )
     answers = np.split(encoded.tokens, encoded.offsets[1:-1])
-    # The last token of an answer predicts nothing that is scored.
-    rows = [[*prompts[n // num_generations], *answer[:-1].tolist()] for n, answer in enumerate(answers)]
-    input_ids = torch.full((len(rows), max(map(len, rows))), pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for n, row in enumerate(rows):
-        input_ids[n, : len(row)] = torch.tensor(row)
-        attention_mask[n, : len(row)] = 1
+    tokens = pack_rankings(
+        prompts,
+        [answer[:-1] for answer in answers],  # the last token of an answer predicts nothing that is scored
+        num_generations=num_generations,
+        per_row=rankings_per_row,
+        pad_token_id=pad_token_id,
+        device=device,
+    )
     sizes = torch.tensor([len(lst) for lst in candidates]).repeat_interleave(num_generations)
     return RankingBatch(
-        input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
+        tokens=tokens,
         rankings=torch.as_tensor(np.asarray(rankings), dtype=torch.int64).to(device),
         lengths=sizes.to(device),
         encoded=encoded,
-        prompt_lengths=np.repeat([len(prompt) for prompt in prompts], num_generations),
         candidate_ids=_single_tokens(candidates, separator, device),
         num_generations=num_generations,
     )
@@ -96,18 +98,22 @@ def _single_tokens(candidates: Candidates, separator: Sequence[int], device: tor
     return ids.to(device)
 
 
-def final_hidden(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """(N, L, D) states that enter the output layer, which itself computes nothing.
+def final_hidden(model: Any, tokens: TokenRows) -> torch.Tensor:
+    """(B, L, D) states that enter the output layer, which itself computes nothing.
 
     The call goes through ``model`` itself, so that wrappers (DDP, FSDP) see their forward pass.
     """
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        output_hidden_states=True,
-        use_cache=False,
-        logits_to_keep=torch.empty(0, dtype=torch.int64, device=input_ids.device),
-    )
+    config = getattr(model, "module", model).config
+    dtype = next(model.parameters()).dtype
+    with span("forward"):
+        output = model(
+            input_ids=tokens.input_ids,
+            attention_mask=attention_mask(tokens, config._attn_implementation, dtype),
+            output_hidden_states=True,
+            use_cache=False,
+            logits_to_keep=torch.empty(0, dtype=torch.int64, device=tokens.input_ids.device),
+            **({"position_ids": tokens.position_ids} if tokens.shared else {}),
+        )
     return output.hidden_states[-1]
 
 
@@ -142,43 +148,62 @@ class RankingScores(NamedTuple):
 
     logprobs: torch.Tensor  # (N, T)
     entropy: torch.Tensor  # (N, T)
+    kl: torch.Tensor | None  # (N, T) exact KL(policy || reference), where a reference was given
+
+
+class ActionScores(NamedTuple):
+    """:class:`RankingScores` and the all-actions objective (N, T) of every rank."""
+
+    objective: torch.Tensor
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    kl: torch.Tensor | None
 
 
 def ranking_states(model: Any, batch: RankingBatch) -> RankingStates:
     """Run the model over the batch and keep the states at decisions; differentiable."""
-    return decision_states(model, batch, final_hidden(model, batch.input_ids, batch.attention_mask))
+    return decision_states(model, batch, final_hidden(model, batch.tokens))
 
 
 def decision_states(model: Any, batch: RankingBatch, hidden: torch.Tensor) -> RankingStates:
-    """Keep the states at decisions of ``hidden`` (N, L, D), the model's states for the batch."""
+    """Keep the states at decisions of ``hidden`` (B, L, D), the model's states for the batch."""
     if batch.candidate_ids is not None:
-        index = _steps(batch)[:, :, None].expand(-1, -1, hidden.shape[-1])
-        return RankingStates(hidden.gather(1, index), *output_layer(model))
-    decisions = _decisions(batch)
-    return RankingStates(hidden[decisions.rows, decisions.positions], *output_layer(model))
+        n, t = batch.shape
+        rankings, steps = np.repeat(np.arange(n), t), np.tile(np.arange(t), n)
+        return RankingStates(_states_before(batch, hidden, rankings, steps).view(n, t, -1), *output_layer(model))
+    encoded = batch.encoded
+    states = _states_before(batch, hidden, encoded.decision_rows, encoded.decision_positions)
+    return RankingStates(states, *output_layer(model))
 
 
-def ranking_scores(states: RankingStates, batch: RankingBatch, *, temperature: float = 1.0) -> RankingScores:
-    """Log-probs and entropies of the batch's rankings; differentiable."""
-    hidden, weight, bias = states
-    if batch.candidate_ids is not None:
-        result = ranking_logprobs(
-            hidden,
-            weight,
-            batch.candidate_ids,
-            completed_rankings(batch),
-            bias=bias,
-            temperature=temperature,
-            lengths=batch.lengths,
-        )
-        return RankingScores(*(_of_ranked(values, batch) for values in (result.logprobs, result.entropy)))
-    decisions = _decisions(batch)
-    result = restricted_logprobs(
-        hidden, weight, decisions.ids, decisions.offsets, decisions.targets, bias=bias, temperature=temperature
-    )
-    return RankingScores(
-        _sum_per_rank(result.logprobs, decisions, batch), _sum_per_rank(result.entropy, decisions, batch)
-    )
+def _states_before(
+    batch: RankingBatch, hidden: torch.Tensor, rankings: np.ndarray, positions: np.ndarray
+) -> torch.Tensor:
+    """(M, D) states that predict the answers' tokens at ``positions`` (M,) of ``rankings`` (M,)."""
+    columns = batch.tokens.predicting_columns(rankings, positions)
+    # Beyond a row's own ranks there is no state; what is read there counts nowhere.
+    columns = np.minimum(columns, hidden.shape[1] - 1)
+    flat = torch.from_numpy(batch.tokens.row[rankings] * hidden.shape[1] + columns)
+    return hidden.flatten(0, 1).index_select(0, flat.to(hidden.device))
+
+
+def ranking_scores(
+    states: RankingStates, batch: RankingBatch, *, temperature: float = 1.0, reference: RankingStates | None = None
+) -> RankingScores:
+    """Log-probs and entropies of the batch's rankings, and in the same pass their KL from a reference.
+
+    Differentiable in ``states``; ``reference``, another model's states for the same batch, gets no gradient.
+    """
+    if batch.candidate_ids is None:
+        decisions = _decisions(batch)
+        return _sum_scores(_at_decisions(states, decisions, temperature, reference), decisions, batch)
+    arguments = _list_arguments(states, batch)
+    options: dict[str, Any] = {"bias": states.bias, "temperature": temperature, "lengths": batch.lengths}
+    if reference is None:
+        logprobs, entropy, _ = ranking_logprobs(*arguments, **options)
+        return RankingScores(_of_ranked(logprobs, batch), _of_ranked(entropy, batch), None)
+    logprobs, entropy, _, kl = ranking_logprobs_with_kl(*arguments, **options | _reference_arguments(reference))
+    return RankingScores(*(_of_ranked(values, batch) for values in (logprobs, entropy, kl)))
 
 
 def all_actions(
@@ -190,29 +215,37 @@ def all_actions(
     temperature: float = 1.0,
     num_ranked: int | None = None,
     tilt: float | None = None,
-) -> AllActions:
+    reference: RankingStates | None = None,
+) -> ActionScores:
     """The all-actions objective of every rank for ``gains`` (N, K) in rank order (see :func:`rank_order`).
 
     Candidates of several tokens are chosen branch by branch: at each decision a branch is worth the mean of what
     the items below it would be worth at this rank, and the objectives of an item's decisions add up. ``tilt`` is that
-    of :func:`flexrec.all_actions_objective`.
+    of :func:`flexrec.all_actions_objective`, ``reference`` that of :func:`ranking_scores`.
     """
-    hidden, weight, bias = states
-    if batch.candidate_ids is not None:
-        chosen = all_actions_objective(
-            hidden,
-            weight,
-            batch.candidate_ids,
-            completed_rankings(batch),
-            gains,
-            metric,
-            bias=bias,
-            temperature=temperature,
-            lengths=batch.lengths,
-            num_ranked=num_ranked,
-            tilt=tilt,
-        )
-        return AllActions(*(_of_ranked(values, batch) for values in chosen))
+    if batch.candidate_ids is None:
+        return _all_actions_over_branches(states, batch, gains, metric, temperature, num_ranked, tilt, reference)
+    arguments = (*_list_arguments(states, batch), gains, metric)
+    options: dict[str, Any] = {"bias": states.bias, "temperature": temperature, "lengths": batch.lengths}
+    options |= {"num_ranked": num_ranked, "tilt": tilt}
+    if reference is None:
+        found = all_actions_objective(*arguments, **options)
+        objective, logprobs, entropy = (_of_ranked(values, batch) for values in found)
+        return ActionScores(objective, logprobs, entropy, None)
+    found_with_kl = all_actions_objective_with_kl(*arguments, **options | _reference_arguments(reference))
+    return ActionScores(*(_of_ranked(values, batch) for values in found_with_kl))
+
+
+def _all_actions_over_branches(
+    states: RankingStates,
+    batch: RankingBatch,
+    gains: torch.Tensor,
+    metric: str,
+    temperature: float,
+    num_ranked: int | None,
+    tilt: float | None,
+    reference: RankingStates | None,
+) -> ActionScores:
     decisions = _decisions(batch)
     change = _branch_values(batch, gains, metric, num_ranked)  # (nnz,)
     values = change
@@ -221,60 +254,39 @@ def all_actions(
         rows = torch.arange(len(best), device=change.device).repeat_interleave(decisions.offsets.diff())
         best = best.scatter_reduce(0, rows, change, "amax")
         values = ((change - best[rows]) / tilt).exp()
-    result = restricted_logprobs(
-        hidden,
-        weight,
-        decisions.ids,
-        decisions.offsets,
-        decisions.targets,
-        values=values[:, None],
-        bias=bias,
-        temperature=temperature,
-    )
-    assert result.expectations is not None
-    objective = result.expectations[:, 0]  # (M,)
+    found = _at_decisions(states, decisions, temperature, reference, values[:, None])
+    assert found.expectations is not None
+    objective = found.expectations[:, 0]  # (M,)
     if tilt is not None:
         objective = best + tilt * objective.clamp(min=torch.finfo(objective.dtype).tiny).log()
-    return AllActions(
-        _sum_per_rank(objective, decisions, batch),
-        _sum_per_rank(result.logprobs, decisions, batch),
-        _sum_per_rank(result.entropy, decisions, batch),
-    )
+    return ActionScores(_sum_per_rank(objective, decisions, batch), *_sum_scores(found, decisions, batch))
 
 
-def reference_kl(
-    states: RankingStates, reference: RankingStates, batch: RankingBatch, *, temperature: float = 1.0
-) -> torch.Tensor:
-    """(N, T) exact KL(policy || reference) over the restricted support; differentiable in the policy."""
-    hidden, weight, bias = states
-    ref_hidden, ref_weight, ref_bias = reference
-    if batch.candidate_ids is not None:
-        kl = ranking_kl(
-            hidden,
-            weight,
-            ref_hidden,
-            ref_weight,
-            batch.candidate_ids,
-            completed_rankings(batch),
-            bias=bias,
-            ref_bias=ref_bias,
-            temperature=temperature,
-            lengths=batch.lengths,
-        )
-        return _of_ranked(kl, batch)
-    decisions = _decisions(batch)
-    kl = restricted_kl(
-        hidden,
-        weight,
-        ref_hidden,
-        ref_weight,
-        decisions.ids,
-        decisions.offsets,
-        bias=bias,
-        ref_bias=ref_bias,
-        temperature=temperature,
-    )
-    return _sum_per_rank(kl, decisions, batch)
+def _list_arguments(
+    states: RankingStates, batch: RankingBatch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden, weight, candidates and ranking of the operations on lists."""
+    assert batch.candidate_ids is not None
+    return states.hidden, states.weight, batch.candidate_ids, completed_rankings(batch)
+
+
+def _reference_arguments(reference: RankingStates) -> dict[str, Any]:
+    return {f"ref_{name}": value for name, value in reference._asdict().items()}
+
+
+def _at_decisions(
+    states: RankingStates,
+    decisions: _Decisions,
+    temperature: float,
+    reference: RankingStates | None,
+    values: torch.Tensor | None = None,
+) -> Results:
+    """Per decision, (M,) or (M, C)."""
+    arguments = (states.hidden, states.weight, decisions.ids, decisions.offsets, decisions.targets)
+    options: dict[str, Any] = {"values": values, "bias": states.bias, "temperature": temperature}
+    if reference is None:
+        return Results(*restricted_logprobs(*arguments, **options), None)
+    return Results(*restricted_logprobs_with_kl(*arguments, **options | _reference_arguments(reference)))
 
 
 def rank_order(rankings: torch.Tensor, lengths: torch.Tensor, num_candidates: int) -> torch.Tensor:
@@ -322,7 +334,6 @@ def _branch_values(batch: RankingBatch, gains: torch.Tensor, metric: str, num_ra
 
 class _Decisions(NamedTuple):
     rows: torch.Tensor  # (M,)
-    positions: torch.Tensor  # (M,) of the state that decides, in input_ids
     ranks: torch.Tensor  # (M,)
     targets: torch.Tensor  # (M,)
     ids: torch.Tensor  # (nnz,)
@@ -333,13 +344,12 @@ def _decisions(batch: RankingBatch) -> _Decisions:
     encoded = batch.encoded
     arrays = (
         encoded.decision_rows,
-        batch.prompt_lengths[encoded.decision_rows] - 1 + encoded.decision_positions,
         encoded.decision_ranks,
         encoded.targets,
         encoded.allowed_ids,
         encoded.allowed_offsets,
     )
-    return _Decisions(*(torch.as_tensor(a, dtype=torch.int64).to(batch.input_ids.device) for a in arrays))
+    return _Decisions(*(torch.as_tensor(a, dtype=torch.int64).to(batch.rankings.device) for a in arrays))
 
 
 def _sum_per_rank(per_decision: torch.Tensor, decisions: _Decisions, batch: RankingBatch) -> torch.Tensor:
@@ -348,8 +358,9 @@ def _sum_per_rank(per_decision: torch.Tensor, decisions: _Decisions, batch: Rank
     return sums.index_add(0, decisions.rows * t + decisions.ranks, per_decision).view(n, t)
 
 
-def _steps(batch: RankingBatch) -> torch.Tensor:
-    """(N, T) position of the state that predicts each rank of single-token candidates."""
-    first = torch.as_tensor(batch.prompt_lengths - 1, device=batch.rankings.device)
-    steps = first[:, None] + torch.arange(batch.shape[1], device=batch.rankings.device)
-    return steps.clamp(max=batch.input_ids.shape[1] - 1)
+def _sum_scores(found: Results, decisions: _Decisions, batch: RankingBatch) -> RankingScores:
+    return RankingScores(
+        _sum_per_rank(found.logprobs, decisions, batch),
+        _sum_per_rank(found.entropy, decisions, batch),
+        None if found.kl is None else _sum_per_rank(found.kl, decisions, batch),
+    )

@@ -13,6 +13,8 @@ import numpy as np
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from flexrec.profiling import OUTSIDE, span
+
 # (model, what to call it) -> need -> metric -> (L,) values per list
 Evaluate = Callable[[Any, str], dict[str, dict[str, np.ndarray]]]
 
@@ -97,7 +99,8 @@ class Curve(TrainerCallback):
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
         trained = self.stage.elapsed()
-        values = self.evaluate(model, f"step {state.global_step}")
+        with span(OUTSIDE):
+            values = self.evaluate(model, f"step {state.global_step}")
         means = {need: {m: float(v.mean()) for m, v in metrics.items()} for need, metrics in values.items()}
         self.log.write(stage="evaluation", step=state.global_step, seconds=round(trained, 2), means=means)
         self.stage.pause(self.stage.elapsed() - trained)

@@ -12,7 +12,7 @@ Common to the three:
 
 * ``candidates`` holds P lists of K token sequences (lists of lists of ints; arrays and tensors work too), ragged in K.
   There are N = P * num_generations rows, those of one list adjacent; they share its trie, so memory is linear in the
-  tokens of the candidates, plus K bits and T ints per row.
+  tokens of the candidates, plus K bits and T ints per row. `CandidateTries` in its place are built once for all uses.
 * ``num_ranked`` is T: None for all K; an int for at most so many, K where the row has fewer (more than the longest list
   has is an error); or an (N,) array of counts between 1 and the row's K.
 * Candidates with equal sequences cannot be told apart: the first one left, in candidate order, is the one placed.
@@ -34,7 +34,50 @@ from numpy.typing import ArrayLike, NDArray
 from flexrec import _core
 
 TokenIds = Sequence[int]
-Candidates = Sequence[Sequence[TokenIds]]
+
+
+class CandidateTries:
+    """P lists of candidates, prepared: stands wherever ``candidates`` does, so that lists used again are read once.
+
+    Args:
+        candidates: P lists of K token-id sequences, ragged in K.
+
+    Raises:
+        ValueError: a list or a sequence is empty, or a token id is negative or beyond int32; the message says where.
+        TypeError: something is not a sequence of token ids.
+    """
+
+    def __init__(self, candidates: Sequence[Sequence[TokenIds]]) -> None:
+        self._core = _core.CandidateTries(candidates)
+
+    @classmethod
+    def from_arrays(cls, tokens: ArrayLike, sequence_offsets: ArrayLike, list_offsets: ArrayLike) -> CandidateTries:
+        """The same from flat arrays, without a Python object per token: several times as fast.
+
+        Args:
+            tokens: (total,) integers, the sequences of all lists one after the other.
+            sequence_offsets: (S + 1,) integers: sequence s is ``tokens[sequence_offsets[s]:sequence_offsets[s + 1]]``.
+            list_offsets: (P + 1,) integers: list p owns the sequences from ``list_offsets[p]`` to
+                ``list_offsets[p + 1] - 1``.
+        """
+        ids = _integers("tokens", tokens, 1)
+        if ids.max(initial=0) > np.iinfo(np.int32).max or ids.min(initial=0) < 0:
+            at = int(np.argmax((ids < 0) | (ids > np.iinfo(np.int32).max)))
+            raise ValueError(f"tokens must hold token ids from 0 to 2147483647, got {ids[at]} at index {at}")
+        tries = cls.__new__(cls)
+        tries._core = _core.CandidateTries.from_arrays(
+            ids.astype(np.int32),
+            _integers("sequence_offsets", sequence_offsets, 1),
+            _integers("list_offsets", list_offsets, 1),
+        )
+        return tries
+
+    def __len__(self) -> int:
+        """P, the number of lists."""
+        return self._core.num_lists
+
+
+Candidates = Sequence[Sequence[TokenIds]] | CandidateTries
 
 
 class ParsedRankings(NamedTuple):
@@ -89,6 +132,18 @@ class EncodedRankings(NamedTuple):
     """(nnz + 1,) int64: of the allowed tokens in `below_items`."""
 
 
+class _Bits(NamedTuple):
+    """Rows of bits, and which of them are set: token ids and offsets of the rows."""
+
+    words: NDArray[np.int32]
+    set: tuple[NDArray[np.int32], NDArray[np.int64]]
+
+    @classmethod
+    def none(cls, num_rows: int, words_per_row: int) -> _Bits:
+        words = np.zeros((num_rows, words_per_row), dtype=np.int32)
+        return cls(words, (np.zeros(0, dtype=np.int32), np.zeros(num_rows + 1, dtype=np.int64)))
+
+
 class RankingState:
     """N rankings in progress, each over its own candidates.
 
@@ -103,7 +158,7 @@ class RankingState:
     be handed from thread to thread; its methods release the GIL and take turns.
 
     Args:
-        candidates: P lists of K token-id sequences, ragged in K.
+        candidates: P lists of K token-id sequences, ragged in K, or `CandidateTries`.
         separator: token ids between items.
         end: token ids after the last item.
         num_ranked: how many items a row ranks: None (all), an int or (N,) ints.
@@ -124,7 +179,13 @@ class RankingState:
         num_ranked: int | ArrayLike | None = None,
         num_generations: int = 1,
     ) -> None:
-        self._core = _core.RankingState(_grammar(candidates, separator, end, num_ranked, num_generations))
+        grammar = _grammar(candidates, separator, end, num_ranked, num_generations)
+        self.max_length = grammar.max_length
+        """The most tokens that a ranking of any row is spelled with, separators and end included."""
+        self.max_token = grammar.max_token
+        """The largest token id in use, -1 without any."""
+        self._core = _core.RankingState(grammar)
+        self._shown = _Bits.none(0, 0)  # what `allowed_bitmask` returned last with reuse
 
     def __len__(self) -> int:
         """N, the number of rows."""
@@ -137,18 +198,27 @@ class RankingState:
         """
         return self._core.allowed()
 
-    def allowed_bitmask(self, vocab_size: int) -> NDArray[np.int32]:
+    def allowed_bitmask(self, vocab_size: int, *, reuse: bool = False) -> NDArray[np.int32]:
         """The same as bits: (N, ceil(vocab_size / 32)) int32, 32 tokens a word, low bit first; finished rows are 0.
+
+        Args:
+            reuse: return the same read-only array at every call, which the next call overwrites. Only words that
+                change are written then, and the time does not grow with the vocabulary.
 
         Raises:
             ValueError: ``vocab_size`` does not exceed every token id in use.
         """
-        vocab_size = _integer("vocab_size", vocab_size)
-        words = np.zeros((len(self), max(0, -(-vocab_size // 32))), dtype=np.int32)
-        self._core.allowed_bitmask(vocab_size, words)
-        return words
+        shape = (len(self), max(0, -(-_integer("vocab_size", vocab_size) // 32)))
+        bits = self._shown if reuse and self._shown.words.shape == shape else _Bits.none(*shape)
+        bits = bits._replace(set=self._core.allowed_bitmask(vocab_size, bits.words, *bits.set))
+        if not reuse:
+            return bits.words
+        self._shown = bits
+        view = bits.words.view()
+        view.flags.writeable = False
+        return view
 
-    def advance(self, tokens: ArrayLike, offsets: ArrayLike | None = None) -> None:
+    def advance(self, tokens: ArrayLike, offsets: ArrayLike | None = None, *, strict: bool = True) -> None:
         """Append one token to every row, or with ``offsets`` the run ``tokens[offsets[i]:offsets[i + 1]]`` to row i.
 
         ``state.advance(*state.forced())`` jumps to the next real choices. Tokens of finished rows are ignored.
@@ -156,6 +226,8 @@ class RankingState:
         Args:
             tokens: (N,) integers, or (total,) with ``offsets``.
             offsets: (N + 1,) integers, from 0 to total, not decreasing.
+            strict: a token that is not allowed is an error. Otherwise its row is lost: it allows nothing, ignores
+                every token and is never done, until `restart`.
 
         Raises:
             ValueError: a token is not allowed (the message names row, step and token), or a shape is wrong. The state
@@ -165,7 +237,7 @@ class RankingState:
         if offsets is None:
             if len(token_array) != len(self):
                 raise ValueError(f"tokens must have shape ({len(self)},), one per row, got {token_array.shape}")
-            self._core.advance(token_array, None)
+            self._core.advance(token_array, None, strict)
             return
         offset_array = _integers("offsets", offsets, 1)
         if len(offset_array) != len(self) + 1:
@@ -174,7 +246,17 @@ class RankingState:
             raise ValueError(
                 f"offsets must rise from 0 to the number of tokens, {len(token_array)}; got {offset_array}"
             )
-        self._core.advance(token_array, offset_array)
+        self._core.advance(token_array, offset_array, strict)
+
+    def restart(self, rows: ArrayLike | None = None) -> None:
+        """Put rows back to their beginning: those where ``rows`` (N,) is true, or all."""
+        if rows is None:
+            self._core.restart(None)
+            return
+        chosen = np.ascontiguousarray(_to_numpy(rows))
+        if chosen.dtype != np.bool_ or chosen.shape != (len(self),):
+            raise ValueError(f"rows must be ({len(self)},) booleans, got {chosen.dtype} of shape {chosen.shape}")
+        self._core.restart(chosen)
 
     def forced(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """The run of tokens without an alternative that comes next in every row: ids int32 and offsets (N + 1,) int64.
@@ -309,8 +391,9 @@ def _grammar(
             at_most = _integer("num_ranked", num_ranked)
         else:
             by_row = _integers("num_ranked", num_ranked, 1)
+    tries = candidates if isinstance(candidates, CandidateTries) else CandidateTries(candidates)
     return _core.RankingGrammar(
-        candidates, separator, end, at_most, by_row, _integer("num_generations", num_generations)
+        tries._core, separator, end, at_most, by_row, _integer("num_generations", num_generations)
     )
 
 

@@ -1,20 +1,22 @@
 """Constrained sampling of rankings with any causal language model of transformers.
 
-A prompt is encoded once and its cache expanded to all of its rollouts. At each step a row sees logits of the tokens
-that its remaining candidates allow and of no others; runs of tokens without an alternative are appended unsampled.
+A prompt is encoded once, and its rollouts attend to the one copy of its cache: they are decoded side by side in the
+prompt's row, as training packs them (:mod:`flexrec.packing`). At each step a rollout sees logits of the tokens that
+its remaining candidates allow and of no others; runs of tokens without an alternative are appended unsampled.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from flexrec.packing import mask_for, sharing
 from flexrec.policy import Candidates, output_layer
+from flexrec.profiling import span
 from flexrec.rankings import RankingState
 
 
@@ -37,6 +39,7 @@ def sample_rankings(
     num_generations: int = 1,
     num_ranked: int | None = None,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     greedy: bool = False,
     generator: torch.Generator | None = None,
     pad_token_id: int = 0,
@@ -50,6 +53,9 @@ def sample_rankings(
         separator, end: token ids between two items and after the last.
         num_ranked: rank the first T only, or all where a list has fewer (default: all).
         temperature: of the sampling distribution; ``greedy`` takes the most probable token instead.
+        top_p: below 1, samples among the most probable allowed tokens whose probabilities reach it together. The
+            log-probs stay those of the whole allowed set, so this is for inference: a trainer would take them for
+            those of the distribution that was sampled from.
         generator: randomness, on the model's device.
 
     Returns:
@@ -57,27 +63,34 @@ def sample_rankings(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}: use greedy=True for the mode")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
     if len(prompts) != len(candidates):
         raise ValueError(f"got {len(prompts)} prompts and {len(candidates)} lists of candidates")
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
     if num_ranked is not None:
         num_ranked = min(num_ranked, max(map(len, candidates), default=0))
+    share = 1
+    if model.config._attn_implementation != "flex_attention":  # which would compile a mask for every step
+        share = sharing(
+            model,
+            prompts,
+            candidates,
+            separator=separator,
+            num_ranked=num_ranked,
+            num_generations=num_generations,
+        )
     training = model.training
     model.eval()
     try:
-        return _sample(
-            model,
-            prompts,
-            RankingState(
+        with span("bookkeeping"):
+            state = RankingState(
                 candidates, separator=separator, end=end, num_ranked=num_ranked, num_generations=num_generations
-            ),
-            num_generations,
-            temperature,
-            greedy,
-            generator,
-            pad_token_id,
-        )
+            )
+            return _sample(
+                model, prompts, state, num_generations, share, temperature, top_p, greedy, generator, pad_token_id
+            )
     finally:
         model.train(training)
 
@@ -87,7 +100,9 @@ def _sample(
     prompts: Sequence[Sequence[int]],
     state: RankingState,
     num_generations: int,
+    share: int,
     temperature: float,
+    top_p: float,
     greedy: bool,
     generator: torch.Generator | None,
     pad_token_id: int,
@@ -98,40 +113,53 @@ def _sample(
     ranks = state.rankings().shape[1]
     logprobs = np.zeros((rows, ranks), dtype=np.float32)
 
-    decoder = _Decoder(model, device, pad_token_id)
-    hidden = decoder.prefill(prompts, num_generations)  # (N, D)
-    runs = _jump_forward(state)
+    decoder = _Decoder(model, device, num_generations, share, pad_token_id)
+    with span("prefill"):
+        hidden = decoder.prefill(prompts)  # (N, D)
+    ids, offsets = state.forced()
+    state.advance(ids, offsets)
+    runs = _Runs(ids, np.diff(offsets))
     while not (done := state.done()).all():
-        # A finished row needs no further states; a row without a new token keeps the state it had.
-        runs = [[] if finished else run for finished, run in zip(done, runs, strict=True)]
-        if any(runs):
-            fed = torch.tensor([bool(run) for run in runs], device=device)
-            hidden = torch.where(fed[:, None], decoder.extend(runs), hidden)
+        # A finished rollout needs no further states; one without a new token keeps the state it had.
+        runs = runs.keep(~done)
+        if len(runs.tokens):
+            with span("decode"):
+                decoder.extend(runs, hidden)
         active = np.flatnonzero(~done)
-        ids, offsets = state.allowed()
-        chosen, chosen_logprobs = _choose(
-            hidden[torch.as_tensor(active, device=device)],
-            weight,
-            bias,
-            _padded(ids, offsets, active),
-            temperature,
-            greedy,
-            generator,
-        )
+        allowed = _padded(*state.allowed(), active)
+        with span("decode"):
+            states = hidden[torch.as_tensor(active, device=device)]
+            chosen, chosen_logprobs = _choose(states, weight, bias, allowed, temperature, top_p, greedy, generator)
         rank = (state.rankings() >= 0).sum(axis=1)
         logprobs[active, rank[active]] += chosen_logprobs
         tokens = np.zeros(rows, dtype=np.int32)
         tokens[active] = chosen
         state.advance(tokens)
-        runs = [[int(token), *run] for token, run in zip(tokens, _jump_forward(state), strict=True)]
+        ids, offsets = state.forced()
+        state.advance(ids, offsets)
+        runs = _Runs(ids, np.diff(offsets)).after(chosen, ~done)
     return Rollout(state.rankings(), logprobs)
 
 
-def _jump_forward(state: RankingState) -> list[list[int]]:
-    """Advance every row to its next real choice; returns the tokens that had no alternative, per row."""
-    ids, offsets = state.forced()
-    state.advance(ids, offsets)
-    return [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)]
+class _Runs(NamedTuple):
+    """The next tokens of every rollout: ``tokens`` one rollout's after the other's, ``counts`` (N,) of each."""
+
+    tokens: np.ndarray
+    counts: np.ndarray
+
+    def keep(self, which: np.ndarray) -> _Runs:
+        """Only the runs of rollouts ``which`` (N,) bool; the others' are empty."""
+        return _Runs(self.tokens[np.repeat(which, self.counts)], np.where(which, self.counts, 0))
+
+    def after(self, first: np.ndarray, which: np.ndarray) -> _Runs:
+        """Each run of ``which`` (N,) bool preceded by its token of ``first``, one for each of these."""
+        counts = self.counts + which
+        tokens = np.empty(counts.sum(), dtype=self.tokens.dtype)
+        at = (np.cumsum(counts) - counts)[which]
+        rest = np.ones(len(tokens), dtype=bool)
+        rest[at] = False
+        tokens[at], tokens[rest] = first, self.tokens
+        return _Runs(tokens, counts)
 
 
 def _padded(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -150,6 +178,7 @@ def _choose(
     bias: torch.Tensor | None,
     allowed: np.ndarray,
     temperature: float,
+    top_p: float,
     greedy: bool,
     generator: torch.Generator | None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -163,53 +192,128 @@ def _choose(
     if greedy:
         column = logprobs.argmax(dim=1, keepdim=True)
     else:
-        column = torch.multinomial(logprobs.exp(), 1, generator=generator)
+        column = torch.multinomial(_nucleus(logprobs.exp(), top_p), 1, generator=generator)
     return ids.gather(1, column)[:, 0].cpu().numpy(), logprobs.gather(1, column)[:, 0].cpu().numpy()
 
 
+def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """``probs`` (R, A) without what lies beyond the most probable tokens that reach ``top_p`` together."""
+    if top_p == 1.0:
+        return probs
+    ordered, index = probs.sort(dim=1, descending=True)
+    before = ordered.cumsum(dim=1) - ordered
+    return torch.zeros_like(probs).scatter(1, index, ordered.masked_fill(before >= top_p, 0.0))
+
+
+class _GrowingLayer(DynamicLayer):
+    """A cache layer that doubles when it is full, where the base class copies all it holds for every new token."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append (B, H, W, head size) states; returns all states so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            self._room: tuple[torch.Tensor, torch.Tensor] | None = None
+        used = self.keys.shape[2]
+        end = used + key_states.shape[2]
+        if self._room is None or len(self._room[0]) != len(key_states) or self._room[0].shape[2] < end:
+            size = max(end, 2 * used)
+            self._room = _enlarged(self.keys, size), _enlarged(self.values, size)
+        keys, values = self._room
+        keys[:, :, used:end], values[:, :, used:end] = key_states, value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self.keys, self.values
+
+
+def _enlarged(states: torch.Tensor, size: int) -> torch.Tensor:
+    room = states.new_empty((*states.shape[:2], size, states.shape[3]))
+    room[:, :, : states.shape[2]] = states
+    return room
+
+
+_PROMPT, _PADDING = -1, -2
+
+
 class _Decoder:
-    """The model with its cache: feeds each row a run of tokens of its own length, padding in between masked out."""
+    """The model with its cache: B = N / share rows, each a prompt and ``share`` of its rollouts.
 
-    def __init__(self, model: Any, device: torch.device, pad_token_id: int) -> None:
+    In a row, columns of the cache belong to the prompt, to a rollout (0 .. share - 1) or to nobody (padding, where
+    another row was fed more); a rollout sees the prompt and itself.
+    """
+
+    def __init__(self, model: Any, device: torch.device, num_generations: int, share: int, pad_token_id: int) -> None:
         self.decoder = model.base_model
+        self.implementation = model.config._attn_implementation
+        self.dtype = next(model.parameters()).dtype
         self.device = device
+        self.num_generations, self.share = num_generations, share
         self.pad_token_id = pad_token_id
-        self.cache = DynamicCache(config=model.config)
-        self.mask = torch.zeros(0, 0)  # (N, tokens in the cache) int64
-        self.lengths = torch.zeros(0)  # (N,) real tokens of each row
+        self.cache: Cache = DynamicCache(config=model.config)
+        if all(type(layer) is DynamicLayer for layer in self.cache.layers) and self.cache.layers:
+            self.cache = Cache(layers=[_GrowingLayer() for _ in self.cache.layers])
+        self.owner = torch.zeros(0, 0)  # (B, columns of the cache) int64
+        self.lengths = np.zeros(0, dtype=np.int64)  # (N,) tokens of each rollout, its prompt's included
 
-    def prefill(self, prompts: Sequence[Sequence[int]], num_generations: int) -> torch.Tensor:
-        """Encode P prompts once, then expand the cache; returns the last states (N, D)."""
-        self.mask = torch.zeros(len(prompts), 0, dtype=torch.int64, device=self.device)
-        self.lengths = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)
-        hidden = self.extend(prompts)
-        if num_generations > 1:
-            self.cache.batch_repeat_interleave(num_generations)
-        self.mask = self.mask.repeat_interleave(num_generations, dim=0)
-        self.lengths = self.lengths.repeat_interleave(num_generations, dim=0)
-        return hidden.repeat_interleave(num_generations, dim=0)
-
-    def extend(self, runs: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Feed each row its run (left-padded to the longest; an empty run leaves a row's cache as it is).
-
-        Returns the states (N, D) after each run; those of empty runs mean nothing.
-        """
-        width = max(map(len, runs))
-        tokens = torch.full((len(runs), width), self.pad_token_id, dtype=torch.int64)
-        real = torch.zeros_like(tokens)
-        for n, run in enumerate(runs):
-            if len(run):
-                tokens[n, width - len(run) :] = torch.tensor(run)
-                real[n, width - len(run) :] = 1
-        tokens, real = tokens.to(self.device), real.to(self.device)
-        self.mask = torch.cat([self.mask, real], dim=1)
-        positions = (self.lengths[:, None] + real.cumsum(dim=1) - 1).clamp(min=0)
-        self.lengths = self.lengths + real.sum(dim=1)
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Encode the P prompts, once each; returns the states (N, D) after them."""
+        size, width = len(prompts), max(map(len, prompts))
+        tokens = np.full((size, width), self.pad_token_id, dtype=np.int64)
+        owner = np.full((size, width), _PADDING, dtype=np.int64)
+        for p, prompt in enumerate(prompts):
+            tokens[p, : len(prompt)] = prompt
+            owner[p, : len(prompt)] = _PROMPT
+        self.lengths = np.repeat([len(prompt) for prompt in prompts], self.num_generations)
+        self.owner = torch.from_numpy(owner).to(self.device)
         output = self.decoder(
-            input_ids=tokens,
-            attention_mask=self.mask,
-            position_ids=positions,
+            input_ids=torch.from_numpy(tokens).to(self.device),
+            attention_mask=(self.owner == _PROMPT).long(),
             past_key_values=self.cache,
             use_cache=True,
         )
-        return output.last_hidden_state[:, -1]
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
+        states = output.last_hidden_state[torch.arange(size, device=self.device), last]
+        copies = self.num_generations // self.share
+        if copies > 1:
+            self.cache.batch_repeat_interleave(copies)
+            self.owner = self.owner.repeat_interleave(copies, dim=0)
+        return states.repeat_interleave(self.num_generations, dim=0)
+
+    def extend(self, runs: _Runs, hidden: torch.Tensor) -> None:
+        """Feed every rollout its run; ``hidden`` (N, D) takes the state after each run that is not empty."""
+        fed = np.flatnonzero(runs.counts)
+        rollout = np.repeat(np.arange(len(runs.counts)), runs.counts)  # (tokens,)
+        row = rollout // self.share
+        size = len(runs.counts) // self.share
+        starts = np.cumsum(runs.counts) - runs.counts  # (N,) where each run begins among the tokens
+        column = np.arange(len(rollout)) - starts[:: self.share][row]
+        shape = (size, int(column.max()) + 1)
+        tokens = np.full(shape, self.pad_token_id, dtype=np.int64)
+        owner = np.full(shape, _PADDING, dtype=np.int64)
+        positions = np.zeros(shape, dtype=np.int64)
+        tokens[row, column] = runs.tokens
+        owner[row, column] = rollout % self.share
+        positions[row, column] = self.lengths[rollout] + np.arange(len(rollout)) - starts[rollout]
+        self.lengths = self.lengths + runs.counts
+
+        added = torch.from_numpy(owner).to(self.device)
+        self.owner = torch.cat([self.owner, added], dim=1)
+        output = self.decoder(
+            input_ids=torch.from_numpy(tokens).to(self.device),
+            attention_mask=self._mask(added),
+            position_ids=torch.from_numpy(positions).to(self.device),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        last = (starts + runs.counts - 1)[fed]  # of the tokens
+        at = torch.from_numpy(row[last] * shape[1] + column[last]).to(self.device)
+        hidden[torch.from_numpy(fed).to(self.device)] = output.last_hidden_state.flatten(0, 1)[at]
+
+    def _mask(self, added: torch.Tensor) -> torch.Tensor:
+        """What the new columns (B, W) see of all columns."""
+        if self.share == 1:
+            return (self.owner != _PADDING).long()
+        columns = torch.arange(self.owner.shape[1], device=self.device)
+        seen = (self.owner == _PROMPT)[:, None] | (self.owner[:, None] == added[:, :, None])  # (B, W, columns)
+        return mask_for(seen & (columns <= columns[-added.shape[1] :, None]), self.implementation, self.dtype)

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from flexrec.critic import Critic
 from flexrec.data.lists import Catalogue, RankingList
 from flexrec.needs import Need, evaluation_gains
+from flexrec.profiling import span
 from flexrec.prompts import PromptBuilder
 
 
@@ -46,7 +47,8 @@ class RankingTask:
     def training_feedback(self, lists: Sequence[RankingList]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(interest (K,), its variance (K,)) of each list, as training may know them."""
         if self.critic is not None:
-            return self.critic.fill_many(lists)
+            with span("critic"):
+                return self.critic.fill_many(lists)
         return [(np.nan_to_num(lst.interest, nan=0.0), np.zeros_like(lst.interest)) for lst in lists]
 
     def training_example(

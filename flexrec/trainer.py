@@ -22,7 +22,9 @@ from flexrec.losses import policy_loss
 from flexrec.metrics import parse_metric, ranking_metric
 from flexrec.ops.ranking_logprobs import ranking_probs
 from flexrec.ops.swap_rewards import CREDITS, swap_rewards
+from flexrec.packing import can_pack, sharing
 from flexrec.policy import (
+    ActionScores,
     RankingBatch,
     RankingStates,
     all_actions,
@@ -34,8 +36,8 @@ from flexrec.policy import (
     rank_order,
     ranking_scores,
     ranking_states,
-    reference_kl,
 )
+from flexrec.profiling import ProfileSteps, active_profile, span
 from flexrec.rollout import sample_rankings
 from flexrec.task import Example
 from flexrec.uncertainty import swap_rewards_with_variance, uncertainty_weights
@@ -75,6 +77,10 @@ class FlexRecConfig(TrainingArguments):
     epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range; default as the lower."})
     importance_level: str = field(default="item", metadata={"help": "Importance ratios per item, token or sequence."})
     beta: float = field(default=0.0, metadata={"help": "Weight of the exact KL to the reference (paper: 0.01)."})
+    share_prompts: bool = field(
+        default=True,
+        metadata={"help": "Train on the rankings of one prompt in rows that hold it once, where the model allows it."},
+    )
     entropy_coef: float = field(default=0.005, metadata={"help": "Weight of the entropy bonus (paper: 0.005)."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Examples carry no columns to remove."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "A batch is whole, or it is not trained on."})
@@ -122,6 +128,7 @@ class RankingTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, data_collator=collate_examples, train_dataset=train_dataset, **kwargs)
+        self.add_callback(ProfileSteps())
         self.model_accepts_loss_kwargs = False  # the loss is a mean: the base class divides it among micro-batches
         self.separator = tuple(separator)
         self.end = tuple(end)
@@ -138,17 +145,26 @@ class RankingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        loss, metrics = self.ranking_loss(model, inputs["examples"])
+        with span("log-probs and loss"):
+            loss, metrics = self.ranking_loss(model, inputs["examples"])
         for name, value in metrics.items():
             self._step_metrics[name].append(float(value))
         return (loss, {}) if return_outputs else loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with span("backward"):  # and the loss, which has spans of its own
+            return super().training_step(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         means = {name: sum(values) / len(values) for name, values in self._step_metrics.items()}
         self._step_metrics.clear()
+        if profile := active_profile():
+            means |= {f"seconds/{part}": round(seconds, 6) for part, seconds in profile.lap().items()}
         super().log({**logs, **means}, start_time)
 
-    def _batch(self, examples: Sequence[Example], rankings: np.ndarray, num_generations: int = 1) -> RankingBatch:
+    def _batch(
+        self, examples: Sequence[Example], rankings: np.ndarray, num_generations: int = 1, rankings_per_row: int = 1
+    ) -> RankingBatch:
         return make_batch(
             [example.prompt for example in examples],
             [example.candidates for example in examples],
@@ -156,6 +172,7 @@ class RankingTrainer(Trainer):
             separator=self.separator,
             end=self.end,
             num_generations=num_generations,
+            rankings_per_row=rankings_per_row,
             device=self.args.device,
         )
 
@@ -180,7 +197,7 @@ class SupervisedTrainer(RankingTrainer):
         # Ranks that are not imitated are not spelled either.
         targets = [self._best_first(example.gains) if listwise else self._shuffled(example) for example in examples]
         batch = self._batch(examples, _pad_rows(targets, -1))
-        hidden = final_hidden(model, batch.input_ids, batch.attention_mask)
+        hidden = final_hidden(model, batch.tokens)
         logprobs = ranking_scores(decision_states(model, batch, hidden), batch).logprobs
         loss = -logprobs[batch.rankings >= 0].mean()
         metrics = {"ranking_nll": loss.item()}
@@ -204,12 +221,14 @@ class SupervisedTrainer(RankingTrainer):
     ) -> torch.Tensor:
         """Mean next-token loss over the history's tokens, over the whole vocabulary, a chunk of positions at a time."""
         spans = [(max(1, example.history_span[0]), example.history_span[1]) for example in examples]
-        rows = torch.tensor([n for n, (a, b) in enumerate(spans) for _ in range(a, b)], device=batch.lengths.device)
-        if len(rows) == 0:
+        rankings = np.repeat(np.arange(len(spans)), [max(0, b - a) for a, b in spans])
+        if len(rankings) == 0:
             return hidden.new_zeros(())
-        columns = torch.tensor([t for a, b in spans for t in range(a, b)], device=batch.lengths.device)
+        positions = np.concatenate([np.arange(a, b) for a, b in spans])
+        rows = torch.from_numpy(batch.tokens.row[rankings]).to(hidden.device)
+        columns = torch.from_numpy(batch.tokens.prompt_columns(rankings, positions)).to(hidden.device)
         predicting = hidden[rows, columns - 1]
-        targets = batch.input_ids[rows, columns]
+        targets = batch.tokens.input_ids[rows, columns]
         weight, bias = output_layer(model)
 
         def chunk_loss(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -271,17 +290,15 @@ class FlexRecTrainer(RankingTrainer):
         shown = batch.shape[1]
         item_mask = torch.arange(shown, device=gains.device) < batch.lengths[:, None]  # (N, T)
         states = ranking_states(model, batch)
-        rewards, reward_variance = self._rewards(states, batch, gains, variance)  # (N, T) both
         weights = None
-        if args.uncertainty != "none" and reward_variance is not None:
-            weights = uncertainty_weights(
-                reward_variance, args.num_generations, level=args.uncertainty, item_mask=item_mask
-            )
+        with span("rewards"):
+            rewards, reward_variance = self._rewards(states, batch, gains, variance)  # (N, T) both
+            if args.uncertainty != "none" and reward_variance is not None:
+                weights = uncertainty_weights(
+                    reward_variance, args.num_generations, level=args.uncertainty, item_mask=item_mask
+                )
 
-        kl = None
         metrics: Mapping[str, float | torch.Tensor]
-        if ref_states is not None:
-            kl = reference_kl(states, ref_states, batch, temperature=args.temperature)
         if args.credit == "all_actions":
             result = all_actions(
                 states,
@@ -291,21 +308,23 @@ class FlexRecTrainer(RankingTrainer):
                 temperature=args.temperature,
                 num_ranked=shown,
                 tilt=args.tilt,
+                reference=ref_states,
             )
-            loss, metrics = self._all_actions_loss(result, rewards, item_mask, weights, kl)
+            loss, metrics = self._all_actions_loss(result, rewards, item_mask, weights)
         else:
-            logprobs, entropy = ranking_scores(states, batch, temperature=args.temperature)
+            logprobs, entropy, kl = ranking_scores(states, batch, temperature=args.temperature, reference=ref_states)
             if old_logprobs is None:
                 old_logprobs = logprobs.detach()
                 self._kept[slot] = self._kept[slot]._replace(old_logprobs=old_logprobs)
-            advantages = item_advantages(
-                rewards,
-                args.num_generations,
-                baseline=args.baseline,
-                scale=args.scale,
-                item_mask=item_mask,
-                weights=weights,
-            )
+            with span("rewards"):
+                advantages = item_advantages(
+                    rewards,
+                    args.num_generations,
+                    baseline=args.baseline,
+                    scale=args.scale,
+                    item_mask=item_mask,
+                    weights=weights,
+                )
             loss, metrics = policy_loss(
                 logprobs,
                 old_logprobs,
@@ -334,9 +353,10 @@ class FlexRecTrainer(RankingTrainer):
             num_ranked=self._num_ranked,
             temperature=args.temperature,
         )
-        batch = self._batch(examples, rollout.rankings, args.num_generations)
-        width = max(len(example.gains) for example in examples)
-        order = rank_order(batch.rankings, batch.lengths, width)
+        with span("bookkeeping"):
+            batch = self._batch(examples, rollout.rankings, args.num_generations, self._rankings_per_row(examples))
+            width = max(len(example.gains) for example in examples)
+            order = rank_order(batch.rankings, batch.lengths, width)
 
         def in_rank_order(rows: list[np.ndarray]) -> torch.Tensor:
             by_candidate = torch.as_tensor(_pad_rows(rows, 0.0), dtype=torch.float32, device=args.device)
@@ -352,6 +372,19 @@ class FlexRecTrainer(RankingTrainer):
             in_rank_order([example.variance for example in examples]),
             None,
             ref_states,
+        )
+
+    def _rankings_per_row(self, examples: Sequence[Example]) -> int:
+        """How many rankings of a prompt share its row: what costs least, if the models can attend so."""
+        if not self.args.share_prompts or (self.reference is not None and not can_pack(self.reference)):
+            return 1
+        return sharing(
+            self.model,
+            [example.prompt for example in examples],
+            [example.candidates for example in examples],
+            separator=self.separator,
+            num_ranked=self._num_ranked,
+            num_generations=self.args.num_generations,
         )
 
     def _rewards(
@@ -385,11 +418,10 @@ class FlexRecTrainer(RankingTrainer):
 
     def _all_actions_loss(
         self,
-        result: Any,
+        result: ActionScores,
         rewards: torch.Tensor,
         item_mask: torch.Tensor,
         weights: torch.Tensor | None,
-        kl: torch.Tensor | None,
     ) -> LossAndMetrics:
         """Minus the mean objective over the ranked items, in units of the batch's item rewards."""
         args = self.args
@@ -400,11 +432,10 @@ class FlexRecTrainer(RankingTrainer):
         if weights is not None:
             objective = objective * weights
         per_item = -objective - args.entropy_coef * result.entropy
-        if kl is not None:
-            per_item = per_item + args.beta * kl
         metrics = {"entropy": result.entropy.detach()[item_mask].mean().item()}
-        if kl is not None:
-            metrics["kl"] = kl.detach()[item_mask].mean().item()
+        if result.kl is not None:
+            per_item = per_item + args.beta * result.kl
+            metrics["kl"] = result.kl.detach()[item_mask].mean().item()
         return per_item[item_mask].mean(), metrics
 
     def _position(self) -> tuple[int, int]:

@@ -21,12 +21,14 @@ from flexrec.metrics import (
     Ingredients,
     Lists,
     Metric,
+    check_gain_values,
     check_lists,
     ingredients,
     parse_metric,
     result_dtype,
 )
-from flexrec.ops.swap_rewards import CREDITS, check_policy_weights
+from flexrec.ops.swap_rewards import CREDITS, check_policy_weights, resolve_backend, triton_rewards_with_variance
+from flexrec.ops.swap_rewards_cpu import numba_rewards_with_variance
 from flexrec.ops.swap_rewards_torch import policy_shares, rewards_of
 from flexrec.validation import check_choice, check_finite, check_range, check_tensor
 
@@ -42,6 +44,7 @@ def swap_rewards_with_variance(
     lengths: int | torch.Tensor | None = None,
     num_ranked: int | torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rewards as ``swap_rewards`` gives them, and their variance when the gains are uncertain.
 
@@ -51,12 +54,14 @@ def swap_rewards_with_variance(
     - of recall, precision and rbp is exact too, their gains being read as probabilities of relevance instead of being
       thresholded: the rewards are those of the expected relevance, and so is recall's normaliser;
     - of dcg_burges, ndcg_burges and err is a first-order propagation: (d reward / d gain)^2 x variance, summed.
-      err takes O(K) passes over each list, all others one.
 
     Args:
         gains: (N, K) floating, >= 0, in rank order; within [0, 1] for recall, precision and rbp.
         variance: (N, K) floating, >= 0, of each gain, in squared units of the gain.
         metric, credit, lengths, num_ranked, weights: as for ``swap_rewards``.
+        backend: "auto" (numba on the CPU, Triton on a GPU, torch for what these cannot), "numba" (CPU, O(K) per list,
+            any credit but "policy"), "triton" (the same for linear metrics, in the launch that computes the rewards),
+            "torch" (anywhere; O(K) per list, but err takes K passes over each, and "policy" is O(K^2), for err O(K^3)).
 
     Returns:
         (N, K) rewards and (N, K) variances, float64 for float64 gains, else float32; 0 beyond lengths and
@@ -66,20 +71,54 @@ def swap_rewards_with_variance(
         ValueError, TypeError: as ``swap_rewards``; a negative or non-finite variance; a metric without a variance.
     """
     metric = parse_metric(metric)
-    definition = metric.definition
     if metric.family not in WITH_VARIANCE:
         raise ValueError(f"metric {str(metric)!r} has no reward variance; those that have: {', '.join(WITH_VARIANCE)}")
     check_choice("credit", credit, CREDITS)
-    lists = check_lists(gains, metric, lengths, num_ranked)
+    lists = check_lists(gains, metric, lengths, num_ranked, values=False)
     check_policy_weights(weights, credit, lists)
-    _check_variance(variance, lists, metric)
+    check_tensor("variance", variance, tuple(lists.gains.shape))
+    if variance.device != lists.gains.device:
+        raise ValueError(f"variance must be on the device of gains, {lists.gains.device}; got {variance.device}")
+    chosen = _resolve_backend(backend, metric, credit, lists.gains)
+    if chosen == "numba":
+        rewards, spread, is_good = numba_rewards_with_variance(lists, variance.detach(), metric, credit)
+        if not is_good:
+            _check_values(variance, lists, metric)
+    elif chosen == "triton":
+        _check_values(variance, lists, metric)
+        rewards, spread = triton_rewards_with_variance(lists, variance.detach(), metric, credit)
+    else:
+        _check_values(variance, lists, metric)
+        rewards, spread = _torch_rewards_with_variance(lists, variance.detach(), metric, credit, weights)
+    dtype = result_dtype(lists.gains)
+    return rewards.to(dtype), spread.to(dtype)
 
+
+def _resolve_backend(backend: str, metric: Metric, credit: str, gains: torch.Tensor) -> str:
+    chosen = resolve_backend(backend, metric, gains)
+    is_linear = metric.definition.form == "linear"
+    if chosen == "torch" or (credit != "policy" and (chosen == "numba" or is_linear)):
+        return chosen
+    if backend == "auto":
+        return "torch"
+    computed = "any metric" if chosen == "numba" else "linear metrics"
+    raise ValueError(
+        f"backend={backend!r} computes variances of {computed} with any credit but 'policy'; "
+        f"got metric={str(metric)!r} and credit={credit!r}. backend='torch' computes all"
+    )
+
+
+def _torch_rewards_with_variance(
+    lists: Lists, variance: torch.Tensor, metric: Metric, credit: str, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, K) float64 rewards and variances."""
+    definition = metric.definition
     parts = ingredients(lists, metric, probabilities=True)
-    v = torch.where(parts.inside, variance.detach().double(), 0.0)  # (N, K), of the gain ..
+    v = torch.where(parts.inside, variance.double(), 0.0)  # (N, K), of the gain ..
     if definition.gain in ("burges", "burges_scaled", "stop"):
         # .. and of the term gain: d/dg 2^g = ln 2 x 2^g, over 2^top where the term gains are.
         g = torch.where(parts.inside, lists.gains.double(), 0.0)
-        if definition.gain != "burges":
+        if definition.gain != "burges" and g.shape[1]:
             g = g - (g.amax(-1, keepdim=True) if metric.max_gain is None else metric.max_gain)
         v = v * (math.log(2.0) * torch.exp2(g)) ** 2
     rewards = rewards_of(parts, metric, credit, weights)
@@ -88,17 +127,12 @@ def swap_rewards_with_variance(
     else:
         spread = _linear_variance(parts, v, credit, weights) * parts.inverse_norm**2
     position = torch.arange(v.shape[1], device=v.device)  # (K,)
-    spread = torch.where(position < parts.num_ranked, spread, 0.0)
-    dtype = result_dtype(lists.gains)
-    return rewards.to(dtype), spread.to(dtype)
+    return rewards, torch.where(position < parts.num_ranked, spread, 0.0)
 
 
-def _check_variance(variance: torch.Tensor, lists: Lists, metric: Metric) -> None:
-    rows, size = lists.gains.shape
-    check_tensor("variance", variance, (rows, size))
-    if variance.device != lists.gains.device:
-        raise ValueError(f"variance must be on the device of gains, {lists.gains.device}; got {variance.device}")
-    inside = torch.arange(size, device=variance.device) < lists.real_lengths[:, None]
+def _check_values(variance: torch.Tensor, lists: Lists, metric: Metric) -> None:
+    check_gain_values(lists, metric)
+    inside = torch.arange(variance.shape[1], device=variance.device) < lists.real_lengths[:, None]
     check_finite("variance", variance, inside)
     check_range("variance", variance, 0.0, math.inf, inside)
     if metric.definition.gain == "binary":

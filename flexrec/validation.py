@@ -45,17 +45,22 @@ def check_tensor(
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    expected = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ("," if len(shape) == 1 else "") + ")"
-    fits = value.dim() == len(shape) and all(
-        not isinstance(want, int) or have == want for have, want in zip(value.shape, shape, strict=True)
-    )
-    if not fits:
+    fits = value.dim() == len(shape)
+    if fits:
+        for have, want in zip(value.shape, shape, strict=True):
+            fits = fits and (have == want or not isinstance(want, int))
+    if not fits:  # only now is the text made: it takes longer than the check, and torch.compile cannot make it
+        expected = (
+            "(" + ", ".join("any" if s is None else str(s) for s in shape) + ("," if len(shape) == 1 else "") + ")"
+        )
         raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
-    is_kind = {
-        "floating": value.dtype.is_floating_point,
-        "integer": not value.dtype.is_floating_point and not value.dtype.is_complex and value.dtype != torch.bool,
-        "bool": value.dtype == torch.bool,
-    }[kind]
+    dtype = value.dtype
+    if kind == "floating":
+        is_kind = dtype.is_floating_point
+    elif kind == "bool":
+        is_kind = dtype == torch.bool
+    else:
+        is_kind = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
     if not is_kind:
         raise TypeError(f"{name} must have {'an' if kind == 'integer' else 'a'} {kind} dtype, got {value.dtype}")
     return value
@@ -84,6 +89,10 @@ def check_range(name: str, tensor: torch.Tensor, low: float, high: float, mask: 
     """Raise ValueError at the first entry of ``tensor`` outside [low, high] (both ends allowed)."""
     if not values_are_checked(tensor) or tensor.numel() == 0:
         return
+    if mask is None:  # the usual case, all well, in one pass; a NaN is no such case
+        smallest, largest = tensor.aminmax()
+        if low <= smallest.item() and largest.item() <= high:
+            return
     bad = ~((tensor >= low) & (tensor <= high))
     if mask is not None:
         bad &= mask

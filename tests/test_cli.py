@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flexrec import experiment
 from flexrec.cli import main
 from flexrec.data import simulate
+from flexrec.profiling import PARTS
 
 SMALL = ["--steps", "4", "--warmup-steps", "3", "--listwise-steps", "2", "--prompts-per-step", "16"]
 METRICS = {"ndcg@5", "ndcg@10", "ndcg@30", "recall@5", "mrr@5"}
@@ -69,6 +70,21 @@ def test_log_has_a_line_per_step(run):
     steps = [line["step"] for line in lines if line["stage"] == "reinforcement" and "loss" in line]
     assert steps == [1, 2, 3, 4]
     assert all("reward" in line for line in lines if line["stage"] == "reinforcement" and "loss" in line)
+
+
+def test_profile(tmp_path, capsys):
+    """Where a step's seconds go is printed, and in the log step by step."""
+    options = ["--warmup", "format", "--warmup-steps", "1", "--steps", "2", "--prompts-per-step", "8", "--profile"]
+    folder = tmp_path / "run"
+    assert main(["train", "--output", str(folder), "--need", "interest", "--no-listwise-baseline", *options]) == 0
+    shown = capsys.readouterr().out
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "seconds/decode" in line]
+    assert [line["step"] for line in steps if "loss" in line] == [1, 2]
+    for part in PARTS:
+        if part != "critic":  # its guesses are made once an epoch
+            assert part in shown
+            assert sum(step.get(f"seconds/{part}", 0.0) for step in steps) > 0, part
 
 
 def test_model_and_tokenizer_load_without_flexrec(run):

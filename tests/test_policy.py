@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexrec.metrics import ranking_metric
-from flexrec.policy import all_actions, make_batch, rank_order, ranking_scores, ranking_states, reference_kl
+from flexrec.policy import all_actions, make_batch, rank_order, ranking_scores, ranking_states
 from flexrec.rankings import RankingState
 
 PROMPTS = [[1, 2, 3], [4, 5]]
@@ -78,7 +78,11 @@ def test_scores_equal_token_by_token_softmaxes(candidates, separator, end, bias)
 def test_kl_equals_the_sum_over_the_support(candidates, separator, end):
     model, reference = make_model(0), make_model(1)
     batch = make_batch(PROMPTS, candidates, RANKINGS, separator=separator, end=end)
-    found = reference_kl(ranking_states(model, batch), ranking_states(reference, batch), batch)
+    states, other = ranking_states(model, batch), ranking_states(reference, batch)
+    scores = ranking_scores(states, batch, reference=other)
+    alone = ranking_scores(states, batch)
+    assert alone.kl is None
+    torch.testing.assert_close((scores.logprobs, scores.entropy), (alone.logprobs, alone.entropy))
     for row in range(2):
         expected = torch.zeros(4, dtype=torch.float64)
         pairs = zip(
@@ -88,9 +92,13 @@ def test_kl_equals_the_sum_over_the_support(candidates, separator, end):
         )
         for (rank, _, p, _, _), (_, _, q, _, _) in pairs:
             expected[rank] += (p.exp() * (p - q)).sum()
-        torch.testing.assert_close(found[row], expected)
-    same = reference_kl(ranking_states(model, batch), ranking_states(model, batch), batch)
-    assert same.abs().max() < 1e-12
+        torch.testing.assert_close(scores.kl[row], expected)
+    gains = GAINS.gather(1, rank_order(batch.rankings, batch.lengths, 4))
+    for tilt in (None, 0.1):
+        result = all_actions(states, batch, gains, "ndcg", tilt=tilt, reference=other)
+        torch.testing.assert_close(result.kl, scores.kl)
+        torch.testing.assert_close(result.objective, all_actions(states, batch, gains, "ndcg", tilt=tilt).objective)
+    assert ranking_scores(states, batch, reference=states).kl.abs().max() < 1e-12
 
 
 @FORMS

@@ -404,11 +404,11 @@ def test_padded_completions_equal_ragged_ones(as_tensor: bool) -> None:
 
 def test_adversarial_junk_is_read_quickly() -> None:
     """Every position begins a long match that fails: the worst case."""
-    candidates = [[[1] * 30 + [k] for k in range(2, 32)]]
+    candidates = [[[1] * 5_000 + [k] for k in range(2, 5)]]
     started = time.perf_counter()
-    parsed = parse_rankings([[1] * 50_000], candidates, separator=[1, 1, 5])
-    assert time.perf_counter() - started < 2.0
-    assert parsed.missing[0] == 30
+    parsed = parse_rankings([[1] * 200_000], candidates, separator=[1] * 5_000 + [5])
+    assert time.perf_counter() - started < 2.0  # a billion comparisons if every position were tried
+    assert parsed.missing[0] == 3
 
 
 # ---------------------------------------------------------------------------------------------------------- encoding
@@ -477,8 +477,8 @@ def test_single_token_items_have_one_decision_per_rank_but_the_last() -> None:
 
 def test_results_do_not_depend_on_threads() -> None:
     """A batch large enough for several threads equals its rows one by one."""
-    candidates, rng = sampled_long_lists(64, seed=5)
-    rankings = np.full((64, max(map(len, candidates))), -1)
+    candidates, rng = sampled_long_lists(150, seed=5)
+    rankings = np.full((150, max(map(len, candidates))), -1)
     for row, titles in enumerate(candidates):
         rankings[row, : len(titles)] = rng.permutation(len(titles))
     options: dict[str, Any] = {"separator": [90], "end": [91]}
@@ -491,7 +491,7 @@ def test_results_do_not_depend_on_threads() -> None:
         np.testing.assert_array_equal(np.diff(getattr(encoded, name)), counts)
 
 
-# ------------------------------------------------------------------------------------------- permutations and errors
+# ------------------------------------------------------------------------------------------- permutations
 
 
 @settings(deadline=None, max_examples=50)
@@ -506,101 +506,12 @@ def test_inverse_permutation(task: Task, data: st.DataObject) -> None:
             assert rank == (ranking.index(candidate) if candidate in ranking else -1)
 
 
-@pytest.mark.parametrize(
-    ("rankings", "message"),
-    [
-        ([[0, 1], [1, 1]], "row 1, rank 1: candidate 1 is already at rank 0"),
-        ([[0, 3]], r"row 0, rank 1: candidate 3 is out of range, expected 0 .. 2"),
-        ([[-2, 0]], "row 0, rank 0: candidate -2 is out of range"),
-        ([[0, -1, 1]], "row 0, rank 2: candidate 1 after a rank that is open"),
-        ([0, 1], r"rankings must have 2 dimension\(s\), got shape \(2,\)"),
-    ],
-)
-def test_bad_rankings(rankings: Any, message: str) -> None:
-    for check in (inverse_permutation, validate_rankings):
-        with pytest.raises(ValueError, match=message):
-            check(rankings, 3)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: RankingState([[[1]], []]), ValueError, r"candidates\[1\] is empty"),
-        (lambda: RankingState([[[1], []]]), ValueError, r"candidates\[0\]\[1\] is an empty token sequence"),
-        (
-            lambda: RankingState([[[1, -2]]]),
-            ValueError,
-            r"candidates\[0\]\[0\] must hold token ids .* got -2 at index 1",
-        ),
-        (lambda: RankingState([[[1]]], separator=[-1]), ValueError, "separator must hold token ids"),
-        (lambda: RankingState([[[2**31]]]), ValueError, "got 2147483648 at index 0"),
-        (lambda: RankingState([["ab"]]), TypeError, r"candidates\[0\]\[0\] must be a sequence of token ids, got str"),
-        (lambda: RankingState([[1, 2]]), TypeError, r"candidates\[0\]\[0\] must be a sequence of token ids, got int"),
-        (
-            lambda: RankingState([[[1.5]]]),
-            TypeError,
-            r"candidates\[0\]\[0\]\[0\] must be an integer token id, got float",
-        ),
-        (lambda: RankingState(None), TypeError, "candidates must be a sequence of candidate lists, got NoneType"),
-        (lambda: RankingState([[[1]]], num_ranked=2), ValueError, "num_ranked must lie between 1 and .* got 2"),
-        (lambda: RankingState([[[1]]], num_ranked=0), ValueError, "num_ranked must lie between 1 and .* got 0"),
-        (lambda: RankingState([[[1]], [[1]]], num_ranked=[1, 2]), ValueError, "1 in row 1.* got 2"),
-        (lambda: RankingState([[[1]]], num_ranked=[1, 1]), ValueError, "one entry per row, that is 1, got 2"),
-        (lambda: RankingState([[[1]]], num_ranked=1.0), TypeError, "num_ranked must be an int, got float"),
-        (lambda: RankingState([[[1]]], num_generations=0), ValueError, "num_generations must be at least 1"),
-        (lambda: RankingState([[[1]]]).advance([1, 1]), ValueError, r"tokens must have shape \(1,\)"),
-        (lambda: RankingState([[[1]]]).advance([1.0]), TypeError, "tokens must hold integers, got float64"),
-        (lambda: RankingState([[[1]]]).advance([1], [0, 2]), ValueError, "offsets must rise from 0 to .* 1"),
-        (lambda: RankingState([[[1]]]).advance([1], [0]), ValueError, r"offsets must have shape \(2,\)"),
-        (lambda: RankingState([[[1]]]).allowed_bitmask(0), ValueError, "vocab_size must exceed"),
-        (lambda: parse_rankings([[1], [1]], [[[1]]]), ValueError, "one row per ranking, 1, got 2"),
-        (lambda: parse_rankings([[1.0]], [[[1]]]), TypeError, r"completions\[0\] must hold integers"),
-        (lambda: parse_rankings([[1]], [[[1]]], completion_mask=[[1]]), ValueError, "completions as a padded"),
-        (
-            lambda: parse_rankings(np.ones((1, 2), int), [[[1]]], completion_mask=[[1]]),
-            ValueError,
-            r"completion_mask must have the shape of completions, \(1, 2\), got \(1, 1\)",
-        ),
-        (lambda: encode_rankings([[[1], [2]]], [[0]]), ValueError, "row 0 ranks 1 items, expected 2"),
-        (lambda: encode_rankings([[[1], [2]]], [[0, 0]]), ValueError, "row 0, rank 1: candidate 0 is already"),
-        (lambda: encode_rankings([[[1], [2]]], [[0, 1]], num_ranked=1), ValueError, "ranks 2 items, expected 1"),
-        (lambda: encode_rankings([[[1]]], [[0], [0]]), ValueError, "one row per ranking, 1, got 2"),
-    ],
-)
-def test_bad_arguments(call: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()
-
-
-def test_a_long_allowed_set_is_abbreviated() -> None:
-    with pytest.raises(
-        ValueError, match=r"token 77 is not allowed; allowed: 0, 1, 2, 3, 4, 5, 6, 7, .. \(20 tokens\)$"
-    ):
-        RankingState([[[k] for k in range(20)]]).advance([77])
-
-
-def test_no_rows() -> None:
-    state = RankingState([])
-    assert state.allowed()[1].tolist() == [0]
-    assert state.rankings().shape == (0, 0)
-    state.advance([])
-    assert parse_rankings([], []).ranking.shape == (0, 0)
-    assert encode_rankings([], np.zeros((0, 0), dtype=int)).offsets.tolist() == [0]
-
-
-def test_candidates_may_be_arrays_and_tensors() -> None:
-    array = np.arange(12).reshape(2, 3, 2)
-    expected = csr_rows(*RankingState(array.tolist()).allowed())
-    assert csr_rows(*RankingState(array).allowed()) == expected
-    assert csr_rows(*RankingState(torch.tensor(array)).allowed()) == expected
-
-
 # ----------------------------------------------------------------------------------------------------------- threads
 
 
 def test_the_gil_is_released() -> None:
     """While one thread parses, another goes on running Python."""
-    tokens = np.ones((1, 300_000), dtype=np.int64)
+    tokens = np.ones((1, 6_000_000), dtype=np.int64)
     candidates = [[[1] * 300 + [2]]]
     interval: list[float] = []
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from flexrec import rollout as rollouts
 from flexrec.policy import make_batch, ranking_scores, ranking_states
 from flexrec.rankings import RankingState
 from flexrec.rollout import sample_rankings
@@ -46,11 +47,12 @@ TITLES = [
 @pytest.mark.parametrize(
     ("candidates", "separator", "end"), [(SINGLE, (), ()), (TITLES, (50, 51), (52,)), (SINGLE, (50,), ())]
 )
-@pytest.mark.parametrize("greedy", [False, True])
-def test_sampled_logprobs_equal_uncached_scores(kind, candidates, separator, end, greedy):
-    """Left-padded prompts, an expanded cache and ragged forced runs change nothing about the distribution."""
+@pytest.mark.parametrize(("greedy", "share"), [(False, 1), (False, 2), (False, 4), (True, 4)])
+def test_sampled_logprobs_equal_uncached_scores(monkeypatch, kind, candidates, separator, end, greedy, share):
+    """Padded prompts, a shared or expanded cache and ragged forced runs change nothing about the distribution."""
+    monkeypatch.setattr(rollouts, "sharing", lambda *args, **kwargs: share)
     model = make_model(kind)
-    generations = 3
+    generations = 4
     rollout = sample_rankings(
         model,
         PROMPTS,
@@ -75,12 +77,22 @@ def test_sampled_logprobs_equal_uncached_scores(kind, candidates, separator, end
         np.testing.assert_allclose(rollout.logprobs[n], expected, atol=2e-5)
 
 
-def test_unmoved_policy_has_ratio_one_in_a_padded_batch():
+@pytest.mark.parametrize("share", [1, 4])
+def test_unmoved_policy_has_ratio_one_in_a_padded_batch(monkeypatch, share):
     """The whole ragged batch, scored as training does it, gives the log-probs that were sampled with."""
+    monkeypatch.setattr(rollouts, "sharing", lambda *args, **kwargs: share)
     model = make_model("llama")
     for candidates, separator, end in [(SINGLE, (), ()), (TITLES, (50, 51), (52,))]:
         rollout = sample_rankings(model, PROMPTS, candidates, separator=separator, end=end, num_generations=4)
-        batch = make_batch(PROMPTS, candidates, rollout.rankings, separator=separator, end=end, num_generations=4)
+        batch = make_batch(
+            PROMPTS,
+            candidates,
+            rollout.rankings,
+            separator=separator,
+            end=end,
+            num_generations=4,
+            rankings_per_row=share,
+        )
         with torch.no_grad():
             scores = ranking_scores(ranking_states(model, batch), batch)
         ratio = torch.exp(scores.logprobs - torch.as_tensor(rollout.logprobs))
@@ -113,6 +125,41 @@ def test_greedy_takes_the_best_allowed_token_at_each_step():
         tokens.append(token)
         state.advance(np.array([token], dtype=np.int32))
     np.testing.assert_array_equal(rollout.rankings, state.rankings())
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_implementations_and_their_masks(monkeypatch, attention):
+    """Decoding in a shared row equals decoding in rows of one's own, whatever form the mask takes."""
+    model = make_model("llama")
+    model.config._attn_implementation = attention
+    found = []
+    for share in (1, 2, 4):
+        monkeypatch.setattr(rollouts, "sharing", lambda *args, share=share, **kwargs: share)
+        generator = torch.Generator().manual_seed(3)
+        options = {"separator": (50, 51), "end": (52,), "num_generations": 4, "generator": generator}
+        found.append(sample_rankings(model, PROMPTS, TITLES, **options))
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.rankings, found[0].rankings)
+        np.testing.assert_allclose(other.logprobs, found[0].logprobs, atol=2e-5)
+
+
+def test_top_p_keeps_the_most_probable_allowed_items():
+    """With a nucleus of 0.5 the first item is one of the few most probable that reach it, in proportion."""
+    model = make_model("llama")
+    with torch.no_grad():
+        logits = model(torch.tensor(PROMPTS[:1])).logits[0, -1, [10, 11, 12, 13]]
+    probs = logits.softmax(0)
+    order = probs.argsort(descending=True)
+    kept = order[: int((probs[order].cumsum(0) < 0.9).sum()) + 1]
+    expected = torch.zeros(4).index_put((kept,), probs[kept] / probs[kept].sum())
+    rollout = sample_rankings(
+        model, PROMPTS[:1], SINGLE[:1], num_generations=2000, top_p=0.9, generator=torch.Generator().manual_seed(0)
+    )
+    found = np.bincount(rollout.rankings[:, 0], minlength=4) / 2000
+    np.testing.assert_allclose(found, expected.numpy(), atol=4 * np.sqrt(0.25 / 2000))
+    assert (found > 0).tolist() == (expected > 0).tolist()
+    with pytest.raises(ValueError, match="top_p must lie in"):
+        sample_rankings(model, PROMPTS[:1], SINGLE[:1], top_p=0.0)
 
 
 def test_num_ranked_stops_early():

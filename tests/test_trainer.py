@@ -187,6 +187,25 @@ def test_uncertain_rewards_count_less(tmp_path, level, credit):
     torch.testing.assert_close(step(level, 0 * doubt), step("none", 0 * doubt), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("candidates", "separator"), [(SINGLE, ()), (TITLES, (30,))], ids=["tokens", "titles"])
+def test_sharing_prompts_changes_only_the_time(tmp_path, candidates, separator):
+    """Three steps with a KL to a reference end at the same parameters, with fewer rows through the model."""
+    found = {}
+    for share in (True, False):
+        model, reference, rows = make_model(), make_model(1), []
+
+        def count(_, args, kwargs, rows=rows):
+            rows.append(len(kwargs["input_ids"]))
+
+        model.register_forward_pre_hook(count, with_kwargs=True)
+        small = {**options(tmp_path, steps=3), "learning_rate": 1e-3}
+        args = FlexRecConfig(**small, num_generations=4, share_prompts=share, beta=0.1)
+        FlexRecTrainer(model, args, Fixed(candidates), reference=reference, separator=separator).train()
+        found[share] = (rows, torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert sum(found[True][0]) < sum(found[False][0])
+    torch.testing.assert_close(found[True][1], found[False][1], rtol=0, atol=1e-5)
+
+
 def test_partial_rankings_and_other_metrics(tmp_path):
     for metric in ("mrr@2", "recall@2"):
         model = make_model()

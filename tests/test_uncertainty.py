@@ -99,6 +99,51 @@ def test_err_variance_is_first_order(metric, credit):
     torch.testing.assert_close(variance, expected, rtol=1e-6, atol=1e-13)
 
 
+@pytest.mark.parametrize("credit", CREDITS[:5])
+@pytest.mark.parametrize("family", WITH_VARIANCE)
+def test_numba_equals_torch(family, credit):
+    """On ragged batches of several tiles, with ties and zeros; torch goes through err by automatic differentiation."""
+    generator = torch.Generator().manual_seed(7)
+    gains = torch.rand(13, 21, generator=generator, dtype=torch.float64)
+    gains = torch.where(torch.rand(13, 21, generator=generator) < 0.3, gains.round(), gains)
+    variance = torch.rand(13, 21, generator=generator, dtype=torch.float64)
+    variance = variance * (torch.rand(13, 21, generator=generator) < 0.8)
+    lengths = torch.randint(0, 22, (13,), generator=generator)
+    outside = torch.arange(21) >= lengths[:, None]
+    gains, variance = gains.masked_fill(outside, math.nan), variance.masked_fill(outside, math.nan)
+    ragged = {"lengths": lengths, "num_ranked": torch.randint(0, 22, (13,), generator=generator)}
+    for cutoff in ("", "@1", "@9"):
+        name = name_of(family) + cutoff
+        ours = swap_rewards_with_variance(gains, variance, name, credit=credit, backend="numba", **ragged)
+        reference = swap_rewards_with_variance(gains, variance, name, credit=credit, backend="torch", **ragged)
+        for got, expected in zip(ours, reference, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("metric", ["ndcg", "err"])
+def test_variance_under_a_large_common_offset(metric):
+    """Gains near 1e4 that differ by 1, K = 300: the differences of discounts and of stops must not cancel away."""
+    generator = torch.Generator().manual_seed(2)
+    gains = 1e4 + torch.randn(2, 300, generator=generator, dtype=torch.float64)
+    variance = torch.rand(2, 300, generator=generator, dtype=torch.float64)
+    for credit in ("swap", "noncausal"):
+        _, ours = swap_rewards_with_variance(gains, variance, metric, credit=credit, backend="numba")
+        _, reference = swap_rewards_with_variance(gains, variance, metric, credit=credit, backend="torch")
+        torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-9 * float(reference.max()))
+
+
+def test_variance_of_certain_stops_is_finite():
+    """A user who surely stops at rank 2 (theta = 1 in float64): slopes divide by nothing, and ranks behind get 0."""
+    gains = torch.tensor([[0.5, 60.0, 1.0, 60.0, 2.0]], dtype=torch.float64)
+    for credit in CREDITS[:5]:
+        ours = swap_rewards_with_variance(gains, torch.full_like(gains, 0.1), "err", credit=credit, backend="numba")
+        reference = swap_rewards_with_variance(
+            gains, torch.full_like(gains, 0.1), "err", credit=credit, backend="torch"
+        )
+        for got, expected in zip(ours, reference, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-13)
+
+
 @pytest.mark.parametrize("family", WITH_VARIANCE)
 def test_certain_gains_give_the_plain_rewards_and_no_variance(family):
     gains = torch.tensor([[1.0, 0.0, 1.0, 0.0, 1.0], [0.0] * 5])
@@ -122,6 +167,22 @@ def test_wrong_arguments():
         swap_rewards_with_variance(GAINS, VARIANCE[:, :5], "ndcg")
     with pytest.raises(ValueError, match="weights are needed with credit='policy'"):
         swap_rewards_with_variance(GAINS, VARIANCE, "ndcg", credit="policy")
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'numba', 'torch'; got 'nope'"):
+        swap_rewards_with_variance(GAINS, VARIANCE, "ndcg", backend="nope")
+    with pytest.raises(ValueError, match="any credit but 'policy'"):
+        swap_rewards_with_variance(GAINS, VARIANCE, "ndcg", credit="policy", weights=POLICY, backend="numba")
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_a_bad_value_anywhere_is_named(backend):
+    for name, value, message in (("variance", math.nan, "finite"), ("variance", -1.0, "lie"), ("gains", -1.0, "lie")):
+        values = {"gains": torch.rand(30, 17), "variance": torch.rand(30, 17)}
+        values[name][21, 16] = value
+        with pytest.raises(ValueError, match=rf"{name} must .*{message}.* at index \[21, 16\]"):
+            swap_rewards_with_variance(values["gains"], values["variance"], "ndcg", backend=backend)
+    for shape in ((0, 4), (3, 0)):
+        rewards, variance = swap_rewards_with_variance(torch.empty(shape), torch.empty(shape), "err", backend=backend)
+        assert rewards.shape == variance.shape == shape
 
 
 # ----------------------------------------------------------------------------------------------- uncertainty weights

@@ -1,4 +1,4 @@
-"""Log-probs, entropy and expectations of rankings, each step over the candidates that remain: forward and backward.
+"""Log-probs, entropy, expectations and KL of rankings, each step over the candidates that remain: forward, backward.
 
 Derivation. Of N = P * G rankings, G share the K candidates of one list. With z_j = (h . w_j + b_j) / temperature and
 the pool {j : position[j] >= t} of step t, one pass over tiles of candidates keeps, relative to the running maximum m,
@@ -9,339 +9,144 @@ when m grows to m', with a = e^(m - m'):  u <- a (u + s (m - m')),  s <- a s,  x
 
     log p_y = (z_y - m) - log s,    H = log s - u / s  (two positive terms: nothing cancels),    E_c = x_c / s.
 
+A reference q with logits r, maximum n and sum s' over the same pool adds w = sum e^(z_j - m) [(z_j - m) - (r_j - n)],
+w <- a (w + s [(m - m') - (n - n')]), and KL(p || q) = w / s + log s' - log s: exactly 0 where r = z, infinite where q
+makes impossible what p allows.
+
 Backward, with log p_j = (z_j - m) - log s from m and log s, kept apart because their sum would round:
 
-    dz_j = [g_lp (y_j - p_j) - g_H p_j (log p_j + H) + p_j sum_c g_c (v_jc - E_c)] / temperature
+    dz_j = [g_lp (y_j - p_j) - g_H p_j (log p_j + H) + p_j sum_c g_c (v_jc - E_c)
+            + g_KL p_j (log p_j - log q_j - KL)] / temperature        (an infinite KL has no gradient)
     dh = sum_j dz_j w_j,    dw_j = sum over the list's G T steps of dz_j h,    db_j = the same sum of dz_j.
 
-Layout. Candidates stay in the order given and the G * T steps of a list are the rows of one problem, so that a
-weight row is read once per tile of steps of a list, and its gradient is added to memory once per list and not once
-per ranking. The pool comes from `position` (N, K) int32 (-1: not a candidate), never from a stored mask.
-A logit of -inf is replaced by the finite FLOOR: probability exactly 0, no NaN from 0 * inf, uniform where nothing
-else remains; such logits pass no gradient.
+dz is rounded to the operands' dtype before the products, as torch does. (float16 ends at 6e-8: scale the loss, as with
+torch.) A logit of -inf is replaced by the finite FLOOR: probability exactly 0, no NaN from 0 * inf, uniform where
+nothing else remains; such logits pass no gradient.
 
-Bytes, with e bytes an element, R = N T steps, and J = ceil(G T / BLOCK_T) tiles of steps per list:
-    forward     R D e (hidden) + J P K D e (rows; from L2 after the first tile) + 4 R K (logits out)
-                + 4 R K (positions; G of them, T times each from L1) + 16 R (log-prob, entropy, m, log s)
-    backward    4 R K (logits) + J P K D e (rows) + R D e (dh out);  4 R K + R D e (hidden) + 8 P K D (atomic adds)
-A later version may skip the logits where 4 K > D e, and take the fp32 products of the backward pass to tensor cores;
-this one is written to be right in every dtype.
+Orders (`choose_order`). Canonical: candidates as given, the G T steps of a list are the rows of one problem, so that a
+weight row is read once per tile of steps of a list, and its gradient added to memory once per list; the pool comes from
+`position` (N, K) int32, never from a stored mask. Chosen: candidates as ranked, T steps of one ranking are the rows;
+the pool is the triangle j >= t, tiles below it are skipped, and nothing is kept there.
+
+Kernels, with bytes and flops for e bytes an element, R = N T steps, J = ceil(rows of a problem / 64) and L2 serving
+what is read again (canonical; in the chosen order products, logits and dz are halved, P is N):
+    forward       R D e (hidden) + J P K D e (rows; from L2 after the first tile) + 4 R K (logits, if kept)
+                  + 4 R K (positions: G of them, T times each from L1) + 4 R (C + 4);         2 R K D flops.
+                  Hidden is read again for every 128 candidates (64 with a reference, which doubles the rest too).
+    dlogits       4 R K (logits; or the forward's reads and flops) + e R K (dz out, if needed beyond)
+                  + up to 128 candidates: J P K D e (rows) + R D e (dh out);                  2 R K D flops
+    hidden grad   beyond 128 candidates: e R K D/128 (dz) + J P K D e + R D e (dh out);       2 R K D flops
+    weight grad   e R K D/128 (dz, from L2) + R D e ceil(K/64) (hidden) + 8 P K D (atomic adds; rows: 4 P K D written;
+                  dense besides: 4 V D zeroed);                                               2 R K D flops
+Extra memory: logits 4 R K if kept, 16 R, and while the backward pass runs dz, e R K (not if only dh of up to 128
+candidates is asked for). No (N, K, D), no (N, T, V), no gathered copy of hidden exists.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from flexrec.triton_kernels.aot import Variant
+from flexrec.triton_kernels.ranking_logprobs_backward import (
+    ranking_logprobs_dlogits_kernel,
+    ranking_logprobs_hidden_grad_kernel,
+    ranking_logprobs_weight_grad_kernel,
+)
+from flexrec.triton_kernels.ranking_logprobs_forward import (
+    order_kernel,
+    rank_positions_kernel,
+    ranking_logprobs_forward_kernel,
+)
+from flexrec.triton_kernels.ranking_logprobs_problem import (
+    RANK_BLOCK,
+    Problem,
+    Reference,
+    Tiles,
+    blocks,
+    describe,
+    keeps_logits,
+    on_gpu_of,
+    padded,
+    product_tiles,
+    rank_positions_,
+    softmax_tiles,
+    weight_grad_by_matmul,
+)
+from flexrec.triton_kernels.ranking_logprobs_tiles import (
+    INTERPRETED,
+    NO_REFERENCE,
+    REFERENCE_HIDDEN,
+    REFERENCE_LOGITS,
+)
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton decides it when the kernels below are made
+__all__ = [
+    "INTERPRETED",
+    "Forward",
+    "Saved",
+    "keeps_logits",
+    "padded",
+    "rank_positions_",
+    "ranking_logprobs_backward",
+    "ranking_logprobs_forward",
+    "variants",
+]
 
-_FLOOR = tl.constexpr(-1e20)  # stands for a logit of -inf; equals FLOOR of the reference
-_IMPOSSIBLE = tl.constexpr(-5e19)
-_START = tl.constexpr(-2e20)  # below every logit: the maximum over nothing
-
-
-@triton.jit
-def _dot(a, b, NATIVE: tl.constexpr):
-    """a @ b in float32; NATIVE feeds half precision to the tensor cores (silently wrong in the interpreter)."""
-    if NATIVE:
-        return tl.dot(a, b)
-    return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-
-
-@triton.jit
-def _dlogits(
-    logits_ptr,
-    position_ptr,
-    values_ptr,
-    expectations_ptr,
-    grad_logprobs_ptr,
-    grad_entropy_ptr,
-    grad_expectations_ptr,
-    entropy_ptr,
-    norm_ptr,
-    row,  # (BLOCK_T,) int64 index into the N T steps
-    row_ok,  # (BLOCK_T,)
-    col,  # (BLOCK_K,) candidate
-    T,
-    K,
-    temperature,
-    C: tl.constexpr,
-):
-    """dz for a tile of steps and candidates: (BLOCK_T, BLOCK_K) float32, 0 outside the pool."""
-    ranking = row // T  # (BLOCK_T,)
-    step = row % T  # (BLOCK_T,)
-    tile_ok = row_ok[:, None] & (col < K)[None, :]  # (BLOCK_T, BLOCK_K)
-    logits = tl.load(logits_ptr + row[:, None] * K + col[None, :], mask=tile_ok, other=0.0)  # (BLOCK_T, BLOCK_K)
-    position = tl.load(position_ptr + ranking[:, None] * K + col[None, :], mask=tile_ok, other=-1)  # (BLOCK_T, BLOCK_K)
-    largest = tl.load(norm_ptr + 2 * row, mask=row_ok, other=_START)  # (BLOCK_T,)
-    log_total = tl.load(norm_ptr + 2 * row + 1, mask=row_ok, other=0.0)  # (BLOCK_T,)
-    entropy = tl.load(entropy_ptr + row, mask=row_ok, other=0.0)  # (BLOCK_T,)
-    grad_logprobs = tl.load(grad_logprobs_ptr + row, mask=row_ok, other=0.0)  # (BLOCK_T,)
-    grad_entropy = tl.load(grad_entropy_ptr + row, mask=row_ok, other=0.0)  # (BLOCK_T,)
-
-    pool = (position >= step[:, None]) & (logits > _IMPOSSIBLE) & (largest > _IMPOSSIBLE)[:, None]  # (BLOCK_T, BLOCK_K)
-    log_probs = tl.where(pool, (logits - largest[:, None]) - log_total[:, None], 0.0)  # (BLOCK_T, BLOCK_K)
-    probs = tl.where(pool, tl.exp(log_probs), 0.0)  # (BLOCK_T, BLOCK_K)
-    slope = -grad_logprobs[:, None] - grad_entropy[:, None] * (log_probs + entropy[:, None])  # (BLOCK_T, BLOCK_K)
-    for c in tl.static_range(C):
-        values = tl.load(
-            values_ptr + (ranking[:, None] * K + col[None, :]) * C + c, mask=tile_ok, other=0.0
-        )  # (BLOCK_T, BLOCK_K)
-        expectation = tl.load(expectations_ptr + row * C + c, mask=row_ok, other=0.0)  # (BLOCK_T,)
-        grad = tl.load(grad_expectations_ptr + row * C + c, mask=row_ok, other=0.0)  # (BLOCK_T,)
-        slope += grad[:, None] * (values.to(tl.float32) - expectation[:, None])  # (BLOCK_T, BLOCK_K)
-    chosen = pool & (position == step[:, None])  # (BLOCK_T, BLOCK_K)
-    dlogits = probs * slope + tl.where(chosen, grad_logprobs[:, None], 0.0)  # (BLOCK_T, BLOCK_K)
-    return tl.where(pool, dlogits, 0.0) / temperature  # (BLOCK_T, BLOCK_K)
+WEIGHT_MODES = ("dense", "rows", "accumulate")
+WeightAndBias = tuple[Tensor | None, Tensor | None]
+REFERENCE_NAMES = {NO_REFERENCE.value: "", REFERENCE_HIDDEN.value: " KL", REFERENCE_LOGITS.value: " KL given"}
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@triton.jit
-def ranking_logprobs_forward_kernel(
-    hidden_ptr,  # (N, T, D)
-    weight_ptr,  # (V, D)
-    bias_ptr,  # (V,)
-    candidates_ptr,  # (P, K) int64
-    position_ptr,  # (N, K) int32
-    values_ptr,  # (N, K, C)
-    logprobs_ptr,  # (N, T)
-    entropy_ptr,  # (N, T)
-    expectations_ptr,  # (N, T, C)
-    logits_ptr,  # (N, T, K)
-    norm_ptr,  # (N, T, 2): m and log s
-    T,
-    K,
-    D,
-    rows_per_list,  # G * T
-    temperature,
-    C: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NATIVE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    K_TILES: tl.constexpr,
-    D_TILES: tl.constexpr,
-):
-    """One program: BLOCK_T steps of one list, all its candidates."""
-    prompt = tl.program_id(0).to(tl.int64)
-    offset = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)  # (BLOCK_T,) step within the list
-    row_ok = offset < rows_per_list  # (BLOCK_T,)
-    row = prompt * rows_per_list + offset  # (BLOCK_T,) int64
-    ranking = row // T  # (BLOCK_T,)
-    step = row % T  # (BLOCK_T,)
-    channel = tl.arange(0, BLOCK_C)  # (BLOCK_C,)
+class Forward(NamedTuple):
+    """What the forward launcher returns, all float32. K' is K rounded up to a multiple of 8, see :func:`padded`.
 
-    largest = tl.full((BLOCK_T,), _START, tl.float32)  # (BLOCK_T,)
-    total = tl.zeros((BLOCK_T,), tl.float32)  # (BLOCK_T,) s
-    weighted = tl.zeros((BLOCK_T,), tl.float32)  # (BLOCK_T,) u
-    expected = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)  # (BLOCK_T, BLOCK_C) x
-    chosen_logit = tl.zeros((BLOCK_T,), tl.float32)  # (BLOCK_T,)
+    Attributes:
+        logprobs, entropy: (N, T).
+        expectations: (N, T, C).
+        kl: (N, T), or None without a reference.
+        logits: (N, T, K') after temperature, in the columns of the order used; None if not kept.
+        norm: (N, T, 2), what to subtract from the logits, one after the other, to have log-probs.
+        ref_logits: the same of the reference, None if it was given as logits, is not kept, or there is none.
+        ref_norm: (N, T, 2), or None without a reference.
+    """
 
-    for k_tile in range(K_TILES):
-        col = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
-        col_ok = col < K  # (BLOCK_K,)
-        tile_ok = row_ok[:, None] & col_ok[None, :]  # (BLOCK_T, BLOCK_K)
-        token = tl.load(candidates_ptr + prompt * K + col, mask=col_ok, other=0)  # (BLOCK_K,) int64
-        position = tl.load(
-            position_ptr + ranking[:, None] * K + col[None, :], mask=tile_ok, other=-1
-        )  # (BLOCK_T, BLOCK_K)
-        pool = position >= step[:, None]  # (BLOCK_T, BLOCK_K); false at the edges, where position is -1
-        logits = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)  # (BLOCK_T, BLOCK_K)
-        for d_tile in range(D_TILES):
-            d = d_tile * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-            d_ok = d < D  # (BLOCK_D,)
-            hidden = tl.load(
-                hidden_ptr + row[:, None] * D + d[None, :], mask=row_ok[:, None] & d_ok[None, :], other=0.0
-            )  # (BLOCK_T, BLOCK_D)
-            weight = tl.load(
-                weight_ptr + token[None, :] * D + d[:, None], mask=col_ok[None, :] & d_ok[:, None], other=0.0
-            )  # (BLOCK_D, BLOCK_K)
-            logits += _dot(hidden, weight, NATIVE)  # (BLOCK_T, BLOCK_K)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + token, mask=col_ok, other=0.0)  # (BLOCK_K,)
-            logits += bias.to(tl.float32)[None, :]  # (BLOCK_T, BLOCK_K)
-        logits = logits / temperature  # (BLOCK_T, BLOCK_K)
-        logits = tl.where(logits < _FLOOR, _FLOOR, logits)  # (BLOCK_T, BLOCK_K); a NaN stays
-        tl.store(logits_ptr + row[:, None] * K + col[None, :], logits, mask=tile_ok)
+    logprobs: Tensor
+    entropy: Tensor
+    expectations: Tensor
+    kl: Tensor | None
+    logits: Tensor | None
+    norm: Tensor
+    ref_logits: Tensor | None
+    ref_norm: Tensor | None
 
-        chosen = pool & (position == step[:, None])  # (BLOCK_T, BLOCK_K)
-        chosen_logit += tl.sum(tl.where(chosen, logits, 0.0), axis=1)  # (BLOCK_T,)
-        new_largest = tl.maximum(largest, tl.max(tl.where(pool, logits, _START), axis=1))  # (BLOCK_T,)
-        decay = tl.exp(largest - new_largest)  # (BLOCK_T,) a
-        shifted = tl.where(pool, logits - new_largest[:, None], 0.0)  # (BLOCK_T, BLOCK_K)
-        exps = tl.where(pool, tl.exp(shifted), 0.0)  # (BLOCK_T, BLOCK_K)
-        weighted = decay * (weighted + total * (largest - new_largest)) + tl.sum(exps * shifted, axis=1)  # (BLOCK_T,)
-        total = decay * total + tl.sum(exps, axis=1)  # (BLOCK_T,)
-        expected *= decay[:, None]  # (BLOCK_T, BLOCK_C)
-        for c in tl.static_range(C):
-            values = tl.load(
-                values_ptr + (ranking[:, None] * K + col[None, :]) * C + c, mask=tile_ok, other=0.0
-            )  # (BLOCK_T, BLOCK_K)
-            summed = tl.sum(exps * values.to(tl.float32), axis=1)  # (BLOCK_T,)
-            expected += tl.where(channel[None, :] == c, summed[:, None], 0.0)  # (BLOCK_T, BLOCK_C)
-        largest = new_largest  # (BLOCK_T,)
-
-    live = total != 0.0  # (BLOCK_T,); a NaN is live, and shows
-    total = tl.where(live, total, 1.0)  # (BLOCK_T,)
-    log_total = tl.log(total)  # (BLOCK_T,)
-    logprobs = chosen_logit - largest - log_total  # (BLOCK_T,)
-    logprobs = tl.where(logprobs < _IMPOSSIBLE, float("-inf"), logprobs)  # (BLOCK_T,)
-    tl.store(logprobs_ptr + row, tl.where(live, logprobs, 0.0), mask=row_ok)
-    tl.store(entropy_ptr + row, tl.where(live, log_total - weighted / total, 0.0), mask=row_ok)
-    tl.store(norm_ptr + 2 * row, largest, mask=row_ok)
-    tl.store(norm_ptr + 2 * row + 1, log_total, mask=row_ok)
-    tl.store(
-        expectations_ptr + row[:, None] * C + channel[None, :],
-        expected / total[:, None],
-        mask=row_ok[:, None] & (channel < C)[None, :],
-    )
+    @property
+    def saved(self) -> Saved:
+        """What the backward launcher needs of it."""
+        return Saved(*self[1:])
 
 
-@triton.jit
-def ranking_logprobs_hidden_grad_kernel(
-    logits_ptr,  # (N, T, K)
-    position_ptr,  # (N, K) int32
-    values_ptr,  # (N, K, C)
-    expectations_ptr,  # (N, T, C)
-    grad_logprobs_ptr,  # (N, T)
-    grad_entropy_ptr,  # (N, T)
-    grad_expectations_ptr,  # (N, T, C)
-    entropy_ptr,  # (N, T)
-    norm_ptr,  # (N, T, 2): m and log s
-    weight_ptr,  # (V, D)
-    candidates_ptr,  # (P, K) int64
-    hidden_grad_ptr,  # (N, T, D)
-    T,
-    K,
-    D,
-    rows_per_list,  # G * T
-    temperature,
-    C: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    K_TILES: tl.constexpr,
-):
-    """One program: BLOCK_T steps of one list, BLOCK_D columns of their gradient."""
-    prompt = tl.program_id(0).to(tl.int64)
-    offset = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)  # (BLOCK_T,)
-    row_ok = offset < rows_per_list  # (BLOCK_T,)
-    row = prompt * rows_per_list + offset  # (BLOCK_T,) int64
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-    d_ok = d < D  # (BLOCK_D,)
-    grad = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)  # (BLOCK_T, BLOCK_D)
-    for k_tile in range(K_TILES):
-        col = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
-        col_ok = col < K  # (BLOCK_K,)
-        dlogits = _dlogits(
-            logits_ptr,
-            position_ptr,
-            values_ptr,
-            expectations_ptr,
-            grad_logprobs_ptr,
-            grad_entropy_ptr,
-            grad_expectations_ptr,
-            entropy_ptr,
-            norm_ptr,
-            row,
-            row_ok,
-            col,
-            T,
-            K,
-            temperature,
-            C,
-        )  # (BLOCK_T, BLOCK_K)
-        token = tl.load(candidates_ptr + prompt * K + col, mask=col_ok, other=0)  # (BLOCK_K,) int64
-        weight = tl.load(
-            weight_ptr + token[:, None] * D + d[None, :], mask=col_ok[:, None] & d_ok[None, :], other=0.0
-        )  # (BLOCK_K, BLOCK_D)
-        grad += _dot(dlogits, weight, False)  # (BLOCK_T, BLOCK_D)
-    tl.store(
-        hidden_grad_ptr + row[:, None] * D + d[None, :],
-        grad.to(hidden_grad_ptr.dtype.element_ty),
-        mask=row_ok[:, None] & d_ok[None, :],
-    )
+class Saved(NamedTuple):
+    """What the backward pass needs of the forward pass; names and shapes as of :class:`Forward`."""
 
+    entropy: Tensor
+    expectations: Tensor
+    kl: Tensor | None
+    logits: Tensor | None
+    norm: Tensor
+    ref_logits: Tensor | None
+    ref_norm: Tensor | None
 
-@triton.jit
-def ranking_logprobs_weight_grad_kernel(
-    logits_ptr,  # (N, T, K)
-    position_ptr,  # (N, K) int32
-    values_ptr,  # (N, K, C)
-    expectations_ptr,  # (N, T, C)
-    grad_logprobs_ptr,  # (N, T)
-    grad_entropy_ptr,  # (N, T)
-    grad_expectations_ptr,  # (N, T, C)
-    entropy_ptr,  # (N, T)
-    norm_ptr,  # (N, T, 2): m and log s
-    hidden_ptr,  # (N, T, D)
-    candidates_ptr,  # (P, K) int64
-    weight_grad_ptr,  # (V, D) float32, zeros
-    bias_grad_ptr,  # (V,) float32, zeros
-    T,
-    K,
-    D,
-    rows_per_list,  # G * T
-    temperature,
-    C: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROW_TILES: tl.constexpr,
-):
-    """One program: BLOCK_K candidates of one list, BLOCK_D columns of their gradient (the first also the bias)."""
-    prompt = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
-    col_ok = col < K  # (BLOCK_K,)
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-    d_ok = d < D  # (BLOCK_D,)
-    token = tl.load(candidates_ptr + prompt * K + col, mask=col_ok, other=0)  # (BLOCK_K,) int64
-    grad = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)  # (BLOCK_K, BLOCK_D)
-    bias_grad = tl.zeros((BLOCK_K,), tl.float32)  # (BLOCK_K,)
-    for row_tile in range(ROW_TILES):
-        offset = row_tile * BLOCK_T + tl.arange(0, BLOCK_T)  # (BLOCK_T,)
-        row_ok = offset < rows_per_list  # (BLOCK_T,)
-        row = prompt * rows_per_list + offset  # (BLOCK_T,) int64
-        dlogits = _dlogits(
-            logits_ptr,
-            position_ptr,
-            values_ptr,
-            expectations_ptr,
-            grad_logprobs_ptr,
-            grad_entropy_ptr,
-            grad_expectations_ptr,
-            entropy_ptr,
-            norm_ptr,
-            row,
-            row_ok,
-            col,
-            T,
-            K,
-            temperature,
-            C,
-        )  # (BLOCK_T, BLOCK_K)
-        if WEIGHT:
-            # Steps without a pool are not read: what they hold may be NaN, and 0 * NaN is not 0.
-            live = row_ok & (tl.load(norm_ptr + 2 * row, mask=row_ok, other=_START) > _IMPOSSIBLE)  # (BLOCK_T,)
-            hidden = tl.load(
-                hidden_ptr + row[:, None] * D + d[None, :], mask=live[:, None] & d_ok[None, :], other=0.0
-            )  # (BLOCK_T, BLOCK_D)
-            grad += _dot(tl.trans(dlogits), hidden, False)  # (BLOCK_K, BLOCK_D)
-        bias_grad += tl.sum(dlogits, axis=0)  # (BLOCK_K,)
-    if WEIGHT:
-        tl.atomic_add(
-            weight_grad_ptr + token[:, None] * D + d[None, :], grad, mask=col_ok[:, None] & d_ok[None, :], sem="relaxed"
+    def present(self) -> Saved:
+        """Itself with None for tensors without entries, by which a registered operation stands for None."""
+        kl, logits, ref_logits, ref_norm = (
+            None if x is None or x.numel() == 0 else x for x in (self.kl, self.logits, self.ref_logits, self.ref_norm)
         )
-    if BIAS:  # noqa: SIM102  a constexpr and a tensor are not to be joined by `and`
-        if tl.program_id(2) == 0:
-            tl.atomic_add(bias_grad_ptr + token, bias_grad, mask=col_ok, sem="relaxed")
+        return self._replace(kl=kl, logits=logits, ref_logits=ref_logits, ref_norm=ref_norm)
 
 
 def ranking_logprobs_forward(
@@ -352,62 +157,72 @@ def ranking_logprobs_forward(
     position: Tensor,
     values: Tensor,
     temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the forward kernel; all results are float32.
+    *,
+    reference: Reference | None = None,
+    save_logits: bool = True,
+    order: str | None = None,
+) -> Forward:
+    """Launch the forward kernel.
 
     Args:
         hidden: (N, T, D), weight: (V, D), bias: (V,) or None; float32, bfloat16 or float16.
-        candidates: (P, K) int64 token ids, position: (N, K) integer, values: (N, K, C) in candidate order.
-
-    Returns:
-        log-probs (N, T), entropy (N, T), expectations (N, T, C), logits (N, T, K), norm (N, T, 2): m and log s.
+        candidates: (P, K) int64 token ids, position: (N, K) integer as :func:`rank_positions_` gives it (any strides),
+            values: (N, K, C) in candidate order, finite (0 beyond a list's length).
+        temperature: what the logits are divided by, those of a reference's hidden states too.
+        reference: for KL(policy || reference) of every step, see ``Reference``; ``ref_logits`` are after temperature,
+            any constant per row.
+        save_logits: keep them for the backward pass; :func:`keeps_logits` says when that pays.
+        order: one of ORDERS; :func:`choose_order` decides if not given. The backward pass must be told the same.
     """
-    n, t, d = hidden.shape
-    p, k = candidates.shape
-    c = values.shape[2]
+    n, t = hidden.shape[:2]
+    k, c = values.shape[1:]
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
-    logprobs, entropy, expectations = new(n, t), new(n, t), new(n, t, c)
-    logits, norm = new(n, t, k), new(n, t, 2)
-    if logits.numel() == 0:
-        return logprobs.zero_(), entropy.zero_(), expectations.zero_(), logits, norm
-    rows = n // p * t
-    block_t, block_k, block_d = _blocks(rows, k, d)
-    ranking_logprobs_forward_kernel[(p, triton.cdiv(rows, block_t))](
-        hidden.contiguous(),
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        candidates.contiguous(),
-        position.to(torch.int32).contiguous(),
-        values.contiguous(),
-        logprobs,
-        entropy,
-        expectations,
-        logits,
-        norm,
-        t,
-        k,
-        d,
-        rows,
-        temperature,
-        C=c,
-        HAS_BIAS=bias is not None,
-        NATIVE=not INTERPRETED and hidden.dtype == weight.dtype != torch.float32,
-        BLOCK_T=block_t,
-        BLOCK_K=block_k,
-        BLOCK_D=block_d,
-        BLOCK_C=triton.next_power_of_2(max(c, 1)),
-        K_TILES=triton.cdiv(k, block_k),
-        D_TILES=triton.cdiv(d, block_d),
+    with_hidden = isinstance(reference, tuple)
+    out = Forward(
+        logprobs=new(n, t),
+        entropy=new(n, t),
+        expectations=new(n, t, c),
+        kl=None if reference is None else new(n, t),
+        logits=new(n, t, padded(k)) if save_logits else None,
+        norm=new(n, t, 2),
+        ref_logits=new(n, t, padded(k)) if save_logits and with_hidden else None,
+        ref_norm=None if reference is None else new(n, t, 2),
     )
-    return logprobs, entropy, expectations, logits, norm
+    if n * t * k == 0:
+        for result in (out.logprobs, out.entropy, out.expectations, out.kl):
+            if result is not None:
+                result.zero_()
+        return out
+    problem = describe(hidden, weight, bias, candidates, position, values, reference, order)
+    tiles = problem.tiles
+    with on_gpu_of(hidden.device):
+        ranking_logprobs_forward_kernel[(problem.problems, triton.cdiv(problem.rows, tiles.t))](
+            logprobs_ptr=out.logprobs,
+            entropy_ptr=out.entropy,
+            expectations_ptr=out.expectations,
+            kl_ptr=out.kl,
+            logits_ptr=out.logits,
+            norm_ptr=out.norm,
+            ref_logits_ptr=out.ref_logits if problem.ref_logits is None else problem.ref_logits,
+            ref_norm_ptr=out.ref_norm,
+            temperature=temperature,
+            SKIP=problem.skips,
+            BLOCK_C=triton.next_power_of_2(max(c, 1)),
+            K_TILES=triton.cdiv(k, tiles.k),
+            num_warps=tiles.warps,
+            **problem.pointers,
+            **problem.sizes,
+            **problem.constants,
+        )
+    return out
 
 
 def ranking_logprobs_backward(
-    upstream: tuple[Tensor, Tensor, Tensor],
-    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    upstream: tuple[Tensor, ...],
+    saved: Saved,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -416,78 +231,263 @@ def ranking_logprobs_backward(
     values: Tensor,
     temperature: float,
     needs_grad: list[bool],
+    *,
+    weight_mode: str = "dense",
+    into: WeightAndBias = (None, None),
+    reference: Reference | None = None,
+    ragged: bool = True,
+    order: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch the backward kernels that ``needs_grad`` (hidden, weight, bias) asks for; None for the others.
 
     Args:
-        upstream: gradients of log-probs (N, T), entropy (N, T) and expectations (N, T, C).
-        saved: entropy, expectations, logits and norm as the forward launcher returned them.
+        upstream: gradients of log-probs (N, T), entropy (N, T), expectations (N, T, C); of KL (N, T) with a reference.
+        saved: ``Forward.saved`` of the forward pass; a tensor without entries counts as None.
+        weight_mode: "dense": weight (V, D) and bias (V,) in the dtype of what they belong to, summed in float32 by
+            atomics, in no fixed order. "rows": weight (P K, D) and bias (P K,) float32, entry p K + k for token
+            candidates[p, k]; no atomics, nothing zeroed first, bitwise repeatable. "accumulate": added to ``into``,
+            and None is returned.
+        into: for "accumulate", the (V, D) and (V,) tensors to add to; by atomics if float32, through rows else.
+        reference, order: as given to the forward launcher.
+        ragged: whether some list may be shorter than K. What ``hidden`` holds beyond is then never read, not even to be
+            multiplied by 0, which rules torch.bmm out (:func:`weight_grad_by_matmul`).
+
+    Returns:
+        Gradients of hidden (its dtype), weight and bias.
+
+    Raises:
+        ValueError: an unknown mode or order, ``into`` does not fit, or rows in the chosen order of lists that rankings
+            share, which several of them would write.
     """
-    t, d = hidden.shape[1:]
-    p, k = candidates.shape
-    entropy, expectations, logits, norm = saved
-    grad_logprobs, grad_entropy, grad_expectations = (grad.contiguous() for grad in upstream)
-    hidden_grad = None
-    if needs_grad[0]:
-        new = torch.empty_like if logits.numel() else torch.zeros_like
-        hidden_grad = new(hidden, memory_format=torch.contiguous_format)
-    weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad[1] else None
-    bias_grad = None
-    if needs_grad[2] and bias is not None:
-        bias_grad = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
-    if logits.numel():
-        rows = logits.shape[0] // p * t
-        block_t, block_k, block_d = _blocks(rows, k, d)
-        candidates = candidates.contiguous()
-        softmax = (
-            logits,
-            position.to(torch.int32).contiguous(),
-            values.contiguous(),
-            expectations,
-            grad_logprobs,
-            grad_entropy,
-            grad_expectations,
-            entropy,
-            norm,
-        )
-        sizes = (t, k, d, rows, temperature)
-        blocks = {"C": values.shape[2], "BLOCK_T": block_t, "BLOCK_K": block_k, "BLOCK_D": block_d}
-        if hidden_grad is not None:
-            grid = (p, triton.cdiv(rows, block_t), triton.cdiv(d, block_d))
-            ranking_logprobs_hidden_grad_kernel[grid](
-                *softmax,
-                weight.contiguous(),
-                candidates,
-                hidden_grad,
-                *sizes,
-                **blocks,
-                K_TILES=triton.cdiv(k, block_k),
-            )
-        if weight_grad is not None or bias_grad is not None:
-            grid = (p, triton.cdiv(k, block_k), triton.cdiv(d, block_d) if weight_grad is not None else 1)
-            ranking_logprobs_weight_grad_kernel[grid](
-                *softmax,
-                hidden.contiguous(),
-                candidates,
-                weight_grad,
-                bias_grad,
-                *sizes,
-                **blocks,
-                WEIGHT=weight_grad is not None,
-                BIAS=bias_grad is not None,
-                ROW_TILES=triton.cdiv(rows, block_t),
-            )
-    return (
-        hidden_grad,
-        None if weight_grad is None else weight_grad.to(weight.dtype),
-        None if bias_grad is None or bias is None else bias_grad.to(bias.dtype),
+    if weight_mode not in WEIGHT_MODES:
+        raise ValueError(f"weight_mode must be one of {', '.join(WEIGHT_MODES)}, got {weight_mode!r}")
+    if weight_mode == "rows" and order == "chosen" and len(hidden) > len(candidates):
+        raise ValueError("weight_mode='rows' needs order='canonical' where rankings share a list, got 'chosen'")
+    wanted = weight if needs_grad[1] else None, bias if needs_grad[2] else None
+    empty = hidden.shape[0] * hidden.shape[1] == 0
+    if weight_mode == "accumulate":
+        targets = _checked_into(into, wanted)
+    else:
+        rows = weight.shape[0] if weight_mode == "dense" else candidates.numel()
+        targets = _new_like(wanted, rows, zeros=weight_mode == "dense" or empty)
+    hidden_grad = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_grad[0] else None
+
+    if empty and hidden_grad is not None:
+        hidden_grad.zero_()
+    elif not empty and (hidden_grad is not None or _any_of(wanted)):
+        saved = saved.present()
+        problem = describe(hidden, weight, bias, candidates, position, values, reference, order)
+        with on_gpu_of(hidden.device):
+            dlogits = _slopes(problem, upstream, saved, temperature, hidden_grad, _any_of(wanted))
+            if dlogits is not None:
+                _weight_grads(problem, dlogits, saved.norm, targets, weight_mode == "rows", ragged)
+    if weight_mode == "accumulate":
+        return hidden_grad, None, None
+    if weight_mode == "dense":
+        targets = _in_dtype_of(wanted, targets)
+    return hidden_grad, *targets
+
+
+def _slopes(
+    problem: Problem,
+    upstream: tuple[Tensor, ...],
+    saved: Saved,
+    temperature: float,
+    hidden_grad: Tensor | None,
+    with_weights: bool,
+) -> Tensor | None:
+    """Fill ``hidden_grad`` (None: not wanted); return dz (N, T, K') for the weight gradient (None: not wanted)."""
+    size, width = problem.sizes["K"], problem.sizes["D"]
+    tiles = problem.tiles
+    at_once = hidden_grad is not None and size <= tiles.k  # all candidates in one tile: dh follows from dz at once
+    dlogits = None
+    if with_weights or (hidden_grad is not None and not at_once):
+        shape = (problem.problems, problem.rows, padded(size))
+        dlogits = torch.empty(shape, dtype=problem.dtype, device=saved.norm.device)
+    ranking_logprobs_dlogits_kernel[(problem.problems, triton.cdiv(problem.rows, tiles.t), triton.cdiv(size, tiles.k))](
+        entropy_ptr=saved.entropy,
+        expectations_ptr=saved.expectations,
+        kl_ptr=saved.kl,
+        logits_ptr=saved.logits,
+        norm_ptr=saved.norm,
+        ref_logits_ptr=saved.ref_logits if problem.ref_logits is None else problem.ref_logits,
+        ref_norm_ptr=saved.ref_norm,
+        grad_logprobs_ptr=upstream[0].contiguous(),
+        grad_entropy_ptr=upstream[1].contiguous(),
+        grad_expectations_ptr=upstream[2].contiguous(),
+        grad_kl_ptr=None if saved.kl is None else upstream[3].contiguous(),
+        dlogits_ptr=dlogits,
+        hidden_grad_ptr=hidden_grad if at_once else None,
+        temperature=temperature,
+        DTYPE=TRITON_DTYPES[problem.dtype],
+        num_warps=tiles.warps,
+        **problem.pointers,
+        **problem.sizes,
+        **problem.constants,
     )
+    if hidden_grad is not None and not at_once:
+        tiles = product_tiles(problem.rows, size, problem.arithmetic)
+        grid = (problem.problems, triton.cdiv(problem.rows, tiles.t), triton.cdiv(width, tiles.d))
+        ranking_logprobs_hidden_grad_kernel[grid](
+            dlogits_ptr=dlogits,
+            hidden_grad_ptr=hidden_grad,
+            K_TILES=triton.cdiv(size, tiles.k),
+            num_warps=tiles.warps,
+            **problem.product("weight_ptr"),
+            **blocks(tiles),
+        )
+    return dlogits if with_weights else None
 
 
-def _blocks(rows: int, k: int, d: int) -> tuple[int, int, int]:
-    """Tile sizes for steps, candidates and columns: powers of two that tl.dot accepts, no larger than the problem."""
+def _weight_grads(
+    problem: Problem, dlogits: Tensor, norm: Tensor, targets: WeightAndBias, as_rows: bool, ragged: bool
+) -> None:
+    """Fill the rows (P K, D) and (P K,), or add to (V, D) and (V,), that ``targets`` are; None: not wanted."""
+    hidden, candidates = problem.pointers["hidden_ptr"], problem.pointers["candidates_ptr"]
+    count, width = candidates.numel(), problem.sizes["D"]
+    by_matmul = not (ragged or problem.chosen) and targets[0] is not None and hidden.dtype == problem.dtype
+    by_matmul = by_matmul and weight_grad_by_matmul(problem.problems, problem.rows, problem.sizes["K"], width)
+    if not as_rows and (by_matmul or any(x is not None and x.dtype != torch.float32 for x in targets)):
+        rows = _new_like(targets, count, zeros=False)
+        _weight_grads(problem, dlogits, norm, rows, True, ragged)
+        for target, row in zip(targets, rows, strict=True):
+            if target is not None and row is not None:
+                target.index_add_(0, candidates.flatten(), row.to(target.dtype))
+    elif by_matmul and targets[0] is not None:
+        slopes = dlogits[..., : problem.sizes["K"]]  # (P, G T, K)
+        grad = torch.bmm(slopes.transpose(1, 2), hidden.view(*slopes.shape[:2], width))  # (P, K, D)
+        targets[0].copy_(grad.view(count, width))
+        if targets[1] is not None:
+            targets[1].copy_(slopes.sum(1, dtype=torch.float32).flatten())
+    else:
+        tiles = product_tiles(problem.rows, problem.sizes["K"], problem.arithmetic)
+        columns = 1 if targets[0] is None else max(1, triton.cdiv(width, tiles.d))
+        grid = (problem.problems, triton.cdiv(problem.sizes["K"], tiles.k), columns)
+        ranking_logprobs_weight_grad_kernel[grid](
+            dlogits_ptr=dlogits,
+            norm_ptr=norm,
+            weight_grad_ptr=targets[0],
+            bias_grad_ptr=targets[1],
+            ROWS=as_rows,
+            ROW_TILES=triton.cdiv(problem.rows, tiles.t),
+            num_warps=tiles.warps,
+            **problem.product("hidden_ptr"),
+            **blocks(tiles),
+        )
 
-    def fit(size: int, largest: int) -> int:
-        return min(max(triton.next_power_of_2(size), 16), largest)
 
-    return fit(rows, 32), fit(k, 64), fit(d, 64)
+def _new_like(wanted: WeightAndBias, rows: int, *, zeros: bool) -> WeightAndBias:
+    """float32 (rows, D) and (rows,) for those that are wanted."""
+    new = torch.zeros if zeros else torch.empty
+    weight, bias = (
+        None if x is None else new((rows, *x.shape[1:]), dtype=torch.float32, device=x.device) for x in wanted
+    )
+    return weight, bias
+
+
+def _any_of(pair: WeightAndBias) -> bool:
+    return pair[0] is not None or pair[1] is not None
+
+
+def _in_dtype_of(like: WeightAndBias, found: WeightAndBias) -> WeightAndBias:
+    weight, bias = (None if x is None or y is None else x.to(y.dtype) for x, y in zip(found, like, strict=True))
+    return weight, bias
+
+
+def _checked_into(into: WeightAndBias, wanted: WeightAndBias) -> WeightAndBias:
+    """The buffers of those that are wanted; ValueError where one does not fit."""
+    for name, buffer, operand in zip(("weight", "bias"), into, wanted, strict=True):
+        if operand is None:
+            continue
+        if buffer is None or buffer.shape != operand.shape or buffer.device != operand.device:
+            got = "None" if buffer is None else f"{tuple(buffer.shape)} on {buffer.device}"
+            raise ValueError(
+                f"weight_mode='accumulate' needs into[{name}] {tuple(operand.shape)} on {operand.device}, got {got}"
+            )
+        if not buffer.is_contiguous() or not buffer.is_floating_point():
+            raise ValueError(
+                f"into[{name}] must be a contiguous floating tensor, got {buffer.dtype}, {buffer.stride()}"
+            )
+    return into[0] if wanted[0] is not None else None, into[1] if wanted[1] is not None else None
+
+
+def variants() -> Iterator[Variant]:
+    """The configurations that the launchers can choose, each with every optional argument that it can have."""
+    yield Variant(
+        "rank positions",
+        rank_positions_kernel,
+        _types(rank_positions_kernel, "bf16"),
+        {"BLOCK": RANK_BLOCK, "T_TILES": 2, "K_TILES": 2},
+    )
+    yield Variant("order", order_kernel, _types(order_kernel, "bf16"), {"BLOCK": RANK_BLOCK})
+    for arithmetic, size, reference, chosen in (
+        ("half", 32, REFERENCE_HIDDEN, False),
+        ("half", 200, REFERENCE_HIDDEN, False),
+        ("half", 200, REFERENCE_LOGITS, False),
+        ("half", 200, NO_REFERENCE, False),
+        ("half", 200, NO_REFERENCE, True),
+        ("ieee", 200, REFERENCE_HIDDEN, False),
+        ("tf32", 200, REFERENCE_HIDDEN, False),
+    ):
+        tiles = softmax_tiles(256, size, arithmetic, reference != NO_REFERENCE)
+        what = f"{arithmetic}{REFERENCE_NAMES[reference.value]}{' chosen' * chosen} {tiles.t}x{tiles.k}"
+        product = "native" if arithmetic == "half" else arithmetic
+        constants: dict[str, object] = {
+            "C": 3,
+            "REFERENCE": reference.value,
+            "CHOSEN": chosen,
+            "PRECISION": product,
+            "REF_PRECISION": product,
+            **blocks(tiles),
+            "D_TILES": 32,
+            "REF_D_TILES": 32,
+        }
+        absent = {"position_ptr" if chosen else "order_ptr"}
+        if reference != REFERENCE_HIDDEN:
+            absent |= {"ref_hidden_ptr", "ref_weight_ptr", "ref_bias_ptr"}
+        if reference == NO_REFERENCE:
+            absent |= {"ref_logits_ptr", "ref_norm_ptr", "kl_ptr", "grad_kl_ptr"}
+        in_forward = {"SKIP": chosen, "BLOCK_C": 4, "K_TILES": triton.cdiv(size, tiles.k)}
+        yield _variant(
+            f"forward {what}", ranking_logprobs_forward_kernel, arithmetic, absent, tiles, {**constants, **in_forward}
+        )
+        # In the chosen order no tile has all candidates, and logits that are given are not computed: less to do.
+        if not chosen and reference != REFERENCE_LOGITS:
+            yield _variant(
+                f"dlogits and hidden grad {what}",
+                ranking_logprobs_dlogits_kernel,
+                arithmetic,
+                absent | {"logits_ptr", "ref_logits_ptr"},
+                tiles,
+                {**constants, "DTYPE": tl.bfloat16 if arithmetic == "half" else tl.float32},
+            )
+    for arithmetic, size, chosen in (("half", 32, False), ("half", 200, True), ("ieee", 200, False)):
+        tiles = product_tiles(256, size, arithmetic)
+        what = f"{arithmetic}{' chosen' * chosen} {tiles.t}x{tiles.k}x{tiles.d}"
+        constants = {"CHOSEN": chosen, "SKIP": chosen, "PRECISION": "native" if arithmetic == "half" else arithmetic}
+        constants |= blocks(tiles)
+        absent = set() if chosen else {"order_ptr"}
+        for name, kernel, more in (
+            ("hidden", ranking_logprobs_hidden_grad_kernel, {"K_TILES": 4}),
+            ("weight", ranking_logprobs_weight_grad_kernel, {"ROW_TILES": 4, "ROWS": False}),
+        ):
+            yield _variant(f"{name} grad {what}", kernel, arithmetic, absent, tiles, {**constants, **more})
+
+
+def _variant(
+    name: str, kernel: Any, arithmetic: str, absent: set[str], tiles: Tiles, constants: dict[str, object]
+) -> Variant:
+    constants = {**constants, "sharing": 1, **dict.fromkeys(absent & set(kernel.arg_names))}
+    types = _types(kernel, "bf16" if arithmetic == "half" else "fp32")
+    return Variant(name, kernel, {n: t for n, t in types.items() if n not in constants}, constants, tiles.warps)
+
+
+def _types(kernel: Any, kind: str) -> dict[str, str]:
+    """Triton types of a kernel's pointers and numbers, with operands of one kind."""
+    types = {"temperature": "fp32", "D": "i32:16", "D_REF": "i32:16"}
+    types |= dict.fromkeys(("T", "K", "rows_per_problem", "sharing"), "i32")
+    types |= dict.fromkeys(("candidates_ptr", "ranking_ptr", "lengths_ptr"), "*i64")
+    types |= dict.fromkeys(("position_ptr", "order_ptr"), "*i32")
+    operands = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias", "hidden_grad", "dlogits")
+    types |= {f"{name}_ptr": f"*{kind}" for name in operands}
+    return {name: types.get(name, "*fp32") for name in kernel.arg_names if name in types or name.endswith("_ptr")}

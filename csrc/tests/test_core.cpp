@@ -45,6 +45,7 @@ std::string message_of(Call&& call) {
 }
 
 using flexrec::CandidateTokens;
+using flexrec::CandidateTries;
 using flexrec::RankingGrammar;
 using flexrec::RankingState;
 using Generator = std::mt19937;
@@ -52,7 +53,9 @@ using Generator = std::mt19937;
 int uniform(Generator& random, int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
 
 // Lists of up to 200 sequences that share prefixes, some of them equal.
-CandidateTokens random_candidates(Generator& random, int num_lists) {
+using Tries = std::shared_ptr<const CandidateTries>;
+
+Tries random_tries(Generator& random, int num_lists) {
   CandidateTokens result;
   for (int list = 0; list < num_lists; ++list) {
     for (int k = uniform(random, 1, 200); k > 0; --k) {
@@ -61,17 +64,17 @@ CandidateTokens random_candidates(Generator& random, int num_lists) {
     }
     result.list_offsets.push_back(static_cast<std::int64_t>(result.sequence_offsets.size()) - 1);
   }
-  return result;
+  return std::make_shared<const CandidateTries>(std::move(result));
 }
 
-CandidateTokens single_list(const std::vector<std::vector<std::int32_t>>& sequences) {
+Tries single_list(const std::vector<std::vector<std::int32_t>>& sequences) {
   CandidateTokens result;
   for (const auto& sequence : sequences) {
     result.tokens.insert(result.tokens.end(), sequence.begin(), sequence.end());
     result.sequence_offsets.push_back(static_cast<std::int64_t>(result.tokens.size()));
   }
   result.list_offsets.push_back(static_cast<std::int64_t>(sequences.size()));
-  return result;
+  return std::make_shared<const CandidateTries>(std::move(result));
 }
 
 // Samples completions token by token, jumping over forced runs now and then; returns them.
@@ -106,10 +109,10 @@ std::vector<std::vector<std::int64_t>> sample(RankingState& state, Generator& ra
 
 void test_walks_agree_with_encoding_and_parsing() {
   Generator random(1);
-  const CandidateTokens candidates = random_candidates(random, 60);
+  const Tries tries = random_tries(random, 60);
   flexrec::NumRanked num_ranked;
   num_ranked.at_most = 40;
-  const auto grammar = std::make_shared<const RankingGrammar>(candidates, std::vector<std::int32_t>{20, 3},
+  const auto grammar = std::make_shared<const RankingGrammar>(tries, std::vector<std::int32_t>{20, 3},
                                                               std::vector<std::int32_t>{21}, num_ranked, 3);
   RankingState state(grammar);
   const auto completions = sample(state, random);
@@ -141,9 +144,9 @@ void test_walks_agree_with_encoding_and_parsing() {
 
 void test_a_rejected_token_is_undone_in_every_thread() {
   Generator random(2);
-  const CandidateTokens candidates = random_candidates(random, 3);
+  const Tries tries = random_tries(random, 3);
   const auto grammar = std::make_shared<const RankingGrammar>(
-      candidates, std::vector<std::int32_t>{20}, std::vector<std::int32_t>{21}, flexrec::NumRanked{}, 2000);
+      tries, std::vector<std::int32_t>{20}, std::vector<std::int32_t>{21}, flexrec::NumRanked{}, 2000);
   RankingState reference(grammar);
   const auto completions = sample(reference, random);
   std::vector<std::int64_t> tokens;
@@ -168,13 +171,18 @@ void test_bitmask() {
   const auto grammar =
       std::make_shared<const RankingGrammar>(single_list({{0}, {31}, {32}, {95}}), std::vector<std::int32_t>{},
                                              std::vector<std::int32_t>{}, flexrec::NumRanked{}, 1);
-  const RankingState state(grammar);
+  RankingState state(grammar);
   std::vector<std::int32_t> words(3, 0);
-  state.allowed_bitmask(96, words.data(), 3);
+  flexrec::Csr set;
+  state.allowed_bitmask(96, words.data(), 3, set);
   CHECK(static_cast<std::uint32_t>(words[0]) == 0x80000001U);
   CHECK(words[1] == 1);
   CHECK(static_cast<std::uint32_t>(words[2]) == 0x80000000U);
-  CHECK(!message_of([&] { state.allowed_bitmask(95, words.data(), 3); }).empty());
+  CHECK(!message_of([&] { state.allowed_bitmask(95, words.data(), 3, set); }).empty());
+  const std::int64_t token = 31;
+  state.advance(&token, nullptr);
+  state.allowed_bitmask(96, words.data(), 3, set);
+  CHECK(words[0] == 1 && words[1] == 1 && static_cast<std::uint32_t>(words[2]) == 0x80000000U);
 }
 
 void test_ambiguity() {

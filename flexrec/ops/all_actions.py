@@ -38,8 +38,18 @@ from torch import Tensor
 
 from flexrec.metrics import Metric, ingredients, parse_metric
 from flexrec.metrics import check_lists as check_gains
-from flexrec.ops.ranked_lists import FLOOR, check_lists, in_rank_order, lengths_per_ranking, step_log_probs
-from flexrec.ops.ranking_logprobs import BACKENDS, from_distribution, ranking_logprobs
+from flexrec.ops.ranked_lists import (
+    FLOOR,
+    RankedLists,
+    Reference,
+    accumulation_dtype,
+    check_lists,
+    check_reference,
+    in_rank_order,
+    lengths_per_ranking,
+    step_log_probs,
+)
+from flexrec.ops.ranking_logprobs import BACKENDS, Results, evaluate_lists, from_distribution
 from flexrec.ops.swap_rewards import swap_scores
 from flexrec.validation import check_choice, check_range, check_tensor
 
@@ -50,6 +60,15 @@ class AllActions(NamedTuple):
     objective: Tensor
     logprobs: Tensor
     entropy: Tensor
+
+
+class AllActionsWithKL(NamedTuple):
+    """:class:`AllActions`, and per step KL(policy || reference)."""
+
+    objective: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    kl: Tensor
 
 
 def all_actions_objective(
@@ -65,6 +84,7 @@ def all_actions_objective(
     lengths: Tensor | None = None,
     num_ranked: int | Tensor | None = None,
     tilt: float | None = None,
+    weight_grad: str = "dense",
     backend: str = "auto",
 ) -> AllActions:
     """The expected change of a metric at every step, over what the policy could have placed there.
@@ -72,9 +92,10 @@ def all_actions_objective(
     Differentiable in ``hidden``, ``weight`` and ``bias``; ``gains`` get no gradient.
 
     Args:
-        hidden, weight, candidates, ranking, bias, temperature, lengths, backend: as of
+        hidden, weight, candidates, ranking, bias, temperature, lengths, weight_grad, backend: as of
             :func:`flexrec.ops.ranking_logprobs.ranking_logprobs`. Where ``metric`` is not linear ("hit_rate", "mrr",
-            "map", "err", registered ones), "auto" and "triton" too form the distribution (N, T, K) by torch operations.
+            "map", "err", registered ones), "auto" and "triton" too form the distribution (N, T, K) by torch
+            operations, and ``weight_grad`` must be "dense".
         gains: (N, K) floating >= 0 in rank order: ``gains[n, k]`` is that of the item at rank k, and from position T
             on of the unranked candidates by ascending candidate index. Ignored beyond ``lengths``.
         metric: a metric's name, see :func:`flexrec.metrics.ranking_metric`.
@@ -89,56 +110,108 @@ def all_actions_objective(
     Raises:
         TypeError, ValueError: as of :func:`ranking_logprobs` and :func:`flexrec.metrics.ranking_metric`.
     """
+    lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
+    objective, result = _evaluate(
+        lists, lengths, gains, metric, num_ranked, tilt, None, weight_grad=weight_grad, backend=backend
+    )
+    return AllActions(objective, result.logprobs, result.entropy)
+
+
+def all_actions_objective_with_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    candidates: Tensor,
+    ranking: Tensor,
+    gains: Tensor,
+    metric: str | Metric,
+    *,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    ref_logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    lengths: Tensor | None = None,
+    num_ranked: int | Tensor | None = None,
+    tilt: float | None = None,
+    weight_grad: str = "dense",
+    backend: str = "auto",
+) -> AllActionsWithKL:
+    """:func:`all_actions_objective`, and in the same pass the exact KL(policy || reference) of every step, (N, T).
+
+    The reference is given as to :func:`flexrec.ops.ranking_logprobs.ranking_logprobs_with_kl`.
+    """
+    lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
+    reference = check_reference(Reference(ref_hidden, ref_weight, ref_bias, ref_logits), lists)
+    objective, result = _evaluate(
+        lists, lengths, gains, metric, num_ranked, tilt, reference, weight_grad=weight_grad, backend=backend
+    )
+    assert result.kl is not None
+    return AllActionsWithKL(objective, result.logprobs, result.entropy, result.kl)
+
+
+def _evaluate(
+    lists: RankedLists,
+    lengths: Tensor | None,
+    gains: Tensor,
+    metric: str | Metric,
+    num_ranked: int | Tensor | None,
+    tilt: float | None,
+    reference: Reference | None,
+    *,
+    weight_grad: str,
+    backend: str,
+) -> tuple[Tensor, Results]:
+    """The objective (N, T), and the results of the distribution that it comes from."""
     check_choice("backend", backend, BACKENDS)
     metric = parse_metric(metric)
-    lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
     n, k = lists.position.shape
-    t = ranking.shape[1]
+    t = lists.hidden.shape[1]
     check_tensor("gains", gains, (n, k))
     shown = _check_num_ranked(num_ranked, n, t, gains.device)
-    per_ranking = None if lengths is None else lengths_per_ranking(lengths, n, len(candidates), k)
-
+    per_ranking = None if lengths is None else lengths_per_ranking(lengths, n, len(lists.candidates), k)
     if tilt is not None and not 0 < tilt < math.inf:
         raise ValueError(f"tilt must be positive and finite, or None for the expectation; got {tilt}")
 
     if tilt is not None or metric.definition.form != "linear":
-        log_probs, pool = step_log_probs(lists)
-        result = from_distribution(log_probs, pool, lists)
+        if weight_grad != "dense":
+            raise ValueError(
+                f"weight_grad={weight_grad!r} needs a linear metric and no tilt, got {metric} and tilt={tilt}"
+            )
         scores = swap_scores(
             gains, metric, lengths=per_ranking, num_ranked=shown, backend="torch" if backend == "torch" else "auto"
         )
-        change = -scores[:, :t].to(log_probs.dtype)  # (N, T, K)
-        if tilt is None:
-            probs = in_rank_order(torch.where(pool, log_probs.exp(), 0.0), lists.position)  # (N, T, K)
-            objective = (probs * change).sum(-1)
-        else:
-            in_pool = in_rank_order(pool.to(log_probs.dtype), lists.position) > 0  # (N, T, K)
-            utility = in_rank_order(torch.where(pool, log_probs, 0.0), lists.position) + change / tilt
-            utility = torch.where(in_pool, utility, 2 * FLOOR).logsumexp(-1) * tilt
-            objective = torch.where(in_pool.any(-1), utility, 0.0)
-        return AllActions(objective, result.logprobs, result.entropy)
+        return _over_distribution(lists, -scores[:, :t], tilt, reference)
 
     parts = ingredients(check_gains(gains, metric, per_ranking, shown), metric)
     mean = parts.weight.sum(-1, keepdim=True) / parts.length.clamp(min=1)
     centred = torch.where(parts.inside, parts.weight - mean, 0.0) * parts.inverse_norm
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    dtype = accumulation_dtype(lists.hidden, lists.weight)
     g, d = centred.to(dtype), parts.discount.to(dtype)  # (N, K)
-    logprobs, entropy, expectations = ranking_logprobs(
-        hidden,
-        weight,
-        candidates,
-        ranking,
-        values=torch.stack((g, d, g * d), dim=-1),
-        bias=bias,
-        temperature=temperature,
-        lengths=lengths,
-        backend=backend,
-    )
-    assert expectations is not None
-    e_g, e_d, e_gd = expectations.unbind(-1)  # (N, T)
+    values = torch.stack((g, d, g * d), dim=-1)
+    result = evaluate_lists(lists, values, reference, weight_grad=weight_grad, backend=backend)
+    assert result.expectations is not None
+    e_g, e_d, e_gd = result.expectations.unbind(-1)  # (N, T)
     g, d = g[:, :t], d[:, :t]
     # Beyond a list's length g = d = 0 and all expectations are 0, so the objective is.
-    return AllActions(d * e_g - d * g - e_gd + g * e_d, logprobs, entropy)
+    return d * e_g - d * g - e_gd + g * e_d, result
+
+
+def _over_distribution(
+    lists: RankedLists, change: Tensor, tilt: float | None, reference: Reference | None
+) -> tuple[Tensor, Results]:
+    """The expectation or exponential utility of ``change`` (N, T, K) in rank order, from the explicit distribution."""
+    log_probs, pool = step_log_probs(lists)
+    change = change.to(log_probs.dtype)
+    if tilt is None:
+        probs = in_rank_order(torch.where(pool, log_probs.exp(), 0.0), lists.position)  # (N, T, K)
+        objective = (probs * change).sum(-1)
+    else:
+        in_pool = in_rank_order(pool.to(log_probs.dtype), lists.position) > 0  # (N, T, K)
+        utility = in_rank_order(torch.where(pool, log_probs, 0.0), lists.position) + change / tilt
+        utility = torch.where(in_pool, utility, 2 * FLOOR).logsumexp(-1) * tilt
+        objective = torch.where(in_pool.any(-1), utility, 0.0)
+    return objective, from_distribution(log_probs, pool, lists, None, reference)
 
 
 def _check_num_ranked(num_ranked: int | Tensor | None, n: int, t: int, device: torch.device) -> Tensor:

@@ -1,55 +1,37 @@
 """Log-probabilities over ragged sets of allowed tokens: one row of hidden states, one set, one target.
 
 With z_e = (hidden[m] . weight[token_e] + bias[token_e]) / temperature for the entries e of row m's set, everything is
-a function of z, one number per entry: log p_e = z_e - logsumexp over the row, H = -sum_e p_e log p_e,
-E_c = sum_e p_e v_ec. Only z costs D operations per entry. It is a dense matrix product sampled at the sparse pattern of
-the sets, and its gradients are two products of a sparse with a dense matrix:
+a function of z, one number per entry: log p_e = z_e - logsumexp over the row, and
 
-    z = hidden weight^T at the pattern,    d hidden = dZ weight,    d weight = dZ^T hidden        (dZ sparse, (M, V)),
+    H = -sum_e p_e log p_e,    E_c = sum_e p_e v_ec,    KL = sum_e p_e (log p_e - log q_e)       (q: a reference's p)
 
-so that neither gathered rows (nnz, D) nor logits (M, V) exist. All else is left to autograd.
+With upstream gradients g_lp of the target's log-probability (y is its one-hot vector), g_H, g_c and g_KL,
+
+    dz_e = g_lp (y_e - p_e) - g_H p_e (log p_e + H) + sum_c g_c p_e (v_ec - E_c) + g_KL p_e (log p_e - log q_e - KL).
+
+Only z costs D operations per entry, and so do its gradients, d hidden = dZ weight and d weight = dZ^T hidden with dZ
+(M, V) sparse. Triton's kernels and the CPU's are functions of the same names and meanings: ``owners``,
+``sampled_logits``, ``set_softmax``, ``set_softmax_backward`` and the gradients. Neither gathered rows (nnz, D) nor
+logits (M, V) exist; between the passes nnz logits are kept, and nnz of the reference.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexrec.ops.ranked_lists import FLOOR, IMPOSSIBLE, check_temperature
-from flexrec.ops.ranking_logprobs import RankingLogprobs
-from flexrec.validation import check_choice, check_finite, check_range, check_tensor, values_are_checked
+from flexrec.ops import restricted_logprobs_numba
+from flexrec.ops.allowed_sets import AllowedSets, check_reference, check_sets
+from flexrec.ops.ranked_lists import FLOOR, IMPOSSIBLE, accumulation_dtype
+from flexrec.ops.ranking_logprobs import RankingLogprobs, RankingLogprobsWithKL
+from flexrec.ops.weight_grads import WEIGHT_GRADS, Final, accumulated_grad, check_accumulates
+from flexrec.validation import check_choice, check_finite, check_tensor
 
-BACKENDS = ("auto", "torch")
-
-with warnings.catch_warnings():  # torch says once per process that sparse CSR tensors are in beta; not to our users
-    warnings.simplefilter("ignore")
-    torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), size=(1, 1))
-
-
-class AllowedSets(NamedTuple):
-    """Checked arguments of the operations on ragged sets of allowed tokens: M sets, nnz entries in all.
-
-    Attributes:
-        hidden: (M, D).
-        weight: (V, D).
-        bias: (V,) or None.
-        ids: (nnz,) int64 token ids.
-        offsets: (M + 1,) int64.
-        row: (nnz,) int64, the set of every entry.
-        temperature: what logits are divided by.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    ids: Tensor
-    offsets: Tensor
-    row: Tensor
-    temperature: float
+BACKENDS = ("auto", "torch", "triton")
 
 
 def restricted_logprobs(
@@ -62,11 +44,13 @@ def restricted_logprobs(
     values: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    weight_grad: str = "dense",
     backend: str = "auto",
 ) -> RankingLogprobs:
     """Log-probability of M targets, entropy and expectations, each under a softmax over its own allowed tokens.
 
-    Differentiable in ``hidden``, ``weight`` and ``bias``, through all three results. ``values`` get no gradient.
+    Differentiable (once; the "torch" backend any number of times) in ``hidden``, ``weight`` and ``bias``, through all
+    three results. ``values`` get no gradient.
 
     Args:
         hidden: (M, D) floating, the state that predicts the target.
@@ -79,226 +63,394 @@ def restricted_logprobs(
         bias: (V,) floating, added to the logits; -inf makes a token impossible (probability exactly 0, no gradient).
             Where every allowed token is impossible each is equally likely and nothing has a gradient.
         temperature: what the logits are divided by; positive.
-        backend: "torch" gathers the rows of every entry (simple; memory and time of (nnz, D)), "auto" works on the
-            sparse pattern, without gathering.
+        weight_grad: how ``weight`` gets its gradient. "dense": a tensor (V, D), as usual. "rows": a sparse COO tensor
+            of the tokens that have one, each once, as from ``nn.Embedding(sparse=True)``; nothing of (V, D) is made.
+            "accumulate": it is added to ``weight.main_grad`` if there is one, else to ``weight.grad`` (made if need
+            be), and autograd sees none; ``weight`` must be a leaf. The last two are for eager mode: torch.compile
+            and the "torch" backend know "dense" only.
+        backend: "triton" (CUDA or ROCm, or the CPU under TRITON_INTERPRET=1; not float64), "torch" (gathers the rows
+            of every entry: simple, anywhere, memory and time of (nnz, D)), or "auto": triton on a GPU, parallel loops
+            on a CPU, torch where neither can.
 
     Returns:
         ``RankingLogprobs(logprobs (M,), entropy (M,), expectations (M, C) or None)``, float32 (float64 if ``hidden``
-        or ``weight`` is). A row with one allowed token has log-probability and entropy exactly 0 and no gradient.
+        or ``weight`` is). A row with one allowed token has log-probability and entropy exactly 0 and no gradient; its
+        hidden state and weight row are not read. Where values are not checked (see ``flexrec.validation``), a target
+        that is not allowed has log-probability NaN.
 
     Raises:
         TypeError, ValueError: wrong types or shapes, offsets that do not ascend, a token out of range or twice in a
-            set, a target that is not among its row's allowed tokens.
+            set, a target that is not among its row's allowed tokens, a backend that cannot do what is asked.
     """
-    check_choice("backend", backend, BACKENDS)
-    sets = check_sets(hidden, weight, allowed_ids, allowed_offsets, bias=bias, temperature=temperature)
-    m, nnz = len(hidden), len(sets.ids)
-    check_tensor("targets", targets, (m,), "integer")
-    chosen = _find_targets(sets, targets.long())
-
-    log_probs = allowed_log_probs(sets, backend)
-    probs = log_probs.exp()
-    expectations = None
-    if values is not None:
-        check_tensor("values", values, (nnz, "C"))
-        check_finite("values", values)
-        expectations = sum_per_row(probs[:, None] * values.detach().to(probs.dtype), sets)
-    logprobs = log_probs.index_select(0, chosen)
-    return RankingLogprobs(
-        logprobs + torch.where(logprobs < IMPOSSIBLE, -math.inf, 0.0),
-        -sum_per_row(probs * log_probs, sets),
-        expectations,
-    )
+    sets, chosen = check_sets(hidden, weight, allowed_ids, allowed_offsets, targets, bias=bias, temperature=temperature)
+    logprobs, entropy, expectations, _ = _run(sets, chosen, values, None, weight_grad, backend)
+    return RankingLogprobs(logprobs, entropy, None if values is None else expectations)
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def check_sets(
+def restricted_logprobs_with_kl(
     hidden: Tensor,
     weight: Tensor,
     allowed_ids: Tensor,
     allowed_offsets: Tensor,
+    targets: Tensor,
     *,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    ref_logits: Tensor | None = None,
+    values: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
-) -> AllowedSets:
-    """Check the arguments that the operations on allowed sets share; meanings as of :func:`restricted_logprobs`."""
-    check_tensor("hidden", hidden, ("M", "D"))
-    m, d = hidden.shape
-    check_tensor("weight", weight, ("V", d))
-    check_tensor("allowed_ids", allowed_ids, ("nnz",), "integer")
-    check_tensor("allowed_offsets", allowed_offsets, (m + 1,), "integer")
-    if bias is not None:
-        check_tensor("bias", bias, (weight.shape[0],))
-        check_range("bias", bias, -math.inf, torch.finfo(bias.dtype).max)
-    check_temperature(temperature)
-    ids, offsets = allowed_ids.long(), allowed_offsets.long()
-    _check_offsets(offsets, len(ids))
-    check_range("allowed_ids", ids, 0, weight.shape[0] - 1)
-    row = torch.repeat_interleave(torch.arange(m, device=ids.device), offsets.diff(), output_size=len(ids))
-    _check_distinct(ids, row, weight.shape[0])
-    return AllowedSets(hidden, weight, bias, ids, offsets, row, float(temperature))
+    weight_grad: str = "dense",
+    backend: str = "auto",
+) -> RankingLogprobsWithKL:
+    """:func:`restricted_logprobs` and, in the same pass, the exact KL(policy || reference) over each row's tokens.
+
+    Differentiable in ``hidden``, ``weight`` and ``bias`` through all four results; nothing of the reference gets a
+    gradient.
+
+    Args:
+        ref_hidden, ref_weight, ref_bias: (M, D'), (V, D') and (V,) of the reference, whose logits are divided by
+            ``temperature`` too; or instead
+        ref_logits: (nnz,) floating, the reference's logits of the allowed tokens, saved from before: already divided
+            by the temperature, up to a constant per row, so that log-probabilities serve as well. -inf is impossible.
+        The other arguments are those of :func:`restricted_logprobs`.
+
+    Returns:
+        ``RankingLogprobsWithKL(logprobs (M,), entropy (M,), expectations (M, C) or None, kl (M,))``. kl is >= 0 up
+        to rounding, exactly 0 where the two agree bit by bit and where one token is allowed, or none; infinite, and
+        without a gradient, where the policy allows what the reference's bias makes impossible.
+    """
+    sets, chosen = check_sets(hidden, weight, allowed_ids, allowed_offsets, targets, bias=bias, temperature=temperature)
+    reference = check_reference(sets, ref_hidden, ref_weight, ref_bias, ref_logits)
+    logprobs, entropy, expectations, kl = _run(sets, chosen, values, reference, weight_grad, backend)
+    return RankingLogprobsWithKL(logprobs, entropy, None if values is None else expectations, kl)
 
 
-def _check_offsets(offsets: Tensor, nnz: int) -> None:
-    if not values_are_checked(offsets):
-        return
-    if int(offsets[0]) != 0 or int(offsets[-1]) != nnz:
-        raise ValueError(
-            f"allowed_offsets must go from 0 to len(allowed_ids) = {nnz}, got {int(offsets[0])} to {int(offsets[-1])}"
-        )
-    falling = offsets.diff() < 0
-    if bool(falling.any()):
-        raise ValueError(f"allowed_offsets must not descend, but do after entry {int(falling.nonzero()[0, 0])}")
+def restricted_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    allowed_ids: Tensor,
+    allowed_offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    weight_grad: str = "dense",
+    backend: str = "auto",
+) -> Tensor:
+    """KL(policy || reference) of M rows, each over its own allowed tokens; there need be none.
+
+    Args:
+        hidden, weight, bias: of the policy; allowed_ids, allowed_offsets, temperature, weight_grad, backend: as of
+            :func:`restricted_logprobs`.
+        ref_hidden, ref_weight, ref_bias: (M, D'), (V, D') and (V,) of the reference. They get no gradient.
+
+    Returns:
+        (M,) float32 (float64 if the policy's inputs are), as of :func:`restricted_logprobs_with_kl`, which gives the
+        log-probabilities as well at no further cost.
+    """
+    sets, _ = check_sets(hidden, weight, allowed_ids, allowed_offsets, bias=bias, temperature=temperature)
+    reference = check_reference(sets, ref_hidden, ref_weight, ref_bias, None)
+    return _run(sets, None, None, reference, weight_grad, backend)[3]
 
 
-def _check_distinct(ids: Tensor, row: Tensor, vocab_size: int) -> None:
-    """Raise ValueError where a set names a token twice."""
-    if not values_are_checked(ids):
-        return
-    key = row * vocab_size + ids
-    if bool((key.diff() > 0).all()):  # every set in ascending order, the usual case: no need to sort
-        return
-    key = key.sort().values
-    repeated = key.diff() == 0
-    if bool(repeated.any()):
-        at = int(key[int(repeated.nonzero()[0, 0])])
-        raise ValueError(
-            f"allowed_ids must name a token once per row; row {at // vocab_size} has {at % vocab_size} twice"
-        )
+# --- choice of a backend ----------------------------------------------------------------------------------------------
 
 
-def _find_targets(sets: AllowedSets, targets: Tensor) -> Tensor:
-    """(M,) int64, the entry of every row's target."""
-    is_target = sets.ids == targets[sets.row]  # (nnz,)
-    entry = torch.where(is_target, torch.arange(len(sets.ids), device=sets.ids.device), -1)  # (nnz,)
-    chosen = torch.full_like(targets, -1).scatter_reduce_(0, sets.row, entry, "amax")
-    if values_are_checked(targets) and bool((chosen < 0).any()):
-        row = int((chosen < 0).nonzero()[0, 0])
-        allowed = sets.ids[int(sets.offsets[row]) : int(sets.offsets[row + 1])].tolist()
-        shown = ", ".join(map(str, allowed[:8])) + (", .." if len(allowed) > 8 else "")
-        raise ValueError(
-            f"targets must be among their row's allowed_ids; row {row} has target {int(targets[row])} "
-            f"and {len(allowed)} allowed: [{shown}]"
-        )
-    return chosen
-
-
-# --- the restricted softmax -------------------------------------------------------------------------------------------
-
-
-def allowed_log_probs(sets: AllowedSets, backend: str = "auto") -> Tensor:
-    """(nnz,) the log-probability of every allowed token; finite, below ``IMPOSSIBLE`` for impossible ones."""
-    dtype = torch.promote_types(torch.promote_types(sets.hidden.dtype, sets.weight.dtype), torch.float32)
-    if backend == "torch":
-        rows = sets.weight.index_select(0, sets.ids).to(dtype)  # (nnz, D)
-        logits = (sets.hidden.index_select(0, sets.row).to(dtype) * rows).sum(-1)  # (nnz,)
+def _run(
+    sets: AllowedSets,
+    targets: Tensor | None,
+    values: Tensor | None,
+    reference: AllowedSets | Tensor | None,
+    weight_grad: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs (M,), entropy (M,), expectations (M, C) and KL (M,); zeros for what there is nothing for."""
+    check_choice("backend", backend, BACKENDS)
+    check_choice("weight_grad", weight_grad, WEIGHT_GRADS)
+    hidden, weight, bias, ids, offsets, temperature = sets
+    dtype = accumulation_dtype(hidden, weight)
+    if values is None:
+        values = hidden.new_empty((ids.shape[0], 0))
     else:
-        logits = _sampled_logits(sets.hidden, sets.weight, sets.ids, sets.offsets)  # (nnz,)
-    if sets.bias is not None:
-        logits = logits + sets.bias.to(dtype).index_select(0, sets.ids)
-    logits = (logits / sets.temperature).clamp(min=FLOOR)
-    # The maximum only keeps exp in range: the result does not depend on it, and nor does its gradient.
-    largest = logits.new_full((len(sets.hidden),), 2 * FLOOR)
-    largest = largest.scatter_reduce(0, sets.row, logits.detach(), "amax")  # (M,)
-    shifted = logits - largest[sets.row]  # (nnz,)
-    return shifted - sum_per_row(shifted.exp(), sets).log().index_select(0, sets.row)
+        check_tensor("values", values, (ids.shape[0], "C"))
+        check_finite("values", values)
+        values = values.detach()
+    if backend == "auto":
+        on_gpu = "torch" if dtype == torch.float64 else "triton"
+        backend = {"cpu": "loops", "cuda": on_gpu}.get(hidden.device.type, "torch")
+    traced = _is_traced(hidden)
+    if weight_grad != "dense" and (backend == "torch" or traced):
+        where = "under torch.compile" if traced else "with backend='torch'"
+        raise ValueError(f"weight_grad={weight_grad!r} is not possible {where}; use 'dense'")
+    if weight_grad == "accumulate":
+        check_accumulates(weight)
+    if backend == "torch":
+        return _reference(sets, targets, values, reference)
+    use_triton = backend == "triton"
+    if use_triton:
+        _require_triton(hidden, dtype)
+    call = sampled_logits_op if traced else _sampled_logits
+    if isinstance(reference, AllowedSets):
+        reference = call(*reference, use_triton)
+    if reference is not None:
+        reference = reference.to(dtype)
+    inputs = hidden, weight, bias, ids, offsets, targets, values, reference, temperature, use_triton
+    if traced:
+        return restricted_logprobs_op(*inputs)[:4]
+    if torch.is_grad_enabled() and (
+        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Eager.apply(weight_grad, *inputs)
+    return _forward(*inputs)[:4]
 
 
-def sum_per_row(entries: Tensor, sets: AllowedSets) -> Tensor:
-    """(nnz, ..) summed over each set: (M, ..)."""
-    return entries.new_zeros((len(sets.hidden), *entries.shape[1:])).index_add(0, sets.row, entries)
+def _is_traced(hidden: Tensor) -> bool:
+    """Whether the registered op must be called; otherwise its function is, which saves torch.library's overhead."""
+    return torch.compiler.is_compiling() or isinstance(hidden, torch._subclasses.FakeTensor)
 
 
-# --- logits at the sparse pattern -------------------------------------------------------------------------------------
+def _require_triton(hidden: Tensor, dtype: torch.dtype) -> None:
+    """Raise where the Triton kernels cannot run: no Triton, float64, or a CPU without the interpreter."""
+    try:
+        from flexrec.triton_kernels.restricted_logprobs import INTERPRETED
+    except ModuleNotFoundError as error:
+        raise ValueError("backend='triton' needs the package triton, which is not installed; use 'auto'") from error
+    if dtype == torch.float64:
+        raise TypeError("backend='triton' computes in float32, got float64 operands; use 'auto' or 'torch'")
+    if hidden.device.type == "cpu" and not INTERPRETED:
+        raise ValueError("backend='triton' needs a GPU, or TRITON_INTERPRET=1 set before the first import of triton")
 
 
-@torch.library.custom_op("flexrec::sampled_logits", mutates_args=())
-def _sampled_logits(hidden: Tensor, weight: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
-    """(nnz,) hidden[m] . weight[ids[e]] for every entry e of every row m; float32, or float64 if an operand is."""
-    dtype = _accumulation_dtype(hidden, weight)
-    if ids.numel() == 0 or hidden.shape[1] == 0:
-        return torch.zeros(ids.shape, dtype=dtype, device=hidden.device)
-    if weight.dtype != dtype:
-        used, ids = ids.unique(return_inverse=True)
-        weight = weight.index_select(0, used).to(dtype)
-    pattern = _csr(offsets, ids, torch.zeros(ids.shape, dtype=dtype, device=ids.device), len(weight))
-    return torch.sparse.sampled_addmm(
-        pattern, hidden.to(dtype).contiguous(), weight.contiguous().t(), beta=0.0
-    ).values()
+# --- reference --------------------------------------------------------------------------------------------------------
 
 
-@_sampled_logits.register_fake
-def _sampled_logits_fake(hidden: Tensor, weight: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
-    return hidden.new_empty(ids.shape, dtype=_accumulation_dtype(hidden, weight))
+def _reference(
+    sets: AllowedSets, targets: Tensor | None, values: Tensor, reference: AllowedSets | Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of :func:`_run` by plain operations under autograd."""
+    row = restricted_logprobs_numba.owners(sets.offsets, len(sets.ids))  # (nnz,)
+
+    def per_row(entries: Tensor) -> Tensor:
+        return entries.new_zeros((len(sets.hidden), *entries.shape[1:])).index_add(0, row, entries)
+
+    def log_softmax(logits: Tensor) -> Tensor:
+        # The maximum only keeps exp in range: the result does not depend on it, and nor does its gradient.
+        largest = logits.new_full((len(sets.hidden),), 2 * FLOOR)
+        largest = largest.scatter_reduce(0, row, logits.detach(), "amax")  # (M,)
+        shifted = logits - largest[row]  # (nnz,)
+        return shifted - per_row(shifted.exp()).log()[row]
+
+    log_probs = log_softmax(_gathered_logits(sets, row))  # (nnz,)
+    probs = log_probs.exp()  # (nnz,)
+    logprobs = kl = probs.new_zeros(len(sets.hidden))
+    if targets is not None:
+        chosen = sets.ids == targets[row]  # (nnz,)
+        found = per_row(chosen.to(probs.dtype))  # (M,)
+        logprobs = per_row(torch.where(chosen, log_probs, 0.0))
+        # Adding -inf or NaN keeps the gradients of the rest.
+        logprobs = logprobs + torch.where(logprobs < IMPOSSIBLE, -math.inf, 0.0) + torch.where(found > 0, 0.0, math.nan)
+    if reference is not None:
+        with torch.no_grad():
+            ref_logits = _gathered_logits(reference, row) if isinstance(reference, AllowedSets) else reference
+            ref_log_probs = log_softmax(ref_logits.to(probs.dtype))
+        unreachable = (ref_log_probs < IMPOSSIBLE) & (probs > 0)  # (nnz,)
+        kl = per_row(torch.where(unreachable, 0.0, probs * (log_probs - ref_log_probs)))
+        kl = torch.where(per_row(unreachable.to(kl.dtype)) > 0, math.inf, kl)
+    return logprobs, -per_row(probs * log_probs), per_row(probs[:, None] * values.to(probs.dtype)), kl
 
 
-@torch.library.custom_op("flexrec::sampled_logits_backward", mutates_args=())
-def _sampled_logits_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor, offsets: Tensor, needs_grad: list[bool]
-) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden (M, D) and weight (V, D); an empty tensor where ``needs_grad`` leaves one out."""
-    dtype = grad.dtype
-    hidden_grad, weight_grad = hidden.new_empty(0), weight.new_empty(0)
-    if ids.numel() == 0 or hidden.shape[1] == 0:
-        return (
-            torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_grad[0] else hidden_grad,
-            torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs_grad[1] else weight_grad,
-        )
-    used = None
-    if weight.dtype != dtype:
-        used, ids = ids.unique(return_inverse=True)
-    num_rows = len(weight) if used is None else len(used)
-    if needs_grad[0]:
-        rows = weight if used is None else weight.index_select(0, used).to(dtype)
-        hidden_grad = (_csr(offsets, ids, grad, num_rows) @ rows).to(hidden.dtype)
-    if needs_grad[1]:
-        # The transposed pattern: entries sorted by token. Each row of the result is summed in a fixed order.
-        order = ids.argsort(stable=True)
-        row = torch.repeat_interleave(
-            torch.arange(len(hidden), device=ids.device), offsets.diff(), output_size=len(ids)
-        )
-        token_offsets = offsets.new_zeros(num_rows + 1)
-        torch.cumsum(torch.bincount(ids, minlength=num_rows), 0, out=token_offsets[1:])
-        weight_grad = _csr(token_offsets, row[order], grad[order], len(hidden)) @ hidden.to(dtype)
-        weight_grad = weight_grad.to(weight.dtype)
-        if used is not None:
-            weight_grad = torch.zeros_like(weight, memory_format=torch.contiguous_format).index_copy_(
-                0, used, weight_grad
-            )
-    return hidden_grad, weight_grad
+def _gathered_logits(sets: AllowedSets, row: Tensor) -> Tensor:
+    """(nnz,) logits, finite: FLOOR where they would be -inf."""
+    hidden, weight, bias, ids, _, temperature = sets
+    dtype = accumulation_dtype(hidden, weight)
+    logits = (hidden.to(dtype)[row] * weight.index_select(0, ids).to(dtype)).sum(-1)
+    if bias is not None:
+        logits = logits + bias.to(dtype)[ids]
+    return (logits / temperature).clamp(min=FLOOR)
 
 
-@_sampled_logits_backward.register_fake
-def _sampled_logits_backward_fake(
-    grad: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor, offsets: Tensor, needs_grad: list[bool]
-) -> tuple[Tensor, Tensor]:
-    return (
-        hidden.new_empty(hidden.shape if needs_grad[0] else 0),
-        weight.new_empty(weight.shape if needs_grad[1] else 0),
+# --- forward and backward, in eager mode and as custom ops ------------------------------------------------------------
+
+
+def _kernels(use_triton: bool) -> ModuleType:
+    """The module of the backend's functions: Triton or the CPU's."""
+    if not use_triton:
+        return restricted_logprobs_numba
+    from flexrec.triton_kernels import restricted_logprobs as kernels
+
+    return kernels
+
+
+def _sampled_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    offsets: Tensor,
+    temperature: float,
+    use_triton: bool,
+) -> Tensor:
+    """(nnz,) logits of every entry, no gradient; takes the fields of :class:`AllowedSets`."""
+    kernels = _kernels(use_triton)
+    row = kernels.owners(offsets, len(ids))
+    return kernels.sampled_logits(hidden.detach(), weight.detach(), bias, ids, offsets, row, temperature)
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    offsets: Tensor,
+    targets: Tensor | None,
+    values: Tensor,
+    ref_logits: Tensor | None,
+    temperature: float,
+    use_triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs (M,), entropy (M,), expectations (M, C), KL (M,); for backward norm (M, 4), logits and row (nnz,)."""
+    kernels = _kernels(use_triton)
+    row = kernels.owners(offsets, len(ids))
+    logits = kernels.sampled_logits(hidden, weight, bias, ids, offsets, row, temperature)
+    return *kernels.set_softmax(logits, ref_logits, values, ids, offsets, targets), logits, row
+
+
+def _backward(
+    upstream: list[Tensor],
+    saved: list[Any],
+    temperature: float,
+    use_triton: bool,
+    needs_grad: list[bool],
+    weight_grad: str = "dense",
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias; None for those that ``needs_grad`` leaves out, or that are accumulated."""
+    entropy, expectations, kl, norm, logits, row, hidden, weight, bias, ids, offsets, targets, values, ref_logits = (
+        saved
     )
+    kernels = _kernels(use_triton)
+    dlogits = kernels.set_softmax_backward(
+        tuple(upstream),
+        (entropy, expectations, kl, norm),
+        logits,
+        ref_logits,
+        values,
+        ids,
+        offsets,
+        row,
+        targets,
+        temperature,
+    )  # (nnz,)
+    of_hidden = of_weight = of_bias = None
+    if needs_grad[0]:
+        of_hidden = kernels.hidden_gradient(dlogits, hidden, weight, ids, offsets, row)
+    if needs_grad[1]:
+        if weight_grad == "rows":
+            tokens, rows = kernels.weight_gradient_rows(dlogits, hidden, weight, ids, row)
+            of_weight = torch.sparse_coo_tensor(
+                tokens[None], rows, weight.shape, is_coalesced=True, check_invariants=False
+            )
+        elif weight_grad == "accumulate":
+            kernels.weight_gradient(dlogits, hidden, weight, ids, row, accumulated_grad(weight))
+        else:
+            of_weight = kernels.weight_gradient(dlogits, hidden, weight, ids, row)
+    if needs_grad[2] and bias is not None:
+        of_bias = dlogits.new_zeros(bias.shape).index_add_(0, ids, dlogits).to(bias.dtype)
+    return of_hidden, of_weight, of_bias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep for the backward pass what :func:`_backward` takes as ``saved``."""
+    *tensors, ctx.temperature, ctx.use_triton = inputs
+    ctx.save_for_backward(*output[1:], *tensors)
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs_grad = list(ctx.needs_input_grad[:2])
-    grads = _sampled_logits_backward(grad.contiguous(), *ctx.saved_tensors, needs_grad)
-    hidden, weight = (g if need else None for g, need in zip(grads, needs_grad, strict=True))
-    return hidden, weight, None, None
+class _Eager(torch.autograd.Function):
+    """What the custom op does, without the time that torch.library takes for a call; ``weight_grad`` comes first."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_grad: str, *inputs: Any) -> tuple[Tensor, ...]:
+        ctx.weight_grad = weight_grad
+        output = _forward(*inputs)
+        _keep(ctx, inputs, output)
+        return output[:4]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        saved, needs_grad = list(ctx.saved_tensors), list(ctx.needs_input_grad[1:4])
+        grads: tuple[Tensor | None, ...]
+        with torch.no_grad():
+            grads = _backward(list(upstream), saved, ctx.temperature, ctx.use_triton, needs_grad, ctx.weight_grad)
+        if torch.is_grad_enabled():  # create_graph=True
+            given = [x for x in (*upstream, *saved) if x is not None and x.is_floating_point()]
+            grads = tuple(None if grad is None else Final.apply(grad, *given) for grad in grads)
+        return None, *grads, *[None] * 7
 
 
-_sampled_logits.register_autograd(_autograd, setup_context=_setup_context)
+sampled_logits_op = torch.library.custom_op("flexrec::sampled_logits", _sampled_logits, mutates_args=())
+restricted_logprobs_op = torch.library.custom_op("flexrec::restricted_logprobs", _forward, mutates_args=())
 
 
-def _accumulation_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+@torch.library.custom_op("flexrec::restricted_logprobs_backward", mutates_args=())
+def restricted_logprobs_backward_op(
+    upstream: list[Tensor],
+    saved: list[Tensor | None],
+    temperature: float,
+    use_triton: bool,
+    needs_grad: list[bool],
+) -> list[Tensor]:
+    """The gradients that ``needs_grad`` asks for, of hidden, weight and bias."""
+    grads = _backward(upstream, saved, temperature, use_triton, needs_grad)
+    return [grad for grad in grads if grad is not None]
 
 
-def _csr(offsets: Tensor, columns: Tensor, values: Tensor, num_columns: int) -> Tensor:
-    """A sparse matrix with one row per pair of offsets; columns need not be sorted within a row."""
-    size = (len(offsets) - 1, num_columns)
-    return torch.sparse_csr_tensor(offsets, columns, values, size=size, check_invariants=False)
+@sampled_logits_op.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *_: object) -> Tensor:
+    return hidden.new_empty(ids.shape, dtype=accumulation_dtype(hidden, weight))
+
+
+@restricted_logprobs_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    offsets: Tensor,
+    targets: Tensor | None,
+    values: Tensor,
+    ref_logits: Tensor | None,
+    temperature: float,
+    use_triton: bool,
+) -> tuple[Tensor, ...]:
+    m, dtype = hidden.shape[0], accumulation_dtype(hidden, weight)
+    shapes = ((m,), (m,), (m, values.shape[1]), (m,), (m, 4), ids.shape)
+    row = ids.new_empty(ids.shape, dtype=torch.int32 if use_triton else torch.int64)
+    return *(hidden.new_empty(shape, dtype=dtype) for shape in shapes), row
+
+
+@restricted_logprobs_backward_op.register_fake
+def _(upstream: list[Tensor], saved: list[Tensor | None], _: float, __: bool, needs_grad: list[bool]) -> list[Tensor]:
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x, need in zip(saved[6:9], needs_grad, strict=True)
+        if need and x is not None
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[4:])
+    _keep(ctx, inputs, output)
+
+
+def _gradients(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    saved, needs_grad = list(ctx.saved_tensors), list(ctx.needs_input_grad[:3])
+    found = iter(
+        restricted_logprobs_backward_op(list(upstream[:4]), saved, ctx.temperature, ctx.use_triton, needs_grad)
+    )
+    return *(next(found) if need else None for need in needs_grad), *[None] * 7
+
+
+restricted_logprobs_op.register_autograd(_gradients, setup_context=_setup_context)

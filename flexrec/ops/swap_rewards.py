@@ -5,103 +5,53 @@ The mathematics stands in ``flexrec/ops/swap_rewards_torch.py``, the reference; 
 
 from __future__ import annotations
 
-import numba
-import numpy as np
 import torch
 
 from flexrec import metrics
 from flexrec.metrics import Lists, Metric, check_lists, ingredients, parse_metric
-from flexrec.ops import swap_rewards_numba as kernels
+from flexrec.ops.swap_rewards_cpu import numba_swap_rewards, numba_swap_scores
 from flexrec.ops.swap_rewards_torch import custom_rewards, rewards_of, scores_of
 from flexrec.validation import check_choice, check_finite, check_range, check_tensor
 
 CREDITS = ("swap", "noncausal", "independent", "rank", "sequence", "policy")
 BACKENDS = ("auto", "triton", "numba", "torch")
-MAX_TRITON_SIZE = 16384  # a list lies in one program's registers
+MAX_TRITON_SIZE = 16384  # longest list that the Triton kernels are compiled for
 
 
-def _follow_torch_threads() -> None:
-    """Run numba on as many threads as torch.
+def _triton_swap_rewards(lists: Lists, metric: Metric, credit: str, weights: torch.Tensor | None) -> torch.Tensor:
+    from flexrec.triton_kernels.swap_rewards import swap_rewards
+    from flexrec.triton_kernels.swap_scores import swap_scores
 
-    The two may share one OpenMP runtime, in which the start of numba's threads overrides ``torch.set_num_threads``;
-    torch's number is put back.
-    """
-    threads = torch.get_num_threads()
-    wanted = min(threads, numba.config.NUMBA_NUM_THREADS)
-    if numba.get_num_threads() != wanted:
-        numba.set_num_threads(wanted)
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    counts = {"lengths": lists.lengths, "num_ranked": lists.num_ranked, "max_ranked": lists.max_ranked}
+    if credit == "policy":
+        return swap_scores(lists.gains, metric, **counts, weights=weights)
+    return swap_rewards(lists.gains, metric, credit, **counts)[0]
 
 
-def _numba_arguments(lists: Lists, metric: Metric) -> tuple:
-    """The arguments that both numba kernels share, in their order."""
-    _follow_torch_threads()
-    gains = lists.gains if lists.gains.dtype == torch.float64 else lists.gains.float()
-    rows, size = gains.shape
-    array, lengths = gains.contiguous().numpy(), lists.real_lengths.numpy()
-    definition, cutoff = metric.definition, size if metric.cutoff is None else metric.cutoff
-    table, kind = metrics.discount_table(metric, size), kernels.GAINS[definition.gain]
-    if definition.normaliser == "relevant":
-        inverse = np.empty(0)  # the kernel counts in passing
-    elif definition.normaliser == "ideal":
-        bits = array.view(np.int64 if array.itemsize == 8 else np.int32)
-        lanes = max(8, min(64, 2**16 // max(size, 1)))  # lists side by side, as many as the cache holds
-        ideal = kernels.ideal_dcg(array, bits, lengths, table, cutoff, kind, lanes)
-        inverse = np.where(ideal > metrics.TINY, 1.0 / np.maximum(ideal, metrics.TINY), 0.0)
-    elif definition.normaliser == "cutoff":
-        inverse = 1.0 / (np.maximum(lengths, 1.0) if metric.cutoff is None else np.full(rows, float(cutoff)))
-    else:
-        inverse = np.ones(rows)
-    form, top = kernels.FORMS[definition.form], metric.max_gain or 0.0
-    return array, lengths, lists.real_ranked.numpy(), inverse, table, cutoff, form, kind, top
+def triton_rewards_with_variance(
+    lists: Lists, variance: torch.Tensor, metric: Metric, credit: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards and their variance, (N, K) each, of a linear metric and any credit but "policy", in one launch."""
+    from flexrec.triton_kernels.swap_rewards import swap_rewards
+
+    counts = {"lengths": lists.lengths, "num_ranked": lists.num_ranked, "max_ranked": lists.max_ranked}
+    rewards, spread = swap_rewards(lists.gains, metric, credit, **counts, variance=variance)
+    assert spread is not None
+    return rewards, spread
 
 
-def _numba_swap_rewards(lists: Lists, metric: Metric, credit: str, weights: torch.Tensor | None) -> torch.Tensor:
-    arguments = _numba_arguments(lists, metric)
-    if credit != "policy":
-        chunks = min(lists.gains.shape[0], 8 * numba.get_num_threads())
-        return torch.from_numpy(kernels.swap_rewards(*arguments, kernels.CREDITS[credit], chunks))
-    assert weights is not None
-    dtype = metrics.result_dtype(lists.gains)
-    means = kernels.swap_scores(*arguments, weights.detach().to(dtype).contiguous().numpy())
-    return torch.from_numpy(means).squeeze(-1)
+def _triton_swap_scores(lists: Lists, metric: Metric) -> torch.Tensor:
+    from flexrec.triton_kernels.swap_scores import swap_scores
+
+    counts = {"lengths": lists.lengths, "num_ranked": lists.num_ranked, "max_ranked": lists.max_ranked}
+    return swap_scores(lists.gains, metric, **counts)
 
 
-def _numba_swap_scores(lists: Lists, metric: Metric) -> torch.Tensor:
-    arguments = _numba_arguments(lists, metric)
-    return torch.from_numpy(kernels.swap_scores(*arguments, np.empty((0, 0, 0), dtype=arguments[0].dtype)))
-
-
-def _triton_swap_rewards(lists: Lists, metric: Metric) -> torch.Tensor:
-    from flexrec.triton_kernels.swap_rewards import MAX_SORTED, swap_rewards_linear
-
-    definition, inverse_norms = metric.definition, None
-    if definition.normaliser == "ideal" and lists.gains.shape[1] > MAX_SORTED:
-        inverse_norms = ingredients(lists, metric).inverse_norm.squeeze(-1)
-    return swap_rewards_linear(
-        lists.gains,
-        lists.lengths,
-        lists.num_ranked,
-        inverse_norms,
-        max_ranked=lists.max_ranked,
-        cutoff=metric.cutoff,
-        discount=definition.discount,
-        gain=definition.gain,
-        normaliser=definition.normaliser,
-        p=metric.p,
-    )
-
-
-def _triton_can(metric: Metric, credit: str, size: int) -> bool:
-    return metric.definition.form == "linear" and credit == "swap" and size <= MAX_TRITON_SIZE
-
-
-def _resolve_backend(backend: str, metric: Metric, credit: str, gains: torch.Tensor) -> str:
+def resolve_backend(backend: str, metric: Metric, gains: torch.Tensor) -> str:
     """The backend that will run: "triton", "numba" or "torch"; ValueError if the one asked for cannot."""
     check_choice("backend", backend, BACKENDS)
     on_cpu, is_custom = gains.device.type == "cpu", metric.definition.form == "custom"
-    able = _triton_can(metric, credit, gains.shape[1])
+    able = not is_custom and gains.shape[1] <= MAX_TRITON_SIZE  # by Triton
     if backend == "auto":
         if on_cpu or is_custom:  # a registered metric on a GPU fails below, with the reason
             backend = "numba"
@@ -116,10 +66,9 @@ def _resolve_backend(backend: str, metric: Metric, credit: str, gains: torch.Ten
         raise ValueError(f"backend='numba' needs gains on the CPU, got {gains.device}; use 'auto', 'triton' or 'torch'")
     if backend == "triton":
         if not able:
-            linear = ", ".join(name for name, family in metrics.FAMILIES.items() if family.form == "linear")
             raise ValueError(
-                f"backend='triton' computes swap_rewards with credit='swap' for {linear} and K <= {MAX_TRITON_SIZE}; "
-                f"got metric={str(metric)!r}, credit={credit!r}, K={gains.shape[1]}. backend='torch' computes all"
+                f"backend='triton' computes lists of K <= {MAX_TRITON_SIZE} candidates, got K={gains.shape[1]}; "
+                "backend='torch' computes all"
             )
         if not _has_triton():
             raise ValueError("backend='triton' needs the triton package, which has no wheel for this platform")
@@ -159,9 +108,9 @@ def _run_rewards(
     if parsed.definition.form == "custom":
         rewards = custom_rewards(lists, parsed, credit, weights)
     elif backend == "triton":
-        rewards = _triton_swap_rewards(lists, parsed)
+        rewards = _triton_swap_rewards(lists, parsed, credit, weights)
     elif backend == "numba":
-        rewards = _numba_swap_rewards(lists, parsed, credit, weights)
+        rewards = numba_swap_rewards(lists, parsed, credit, weights)
     else:
         rewards = rewards_of(ingredients(lists, parsed), parsed, credit, weights)
     return rewards.to(metrics.result_dtype(gains))
@@ -180,7 +129,9 @@ def _run_scores(
         scores = metrics.custom_swap_scores(lists, parsed)
         check_finite(f"the swap scores of metric {parsed}", scores)
     elif backend == "numba":
-        scores = _numba_swap_scores(lists, parsed)
+        scores = numba_swap_scores(lists, parsed)
+    elif backend == "triton":
+        scores = _triton_swap_scores(lists, parsed)
     else:
         scores = scores_of(ingredients(lists, parsed), parsed)
     return scores.to(metrics.result_dtype(gains))
@@ -234,12 +185,13 @@ def swap_rewards(
         num_ranked: int or (N,) integer, how many ranks T are shown. Ranks beyond have discount 0 and reward 0, and
             their items stay in the pool.
         weights: (N, K, K) floating, >= 0, with ``credit="policy"`` only. Entries with j <= k are ignored.
-        backend: "auto" (Triton on a GPU where it can, else torch there; numba on the CPU), "triton" (linear metrics,
-            credit "swap"; also on the CPU under TRITON_INTERPRET=1), "numba" (CPU), "torch" (anywhere).
+        backend: "auto" (Triton on a GPU where it can, else torch there; numba on the CPU), "triton" (built-in metrics,
+            K <= 16384; also on the CPU under TRITON_INTERPRET=1), "numba" (CPU), "torch" (anywhere).
 
     Returns:
         (N, K) float64 for float64 gains, else float32 (also for half precision). No gradient. Sums are accumulated in
-        float64; by the Triton kernel in float32 on centred gains, unless the gains are float64.
+        float64; by the Triton kernels in float32 unless the gains are float64, but on centred gains, and so that an
+        error at a rank is relative to what lies behind it.
 
     Raises:
         ValueError, TypeError: unknown name, wrong shape or dtype, a value out of its range, a backend that cannot do
@@ -247,12 +199,18 @@ def swap_rewards(
     """
     metric = parse_metric(metric)
     check_choice("credit", credit, CREDITS)
-    lists = check_lists(gains, metric, lengths, num_ranked)
+    lists = check_lists(gains, metric, lengths, num_ranked, values=False)
     check_policy_weights(weights, credit, lists)
-    backend = _resolve_backend(backend, metric, credit, lists.gains)
+    backend = resolve_backend(backend, metric, lists.gains)
+    _check_values(lists, metric, backend)
     call = swap_rewards_op if _is_traced(gains) else _run_rewards
     detached = None if weights is None else weights.detach()
     return call(lists.gains, str(metric), credit, lists.lengths, lists.num_ranked, lists.max_ranked, detached, backend)
+
+
+def _check_values(lists: Lists, metric: Metric, backend: str) -> None:
+    if backend != "numba" or metric.definition.form == "custom":  # numba's kernels check while they read
+        metrics.check_gain_values(lists, metric)
 
 
 def check_policy_weights(weights: torch.Tensor | None, credit: str, lists: Lists) -> None:
@@ -282,16 +240,15 @@ def swap_scores(
 ) -> torch.Tensor:
     """S[k, j] = R(y) - R(y with ranks k and j exchanged), for all pairs of ranks.
 
-    Positive: the present order is better. Arguments and errors are those of ``swap_rewards``; no Triton kernel.
+    Positive: the present order is better. Arguments and errors are those of ``swap_rewards``.
 
     Returns:
         (N, K, K), symmetric with zero diagonal, 0 beyond each list's length; float64 for float64 gains, else float32.
         No gradient.
     """
     metric = parse_metric(metric)
-    lists = check_lists(gains, metric, lengths, num_ranked)
-    if backend == "triton":
-        raise ValueError("swap_scores has no Triton kernel; backend must be 'auto', 'numba' or 'torch'")
-    backend = _resolve_backend(backend, metric, "scores", lists.gains)
+    lists = check_lists(gains, metric, lengths, num_ranked, values=False)
+    backend = resolve_backend(backend, metric, lists.gains)
+    _check_values(lists, metric, backend)
     call = swap_scores_op if _is_traced(gains) else _run_scores
     return call(lists.gains, str(metric), lists.lengths, lists.num_ranked, lists.max_ranked, backend)

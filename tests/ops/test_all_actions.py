@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from flexrec.metrics import ranking_metric
-from flexrec.ops.all_actions import all_actions_objective
-from flexrec.ops.ranking_logprobs import ranking_logprobs
+from flexrec.ops.all_actions import all_actions_objective, all_actions_objective_with_kl
+from flexrec.ops.ranking_logprobs import ranking_kl, ranking_logprobs
 
 LINEAR = ["dcg", "ndcg@3", "dcg_burges@4", "ndcg_burges", "recall@2", "precision@3", "rbp.8"]
 OTHER = ["hit_rate@2", "mrr", "map@4", "err"]
@@ -189,3 +189,26 @@ def test_wrong_input_is_named(change, error, message):
     } | change
     with pytest.raises(error, match=message):
         all_actions_objective(**arguments)
+
+
+@pytest.mark.parametrize(("metric", "tilt"), [("ndcg", None), ("ndcg", 0.1), ("mrr", None)])
+def test_divergence_comes_along(metric, tilt, ranked_case, weighted_sum):
+    case = ranked_case(12, lists=2, group=2, steps=4, size=5, ragged="list", channels=0)
+    other = ranked_case(13, lists=2, group=2, steps=4, size=5, dim=3)
+    gains = make_gains(case)
+    reference = {"ref_hidden": other.hidden, "ref_weight": other.weight, "ref_bias": other.bias}
+    out = all_actions_objective_with_kl(*case.positional, gains, metric, tilt=tilt, **reference, **case.options)
+    alone = all_actions_objective(*case.positional, gains, metric, tilt=tilt, **case.options)
+    kl = ranking_kl(
+        case.hidden,
+        case.weight,
+        other.hidden,
+        other.weight,
+        case.candidates,
+        case.ranking,
+        ref_bias=other.bias,
+        **case.options,
+    )
+    torch.testing.assert_close(tuple(out), (*alone, kl))
+    got = torch.autograd.grad(weighted_sum(*out), case.leaves)
+    torch.testing.assert_close(got, torch.autograd.grad(weighted_sum(*alone, kl), case.leaves))

@@ -1,4 +1,4 @@
-"""ranking_logprobs, ranking_probs and ranking_kl against brute force, in every dtype, at every edge."""
+"""ranking_logprobs, ranking_probs and the divergence against brute force, in every dtype, at every edge."""
 
 import math
 
@@ -7,8 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexrec.ops.ranking_logprobs import ranking_logprobs, ranking_probs
-from flexrec.ops.restricted_kl import ranking_kl
+from flexrec.ops.ranking_logprobs import ranking_kl, ranking_logprobs, ranking_logprobs_with_kl, ranking_probs
 
 BACKENDS = ["auto", "torch"]
 
@@ -49,13 +48,19 @@ def test_equals_brute_force(backend, ranked_case, weighted_sum, shape, seed):
     torch.testing.assert_close(had, wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("by_logits", [False, True])
 @pytest.mark.parametrize("ragged", ["", "list"])
-def test_gradcheck(ragged, ranked_case):
+def test_gradcheck(ragged, by_logits, ranked_case):
+    """Every output, the divergence among them, in every input that has a gradient."""
     case = ranked_case(1, lists=1, group=2, steps=3, size=4, dim=2, vocab=5, ragged=ragged)
     assert not ragged or 1 < case.length(0) < 4
+    other = ranked_case(2, lists=1, group=2, steps=3, size=4, dim=3, vocab=5)
+    reference = {"ref_hidden": other.hidden, "ref_weight": other.weight, "ref_bias": other.bias}
+    if by_logits:
+        reference = {"ref_logits": torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(3))}
 
     def f(hidden, weight, bias):
-        return ranking_logprobs(
+        return ranking_logprobs_with_kl(
             hidden,
             weight,
             case.candidates,
@@ -64,46 +69,10 @@ def test_gradcheck(ragged, ranked_case):
             bias=bias,
             temperature=0.7,
             lengths=case.lengths,
+            **reference,
         )
 
     assert torch.autograd.gradcheck(f, (case.hidden, case.weight, case.bias))
-
-
-def test_custom_op_is_registered_correctly(ranked_case):
-    case = ranked_case(4, group=2, dtype=torch.float32)
-    position = torch.stack([torch.randperm(5) for _ in range(2 * 2)])
-    args = (case.hidden, case.weight, case.candidates, position, case.values, case.bias, 0.7, False, False)
-    torch.library.opcheck(torch.ops.flexrec.ranking_logprobs.default, args)
-
-
-def test_only_requested_gradients_are_computed(ranked_case):
-    case = ranked_case(5, channels=0, dtype=torch.float32)
-    case.weight.requires_grad_(False)
-    case.bias.requires_grad_(False)
-    position = torch.stack([torch.randperm(5) for _ in range(2)])
-    values = torch.empty(2, 5, 0)
-    out = torch.ops.flexrec.ranking_logprobs(
-        case.hidden, case.weight, case.candidates, position, values, case.bias, 1.0, False, False
-    )
-    grads = torch.ops.flexrec.ranking_logprobs_backward(
-        *(torch.ones_like(x) for x in out[:3]),
-        *(x.detach() for x in out[1:]),
-        case.hidden.detach(),
-        case.weight,
-        case.candidates,
-        position,
-        values,
-        case.bias,
-        1.0,
-        False,
-        False,
-        [True, False, False],
-    )
-    assert [grad.numel() for grad in grads] == [case.hidden.numel(), 0, 0]
-    ranking_logprobs(*case.positional, **case.options).logprobs.sum().backward()
-    assert case.hidden.grad is not None
-    assert case.weight.grad is None
-    assert case.bias.grad is None
 
 
 def test_keeps_only_the_logits_for_the_backward_pass(ranked_case):
@@ -120,7 +89,7 @@ def test_keeps_only_the_logits_for_the_backward_pass(ranked_case):
     for x in (case.hidden, case.weight, case.bias, case.candidates):
         kept.pop(x.data_ptr(), None)
     steps = case.ranking.numel()
-    positions = case.hidden.shape[0] * case.candidates.shape[1] * 8
+    positions = case.hidden.shape[0] * case.candidates.shape[1] * 4
     assert sum(kept.values()) <= steps * case.candidates.shape[1] * 4 + 16 * steps + positions
 
 
@@ -263,58 +232,69 @@ def test_probs_are_the_distribution_in_rank_order(ragged, ranked_case, weighted_
     torch.testing.assert_close(got, torch.autograd.grad(weighted_sum(expected), case.leaves))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("by_logits", [False, True])
 @pytest.mark.parametrize("ragged", ["", "list", "ranking"])
-def test_kl_equals_brute_force(ragged, ranked_case, weighted_sum):
+def test_kl_equals_brute_force(ragged, by_logits, backend, ranked_case, weighted_sum):
     case = ranked_case(10, lists=3, group=2, steps=4, size=6, ragged=ragged)
-    other = ranked_case(11, lists=3, group=2, steps=4, size=6, dim=3)
+    other = ranked_case(11, lists=3, group=2, steps=4, size=6, dim=3, temperature=case.temperature)
     other.candidates, other.ranking, other.lengths = case.candidates, case.ranking, case.lengths
-    kl = ranking_kl(
-        case.hidden,
-        case.weight,
-        other.hidden,
-        other.weight,
-        case.candidates,
-        case.ranking,
-        ref_bias=other.bias,
-        **case.options,
-    )
-    expected = torch.zeros_like(kl)
+    reference = {"ref_hidden": other.hidden, "ref_weight": other.weight, "ref_bias": other.bias}
+    if by_logits:  # plus a constant per step, which changes nothing
+        rows = other.weight[case.candidates].repeat_interleave(2, 0)
+        logits = other.hidden @ rows.transpose(1, 2) + other.bias[case.candidates].repeat_interleave(2, 0)[:, None]
+        reference = {"ref_logits": logits + torch.arange(24.0).view(6, 4, 1)}
+    out = ranking_logprobs_with_kl(*case.positional, values=case.values, backend=backend, **reference, **case.options)
+    expected = torch.zeros_like(out.kl)
     for n, t, remaining in case.steps():
         log_p, log_q = case.log_probs(n, t, remaining), other.log_probs(n, t, remaining).detach()
         expected[n, t] = (log_p.exp() * (log_p - log_q)).sum()
-    torch.testing.assert_close(kl, expected)
-    got = torch.autograd.grad(weighted_sum(kl), [*case.leaves, *other.leaves], allow_unused=True)
-    torch.testing.assert_close(got[:3], torch.autograd.grad(weighted_sum(expected), case.leaves))
+    torch.testing.assert_close(out.kl, expected)
+    want = case.brute_force()
+    torch.testing.assert_close(out[:3], want)
+    got = torch.autograd.grad(weighted_sum(*out), [*case.leaves, *other.leaves], allow_unused=True)
+    torch.testing.assert_close(got[:3], torch.autograd.grad(weighted_sum(*want, expected), case.leaves))
     assert got[3:] == (None, None, None)
+    if not by_logits:
+        kl = ranking_kl(
+            case.hidden,
+            case.weight,
+            other.hidden,
+            other.weight,
+            case.candidates,
+            case.ranking,
+            ref_bias=other.bias,
+            backend=backend,
+            **case.options,
+        )
+        torch.testing.assert_close(kl, expected)
 
 
-def test_kl_of_an_unchanged_policy_is_zero_and_of_an_unreachable_choice_infinite(ranked_case):
-    case = ranked_case(12, size=4, steps=4, lists=1, vocab=4)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kl_of_an_unchanged_policy_is_zero_and_of_an_unreachable_choice_infinite(backend, dtype, ranked_case):
+    case = ranked_case(12, size=4, steps=4, lists=1, vocab=4, dtype=dtype)
     case.candidates = torch.arange(4)[None]
-    lists = (case.candidates, case.ranking)
-    same = ranking_kl(case.hidden, case.weight, case.hidden, case.weight, *lists, bias=case.bias, ref_bias=case.bias)
-    assert (same == 0).all()
+    policy, reference = (case.hidden, case.weight), (case.hidden.detach(), case.weight.detach())
+
+    def kl_of(bias, ref_bias):
+        return ranking_kl(
+            *policy, *reference, case.candidates, case.ranking, bias=bias, ref_bias=ref_bias, backend=backend
+        )
+
+    assert (kl_of(case.bias, case.bias) == 0).all()
     blocked = case.bias.detach().clone()
     blocked[case.candidates[0, case.ranking[0, 1]]] = -math.inf
-    kl = ranking_kl(case.hidden, case.weight, case.hidden, case.weight, *lists, bias=case.bias, ref_bias=blocked)
+    kl = kl_of(case.bias, blocked)
     assert kl.isinf().tolist() == [[True, True, False, False]]
-    kl = ranking_kl(case.hidden, case.weight, case.hidden, case.weight, *lists, bias=blocked, ref_bias=case.bias)
+    (grad,) = torch.autograd.grad(kl.sum(), case.hidden)
+    assert (grad[0, :2] == 0).all()
+    assert grad[0, 2].abs().max() < 1e-6  # p = q
+    kl = kl_of(blocked, case.bias)
     assert kl.isfinite().all()
     (grad,) = torch.autograd.grad(kl.sum(), case.hidden)
     assert grad.isfinite().all()
-
-
-def test_compiles_without_graph_breaks(ranked_case):
-    case = ranked_case(13, group=2, channels=0, dtype=torch.float32)
-
-    def f(hidden, weight):
-        out = ranking_logprobs(hidden, weight, case.candidates, case.ranking)
-        return out.logprobs, out.entropy
-
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(case.hidden, case.weight), f(case.hidden, case.weight))
-    got = torch.autograd.grad(sum(x.sum() for x in compiled(case.hidden, case.weight)), case.hidden)
-    torch.testing.assert_close(got, torch.autograd.grad(sum(x.sum() for x in f(case.hidden, case.weight)), case.hidden))
+    assert (kl_of(blocked, blocked) == 0).all()
 
 
 def test_no_rankings_at_all():
@@ -345,6 +325,25 @@ WRONG = {
     "values NaN": ({"values": torch.full((2, 3, 1), math.nan)}, ValueError, "values must be finite"),
     "temperature": ({"temperature": 0.0}, ValueError, "temperature must be positive"),
     "temperature's type": ({"temperature": "1"}, TypeError, "temperature must be a number"),
+    "no reference": ({"ref_logits": None}, ValueError, "ref_hidden and ref_weight, or ref_logits; got none"),
+    "two references": (
+        {"ref_logits": torch.zeros(2, 3, 3), "ref_hidden": torch.zeros(2, 3, 4), "ref_weight": torch.zeros(5, 4)},
+        ValueError,
+        "got ref_hidden and ref_weight and ref_logits",
+    ),
+    "half a reference": ({"ref_hidden": torch.zeros(2, 3, 4)}, ValueError, "got ref_hidden"),
+    "ref_logits' shape": ({"ref_logits": torch.zeros(2, 3, 4)}, ValueError, r"ref_logits must have shape \(2, 3, 3\)"),
+    "ref_weight's shape": (
+        {"ref_hidden": torch.zeros(2, 3, 2), "ref_weight": torch.zeros(5, 4)},
+        ValueError,
+        r"ref_weight must have shape \(V, 2\)",
+    ),
+    "small reference": (
+        {"ref_hidden": torch.zeros(2, 3, 2), "ref_weight": torch.zeros(4, 2)},
+        ValueError,
+        r"ref_weight.* must lie in \[0, 3\], got 4",
+    ),
+    "weight_grad": ({"weight_grad": "sparse"}, ValueError, "weight_grad must be one of 'dense', 'rows', 'accumulate'"),
     "backend": ({"backend": "numba"}, ValueError, "backend must be one of 'auto', 'torch', 'triton'; got 'numba'"),
     "hidden's type": ({"hidden": [[1.0]]}, TypeError, "hidden must be a torch.Tensor"),
 }
@@ -361,5 +360,6 @@ def test_wrong_input_is_named(name):
     }
     integer = ("ranking", "candidates", "lengths")
     arguments |= {k: torch.tensor(v) if k in integer and isinstance(v, list) else v for k, v in change.items()}
+    function = ranking_logprobs_with_kl if any(k.startswith("ref_") for k in change) else ranking_logprobs
     with pytest.raises(error, match=message):
-        ranking_logprobs(**arguments)
+        function(**arguments)

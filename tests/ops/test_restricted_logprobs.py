@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from flexrec.ops import restricted_logprobs as op
 from flexrec.ops.ranking_logprobs import ranking_logprobs
-from flexrec.ops.restricted_kl import restricted_kl
-from flexrec.ops.restricted_logprobs import restricted_logprobs
+from flexrec.ops.restricted_logprobs import restricted_kl, restricted_logprobs, restricted_logprobs_with_kl
 
 BACKENDS = ["auto", "torch"]
 TEMPERATURE = 0.7
@@ -63,14 +64,59 @@ def test_equals_brute_force(backend, weighted_sum, counts, dim, seed):
     )
 
 
-def test_gradcheck_and_opcheck():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck_of_every_result(backend):
     hidden, weight, ids, offsets, targets, values, bias = make_sets(1, [3, 1, 4], dim=2, vocab=5)
+    ref_logits = torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def f(hidden, weight, bias):
-        return restricted_logprobs(hidden, weight, ids, offsets, targets, values=values, bias=bias)
+        return restricted_logprobs_with_kl(
+            hidden,
+            weight,
+            ids,
+            offsets,
+            targets,
+            values=values,
+            bias=bias,
+            ref_logits=ref_logits,
+            temperature=TEMPERATURE,
+            backend=backend,
+        )
 
     assert torch.autograd.gradcheck(f, (hidden, weight, bias))
-    torch.library.opcheck(torch.ops.flexrec.sampled_logits.default, (hidden, weight, ids, offsets))
+
+
+def test_opcheck():
+    hidden, weight, ids, offsets, targets, values, bias = make_sets(1, [3, 1, 4], dim=2, vocab=5)
+    ref_logits = torch.zeros(8, dtype=torch.float64)
+    torch.library.opcheck(op.sampled_logits_op, (hidden.detach(), weight.detach(), None, ids, offsets, 1.0, False))
+    for rest in ((targets, values, ref_logits), (None, values[:, :0], None)):
+        torch.library.opcheck(op.restricted_logprobs_op, (hidden, weight, bias, ids, offsets, *rest, 1.0, False))
+
+
+def test_compiles_to_one_graph_that_serves_every_size(weighted_sum):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def compiled(hidden, weight, ids, offsets, targets, values, bias):
+        return restricted_logprobs_with_kl(
+            hidden, weight, ids, offsets, targets, values=values, bias=bias, ref_hidden=hidden, ref_weight=weight
+        )
+
+    for seed, counts in enumerate(([3, 1, 4], [2, 5, 1, 7], [1, 6, 2, 2, 9])):
+        arguments = make_sets(seed, counts)
+        leaves = arguments[0], arguments[1], arguments[-1]
+        hidden, weight, ids, offsets, targets, values, bias = arguments
+        want = restricted_logprobs_with_kl(
+            hidden, weight, ids, offsets, targets, values=values, bias=bias, ref_hidden=hidden, ref_weight=weight
+        )
+        got = compiled(*arguments)
+        torch.testing.assert_close(tuple(got), tuple(want))
+        torch.testing.assert_close(
+            torch.autograd.grad(weighted_sum(*got), leaves), torch.autograd.grad(weighted_sum(*want), leaves)
+        )
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -153,13 +199,101 @@ def test_equals_ranking_logprobs_on_rankings(ranked_case):
     torch.testing.assert_close(out.entropy, want.entropy.flatten())
 
 
-def test_only_requested_gradients_are_computed():
-    hidden, weight, ids, offsets, *_ = make_sets(5, [3, 2])
-    for needs in ([True, False], [False, True]):
-        grads = torch.ops.flexrec.sampled_logits_backward(
-            torch.ones(5, dtype=torch.float64), hidden.detach(), weight.detach(), ids, offsets, needs
+def test_only_requested_gradients_are_computed(monkeypatch):
+    """What is not asked for is not computed: its function is not even there."""
+    for wanted, others in (
+        (0, ["weight_gradient"]),
+        (1, ["hidden_gradient"]),
+        (2, ["weight_gradient", "hidden_gradient"]),
+    ):
+        arguments = make_sets(5, [3, 2])
+        leaves = arguments[0], arguments[1], arguments[-1]
+        want = torch.autograd.grad(restricted_logprobs(*arguments[:5], bias=leaves[2]).entropy.sum(), leaves[wanted])
+        for i, leaf in enumerate(leaves):
+            leaf.requires_grad_(i == wanted)
+        with monkeypatch.context() as patch:
+            for name in others:
+                patch.delattr(op.restricted_logprobs_numba, name)
+            out = restricted_logprobs(*arguments[:5], bias=leaves[2])
+            torch.testing.assert_close(torch.autograd.grad(out.entropy.sum(), leaves[wanted]), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_ways_to_deliver_the_weights_gradient(dtype):
+    hidden, weight, *arguments, values, bias = make_sets(5, [3, 1, 2, 7], dtype=dtype)
+
+    def total(weight_grad):
+        out = restricted_logprobs(hidden, weight, *arguments, values=values, bias=bias, weight_grad=weight_grad)
+        return out.logprobs.sum() + out.entropy.sum() + out.expectations.sum()
+
+    (dense,) = torch.autograd.grad(total("dense"), weight)
+    (rows,) = torch.autograd.grad(total("rows"), weight)
+    assert rows.is_sparse
+    assert rows.dtype == dtype
+    assert rows._nnz() <= len(set(arguments[0].tolist()))
+    torch.testing.assert_close(rows.to_dense(), dense)
+    exactness = {"rtol": torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps * float(dense.abs().max())}
+    for _ in range(2):
+        total("accumulate").backward()
+    torch.testing.assert_close(weight.grad, 2 * dense, **exactness)
+    weight.grad = None
+    weight.main_grad = torch.ones(weight.shape, dtype=torch.float32)
+    total("accumulate").backward()
+    assert weight.grad is None
+    torch.testing.assert_close(weight.main_grad - 1, dense.float(), rtol=exactness["rtol"], atol=1e-5)
+    with pytest.raises(ValueError, match="weight to be a leaf"):
+        restricted_logprobs(hidden, weight * 2, *arguments, weight_grad="accumulate")
+    with pytest.raises(ValueError, match="weight_grad='rows' is not possible with backend='torch'"):
+        restricted_logprobs(hidden, weight, *arguments, weight_grad="rows", backend="torch")
+
+
+def test_what_is_forced_is_not_read():
+    hidden, weight, ids, offsets, targets, *_ = make_sets(5, [1, 3], vocab=4)
+    ids = torch.tensor([3, 0, 1, 2])
+    targets = torch.tensor([3, 1])
+    with torch.no_grad():
+        hidden[0] = math.nan
+        weight[3] = math.nan
+    out = restricted_logprobs(hidden, weight, ids, offsets, targets)
+    assert out.logprobs[0] == out.entropy[0] == 0
+    grads = torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), (hidden, weight))
+    assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_target_that_is_not_allowed_is_no_number_where_nobody_checks(backend, monkeypatch):
+    hidden, weight, ids, offsets, targets, *_ = make_sets(5, [2, 3], vocab=6)
+    monkeypatch.setattr("flexrec.ops.allowed_sets.values_are_checked", lambda tensor: False)
+    targets[1] = next(token for token in range(6) if token not in ids[2:])
+    out = restricted_logprobs(hidden, weight, ids, offsets, targets, backend=backend)
+    assert out.logprobs.isnan().tolist() == [False, True]
+    assert out.entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saved_logits_serve_as_reference(backend):
+    """Log-probs, or logits up to a constant per row, say the same as the model that they come from."""
+    hidden, weight, ids, offsets, targets, values, bias = make_sets(6, [3, 1, 7])
+    other = make_sets(7, [3, 1, 7], dim=6)
+    options = {"bias": bias, "temperature": TEMPERATURE, "backend": backend}
+    want = restricted_logprobs_with_kl(
+        hidden, weight, ids, offsets, targets, ref_hidden=other[0], ref_weight=other[1], ref_bias=other[-1], **options
+    )
+    saved = [log_p for _, _, log_p in row_log_probs(other[0], other[1], ids, offsets, other[-1])]
+    for shift in (0.0, 5.0):
+        got = restricted_logprobs_with_kl(
+            hidden, weight, ids, offsets, targets, ref_logits=torch.cat(saved) + shift, values=values, **options
         )
-        assert [g.numel() > 0 for g in grads] == needs
+        torch.testing.assert_close(got.kl, want.kl)
+        torch.testing.assert_close(got.logprobs, want.logprobs)
+        assert want.expectations is None
+        assert got.expectations.shape == (3, 2)
+    with pytest.raises(ValueError, match="ref_logits take the place of"):
+        restricted_logprobs_with_kl(
+            hidden, weight, ids, offsets, targets, ref_logits=torch.cat(saved), ref_hidden=hidden, ref_weight=weight
+        )
+    with pytest.raises(ValueError, match="a reference is needed"):
+        restricted_logprobs_with_kl(hidden, weight, ids, offsets, targets, ref_hidden=hidden)
 
 
 def test_kl_equals_brute_force(weighted_sum):
@@ -199,6 +333,9 @@ def test_kl_where_one_of_the_two_cannot_go():
     kl = restricted_kl(hidden, weight, hidden, weight, ids, offsets, bias=blocked, ref_bias=bias)
     assert kl.isfinite().all()
     assert torch.autograd.grad(kl.sum(), hidden)[0].isfinite().all()
+    for backend in BACKENDS:  # an infinite divergence has no gradient
+        kl = restricted_kl(hidden, weight, hidden, weight, ids, offsets, bias=bias, ref_bias=blocked, backend=backend)
+        assert (torch.autograd.grad(kl[0], hidden)[0] == 0).all()
 
 
 def test_no_rows_and_rows_without_tokens():
@@ -228,7 +365,8 @@ WRONG = {
     "values": ({"values": [[1.0]]}, ValueError, r"values must have shape \(4, C\)"),
     "values NaN": ({"values": [[1.0], [math.nan], [1.0], [1.0]]}, ValueError, "values must be finite"),
     "temperature": ({"temperature": -1}, ValueError, "temperature must be positive"),
-    "backend": ({"backend": "triton"}, ValueError, "backend must be one of 'auto', 'torch'; got 'triton'"),
+    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'torch', 'triton'; got 'cuda'"),
+    "way of the gradient": ({"weight_grad": "sparse"}, ValueError, "weight_grad must be one of 'dense', 'rows'"),
 }
 
 
@@ -245,3 +383,16 @@ def test_wrong_input_is_named(name):
     arguments |= {k: torch.tensor(v) if isinstance(v, list) else v for k, v in change.items()}
     with pytest.raises(error, match=message):
         restricted_logprobs(**arguments)
+
+
+def test_second_derivatives_are_refused():
+    """By the kernels; plain torch has them."""
+    hidden, weight, ids, offsets, targets, _, bias = make_sets(0, [3, 1, 5])
+    for backend in BACKENDS:
+        out = restricted_logprobs(hidden, weight, ids, offsets, targets, bias=bias, backend=backend)
+        (grad,) = torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), hidden, create_graph=True)
+        if backend == "torch":
+            assert torch.autograd.grad(grad.sum(), hidden)[0].abs().sum() > 0
+        else:
+            with pytest.raises(RuntimeError, match="no second derivatives; use backend='torch'"):
+                torch.autograd.grad(grad.sum(), hidden)

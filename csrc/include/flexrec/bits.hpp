@@ -51,7 +51,10 @@ inline std::int32_t first(const Word* set, std::int32_t low, std::int32_t high) 
   return -1;
 }
 
-inline bool any(const Word* set, std::int32_t low, std::int32_t high) { return first(set, low, high) >= 0; }
+inline bool any(const Word* set, std::int32_t low, std::int32_t high) {
+  // Most ranges are single members: below most branches lies one item.
+  return high - low == 1 ? test(set, low) : first(set, low, high) >= 0;
+}
 
 // Calls visit(member) for the members in the range, ascending.
 template <class Visit>

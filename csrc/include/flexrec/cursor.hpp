@@ -10,9 +10,11 @@
 namespace flexrec {
 
 // Where in its ranking a row is. Inside an item: at `node` of the trie. Between items: the next token is number `tail`
-// of the separator, or of the end once all items are placed.
+// of the separator, or of the end once all items are placed. Lost: it has read a token that was not allowed, and allows
+// none.
 struct Cursor {
   static constexpr std::int32_t kInItem = -1;
+  static constexpr std::int32_t kLost = -2;
 
   std::int32_t rank = 0;  // items placed so far
   std::int32_t node = Trie::kRoot;
@@ -42,13 +44,15 @@ class RowWalk {
   }
 
   bool done() const { return cursor_.rank == num_ranked_ && cursor_.tail == Cursor::kInItem; }
+  bool lost() const { return cursor_.tail == Cursor::kLost; }
+  void lose() { cursor_.tail = Cursor::kLost; }
 
   // Calls visit(token, low, high) for every allowed token by ascending id, until visit returns false; the remaining
   // leaves in [low, high) are the items that the token keeps possible. Where no item is being chosen the range is
   // empty.
   template <class Visit>
   void for_each_allowed(Visit&& visit) const {
-    if (done()) return;
+    if (done() || lost()) return;
     if (cursor_.tail != Cursor::kInItem) {
       visit(tail(cursor_.rank)[static_cast<std::size_t>(cursor_.tail)], 0, 0);
       return;
@@ -82,7 +86,7 @@ class RowWalk {
   // Reads `token`. A leaf that this places is written to placed[rank] unless `placed` is null: of candidates with equal
   // sequences the first that is left, or `wanted` if that is one of them. A rejected token changes nothing.
   Step advance(std::int64_t token, std::int32_t* placed, std::int32_t wanted = kFirstLeft) {
-    if (done()) return Step::kRejected;
+    if (done() || lost()) return Step::kRejected;
     if (cursor_.tail != Cursor::kInItem) {
       if (token != tail(cursor_.rank)[static_cast<std::size_t>(cursor_.tail)]) return Step::kRejected;
       read_tail_token();

@@ -9,18 +9,18 @@ namespace flexrec {
 
 // The completions that spell given rankings, and every decision on the way. A decision is a token with an alternative.
 struct EncodedBatch {
-  std::vector<std::int32_t> tokens;    // (total,)
-  std::vector<std::int64_t> offsets;   // (N + 1,) of rows in `tokens`
-  std::vector<std::int32_t> item_ids;  // (total,) the rank of the item that a token belongs to, -1 for none
+  std::vector<std::int32_t> tokens;      // (total,)
+  std::vector<std::int64_t> offsets{0};  // (N + 1,) of rows in `tokens`
+  std::vector<std::int32_t> item_ids;    // (total,) the rank of the item that a token belongs to, -1 for none
 
   std::vector<std::int32_t> decision_rows;       // (M,)
   std::vector<std::int32_t> decision_positions;  // (M,) within the row
   std::vector<std::int32_t> decision_ranks;      // (M,) of the item being chosen
   std::vector<std::int32_t> targets;             // (M,) the token decided for
   std::vector<std::int32_t> allowed_ids;         // (nnz,) what was allowed, ascending within a decision
-  std::vector<std::int64_t> allowed_offsets;     // (M + 1,)
+  std::vector<std::int64_t> allowed_offsets{0};  // (M + 1,)
   std::vector<std::int32_t> below_items;         // per allowed id: the remaining candidates it keeps possible
-  std::vector<std::int64_t> below_offsets;       // (nnz + 1,)
+  std::vector<std::int64_t> below_offsets{0};    // (nnz + 1,)
 };
 
 // `rankings` is (N, width): candidates by rank, num_ranked of them in each row, then -1. Throws std::invalid_argument

@@ -24,7 +24,8 @@ struct ParsedBatch {
 // until the next of either. The ranking is the first mentions, in order, then the candidates not mentioned, in
 // candidate order, cut to the row's number of ranked items.
 //
-// Takes O(tokens * longest candidate) per row.
+// Takes O(tokens of the completion) per row, whatever the tokens are, and at most O(tokens of the candidates) more for
+// a list.
 ParsedBatch parse_rankings(const RankingGrammar& grammar, const std::int64_t* tokens, const std::int64_t* offsets);
 
 }  // namespace flexrec

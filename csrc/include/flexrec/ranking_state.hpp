@@ -23,13 +23,22 @@ class RankingState {
   // Tokens that may come next, ascending within a row; none for finished rows.
   Csr allowed() const;
 
-  // Sets the bits of the allowed tokens in `words`, (N, words_per_row) zeros, 32 tokens a word, low bit first.
-  // Throws std::invalid_argument if a token does not fit.
-  void allowed_bitmask(std::int64_t vocab_size, std::int32_t* words, std::int64_t words_per_row) const;
+  // Writes the allowed tokens as bits to `words`, (N, words_per_row), 32 tokens a word, low bit first. `set` holds the
+  // tokens whose bits are set in `words` before, none in zeros, and afterwards those that are set now: only they are
+  // cleared, so that the cost does not grow with the vocabulary. Throws std::invalid_argument if a token does not fit.
+  void allowed_bitmask(std::int64_t vocab_size, std::int32_t* words, std::int64_t words_per_row, Csr& set) const;
+
+  // What becomes of a row that is fed a token which is not allowed: an error for all, or a lost row, which allows
+  // nothing and ignores every token until it is restarted.
+  enum class OnRejected { kThrow, kLose };
 
   // Reads tokens[offsets[i]] .. tokens[offsets[i + 1] - 1] into row i, or tokens[i] where offsets is null. Finished
-  // rows ignore theirs. Throws std::invalid_argument for a token that is not allowed, and then nothing has changed.
-  void advance(const std::int64_t* tokens, const std::int64_t* offsets);
+  // rows ignore theirs. With kThrow throws std::invalid_argument for a token that is not allowed, and then nothing has
+  // changed.
+  void advance(const std::int64_t* tokens, const std::int64_t* offsets, OnRejected on_rejected = OnRejected::kThrow);
+
+  // Puts the rows where `chosen`, (N,), is nonzero back to their beginning; all where it is null.
+  void restart(const std::uint8_t* chosen);
 
   // The tokens without an alternative that come next.
   Csr forced() const;

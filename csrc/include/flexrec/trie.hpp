@@ -26,6 +26,8 @@ class Trie {
   static constexpr std::int32_t kRoot = 0;
   static constexpr std::int32_t kNone = -1;
 
+  Trie() = default;
+
   // Candidate k is tokens[offsets[k]] .. tokens[offsets[k + 1] - 1], not empty.
   Trie(const std::int32_t* tokens, const std::int64_t* offsets, std::int32_t num_candidates);
 

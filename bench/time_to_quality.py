@@ -1,0 +1,147 @@
+"""NDCG@5 over seconds of training: a run of ``flexrec train`` against TRL's GRPO from the same base.
+
+    flexrec train --dataset movielens --data DIR --need interest --eval-every 5 --no-listwise-baseline --output RUN
+    python bench/time_to_quality.py RUN --output DIR
+
+The second command loads RUN's base (the model after the format stage), trains it by TRL's GRPOTrainer with the list's
+NDCG as its reward, evaluates it on the same test lists, and draws both curves. Evaluation is not counted; wall-clock
+and processor seconds both are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.peer_trl import grpo_trainer
+from flexrec.evaluation import rank_metrics
+from flexrec.experiment import load_dataset
+from flexrec.needs import get_need
+from flexrec.prompts import PromptBuilder
+from flexrec.ranker import RunInfo, rank_examples
+from flexrec.task import RankingTask, TrainingExamples
+
+
+class _Curve(TrainerCallback):
+    """Evaluates before the first step and after every few; what that takes is not counted."""
+
+    def __init__(self, evaluate: Any, every: int, path: Path) -> None:
+        self.evaluate, self.every, self.path = evaluate, every, path
+        self.points: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+        self._add(0, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._add(state.global_step, model)
+
+    def _add(self, step: int, model: Any) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        point = {"step": step, "seconds": round(wall - self.wall, 1), "cpu_seconds": round(cpu - self.cpu, 1)}
+        point["ndcg@5"] = self.evaluate(model)
+        self.points.append(point)
+        self.path.write_text(json.dumps(self.points, indent=1) + "\n")
+        print(point, flush=True)
+        self.wall += time.perf_counter() - wall
+        self.cpu += time.process_time() - cpu
+
+
+def train_with_trl(run: Path, output: Path, steps: int, prompts: int, generations: int, every: int, lr: float) -> None:
+    """Writes the curve to ``output`` as it goes."""
+    info = RunInfo.load(run / "base")
+    model = AutoModelForCausalLM.from_pretrained(run / "base")
+    builder = PromptBuilder(
+        AutoTokenizer.from_pretrained(run / "base"),
+        encoding=info.encoding,
+        show_titles=info.show_titles,
+        show_rising=info.show_rising,
+    )
+    dataset = load_dataset(info.dataset, info.data, info.seed)
+    needs = [get_need(name) for name in info.needs]
+    task = RankingTask(dataset.catalogue, needs, builder)
+    tests = [task.test_example(lst, need) for need in needs for lst in dataset.test]
+    training = TrainingExamples(task, dataset.train, resample=dataset.resample, seed=info.seed)
+    examples = [training[i] for i in range(min(len(training), steps * prompts))]
+
+    def evaluate(model: Any) -> float:
+        rankings = rank_examples(model, tests, builder, num_ranked=10)
+        gains = np.zeros((len(tests), max(len(example.gains) for example in tests)))
+        for n, (example, ranking) in enumerate(zip(tests, rankings, strict=True)):
+            rest = np.setdiff1d(np.arange(len(example.gains)), ranking)
+            gains[n, : len(example.gains)] = example.gains[np.concatenate([ranking, rest])]
+        lengths = np.array([len(example.gains) for example in tests])
+        return float(rank_metrics(gains, ["ndcg@5"], lengths=lengths)["ndcg@5"].mean())
+
+    items = max(len(example.candidates) for example in examples)
+    longest = max(len(sequence) for example in examples for sequence in example.candidates)
+    curve = _Curve(evaluate, every, output)
+    trainer = grpo_trainer(
+        model,
+        examples,
+        separator=builder.separator,
+        end=builder.end,
+        prompts_per_step=prompts,
+        num_generations=generations,
+        answer_length=items * (longest + len(builder.separator)),
+        steps=steps,
+        learning_rate=lr,
+        seed=info.seed,
+        callbacks=[curve],
+        output_dir=str(output.parent / "trl"),
+    )
+    trainer.train()
+
+
+def flexrec_curve(run: Path) -> list[dict[str, Any]]:
+    """(seconds since the base, NDCG@5) of a run of ``flexrec train``, the warm-up counted."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    start = metrics["seconds"].get("listwise warm-up", 0.0)
+
+    def mean(values: dict[str, dict[str, float]]) -> float:
+        return float(np.mean([of_need["ndcg@5"] for of_need in values.values()]))
+
+    points = [{"step": 0, "seconds": 0.0, "ndcg@5": mean(metrics["base"])}]
+    for line in (run / "log.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if entry["stage"] == "evaluation":
+            points.append({"step": entry["step"], "seconds": start + entry["seconds"], "ndcg@5": mean(entry["means"])})
+    return points
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished run of `flexrec train --eval-every N`")
+    parser.add_argument("--output", type=Path, required=True, help="folder for trl.json, flexrec.json and the figure")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--generations", type=int, default=8)
+    parser.add_argument("--every", type=int, default=25, help="evaluate every so many steps")
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if (arguments.run / "metrics.json").is_file():
+        (arguments.output / "flexrec.json").write_text(json.dumps(flexrec_curve(arguments.run), indent=1) + "\n")
+    train_with_trl(
+        arguments.run,
+        arguments.output / "trl.json",
+        arguments.steps,
+        arguments.prompts,
+        arguments.generations,
+        arguments.every,
+        arguments.learning_rate,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Swap scores of all pairs of ranks on the CPU, and their means by weight: parallel numba, O(K^2) per list."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from flexrec.ops.list_tiles import AVERAGE_PRECISION, CASCADE, LINEAR, Plan
+
+
+@njit(cache=True)
+def _pair_state(form: int, w: np.ndarray, d: np.ndarray, depth: int, length: int, a: np.ndarray) -> tuple:
+    """What the scores of single pairs share: a (K,) is the count of relevant ranks so far (FIRST), E
+    (AVERAGE_PRECISION) or P (CASCADE); returned are u of the first and of the second relevant rank (FIRST)."""
+    u_first, u_second, count, passed, reached = 0.0, 0.0, 0.0, 0.0, 1.0
+    for k in range(length):
+        h = d[k] if k < depth else 0.0
+        if form == CASCADE:
+            a[k] = reached
+            reached *= 1.0 - w[k]
+        elif form != LINEAR:
+            count += w[k]
+            passed += w[k] * h
+            if form == AVERAGE_PRECISION:
+                a[k] = h * count - passed
+            else:
+                a[k] = count
+                if w[k] > 0.0 and count == 1.0:
+                    u_first = h
+                elif w[k] > 0.0 and count == 2.0:
+                    u_second = h
+    return u_first, u_second
+
+
+@njit(cache=True)
+def _pair_row(
+    form: int, w: np.ndarray, d: np.ndarray, depth: int, length: int, a: np.ndarray, u: tuple, k: int, row: np.ndarray
+) -> None:
+    """Write S[k, j] times the normaliser to row[j], for all j > k."""
+    dk = d[k] if k < depth else 0.0
+    between, pass_on = 0.0, 1.0  # CASCADE: M and Q, what lies between k and j
+    for j in range(k + 1, length):
+        dj = d[j] if j < depth else 0.0
+        score = 0.0
+        if form == LINEAR:
+            score = (dk - dj) * (w[k] - w[j])
+        elif form == CASCADE:
+            score = a[k] * (w[k] - w[j]) * (dk - (between + pass_on * dj))
+            between += pass_on * dj * w[j]
+            pass_on *= 1.0 - w[j]
+        elif w[k] > w[j]:
+            if form == AVERAGE_PRECISION:
+                score = a[k] - a[j]
+            elif a[k] == 1.0:
+                score = u[0] - max(u[1], dj)
+        elif w[j] > w[k]:
+            if form == AVERAGE_PRECISION:
+                score = (a[j] + dj) - (a[k] + dk)
+            elif a[k] == 0.0:
+                score = u[0] - dk
+        row[j] = score
+
+
+@njit(parallel=True, cache=True)
+def swap_scores(
+    w: np.ndarray,  # (N, K) float64, term gains
+    inverse_norms: np.ndarray,  # (N,) float64
+    lengths: np.ndarray,  # (N,) int64
+    ranked: np.ndarray,  # (N,) int64, at most lengths
+    plan: Plan,
+    weights: np.ndarray,  # (N, K, K) for policy rewards; (0, 0, 0) for the scores themselves
+    out: np.ndarray,  # 0s, written: (N, K, K) swap scores, or (N, K, 1) their means over j > k by weight
+) -> None:
+    is_mean = len(weights) > 0
+    for i in prange(len(w)):
+        length, shown, inverse = lengths[i], ranked[i], inverse_norms[i]
+        depth = min(shown, plan.cutoff)
+        a, scores = np.empty(length), np.empty(length)
+        u = _pair_state(plan.form, w[i], plan.discounts, depth, length, a)
+        for k in range(shown):
+            _pair_row(plan.form, w[i], plan.discounts, depth, length, a, u, k, scores)
+            if is_mean:
+                weighted, weight = 0.0, 0.0
+                for j in range(k + 1, length):
+                    weighted += scores[j] * weights[i, k, j]
+                    weight += weights[i, k, j]
+                out[i, k, 0] = weighted / weight * inverse if weight > 0.0 else 0.0
+            else:
+                for j in range(k + 1, length):
+                    out[i, k, j] = scores[j] * inverse
+                    out[i, j, k] = scores[j] * inverse

@@ -1,0 +1,108 @@
+"""How the output embedding gets its gradient: as a dense tensor, as rows, or added to a gradient that is there.
+
+A list's gradient touches K of V rows. As a tensor (V, D) it costs more to fill with zeros than to compute (V = 151,936,
+D = 4,096 in float32: 2.5 GB), so that the other two ways never make one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from flexrec.ops.numba_threads import follow_torch_threads
+
+WEIGHT_GRADS = ("dense", "rows", "accumulate")
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _add_at_tokens(buffer: np.ndarray, tokens: np.ndarray, rows: np.ndarray) -> None:
+    """buffer[tokens[m]] += rows[m] for all m, in their order: (V, D), (M,), (M, D).
+
+    Threads share out the columns, so that tokens may repeat and no order of threads changes a bit.
+    """
+    columns = 64
+    for part in prange((buffer.shape[1] + columns - 1) // columns):
+        start, stop = part * columns, min((part + 1) * columns, buffer.shape[1])
+        for m in range(len(tokens)):
+            target, grad = buffer[tokens[m]][start:stop], rows[m][start:stop]
+            for d in range(len(grad)):
+                target[d] += grad[d]
+
+
+def accumulated_grad(weight: Tensor) -> Tensor:
+    """What "accumulate" adds to: ``weight.main_grad`` where there is one, else ``weight.grad``, made if need be.
+
+    Raises:
+        ValueError: a buffer that is not dense and contiguous, or not of the weight's shape.
+    """
+    buffer = getattr(weight, "main_grad", None)
+    if buffer is None:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        buffer = weight.grad
+    if buffer.layout != torch.strided or not buffer.is_contiguous() or buffer.shape != weight.shape:
+        raise ValueError(
+            f"weight_grad='accumulate' needs a dense contiguous gradient of shape {tuple(weight.shape)} to add to, got "
+            f"{tuple(buffer.shape)}, {buffer.layout}, strides {buffer.stride() if not buffer.is_sparse else None}"
+        )
+    return buffer
+
+
+def check_accumulates(weight: Tensor) -> None:
+    """Raise ValueError unless gradients can be added to ``weight``: no other tensor is to get a gradient through it."""
+    if not weight.is_leaf:
+        raise ValueError("weight_grad='accumulate' needs weight to be a leaf, got a tensor computed from others")
+
+
+def add_rows_(buffer: Tensor, tokens: Tensor, rows: Tensor) -> None:
+    """buffer (V, D) += rows (M, D) at tokens (M,), which may repeat.
+
+    Rows of one token are added up in the precision of ``rows`` before they meet a buffer of another dtype. Bitwise
+    repeatable on a CPU, and on a GPU under ``torch.use_deterministic_algorithms``.
+    """
+    if rows.dtype != buffer.dtype:
+        tokens, rows = sum_by_token(tokens, rows)
+        buffer.index_add_(0, tokens, rows.to(buffer.dtype))
+    elif buffer.device.type == "cpu" and buffer.is_contiguous() and rows.is_contiguous():
+        follow_torch_threads()
+        _add_at_tokens(buffer.numpy(), tokens.numpy(), rows.numpy())
+    else:
+        buffer.index_add_(0, tokens, rows)
+
+
+def sum_by_token(tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens in ascending order, each once, and the sums of their rows."""
+    used, place = tokens.unique(return_inverse=True)
+    sums = rows.new_zeros(len(used), rows.shape[1])
+    add_rows_(sums, place, rows)
+    return used, sums
+
+
+def deliver(weight_grad: str, weight: Tensor, tokens: Tensor, rows: Tensor) -> Tensor | None:
+    """What autograd gets for ``weight`` (V, D) whose tokens (M,) have the gradients rows (M, D)."""
+    if weight_grad == "rows":
+        if rows.dtype != weight.dtype:  # round the sum, not what is summed
+            tokens, rows = sum_by_token(tokens, rows)
+        return torch.sparse_coo_tensor(tokens[None], rows.to(weight.dtype), weight.shape, check_invariants=False)
+    if weight_grad == "accumulate":
+        add_rows_(accumulated_grad(weight), tokens, rows)
+        return None
+    grad = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+    add_rows_(grad, tokens, rows)
+    return grad
+
+
+class Final(torch.autograd.Function):
+    """A gradient that depends on other tensors by a formula that is not there: an error, not a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *_: Tensor | None) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> None:
+        raise RuntimeError("the kernels of restricted log-probs have no second derivatives; use backend='torch'")

@@ -1,0 +1,216 @@
+"""Rows of tokens in which the rankings of one prompt share the prompt.
+
+A row is [prompt][ranking 1]..[ranking g], and may go on with another prompt where the batch has room. Every ranking's
+positions continue its prompt's, and a token sees what came before it of its own prompt and its own ranking, so the
+states are those of one row per ranking: only the prompt is not computed g times. What is saved is in the layers'
+products; what is paid is attention, which is computed for the whole row. With answers of A tokens, prompts of P, and
+L = P + g A, the G rankings of a prompt cost about
+
+    G / g (24 D^2 L + 4 D L^2)  per layer of width D,
+
+24 D^2 being twice the parameters of a transformer layer: that choice of g is :func:`rankings_per_row`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PACKING_ATTENTION = ("sdpa", "eager", "flex_attention")  # implementations that take a mask of one's own
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """B rows of L tokens that hold N rankings; rows are right-padded.
+
+    Attributes:
+        input_ids, position_ids: (B, L) int64.
+        part_of: (B, L) int64, which part of the row a token belongs to, one prompt and its rankings; -1 at padding.
+        ranking_of: (B, L) int64, which ranking; -1 in prompts and at padding.
+        row, prompt_start, prompt_length, answer_start: (N,) int64, where each ranking lies.
+        shared: whether any row holds more than one ranking.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    part_of: Tensor
+    ranking_of: Tensor
+    row: np.ndarray
+    prompt_start: np.ndarray
+    prompt_length: np.ndarray
+    answer_start: np.ndarray
+    shared: bool
+
+    def prompt_columns(self, rankings: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Columns of the prompt's tokens at ``positions``, in the rows of ``rankings``."""
+        return self.prompt_start[rankings] + positions
+
+    def predicting_columns(self, rankings: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Columns of the states that predict the answers' tokens at ``positions``, in the rows of ``rankings``."""
+        last_of_prompt = self.prompt_start[rankings] + self.prompt_length[rankings] - 1
+        return np.where(positions == 0, last_of_prompt, self.answer_start[rankings] + positions - 1)
+
+
+def rankings_per_row(prompt_length: int, answer_length: int, num_generations: int, hidden_size: int) -> int:
+    """How many of a prompt's rankings one row should hold, by the cost at the top of this file; a divisor of all."""
+
+    def cost(g: int) -> float:
+        length = prompt_length + g * answer_length
+        return num_generations // g * length * (6 * hidden_size + length)
+
+    return min((g for g in range(1, num_generations + 1) if num_generations % g == 0), key=cost)
+
+
+def sharing(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    candidates: Sequence[Sequence[Sequence[int]]],
+    *,
+    separator: Sequence[int] = (),
+    num_ranked: int | None = None,
+    num_generations: int = 1,
+) -> int:
+    """:func:`rankings_per_row` for a batch, by its longest prompt and answer; 1 where the model cannot pack."""
+    if num_generations == 1 or not can_pack(model):
+        return 1
+    ranks = num_ranked or max(len(lst) for lst in candidates)
+    answer = ranks * (max(len(sequence) for lst in candidates for sequence in lst) + len(separator))
+    config = getattr(model, "module", model).config
+    return rankings_per_row(max(map(len, prompts)), answer, num_generations, config.hidden_size)
+
+
+def can_pack(model: Any) -> bool:
+    """Whether the model's layers all attend by a mask that may be given: not recurrent, windowed or flash layers."""
+    config = getattr(model, "module", model).config
+    layers = getattr(config, "layer_types", None) or ["full_attention"]
+    return (
+        getattr(config, "_attn_implementation", None) in PACKING_ATTENTION
+        and set(layers) == {"full_attention"}
+        and not (getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None)
+    )
+
+
+def pack_rankings(
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[np.ndarray],
+    *,
+    num_generations: int = 1,
+    per_row: int = 1,
+    pad_token_id: int = 0,
+    device: torch.device | str = "cpu",
+) -> TokenRows:
+    """Lay out N = P * num_generations answers (token ids, any length) behind their P prompts.
+
+    With ``per_row`` = 1 every ranking has a row of its own. With more, up to ``per_row`` rankings of a prompt share a
+    row, and short rows are put behind one another where they fit the longest, so that little is padding.
+    """
+    if per_row < 1:
+        raise ValueError(f"per_row must be at least 1, got {per_row}")
+    units = [
+        (p, range(p * num_generations + first, p * num_generations + min(first + per_row, num_generations)))
+        for p in range(len(prompts))
+        for first in range(0, num_generations, per_row)
+    ]
+    sizes = [len(prompts[p]) + sum(len(answers[n]) for n in rankings) for p, rankings in units]
+    width = max(sizes, default=0)
+    rows = _fit(sizes, width) if per_row > 1 else [[u] for u in range(len(units))]
+
+    shape = (len(rows), width)
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    part_of, ranking_of = np.full(shape, -1, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
+    where = np.zeros((4, len(answers)), dtype=np.int64)
+    for b, row in enumerate(rows):
+        column = 0
+        for part, (p, rankings) in enumerate(units[u] for u in row):
+            start, length = column, len(prompts[p])
+            column += length
+            input_ids[b, start:column] = prompts[p]
+            position_ids[b, start:column] = np.arange(length)
+            for n in rankings:
+                where[:, n] = b, start, length, column
+                end = column + len(answers[n])
+                input_ids[b, column:end] = answers[n]
+                position_ids[b, column:end] = length + np.arange(len(answers[n]))
+                ranking_of[b, column:end] = n
+                column = end
+            part_of[b, start:column] = part
+    row_of, prompt_start, prompt_length, answer_start = where
+
+    def on_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return TokenRows(
+        input_ids=on_device(input_ids),
+        position_ids=on_device(position_ids),
+        part_of=on_device(part_of),
+        ranking_of=on_device(ranking_of),
+        row=row_of,
+        prompt_start=prompt_start,
+        prompt_length=prompt_length,
+        answer_start=answer_start,
+        shared=len(rows) < len(answers),
+    )
+
+
+def _fit(sizes: Sequence[int], width: int) -> list[list[int]]:
+    """Units into rows of ``width``: each, longest first, into the first row that has room."""
+    rows: list[list[int]] = []
+    room = np.zeros(0, dtype=np.int64)
+    for u in sorted(range(len(sizes)), key=lambda u: -sizes[u]):
+        fits = np.flatnonzero(room >= sizes[u])
+        if len(fits):
+            rows[fits[0]].append(u)
+            room[fits[0]] -= sizes[u]
+        else:
+            rows.append([u])
+            room = np.append(room, width - sizes[u])
+    return rows
+
+
+def attention_mask(rows: TokenRows, implementation: str, dtype: torch.dtype) -> Any:
+    """The mask to give to a model of transformers: what each token sees.
+
+    Rows that hold one ranking need none but the padding's, (B, L). Shared rows take (B, 1, L, L): bool for "sdpa",
+    added to the scores for "eager"; "flex_attention" a block mask, of which empty blocks are never computed.
+    """
+    if not rows.shared:
+        return (rows.part_of >= 0).long()
+    if implementation == "flex_attention":
+        return _block_mask(rows)
+    index = torch.arange(rows.input_ids.shape[1], device=rows.input_ids.device)
+    part, ranking = rows.part_of, rows.ranking_of
+    seen = (part[:, :, None] == part[:, None, :]) & (index[:, None] >= index)  # (B, L, L)
+    seen &= (ranking[:, None, :] < 0) | (ranking[:, :, None] == ranking[:, None, :])
+    return mask_for(seen, implementation, dtype)
+
+
+def mask_for(seen: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+    """``seen`` (B, queries, keys) bool as an attention implementation takes it, with a dimension for the heads."""
+    if implementation == "sdpa":
+        return seen[:, None]
+    if implementation == "eager":
+        added = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return added.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+    raise ValueError(
+        f"attention {implementation!r} takes no mask of one's own, so rankings cannot share a row: load the model "
+        f"with attn_implementation= one of {', '.join(PACKING_ATTENTION)}, or give every ranking its row"
+    )
+
+
+def _block_mask(rows: TokenRows) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    part, ranking = rows.part_of, rows.ranking_of
+
+    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same = (part[b, query] == part[b, key]) & (query >= key)
+        return same & ((ranking[b, key] < 0) | (ranking[b, query] == ranking[b, key]))
+
+    size, width = rows.input_ids.shape
+    return create_block_mask(seen, size, None, width, width, device=str(rows.input_ids.device))

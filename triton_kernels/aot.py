@@ -1,0 +1,274 @@
+"""Ahead-of-time compilation of every kernel configuration a launcher can choose, on a machine without a GPU.
+
+``python -m flexrec.triton_kernels.aot`` compiles the ``variants()`` of every kernel file for every target and prints
+what each takes of the GPU; ``--write docs/kernels.md`` keeps it. Registers and spills are what the assembler reports
+for the binary, the tensor-core instruction is read from the disassembly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes one program may take
+TARGETS = tuple(SHARED_LIMIT)
+COMMAND = "python -m flexrec.triton_kernels.aot --write docs/kernels.md"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One configuration of one kernel, as its launcher would compile it.
+
+    Args:
+        name: unique and short, "ranking_logprobs forward bf16 32x64".
+        kernel: the ``@triton.jit`` function.
+        types: Triton type of each argument that is not constexpr: "*bf16", "*i64", "i32", "fp32". Pointers are taken as
+            aligned to 16 bytes, which PyTorch's are; an integer that is a multiple of 16, as most widths are, "i32:16".
+        constants: values of the constexpr arguments, and None for pointers that are not given.
+        num_warps, num_stages: launch options; without stages the target's own default, as at a launch.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, object]
+    num_warps: int = 4
+    num_stages: int | None = None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program of a compiled kernel takes.
+
+    Args:
+        registers: per thread; on AMD vector registers, accumulators included.
+        spills: bytes of memory per thread that registers are spilled to.
+        scalar_spills: scalar registers kept in lanes of vector registers (AMD only): moves, no memory.
+        shared_bytes: shared memory.
+        instruction: the tensor-core instruction used most, or "" for none.
+    """
+
+    registers: int
+    spills: int
+    scalar_spills: int
+    shared_bytes: int
+    instruction: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant compiled for one target."""
+
+    module: str
+    variant: str
+    launch: str
+    target: str
+    resources: Resources
+    seconds: float
+
+
+def compile_variant(variant: Variant, target: str) -> Resources:
+    """Compile for one of TARGETS; the caller must not have Triton's interpreter on.
+
+    Raises:
+        ValueError: an argument of the kernel has neither a type nor a constant, or one that it does not have is given.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    given = set(variant.types) | set(variant.constants)
+    if given != set(names) or len(given) != len(variant.types) + len(variant.constants):
+        raise ValueError(
+            f"{variant.name}: types and constants must name each argument of {variant.kernel.__name__} once; "
+            f"missing {sorted(set(names) - given)}, unknown {sorted(given - set(names))}, "
+            f"named twice {sorted(set(variant.types) & set(variant.constants))}"
+        )
+    signature = {name: variant.types.get(name, "constexpr").removesuffix(":16") for name in names}
+    aligned = [name for name, kind in variant.types.items() if kind.startswith("*") or kind.endswith(":16")]
+    source = ASTSource(
+        variant.kernel,
+        signature,
+        {(names.index(name),): value for name, value in variant.constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    # Contracting multiply and add is the default at launch; newer versions warn unless it is said.
+    options = {"num_warps": variant.num_warps, "enable_fp_fusion": True}
+    if variant.num_stages is not None:
+        options["num_stages"] = variant.num_stages
+    cuda = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
+    compiled = triton.compile(source, target=gpu, options=options)
+    if cuda:
+        return _nvidia_resources(compiled.asm["cubin"], compiled.metadata.shared, products="mma" in compiled.asm["ptx"])
+    return _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
+
+
+def _nvidia_resources(cubin: bytes, shared: int, *, products: bool) -> Resources:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output_of(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        # Starting the disassembler takes longer than many a kernel to compile.
+        code = _output_of(knobs.nvidia.nvdisasm.path, "--print-code", file.name) if products else ""
+    return Resources(
+        registers=_number(r"\bREG:(\d+)", usage),
+        spills=_number(r"\bSTACK:(\d+)", usage) + _number(r"\bLOCAL:(\d+)", usage),
+        scalar_spills=0,
+        shared_bytes=shared,
+        instruction=_most_common(r"\b[A-Z]G?MMA\.[\w.]+", code),
+    )
+
+
+def _amd_resources(assembly: str, shared: int) -> Resources:
+    return Resources(
+        registers=_number(r"\.vgpr_count:\s+(\d+)", assembly),
+        # The private segment holds what is spilled to memory, whether from vector or from scalar registers.
+        spills=max(
+            _number(r"\.private_segment_fixed_size:\s+(\d+)", assembly),
+            4 * _number(r"\.vgpr_spill_count:\s+(\d+)", assembly),
+        ),
+        scalar_spills=_number(r"\.sgpr_spill_count:\s+(\d+)", assembly),
+        shared_bytes=shared,
+        instruction=_most_common(r"\bv_mfma_\w+", assembly),
+    )
+
+
+def _output_of(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"nothing matches {pattern!r} in what the compiler's tools print; has their format changed?")
+    return int(match[1])
+
+
+def _most_common(pattern: str, text: str) -> str:
+    found = Counter(re.findall(pattern, text)).most_common(1)
+    return found[0][0] if found else ""
+
+
+def kernel_variants() -> Iterator[tuple[str, Variant]]:
+    """(module name, variant) of every kernel file of this package: those that have a function ``variants``.
+
+    Raises:
+        ValueError: two variants have one name.
+    """
+    package = importlib.import_module("flexrec.triton_kernels")
+    seen: set[str] = set()
+    for name in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
+        module = importlib.import_module(f"flexrec.triton_kernels.{name}")
+        if hasattr(module, "variants"):
+            for variant in module.variants():
+                if variant.name in seen:
+                    raise ValueError(f"{name}.variants() names two variants {variant.name!r}")
+                seen.add(variant.name)
+                yield name, variant
+
+
+def _compile_numbered(task: tuple[int, str]) -> Row:
+    # By number, because a @triton.jit function cannot be pickled into another process.
+    number, target = task
+    module, variant = list(kernel_variants())[number]
+    start = time.perf_counter()
+    try:
+        resources = compile_variant(variant, target)
+    except Exception as error:
+        raise RuntimeError(f"{variant.name} does not compile for {target}: {error}") from error
+    launch = f"{variant.num_warps} x {variant.num_stages or 'default'}"
+    return Row(module, variant.name, launch, target, resources, time.perf_counter() - start)
+
+
+def compile_all(matching: str = "", processes: int | None = None) -> Iterator[Row]:
+    """Every variant whose name contains ``matching``, for every target, in the order of ``kernel_variants``.
+
+    Args:
+        processes: how many compile at once, the number of processors unless given.
+    """
+    tasks = [
+        (number, target)
+        for number, (_, variant) in enumerate(kernel_variants())
+        if matching in variant.name
+        for target in TARGETS
+    ]
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes or os.cpu_count(), context) as pool:
+        yield from pool.map(_compile_numbered, tasks)
+
+
+def table(rows: Iterable[Row], triton_version: str) -> str:
+    """Markdown: one table per kernel file, one line per variant, one column per target."""
+    cells: dict[str, dict[tuple[str, str], dict[str, Resources]]] = {}
+    for row in rows:
+        cells.setdefault(row.module, {}).setdefault((row.variant, row.launch), {})[row.target] = row.resources
+    lines = [
+        "# What the Triton kernels take of a GPU",
+        "",
+        f"Generated with Triton {triton_version} by `{COMMAND}`, which needs no GPU.",
+        "The tests fail if this is not what the kernels compile to, or if a register is spilled to memory.",
+        "",
+        "Cells: registers per thread / bytes spilled per thread / bytes of shared memory per program / tensor-core",
+        "instruction. `+n` beside AMD's registers: n scalar registers are kept in lanes of vector registers.",
+    ]
+    for module, variants in cells.items():
+        lines += ["", f"## {module}", "", f"| kernel | warps x stages | {' | '.join(TARGETS)} |", "|---" * 5 + "|"]
+        for (name, launch), found in variants.items():
+            lines.append(f"| {name} | {launch} | {' | '.join(_cell(found[target]) for target in TARGETS)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: Resources) -> str:
+    scalars = f"+{found.scalar_spills}" if found.scalar_spills else ""
+    instruction = f"`{found.instruction}`" if found.instruction else "none"
+    return f"{found.registers}{scalars} / {found.spills} / {found.shared_bytes:,} / {instruction}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flexrec.triton_kernels.aot", description=__doc__)
+    parser.add_argument("--match", default="", help="only variants whose name contains this")
+    parser.add_argument("--processes", type=int, help="how many compile at once (default: all processors)")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--write", type=Path, help="write the table to this file")
+    output.add_argument("--json", action="store_true", help="print rows as JSON")
+    arguments = parser.parse_args()
+    if arguments.write and arguments.match:
+        parser.error("--write needs the whole table, so it cannot go with --match")
+
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
+    rows = []
+    for row in compile_all(arguments.match, arguments.processes):
+        print(f"{row.seconds:5.1f} s  {row.target:6}  {row.variant}", file=sys.stderr, flush=True)
+        rows.append(row)
+    if arguments.json:
+        print(json.dumps({"triton": triton.__version__, "rows": [asdict(row) for row in rows]}))
+    elif arguments.write:
+        arguments.write.write_text(table(rows, triton.__version__))
+    else:
+        print(table(rows, triton.__version__), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""Weighted sums of gathered rows over ragged segments: a sparse matrix times a dense one, both ways.
+
+    out[s] (+)= sum over the entries e of segment s of coefficient[e] * table[index[e]]                 segment_sum
+    out[place[e]] += coefficient[e] * table[index[e]]                                                   scatter_add
+
+Segment s has the entries offsets[s] .. offsets[s + 1] of nnz. Both take equal shares of the entries to a program,
+however long the segments are: ``segment_sum`` cuts long ones into pieces of PIECE entries, whose sums are added up in
+order by a second kernel. It never adds from two programs to one number, and so is bitwise repeatable; ``scatter_add``
+does, in any order, and needs no sorted entries. An entry whose coefficient is 0 reads nothing.
+
+Bytes, with e bytes an element of the table, n entries that are not 0 and S segments that have any:
+    owners        8 log2(S) an entry read from the caches, 4 written
+    segment_sum   n D e (gathered) + S D e (out); 16 D for each PIECE of a segment that has more than one
+    scatter_add   n D e (gathered; neighbours with one index from L1) + 8 n D (additions in the L2 cache)
+Each gathered element is used once, in one multiplication: nothing here is for tensor cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from flexrec.triton_kernels.aot import Variant
+from torch import Tensor
+
+PIECE = 1024  # entries that one program of segment_sum adds up
+JOIN = 16, 256  # pieces and columns that are added up at once
+FLAT = 256  # entries of one program of owners
+
+
+@triton.jit
+def owners_kernel(
+    offsets_ptr,  # (S + 1,) int64, ascending from 0
+    owner_ptr,  # (entries,) int32
+    entries,
+    segments,  # S
+    BLOCK: tl.constexpr,
+):
+    """The segment of every entry, the last that begins at or before it. One program: BLOCK entries."""
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    ok = entry < entries  # (BLOCK,)
+    low = tl.zeros((BLOCK,), tl.int32)  # (BLOCK,)
+    high = tl.zeros((BLOCK,), tl.int32) + (segments - 1)  # (BLOCK,)
+    for _ in range(31):  # enough for every int32; once low and high meet, they stay
+        middle = low + (high - low + 1) // 2  # (BLOCK,)
+        begins = tl.load(offsets_ptr + middle, mask=ok, other=0) <= entry  # (BLOCK,)
+        low = tl.where(begins, middle, low)  # (BLOCK,)
+        high = tl.where(begins, high, middle - 1)  # (BLOCK,)
+    tl.store(owner_ptr + entry, low, mask=ok)
+
+
+@triton.jit
+def segment_sum_kernel(
+    coefficient_ptr,  # (nnz,) float32
+    index_ptr,  # (nnz,) integer
+    table_ptr,  # (.., D)
+    offsets_ptr,  # (S + 1,) int64: entries of every segment
+    pieces_ptr,  # (S + 1,) int64: pieces of every segment
+    owner_ptr,  # (pieces,) int32: segment of every piece
+    out_ptr,  # (S, D)
+    partial_ptr,  # (2 * number of PIECEs in nnz, D) float32
+    segments,  # S
+    D,
+    ACCUMULATE: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_D columns of one piece's sum of coefficient * table[index]. Zero coefficients read nothing.
+
+    A segment of one piece is complete and goes to ``out``; of several, each goes to a row of its own in ``partial``.
+    Two rows per PIECE entries suffice: such segments have more than PIECE entries, so that among pieces that begin
+    between two multiples of PIECE at most one is the first of its segment, and at most one is not.
+    """
+    piece = tl.program_id(0).to(tl.int64)  # ()
+    if piece < tl.load(pieces_ptr + segments):
+        segment = tl.load(owner_ptr + piece).to(tl.int64)  # ()
+        first_piece = tl.load(pieces_ptr + segment)  # ()
+        start = tl.load(offsets_ptr + segment) + (piece - first_piece) * PIECE  # ()
+        end = tl.minimum(start + PIECE, tl.load(offsets_ptr + segment + 1))  # ()
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
+        d_ok = d < D  # (BLOCK_D,)
+        products = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)  # (BLOCK_E, BLOCK_D)
+        at = start  # ()
+        while at < end:
+            entry = at + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
+            coefficient = tl.load(coefficient_ptr + entry, mask=entry < end, other=0.0)  # (BLOCK_E,)
+            live = coefficient != 0.0  # (BLOCK_E,)
+            index = tl.load(index_ptr + entry, mask=live, other=0).to(tl.int64)  # (BLOCK_E,)
+            rows = tl.load(
+                table_ptr + index[:, None] * D + d[None, :], mask=live[:, None] & d_ok[None, :], other=0.0
+            )  # (BLOCK_E, BLOCK_D)
+            products += coefficient[:, None] * rows.to(tl.float32)  # (BLOCK_E, BLOCK_D)
+            at += BLOCK_E
+        total = tl.sum(products, axis=0)  # (BLOCK_D,)
+        if tl.load(pieces_ptr + segment + 1) - first_piece == 1:
+            place = out_ptr + segment * D + d  # (BLOCK_D,)
+            if ACCUMULATE:
+                total += tl.load(place, mask=d_ok, other=0.0).to(tl.float32)  # (BLOCK_D,)
+            tl.store(place, total.to(out_ptr.dtype.element_ty), mask=d_ok)
+        else:
+            slot = 2 * (start // PIECE) + (piece == first_piece).to(tl.int64)  # ()
+            tl.store(partial_ptr + slot * D + d, total, mask=d_ok)
+
+
+@triton.jit
+def segment_join_kernel(
+    segment_ptr,  # (nnz,) integer: segment of every entry
+    offsets_ptr,  # (S + 1,) int64
+    out_ptr,  # (S, D)
+    partial_ptr,  # (2 * number of PIECEs in nnz, D) float32
+    D,
+    ACCUMULATE: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_D columns of the segment of several pieces that begins between two multiples of PIECE, if any.
+
+    It has more than PIECE entries, so it is the one that owns the entry at the second of the two.
+    """
+    boundary = (tl.program_id(0).to(tl.int64) + 1) * PIECE  # ()
+    segment = tl.load(segment_ptr + boundary).to(tl.int64)  # ()
+    begin = tl.load(offsets_ptr + segment)  # ()
+    end = tl.load(offsets_ptr + segment + 1)  # ()
+    if (begin >= boundary - PIECE) & (begin < boundary) & (end - begin > PIECE):
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
+        d_ok = d < D  # (BLOCK_D,)
+        num_pieces = (end - begin + PIECE - 1) // PIECE  # ()
+        sums = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)  # (BLOCK_E, BLOCK_D)
+        at = num_pieces * 0  # ()
+        while at < num_pieces:
+            piece = at + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
+            slot = 2 * ((begin + piece * PIECE) // PIECE) + (piece == 0).to(tl.int64)  # (BLOCK_E,)
+            sums += tl.load(
+                partial_ptr + slot[:, None] * D + d[None, :],
+                mask=(piece < num_pieces)[:, None] & d_ok[None, :],
+                other=0.0,
+            )  # (BLOCK_E, BLOCK_D)
+            at += BLOCK_E
+        total = tl.sum(sums, axis=0)  # (BLOCK_D,)
+        place = out_ptr + segment * D + d  # (BLOCK_D,)
+        if ACCUMULATE:
+            total += tl.load(place, mask=d_ok, other=0.0).to(tl.float32)  # (BLOCK_D,)
+        tl.store(place, total.to(out_ptr.dtype.element_ty), mask=d_ok)
+
+
+@triton.jit
+def scatter_kernel(
+    coefficient_ptr,  # (nnz,) float32
+    index_ptr,  # (nnz,) int32
+    table_ptr,  # (.., D)
+    place_ptr,  # (nnz,) int64
+    out_ptr,  # (V, D) float32
+    entries,  # nnz
+    D,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[place] += coefficient * table[index]. One program: BLOCK_D columns of BLOCK_E entries."""
+    entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
+    coefficient = tl.load(coefficient_ptr + entry, mask=entry < entries, other=0.0)  # (BLOCK_E,)
+    live = coefficient != 0.0  # (BLOCK_E,)
+    tile_ok = live[:, None] & (d < D)[None, :]  # (BLOCK_E, BLOCK_D)
+    index = tl.load(index_ptr + entry, mask=live, other=0).to(tl.int64)  # (BLOCK_E,)
+    place = tl.load(place_ptr + entry, mask=live, other=0)  # (BLOCK_E,)
+    rows = tl.load(table_ptr + index[:, None] * D + d[None, :], mask=tile_ok, other=0.0)  # (BLOCK_E, BLOCK_D)
+    products = coefficient[:, None] * rows.to(tl.float32)  # (BLOCK_E, BLOCK_D)
+    tl.atomic_add(out_ptr + place[:, None] * D + d[None, :], products, mask=tile_ok, sem="relaxed")
+
+
+def owners(offsets: Tensor, entries: int) -> Tensor:
+    """The segment of every entry: (entries,) int32, from offsets (S + 1,) int64 ascending from 0; the last segment's
+    number for entries beyond the last offset."""
+    owner = torch.empty(entries, dtype=torch.int32, device=offsets.device)
+    if entries:
+        owners_kernel[(ceil_div(entries, FLAT),)](offsets, owner, entries, len(offsets) - 1, BLOCK=FLAT)
+    return owner
+
+
+def segment_sum(
+    coefficient: Tensor,
+    index: Tensor,
+    table: Tensor,
+    segment: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    *,
+    accumulate: bool = False,
+    min_entries: int = 1,
+) -> None:
+    """Write, or with ``accumulate`` add, to ``out`` the sum of every segment of at least ``min_entries`` entries.
+
+    Args:
+        coefficient: (nnz,) float32.
+        index: (nnz,) integer, the row of ``table`` (any, D) that each entry takes.
+        segment: (nnz,) integer, ascending, the segment of every entry.
+        offsets: (S + 1,) int64, the entries of every segment.
+        out: (S, D) floating, contiguous; rows of other segments stay what they are. Sums are float32 inside.
+    """
+    nnz, d, num_segments = len(coefficient), table.shape[1], len(offsets) - 1
+    if nnz == 0 or d == 0:
+        return
+    counts = offsets.diff()
+    pieces = torch.where(counts >= min_entries, (counts + PIECE - 1) // PIECE, 0)
+    first_piece = offsets.new_zeros(num_segments + 1)
+    torch.cumsum(pieces, 0, out=first_piece[1:])
+    # No more than one piece for each segment and one for each PIECE entries: a bound that needs no word from the GPU.
+    most = min(nnz, num_segments) + nnz // PIECE
+    block_e, block_d = tile(d)
+    boundaries = (nnz - 1) // PIECE
+    partial = torch.empty((2 * (boundaries + 1), d), dtype=torch.float32, device=out.device) if boundaries else None
+    blocks = {"ACCUMULATE": accumulate, "PIECE": PIECE, "BLOCK_E": block_e, "BLOCK_D": block_d}
+    segment_sum_kernel[(most, ceil_div(d, block_d))](
+        coefficient,
+        index,
+        table,
+        offsets,
+        first_piece,
+        owners(first_piece, most),
+        out,
+        partial,
+        num_segments,
+        d,
+        **blocks,
+    )
+    if boundaries:
+        blocks |= {"BLOCK_E": JOIN[0], "BLOCK_D": JOIN[1]}
+        segment_join_kernel[(boundaries, ceil_div(d, JOIN[1]))](segment, offsets, out, partial, d, **blocks)
+
+
+def scatter_add(coefficient: Tensor, index: Tensor, table: Tensor, place: Tensor, out: Tensor) -> None:
+    """Add coefficient[e] * table[index[e]] to row place[e] of ``out`` (any, D) float32, in no particular order.
+
+    Shapes as of :func:`segment_sum`; index int32, place int64 (nnz,).
+    """
+    nnz, d = len(coefficient), table.shape[1]
+    if nnz == 0 or d == 0:
+        return
+    block_e, block_d = tile(d)
+    scatter_kernel[(ceil_div(nnz, block_e), ceil_div(d, block_d))](
+        coefficient, index, table, place, out, nnz, d, BLOCK_E=block_e, BLOCK_D=block_d
+    )
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up; ``triton.cdiv`` is the same for kernels too, and takes microseconds on the host for it."""
+    return -(-a // b)
+
+
+@lru_cache
+def tile(d: int) -> tuple[int, int]:
+    """Entries and columns that a program gathers at once: 4,096 elements, 32 a thread, of which rows take what they can
+    fill, up to 256 columns (a row's 512 bytes in half precision, one transaction of a warp)."""
+    block_d = min(max(triton.next_power_of_2(d), 64), 256)
+    return 4096 // block_d, block_d
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel of this file in every tile, with the operands that take most registers."""
+    yield Variant(
+        "segment_sum owners",
+        owners_kernel,
+        {"offsets_ptr": "*i64", "owner_ptr": "*i32", "entries": "i32", "segments": "i32"},
+        {"BLOCK": FLAT},
+    )
+    whole = {"offsets_ptr": "*i64", "pieces_ptr": "*i64", "owner_ptr": "*i32"}
+    for d in (64, 128, 256):
+        block_e, block_d = tile(d)
+        blocks = {"BLOCK_E": block_e, "BLOCK_D": block_d}
+        for kind in ("fp32", "bf16"):
+            operands = {"table_ptr": f"*{kind}", "coefficient_ptr": "*fp32", "D": "i32:16"}
+            yield Variant(
+                f"segment_sum {kind} {block_e}x{block_d}",
+                segment_sum_kernel,
+                {
+                    **operands,
+                    **whole,
+                    "index_ptr": "*i64",
+                    "out_ptr": f"*{kind}",
+                    "partial_ptr": "*fp32",
+                    "segments": "i32",
+                },
+                {**blocks, "ACCUMULATE": True, "PIECE": PIECE},
+            )
+            yield Variant(
+                f"segment_sum scatter {kind} {block_e}x{block_d}",
+                scatter_kernel,
+                {**operands, "index_ptr": "*i32", "place_ptr": "*i64", "out_ptr": "*fp32", "entries": "i32"},
+                blocks,
+            )
+    for kind in ("fp32", "bf16"):
+        yield Variant(
+            f"segment_sum join {kind}",
+            segment_join_kernel,
+            {
+                "segment_ptr": "*i64",
+                "offsets_ptr": "*i64",
+                "out_ptr": f"*{kind}",
+                "partial_ptr": "*fp32",
+                "D": "i32:16",
+            },
+            {"BLOCK_E": JOIN[0], "BLOCK_D": JOIN[1], "ACCUMULATE": True, "PIECE": PIECE},
+        )
