@@ -36,8 +36,9 @@ from flexrec.profiling import profile_steps
 from flexrec.progress import Clock, Curve, ProgressBar, Stage, StepLog
 from flexrec.prompts import PromptBuilder, add_item_tokens
 from flexrec.ranker import RUN_FILE, Ranker, RunInfo, rank_examples
+from flexrec.supervised import SupervisedTrainer
 from flexrec.task import Example, RankingTask, TrainingExamples
-from flexrec.trainer import FlexRecConfig, FlexRecTrainer, SupervisedTrainer
+from flexrec.trainer import FlexRecConfig, FlexRecTrainer
 
 EMBEDDED = "embedded"
 

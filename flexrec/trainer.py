@@ -1,21 +1,19 @@
-"""Trainers on ``transformers.Trainer``: supervised stages, and reinforcement with a reward for every ranked item.
+"""The trainer, on ``transformers.Trainer``: reinforcement with a reward for every ranked item.
 
-They own the order of things in a step (sample, score, reward, loss) and nothing else: devices, distribution,
+It owns the order of things in a step (sample, score, reward, loss) and nothing else: devices, distribution,
 checkpoints, schedules, PEFT and trackers are those of transformers, the arithmetic is in the functions of tensors.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from flexrec.advantages import BASELINES, SCALES, item_advantages
 from flexrec.losses import policy_loss
@@ -29,24 +27,18 @@ from flexrec.policy import (
     RankingStates,
     all_actions,
     completed_rankings,
-    decision_states,
-    final_hidden,
-    make_batch,
-    output_layer,
     rank_order,
     ranking_scores,
     ranking_states,
 )
-from flexrec.profiling import ProfileSteps, active_profile, span
+from flexrec.profiling import span
+from flexrec.ranking_trainer import LossAndMetrics, RankingTrainer, pad_rows
 from flexrec.rollout import sample_rankings
 from flexrec.task import Example
 from flexrec.uncertainty import swap_rewards_with_variance, uncertainty_weights
 from flexrec.validation import check_choice
 
 TRAINER_CREDITS = ("all_actions", *CREDITS)
-STAGES = ("format", "listwise")
-
-LossAndMetrics = tuple[torch.Tensor, Mapping[str, float | torch.Tensor]]
 
 
 @dataclass
@@ -101,142 +93,6 @@ class FlexRecConfig(TrainingArguments):
                 f"credit='all_actions' is its own baseline: it takes baseline='none' and scale='batch' or 'none', "
                 f"got baseline={self.baseline!r}, scale={self.scale!r}"
             )
-
-
-def collate_examples(examples: list[Example]) -> dict[str, list[Example]]:
-    """The data collator: examples stay as they are."""
-    return {"examples": examples}
-
-
-class RankingTrainer(Trainer):
-    """What the trainers of rankings share: examples in, ``ranking_loss`` out, its metrics in the log.
-
-    Args:
-        model: a causal language model.
-        train_dataset: of :class:`flexrec.task.Example`; one with a ``set_epoch`` is told when an epoch begins.
-        separator, end: token ids between two items of an answer and after the last.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        args: TrainingArguments,
-        train_dataset: Dataset,
-        *,
-        separator: Sequence[int] = (),
-        end: Sequence[int] = (),
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(model, args, data_collator=collate_examples, train_dataset=train_dataset, **kwargs)
-        self.add_callback(ProfileSteps())
-        self.model_accepts_loss_kwargs = False  # the loss is a mean: the base class divides it among micro-batches
-        self.separator = tuple(separator)
-        self.end = tuple(end)
-        self._step_metrics: dict[str, list[float]] = defaultdict(list)
-
-    def ranking_loss(self, model: Any, examples: list[Example]) -> LossAndMetrics:
-        """The loss of a micro-batch and numbers for the log."""
-        raise TypeError("a trainer of rankings defines ranking_loss")
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        with span("log-probs and loss"):
-            loss, metrics = self.ranking_loss(model, inputs["examples"])
-        for name, value in metrics.items():
-            self._step_metrics[name].append(float(value))
-        return (loss, {}) if return_outputs else loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with span("backward"):  # and the loss, which has spans of its own
-            return super().training_step(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        means = {name: sum(values) / len(values) for name, values in self._step_metrics.items()}
-        self._step_metrics.clear()
-        if profile := active_profile():
-            means |= {f"seconds/{part}": round(seconds, 6) for part, seconds in profile.lap().items()}
-        super().log({**logs, **means}, start_time)
-
-    def _batch(
-        self, examples: Sequence[Example], rankings: np.ndarray, num_generations: int = 1, rankings_per_row: int = 1
-    ) -> RankingBatch:
-        return make_batch(
-            [example.prompt for example in examples],
-            [example.candidates for example in examples],
-            rankings,
-            separator=self.separator,
-            end=self.end,
-            num_generations=num_generations,
-            rankings_per_row=rankings_per_row,
-            device=self.args.device,
-        )
-
-
-class SupervisedTrainer(RankingTrainer):
-    """Supervision on the same restricted log-probs that reinforcement uses.
-
-    Args:
-        stage: "format" models the histories as language and rankings in random order: the items and the form of an
-            answer are learnt, nothing of what is good. "listwise" is ListMLE (Xia et al. 2008) towards the order of
-            the gains: the log-likelihood of placing the candidates with a gain best first, each among all that are
-            left. Ties are broken at random; candidates without a gain have no order and are not imitated.
-    """
-
-    def __init__(self, *args: Any, stage: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.stage = check_choice("stage", stage, STAGES)
-        self._rng = np.random.default_rng(self.args.seed)
-
-    def ranking_loss(self, model: Any, examples: list[Example]) -> LossAndMetrics:
-        listwise = self.stage == "listwise"
-        # Ranks that are not imitated are not spelled either.
-        targets = [self._best_first(example.gains) if listwise else self._shuffled(example) for example in examples]
-        batch = self._batch(examples, _pad_rows(targets, -1))
-        hidden = final_hidden(model, batch.tokens)
-        logprobs = ranking_scores(decision_states(model, batch, hidden), batch).logprobs
-        loss = -logprobs[batch.rankings >= 0].mean()
-        metrics = {"ranking_nll": loss.item()}
-        if not listwise:
-            history = self._history_loss(model, batch, hidden, examples)
-            metrics["history_nll"] = history.item()
-            loss = loss + history
-        return loss, metrics
-
-    def _shuffled(self, example: Example) -> np.ndarray:
-        return self._rng.permutation(len(example.gains))
-
-    def _best_first(self, gains: np.ndarray) -> np.ndarray:
-        """The candidates with a gain by falling gain, ties in random order; one at random where none has any."""
-        order = self._rng.permutation(len(gains))
-        order = order[np.argsort(-gains[order], kind="stable")]
-        return order[: max(1, int((gains > 0).sum()))]
-
-    def _history_loss(
-        self, model: Any, batch: RankingBatch, hidden: torch.Tensor, examples: Sequence[Example]
-    ) -> torch.Tensor:
-        """Mean next-token loss over the history's tokens, over the whole vocabulary, a chunk of positions at a time."""
-        spans = [(max(1, example.history_span[0]), example.history_span[1]) for example in examples]
-        rankings = np.repeat(np.arange(len(spans)), [max(0, b - a) for a, b in spans])
-        if len(rankings) == 0:
-            return hidden.new_zeros(())
-        positions = np.concatenate([np.arange(a, b) for a, b in spans])
-        rows = torch.from_numpy(batch.tokens.row[rankings]).to(hidden.device)
-        columns = torch.from_numpy(batch.tokens.prompt_columns(rankings, positions)).to(hidden.device)
-        predicting = hidden[rows, columns - 1]
-        targets = batch.tokens.input_ids[rows, columns]
-        weight, bias = output_layer(model)
-
-        def chunk_loss(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-            logits = torch.nn.functional.linear(states, weight, bias).float()
-            return torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
-
-        chunks = zip(predicting.split(1024), targets.split(1024), strict=True)
-        return sum(checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks) / len(targets)
 
 
 class _Sampled(NamedTuple):
@@ -359,7 +215,7 @@ class FlexRecTrainer(RankingTrainer):
             order = rank_order(batch.rankings, batch.lengths, width)
 
         def in_rank_order(rows: list[np.ndarray]) -> torch.Tensor:
-            by_candidate = torch.as_tensor(_pad_rows(rows, 0.0), dtype=torch.float32, device=args.device)
+            by_candidate = torch.as_tensor(pad_rows(rows, 0.0), dtype=torch.float32, device=args.device)
             return by_candidate.repeat_interleave(args.num_generations, dim=0).gather(1, order)
 
         ref_states = None
@@ -475,10 +331,3 @@ class _RepeatUpdates(Sampler):
         for start in range(0, self.size - self.per_update + 1, self.per_update):
             for _ in range(self.repeats):
                 yield from order[start : start + self.per_update]
-
-
-def _pad_rows(rows: Sequence[np.ndarray], fill: float) -> np.ndarray:
-    padded = np.full((len(rows), max(map(len, rows))), fill, dtype=np.asarray(rows[0]).dtype)
-    for padded_row, row in zip(padded, rows, strict=True):
-        padded_row[: len(row)] = row
-    return padded

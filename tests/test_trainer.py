@@ -10,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, Trainin
 
 from flexrec.metrics import ranking_metric
 from flexrec.rollout import sample_rankings
+from flexrec.supervised import SupervisedTrainer
 from flexrec.task import Example
-from flexrec.trainer import TRAINER_CREDITS, FlexRecConfig, FlexRecTrainer, SupervisedTrainer
+from flexrec.trainer import TRAINER_CREDITS, FlexRecConfig, FlexRecTrainer
 
 GAINS = np.array([0.0, 1.0, 0.25, 0.0, 0.5], dtype=np.float32)
 SINGLE = [[10], [11], [12], [13], [14]]

@@ -1,0 +1,79 @@
+"""Supervised stages before reinforcement, on the same restricted log-probs that reinforcement uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from flexrec.policy import RankingBatch, decision_states, final_hidden, output_layer, ranking_scores
+from flexrec.ranking_trainer import LossAndMetrics, RankingTrainer, pad_rows
+from flexrec.task import Example
+from flexrec.validation import check_choice
+
+STAGES = ("format", "listwise")
+
+
+class SupervisedTrainer(RankingTrainer):
+    """Supervision on the same restricted log-probs that reinforcement uses.
+
+    Args:
+        stage: "format" models the histories as language and rankings in random order: the items and the form of an
+            answer are learnt, nothing of what is good. "listwise" is ListMLE (Xia et al. 2008) towards the order of
+            the gains: the log-likelihood of placing the candidates with a gain best first, each among all that are
+            left. Ties are broken at random; candidates without a gain have no order and are not imitated.
+    """
+
+    def __init__(self, *args: Any, stage: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stage = check_choice("stage", stage, STAGES)
+        self._rng = np.random.default_rng(self.args.seed)
+
+    def ranking_loss(self, model: Any, examples: list[Example]) -> LossAndMetrics:
+        listwise = self.stage == "listwise"
+        # Ranks that are not imitated are not spelled either.
+        targets = [self._best_first(example.gains) if listwise else self._shuffled(example) for example in examples]
+        batch = self._batch(examples, pad_rows(targets, -1))
+        hidden = final_hidden(model, batch.tokens)
+        logprobs = ranking_scores(decision_states(model, batch, hidden), batch).logprobs
+        loss = -logprobs[batch.rankings >= 0].mean()
+        metrics = {"ranking_nll": loss.item()}
+        if not listwise:
+            history = self._history_loss(model, batch, hidden, examples)
+            metrics["history_nll"] = history.item()
+            loss = loss + history
+        return loss, metrics
+
+    def _shuffled(self, example: Example) -> np.ndarray:
+        return self._rng.permutation(len(example.gains))
+
+    def _best_first(self, gains: np.ndarray) -> np.ndarray:
+        """The candidates with a gain by falling gain, ties in random order; one at random where none has any."""
+        order = self._rng.permutation(len(gains))
+        order = order[np.argsort(-gains[order], kind="stable")]
+        return order[: max(1, int((gains > 0).sum()))]
+
+    def _history_loss(
+        self, model: Any, batch: RankingBatch, hidden: torch.Tensor, examples: Sequence[Example]
+    ) -> torch.Tensor:
+        """Mean next-token loss over the history's tokens, over the whole vocabulary, a chunk of positions at a time."""
+        spans = [(max(1, example.history_span[0]), example.history_span[1]) for example in examples]
+        rankings = np.repeat(np.arange(len(spans)), [max(0, b - a) for a, b in spans])
+        if len(rankings) == 0:
+            return hidden.new_zeros(())
+        positions = np.concatenate([np.arange(a, b) for a, b in spans])
+        rows = torch.from_numpy(batch.tokens.row[rankings]).to(hidden.device)
+        columns = torch.from_numpy(batch.tokens.prompt_columns(rankings, positions)).to(hidden.device)
+        predicting = hidden[rows, columns - 1]
+        targets = batch.tokens.input_ids[rows, columns]
+        weight, bias = output_layer(model)
+
+        def chunk_loss(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            logits = torch.nn.functional.linear(states, weight, bias).float()
+            return torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
+
+        chunks = zip(predicting.split(1024), targets.split(1024), strict=True)
+        return sum(checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks) / len(targets)
