@@ -9,6 +9,7 @@ developing, leave them off in hot loops.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -75,7 +76,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
 
 def check_finite(name: str, tensor: torch.Tensor, mask: torch.Tensor | None = None) -> None:
     """Raise ValueError at the first entry of ``tensor`` (where ``mask``, if given) that is NaN or infinite."""
-    if not values_are_checked(tensor):
+    if not values_are_checked(tensor) or lies_within(tensor, -sys.float_info.max, sys.float_info.max):
         return
     bad = ~torch.isfinite(tensor)
     if mask is not None:
@@ -87,15 +88,19 @@ def check_finite(name: str, tensor: torch.Tensor, mask: torch.Tensor | None = No
 
 def check_range(name: str, tensor: torch.Tensor, low: float, high: float, mask: torch.Tensor | None = None) -> None:
     """Raise ValueError at the first entry of ``tensor`` outside [low, high] (both ends allowed)."""
-    if not values_are_checked(tensor) or tensor.numel() == 0:
+    if not values_are_checked(tensor) or lies_within(tensor, low, high):
         return
-    if mask is None:  # the usual case, all well, in one pass; a NaN is no such case
-        smallest, largest = tensor.aminmax()
-        if low <= smallest.item() and largest.item() <= high:
-            return
     bad = ~((tensor >= low) & (tensor <= high))
     if mask is not None:
         bad &= mask
     if bool(bad.any()):
         where = tuple(int(i) for i in bad.nonzero()[0])
         raise ValueError(f"{name} must lie in [{low}, {high}], got {tensor[where].item()} at index {list(where)}")
+
+
+def lies_within(tensor: torch.Tensor, low: float, high: float) -> bool:
+    """Whether all entries lie in [low, high], in one pass: the usual case. A NaN does not."""
+    if tensor.numel() == 0:
+        return True
+    smallest, largest = tensor.aminmax()
+    return low <= smallest.item() and largest.item() <= high

@@ -11,7 +11,7 @@ from flexrec import metrics
 from flexrec.metrics import Lists, Metric, check_lists, ingredients, parse_metric
 from flexrec.ops.swap_rewards_cpu import numba_swap_rewards, numba_swap_scores
 from flexrec.ops.swap_rewards_torch import custom_rewards, rewards_of, scores_of
-from flexrec.validation import check_choice, check_finite, check_range, check_tensor
+from flexrec.validation import check_choice, check_finite, check_range, check_tensor, lies_within, values_are_checked
 
 CREDITS = ("swap", "noncausal", "independent", "rank", "sequence", "policy")
 BACKENDS = ("auto", "triton", "numba", "torch")
@@ -224,6 +224,8 @@ def check_policy_weights(weights: torch.Tensor | None, credit: str, lists: Lists
     check_tensor("weights", weights, (rows, size, size))
     if weights.device != lists.gains.device:
         raise ValueError(f"weights must be on the device of gains, {lists.gains.device}; got {weights.device}")
+    if not values_are_checked(weights) or lies_within(weights, 0.0, metrics.MAX_GAIN):
+        return
     position = torch.arange(size, device=weights.device)
     used = (position > position[:, None]) & (position < lists.real_lengths[:, None, None])  # (N, K, K)
     check_finite("weights", weights, used)

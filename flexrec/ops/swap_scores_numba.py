@@ -10,15 +10,16 @@ from flexrec.ops.list_tiles import AVERAGE_PRECISION, CASCADE, LINEAR, Plan
 
 @njit(cache=True)
 def _pair_state(form: int, w: np.ndarray, d: np.ndarray, depth: int, length: int, a: np.ndarray) -> tuple:
-    """What the scores of single pairs share: a (K,) is the count of relevant ranks so far (FIRST), E
-    (AVERAGE_PRECISION) or P (CASCADE); returned are u of the first and of the second relevant rank (FIRST)."""
+    """What the scores of single pairs share where they are not linear: a (K,) is the count of relevant ranks so far
+    (FIRST), E (AVERAGE_PRECISION) or P (CASCADE); returned are u of the first and of the second relevant rank (FIRST).
+    """
     u_first, u_second, count, passed, reached = 0.0, 0.0, 0.0, 0.0, 1.0
     for k in range(length):
         h = d[k] if k < depth else 0.0
         if form == CASCADE:
             a[k] = reached
             reached *= 1.0 - w[k]
-        elif form != LINEAR:
+        else:
             count += w[k]
             passed += w[k] * h
             if form == AVERAGE_PRECISION:
@@ -42,9 +43,7 @@ def _pair_row(
     for j in range(k + 1, length):
         dj = d[j] if j < depth else 0.0
         score = 0.0
-        if form == LINEAR:
-            score = (dk - dj) * (w[k] - w[j])
-        elif form == CASCADE:
+        if form == CASCADE:
             score = a[k] * (w[k] - w[j]) * (dk - (between + pass_on * dj))
             between += pass_on * dj * w[j]
             pass_on *= 1.0 - w[j]
@@ -61,6 +60,37 @@ def _pair_row(
         row[j] = score
 
 
+@njit(cache=True)
+def _linear_scores(w: np.ndarray, d: np.ndarray, inverse: float, k: int, row: np.ndarray) -> None:
+    """Write S[k, j] to row[j] for every j: no case distinction, so that it is done for several j at once."""
+    wk, dk = w[k] * inverse, d[k]
+    for j in range(len(row)):
+        row[j] = (dk - d[j]) * (wk - w[j] * inverse)
+
+
+# The two means: sums in any order, hence several at once. Their loops begin at 0, as numba guards an index that could be
+# negative, and a guarded loop goes element by element.
+
+
+@njit(cache=True, fastmath={"reassoc", "contract"})
+def _linear_mean(wk: float, dk: float, w: np.ndarray, d: np.ndarray, weights: np.ndarray) -> float:
+    """The mean of S[k, j] times the normaliser by weight; w, d and weights (n,) are those of the ranks after k."""
+    weighted, weight = 0.0, 0.0
+    for j in range(len(w)):
+        weighted += (dk - d[j]) * (wk - w[j]) * weights[j]
+        weight += weights[j]
+    return weighted / weight if weight > 0.0 else 0.0
+
+
+@njit(cache=True, fastmath={"reassoc", "contract"})
+def _mean(scores: np.ndarray, weights: np.ndarray) -> float:
+    weighted, weight = 0.0, 0.0
+    for j in range(len(scores)):
+        weighted += scores[j] * weights[j]
+        weight += weights[j]
+    return weighted / weight if weight > 0.0 else 0.0
+
+
 @njit(parallel=True, cache=True)
 def swap_scores(
     w: np.ndarray,  # (N, K) float64, term gains
@@ -75,16 +105,24 @@ def swap_scores(
     for i in prange(len(w)):
         length, shown, inverse = lengths[i], ranked[i], inverse_norms[i]
         depth = min(shown, plan.cutoff)
+        if plan.form == LINEAR:
+            d = np.zeros(length)
+            d[:depth] = plan.discounts[:depth]
+            gains = w[i, :length]
+            if is_mean:
+                for k in range(shown):
+                    later = weights[i, k, k + 1 : length]
+                    out[i, k, 0] = _linear_mean(gains[k], d[k], gains[k + 1 :], d[k + 1 :], later) * inverse
+            else:
+                for k in range(length):
+                    _linear_scores(gains, d, inverse, k, out[i, k, :length])
+            continue
         a, scores = np.empty(length), np.empty(length)
         u = _pair_state(plan.form, w[i], plan.discounts, depth, length, a)
         for k in range(shown):
             _pair_row(plan.form, w[i], plan.discounts, depth, length, a, u, k, scores)
             if is_mean:
-                weighted, weight = 0.0, 0.0
-                for j in range(k + 1, length):
-                    weighted += scores[j] * weights[i, k, j]
-                    weight += weights[i, k, j]
-                out[i, k, 0] = weighted / weight * inverse if weight > 0.0 else 0.0
+                out[i, k, 0] = _mean(scores[k + 1 :], weights[i, k, k + 1 : length]) * inverse
             else:
                 for j in range(k + 1, length):
                     out[i, k, j] = scores[j] * inverse
