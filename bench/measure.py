@@ -207,17 +207,17 @@ def trial(step: Step, device: torch.device) -> Trial:
     every allocator; None where the system has no such thing. Pages are its unit, so below a megabyte it is rough.
     """
     gc.collect()
-    before = _restart_peak(device)
+    before = restart_peak(device)
     start = time.perf_counter()
     outputs = step()
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    peak = None if before is None else max(0, _peak(device) - before)
+    peak = None if before is None else max(0, peak_bytes(device) - before)
     return Trial(outputs, seconds, peak)
 
 
-def _restart_peak(device: torch.device) -> int | None:
+def restart_peak(device: torch.device) -> int | None:
     """Forget the peak so far; the bytes now in use."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -232,7 +232,8 @@ def _restart_peak(device: torch.device) -> int | None:
         return None
 
 
-def _peak(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
+    """The peak since :func:`restart_peak`."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
 
 

@@ -1,11 +1,13 @@
 """NDCG@5 over seconds of training: a run of ``flexrec train`` against TRL's GRPO from the same base.
 
     flexrec train --dataset movielens --data DIR --need interest --eval-every 5 --no-listwise-baseline --output RUN
-    python bench/time_to_quality.py RUN --output DIR
+    python bench/time_to_quality.py RUN --output DIR                the better part of an hour
+    python bench/time_to_quality.py RUN --output DIR --only plot    the figure anew, from the two curves
 
 The second command loads RUN's base (the model after the format stage), trains it by TRL's GRPOTrainer with the list's
-NDCG as its reward, evaluates it on the same test lists, and draws both curves. Evaluation is not counted; wall-clock
-and processor seconds both are.
+NDCG as its reward, evaluates it on the same test lists after every few steps, and draws both curves. Evaluation counts
+for neither. FlexRec's seconds are wall-clock from the base on, its supervised warm-up included; TRL's are the
+processor's, which wall-clock cannot fall below in a process of one thread (run both with OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -119,6 +121,39 @@ def flexrec_curve(run: Path) -> list[dict[str, Any]]:
     return points
 
 
+def time_to_reach(curve: list[dict[str, Any]], quality: float, clock: str) -> float | None:
+    """Seconds at the first point of the curve that has ``quality``, None if there is none."""
+    return next((point[clock] for point in curve if point["ndcg@5"] >= quality), None)
+
+
+def verdict(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
+    """How long FlexRec takes to where TRL ended, or was stopped."""
+    last = theirs[-1]
+    needed = time_to_reach(ours, last["ndcg@5"], "seconds")
+    ended = f"TRL after {last['step']} steps, {last['cpu_seconds']:.0f} s: NDCG@5 {last['ndcg@5']:.3f}. "
+    if needed is None:
+        return ended + f"FlexRec ended at {ours[-1]['ndcg@5']:.3f}, below it."
+    share = needed / last["cpu_seconds"]
+    return ended + f"FlexRec was there at its evaluation after {needed:.0f} s ({share:.1%} of the time)."
+
+
+def draw(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "flexrec"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    for name, curve, clock in (("FlexRec", ours, "seconds"), ("TRL GRPO, NDCG as reward", theirs, "cpu_seconds")):
+        axes.plot([p[clock] for p in curve], [p["ndcg@5"] for p in curve], marker="o", markersize=3, label=name)
+    axes.axhline(theirs[-1]["ndcg@5"], color="black", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="seconds of training from the same base", ylabel="NDCG@5 on users never trained on", title=title)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run of `flexrec train --eval-every N`")
@@ -128,19 +163,25 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--every", type=int, default=25, help="evaluate every so many steps")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--only", choices=["plot"], help="draw the curves that --output holds, train nothing")
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    if (arguments.run / "metrics.json").is_file():
-        (arguments.output / "flexrec.json").write_text(json.dumps(flexrec_curve(arguments.run), indent=1) + "\n")
-    train_with_trl(
-        arguments.run,
-        arguments.output / "trl.json",
-        arguments.steps,
-        arguments.prompts,
-        arguments.generations,
-        arguments.every,
-        arguments.learning_rate,
-    )
+    output = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    if arguments.only != "plot":
+        curve = flexrec_curve(arguments.run)
+        (output / "flexrec.json").write_text(json.dumps(curve, indent=1) + "\n")
+        train_with_trl(
+            arguments.run,
+            output / "trl.json",
+            arguments.steps,
+            arguments.prompts,
+            arguments.generations,
+            arguments.every,
+            arguments.learning_rate,
+        )
+    ours, theirs = (json.loads((output / f"{name}.json").read_text()) for name in ("flexrec", "trl"))
+    draw(ours, theirs, RunInfo.load(arguments.run / "base").dataset, output / "time_to_quality.svg")
+    print(verdict(ours, theirs))
 
 
 if __name__ == "__main__":
