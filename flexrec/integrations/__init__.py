@@ -1,1 +1,1 @@
-"""FlexRec inside other trainers and engines, a module each; importing one needs the package it is named after."""
+"""FlexRec inside other trainers and engines. What is not installed is missed when it is used, and then by name."""

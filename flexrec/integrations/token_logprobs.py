@@ -1,0 +1,162 @@
+"""Completions as trainers of text hold them, padded rows of tokens: which token decided on which item, and how likely.
+
+A completion that is exactly a ranking has decisions, tokens with an alternative among those that the remaining
+candidates allow, and forced tokens, whose log-prob is 0. Only the states before decisions reach the output layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flexrec.ops.restricted_logprobs import restricted_logprobs
+from flexrec.policy import Candidates, decision_states, final_hidden, make_batch
+from flexrec.rankings import encode_rankings, parse_rankings
+
+
+class Spelling(NamedTuple):
+    """How a ranking is spelled in tokens."""
+
+    separator: tuple[int, ...]
+    """Between items."""
+    end: tuple[int, ...]
+    """After the last."""
+    num_ranked: int | None = None
+    """How many items at most; None: all."""
+
+    def of(self, candidates: Candidates) -> dict[str, Any]:
+        """The arguments of the functions in :mod:`flexrec.rankings` for these lists."""
+        most = None if self.num_ranked is None else min(self.num_ranked, max(map(len, candidates)))
+        return {"separator": self.separator, "end": self.end, "num_ranked": most}
+
+
+def read_rankings(
+    completions: Sequence[Sequence[int]], candidates: Candidates, spelling: Spelling
+) -> NDArray[np.int32]:
+    """(N, T) candidate index by rank, -1 beyond a row's own, of completions that are exactly rankings.
+
+    Raises:
+        ValueError: a completion is something else.
+    """
+    parsed = parse_rankings(completions, candidates, **spelling.of(candidates))
+    if not parsed.valid.all():
+        row = int(parsed.valid.argmin())
+        raise ValueError(
+            f"completion {row} is not a whole ranking of its {len(candidates[row])} candidates, so restricted "
+            f"log-probs of it do not exist: token ids {list(completions[row])}"
+        )
+    return parsed.ranking
+
+
+def decision_ranks(completions: Sequence[Sequence[int]], candidates: Candidates, spelling: Spelling) -> torch.Tensor:
+    """(N, longest completion) int64: at a decision the rank of the item that is chosen, -1 at every other token.
+
+    Raises:
+        ValueError: as :func:`read_rankings`.
+    """
+    rankings = read_rankings(completions, candidates, spelling)
+    encoded = encode_rankings(candidates, rankings, **spelling.of(candidates))
+    ranks = torch.full((len(completions), max(map(len, completions))), -1, dtype=torch.int64)
+    ranks[encoded.decision_rows, encoded.decision_positions] = torch.from_numpy(encoded.decision_ranks).long()
+    return ranks
+
+
+def restricted_token_logprobs(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    candidates: Candidates,
+    spelling: Spelling,
+    *,
+    width: int,
+    temperature: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies of N completions, each a ranking of its own list, under what their candidates allow.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        width: columns of the result, at least the longest completion's length.
+
+    Returns:
+        Two (N, width) float32, differentiable; exactly 0 at forced tokens and beyond a completion.
+
+    Raises:
+        ValueError: as :func:`read_rankings`; a model whose output layer is not at hand whole, that changes its logits
+            after it, or that puts states of its own before those of the tokens.
+    """
+    rankings = read_rankings(completions, candidates, spelling)
+    batch = make_batch(prompts, candidates, rankings, separator=spelling.separator, end=spelling.end, device=device)
+    batch = replace(batch, candidate_ids=None)  # by token, also where every candidate is a single one
+    hidden = final_hidden(model, batch.tokens)
+    if hidden.shape[:2] != batch.tokens.input_ids.shape:
+        raise ValueError(
+            f"the model returned states of shape {tuple(hidden.shape)} for tokens of shape "
+            f"{tuple(batch.tokens.input_ids.shape)}: adapters that put tokens of their own in front are not supported"
+        )
+    states = decision_states(model, batch, hidden)
+    encoded = batch.encoded
+
+    def on_device(array: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(array, dtype=torch.int64, device=device)
+
+    logprobs, entropy, _ = restricted_logprobs(
+        states.hidden,
+        states.weight,
+        on_device(encoded.allowed_ids),
+        on_device(encoded.allowed_offsets),
+        on_device(encoded.targets),
+        bias=states.bias,
+        temperature=temperature,
+    )
+    where = on_device(encoded.decision_rows), on_device(encoded.decision_positions)
+    empty = logprobs.new_zeros(len(completions), width)
+    return empty.index_put(where, logprobs).float(), empty.index_put(where, entropy).float()
+
+
+def token_item_ids(tokenizer: Any, completions: Sequence[Sequence[int]], item_ids: NDArray[np.int32]) -> torch.Tensor:
+    """The rank of the item that each token of free text belongs to.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        completions: N rows of token ids.
+        item_ids: (N, characters) the rank by character of ``decoded(tokenizer, row)``, -1 for none, as
+            :func:`flexrec.completions.parse_ranking_texts` returns it; missing columns count as -1.
+
+    Returns:
+        (N, longest completion) int64: the first item that a token has a character of, -1 for none.
+    """
+    ranks = torch.full((len(completions), max(map(len, completions), default=0)), -1, dtype=torch.int64)
+    for row, (tokens, of_characters) in enumerate(zip(completions, item_ids, strict=True)):
+        start = 0
+        for column, end in enumerate(_character_ends(tokenizer, tokens)):
+            of_token = of_characters[min(start, end - 1) : end]  # one that adds no character goes on with the last
+            of_token = of_token[of_token >= 0]
+            if len(of_token):
+                ranks[row, column] = int(of_token[0])
+            start = end
+    return ranks
+
+
+def without_end(tokenizer: Any, tokens: Sequence[int]) -> Sequence[int]:
+    """A completion without the end-of-sequence token that it may end with."""
+    return tokens[:-1] if len(tokens) and tokens[-1] == tokenizer.eos_token_id else tokens
+
+
+def decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of a completion, special tokens included, since these may name items."""
+    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _character_ends(tokenizer: Any, tokens: Sequence[int]) -> list[int]:
+    """How many characters of the text are complete after each token."""
+    pieces = [decoded(tokenizer, [token]) for token in tokens]
+    if "".join(pieces) == decoded(tokenizer, tokens):
+        return np.cumsum([len(piece) for piece in pieces], dtype=np.int64).tolist()
+    # Tokens that are parts of a character, or that lose a space when they stand first, are read in their context.
+    return [len(decoded(tokenizer, tokens[: end + 1])) for end in range(len(tokens))]
