@@ -152,6 +152,12 @@ class SharedState {
   template <class Work>
   auto use(Work&& work) {
     const py::gil_scoped_release release;
+    return use_without_gil(work);
+  }
+
+  // The same for a thread that has released the GIL already.
+  template <class Work>
+  auto use_without_gil(Work&& work) {
     const std::lock_guard<std::mutex> lock(mutex_);
     return work(state_);
   }
@@ -185,6 +191,23 @@ py::tuple allowed_bitmask(SharedState& self, std::int64_t vocab_size, Int32Array
   const std::int64_t words_per_row = words.shape(1);
   self.use([&](const flexrec::RankingState& state) { state.allowed_bitmask(vocab_size, data, words_per_row, set); });
   return to_arrays(std::move(set));
+}
+
+// The rows of all states one after the other: the caller has checked that `offsets` has an entry for each and one more.
+py::tuple step_states(const std::vector<SharedState*>& states, const Int64Array& tokens, const Int64Array& offsets) {
+  const std::int64_t* token_data = tokens.data();
+  const std::int64_t* offset_data = offsets.data();
+  flexrec::StepResult result = [&] {
+    const py::gil_scoped_release release;
+    flexrec::StepResult joint;
+    for (SharedState* const state : states) {
+      state->use_without_gil([&](flexrec::RankingState& one) { flexrec::step(one, token_data, offset_data, joint); });
+      offset_data += state->num_rows();
+    }
+    return joint;
+  }();
+  return py::make_tuple(to_array(std::move(result.allowed.ids)), to_array(std::move(result.allowed.offsets)),
+                        to_bools(std::move(result.done)));
 }
 
 py::array rankings(SharedState& self) {
@@ -274,6 +297,8 @@ PYBIND11_MODULE(_core, module) {
       .def("done", [](SharedState& self) { return to_bools(self.use([](const auto& state) { return state.done(); })); })
       .def("rankings", &rankings);
 
+  module.def("step_states", &step_states, py::arg("states"), py::arg("tokens").noconvert(),
+             py::arg("offsets").noconvert());
   module.def("parse_rankings", &parse_rankings, py::arg("grammar"), py::arg("tokens").noconvert(),
              py::arg("offsets").noconvert());
   module.def("encode_rankings", &encode_rankings, py::arg("grammar"), py::arg("rankings").noconvert());

@@ -14,8 +14,9 @@ constexpr std::int64_t kOperationsPerThread = 200'000;
 
 void parallel_for(std::int64_t count, std::int64_t cost,
                   const std::function<void(std::int64_t begin, std::int64_t end)>& work) {
-  const std::int64_t hardware = std::max(1U, std::thread::hardware_concurrency());
-  const std::int64_t num_threads = std::min({hardware, count, cost / kOperationsPerThread});
+  std::int64_t num_threads = std::min(count, cost / kOperationsPerThread);
+  // Asked only when it matters: the answer takes a system call, longer than a small state's whole step.
+  if (num_threads > 1) num_threads = std::min<std::int64_t>(num_threads, std::thread::hardware_concurrency());
   if (num_threads <= 1) {
     if (count > 0) work(0, count);
     return;

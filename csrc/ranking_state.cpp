@@ -97,7 +97,7 @@ void RankingState::allowed_bitmask(std::int64_t vocab_size, std::int32_t* words,
 void RankingState::advance(const std::int64_t* tokens, const std::int64_t* offsets, OnRejected on_rejected) {
   // Only an error is ever taken back.
   const std::vector<Cursor> before = on_rejected == OnRejected::kThrow ? cursors_ : std::vector<Cursor>{};
-  const std::int64_t num_tokens = offsets == nullptr ? num_rows() : offsets[num_rows()];
+  const std::int64_t num_tokens = offsets == nullptr ? num_rows() : offsets[num_rows()] - offsets[0];
   try {
     parallel_for(num_rows(), num_tokens * 20, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t row = begin; row < end; ++row) {
@@ -176,6 +176,18 @@ std::vector<std::int32_t> RankingState::rankings() const {
     }
   }
   return result;
+}
+
+void step(RankingState& state, const std::int64_t* tokens, const std::int64_t* offsets, StepResult& result) {
+  state.advance(tokens, offsets, RankingState::OnRejected::kLose);
+  const Csr allowed = state.allowed();
+  const auto before = static_cast<std::int64_t>(result.allowed.ids.size());
+  result.allowed.ids.insert(result.allowed.ids.end(), allowed.ids.begin(), allowed.ids.end());
+  for (std::int64_t row = 0; row < state.num_rows(); ++row) {
+    result.allowed.offsets.push_back(before + allowed.offsets[static_cast<std::size_t>(row) + 1]);
+  }
+  const std::vector<std::uint8_t> done = state.done();
+  result.done.insert(result.done.end(), done.begin(), done.end());
 }
 
 }  // namespace flexrec

@@ -50,6 +50,9 @@ class RankingState:
     def done(self) -> NDArray[np.bool_]: ...
     def rankings(self) -> NDArray[np.int32]: ...
 
+def step_states(
+    states: Sequence[RankingState], tokens: NDArray[np.int64], offsets: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.bool_]]: ...
 def parse_rankings(
     grammar: RankingGrammar, tokens: NDArray[np.int64], offsets: NDArray[np.int64]
 ) -> tuple[

@@ -6,8 +6,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +19,8 @@ TRAIN_EXAMPLES = """examples:
   flexrec train --dataset movielens --data ml-latest-small --need interest --output runs/interest
   flexrec train --model Qwen/Qwen2.5-0.5B-Instruct --encoding index --prompts-per-step 8 --learning-rate 1e-6 \\
       --num-generations 4 --output runs/qwen
+  flexrec train --model Qwen/Qwen2.5-0.5B-Instruct --encoding index --lora 16 --lora-save adapter \
+      --prompts-per-step 8 --num-generations 4 --learning-rate 1e-5 --warmup-learning-rate 1e-4 --output runs/qwen-lora
 """
 EVALUATE_EXAMPLES = """examples:
   flexrec evaluate --run runs/first
@@ -25,8 +28,10 @@ EVALUATE_EXAMPLES = """examples:
 """
 RANK_EXAMPLES = """examples:
   flexrec rank --run runs/first --input requests.jsonl --output rankings.jsonl
+  flexrec rank --run runs/first --input requests.jsonl --num-beams 8 --num-ranked 5
+  flexrec rank --run runs/first --input requests.jsonl --best-of 16 --temperature 0.7 --seed 1
 
-a request is one line of JSON:
+By default the most probable item is taken at every rank. A request is one line of JSON:
   {"history": ["17", "4"], "need": "interest", "candidates": [{"id": "8", "title": "Night market 3"}, {"id": "9"}]}
 "history" lists ids (or {"id", "title", "liked": false} for what was seen and not liked), oldest first;
 {"user": "12"} takes a user's history from the run's log;
@@ -89,8 +94,33 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--warmup-learning-rate", type=float, metavar="X", help="of the supervised stages")
     train.add_argument("--tilt", type=float, metavar="X", help="of all_actions: temperature of an exponential utility")
     train.add_argument("--temperature", type=float, metavar="X", help="of the policy while it is trained")
-    train.add_argument("--beta", type=float, metavar="X", help="weight of the exact KL to the base (paper: 0.01)")
+    train.add_argument(
+        "--beta",
+        type=float,
+        metavar="X",
+        help="weight of the exact KL to the policy that reinforcement starts from (paper: 0.01)",
+    )
     train.add_argument("--entropy-coef", type=float, metavar="X", help="weight of the entropy bonus (paper: 0.005)")
+    train.add_argument(
+        "--lora",
+        type=_positive,
+        metavar="RANK",
+        help="train LoRA of this rank instead of the whole model, in all stages",
+    )
+    train.add_argument("--lora-alpha", type=_positive, metavar="N", help="LoRA counts alpha / RANK (default: 2 RANK)")
+    train.add_argument(
+        "--lora-targets",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="linear layers that get LoRA, such as q_proj v_proj (default: all but the output layer)",
+    )
+    train.add_argument(
+        "--lora-save",
+        default="merged",
+        choices=("merged", "adapter"),
+        help="save a whole model, or adapters and the name of the model they belong to (default: %(default)s)",
+    )
     train.add_argument(
         "--critic",
         action=argparse.BooleanOptionalAction,
@@ -125,6 +155,22 @@ def build_parser() -> argparse.ArgumentParser:
     rank.add_argument("--input", required=True, metavar="FILE", help="requests, one JSON object a line; - for stdin")
     rank.add_argument("--output", metavar="FILE", help="where the answers go (default: standard output)")
     rank.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="requests ranked together")
+    rank.add_argument(
+        "--num-ranked", type=_positive, metavar="T", help="rank the best T only (default: as in training)"
+    )
+    rank.add_argument(
+        "--num-beams", type=_positive, default=1, metavar="B", help="search for the most probable ranking with B beams"
+    )
+    rank.add_argument(
+        "--best-of", type=_positive, default=1, metavar="N", help="sample N rankings, answer with the most probable"
+    )
+    rank.add_argument(
+        "--temperature", type=float, metavar="X", help="sample at this temperature (default: that of training)"
+    )
+    rank.add_argument(
+        "--top-p", type=float, metavar="P", help="sample among the most probable items that reach P together"
+    )
+    rank.add_argument("--seed", type=int, default=0, metavar="S", help="of samples (default: 0)")
     rank.set_defaults(run=_rank)
     return parser
 
@@ -135,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("FLEXREC_DEBUG"):
             raise
         print(f"flexrec {arguments.command}: error: {error}", file=sys.stderr)
@@ -186,15 +232,20 @@ def _positive(text: str) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from flexrec.distributed import process_index
     from flexrec.evaluation import comparison_table
     from flexrec.experiment import ExperimentConfig, run_experiment
 
     options = {k: v for k, v in vars(arguments).items() if v is not None and k not in ("command", "run", "need")}
     if arguments.need:
         options["needs"] = tuple(dict.fromkeys(arguments.need))
+    if arguments.lora_targets:
+        options["lora_targets"] = tuple(arguments.lora_targets)
     config = ExperimentConfig(**options)
     console = Console()
     results = run_experiment(config, say=console.print)
+    if process_index() > 0:
+        return 0
     users = len(set(results.users.tolist()))
     title = f"{len(results.users)} lists of {users} test users never trained on; changes in ndcg@5 against the base"
     console.print(comparison_table(results.per_list, clusters=results.users, title=title))
@@ -222,13 +273,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _rank(arguments: argparse.Namespace) -> int:
-    from flexrec.ranker import Ranker
+    import torch
 
+    from flexrec.ranker import Decoding, Ranker
+
+    names = ("num_ranked", "num_beams", "best_of", "temperature", "top_p")
+    decoding = Decoding(**{name: getattr(arguments, name) for name in names})
     if arguments.input != "-" and not Path(arguments.input).is_file():
         raise FileNotFoundError(f"--input {arguments.input}: there is no such file")
     if arguments.output and Path(arguments.output).exists():
         raise FileExistsError(f"--output {arguments.output} exists: choose another file, nothing is overwritten")
     ranker = Ranker(arguments.folder)
+    generator = torch.Generator(ranker.model.device).manual_seed(arguments.seed)
     failed = 0
     with ExitStack() as files:
         source: IO[str] = sys.stdin
@@ -238,7 +294,7 @@ def _rank(arguments: argparse.Namespace) -> int:
         if arguments.output:
             target = files.enter_context(open(arguments.output, "w", encoding="utf-8"))
         for part in _in_parts(source, arguments.batch_size):
-            for answer in _answer(ranker, part):
+            for answer in _answer(partial(ranker.rank, decoding=decoding, generator=generator), part):
                 if "error" in answer:
                     failed += 1
                     print(f"{arguments.input}, line {answer['line']}: {answer['error']}", file=sys.stderr)
@@ -260,7 +316,9 @@ def _in_parts(lines: IO[str], size: int) -> Any:
         yield part
 
 
-def _answer(ranker: Any, part: list[tuple[int, str]]) -> list[dict[str, Any]]:
+def _answer(
+    rank: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], part: list[tuple[int, str]]
+) -> list[dict[str, Any]]:
     """Answers of a batch of lines, in order; a line that is no request gets its error."""
     answers: list[dict[str, Any]] = []
     requests: list[tuple[int, dict[str, Any]]] = []
@@ -275,6 +333,6 @@ def _answer(ranker: Any, part: list[tuple[int, str]]) -> list[dict[str, Any]]:
             answers[position]["error"] = f"a request is a JSON object, got {type(request).__name__}"
             continue
         requests.append((position, request))
-    for (position, _), answer in zip(requests, ranker.rank([r for _, r in requests]), strict=True):
+    for (position, _), answer in zip(requests, rank([r for _, r in requests]), strict=True):
         answers[position] |= answer
     return answers

@@ -74,12 +74,14 @@ def sharing(
     separator: Sequence[int] = (),
     num_ranked: int | None = None,
     num_generations: int = 1,
+    reasoning_length: int = 0,
 ) -> int:
     """:func:`rankings_per_row` for a batch, by its longest prompt and answer; 1 where the model cannot pack."""
     if num_generations == 1 or not can_pack(model):
         return 1
     ranks = num_ranked or max(len(lst) for lst in candidates)
-    answer = ranks * (max(len(sequence) for lst in candidates for sequence in lst) + len(separator))
+    longest = max(len(sequence) for lst in candidates for sequence in lst)
+    answer = reasoning_length + ranks * (longest + len(separator))
     config = getattr(model, "module", model).config
     return rankings_per_row(max(map(len, prompts)), answer, num_generations, config.hidden_size)
 

@@ -13,13 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from flexrec.adapters import causal_lm, weight_and_bias
+from flexrec.distributed import gather_layer
 from flexrec.ops.all_actions import all_actions_objective, all_actions_objective_with_kl
 from flexrec.ops.ranking_logprobs import Results, ranking_logprobs, ranking_logprobs_with_kl
 from flexrec.ops.restricted_logprobs import restricted_logprobs, restricted_logprobs_with_kl
 from flexrec.ops.swap_rewards import swap_scores
+from flexrec.ops.vocabulary_logprobs import vocabulary_logprobs
 from flexrec.packing import TokenRows, attention_mask, pack_rankings
 from flexrec.profiling import span
 from flexrec.rankings import EncodedRankings, encode_rankings
+from flexrec.reasoning import ReasoningTokens
 
 Candidates = Sequence[Sequence[Sequence[int]]]  # P lists of K candidates of token ids
 
@@ -31,17 +35,26 @@ class RankingBatch:
     A decision is a token with an alternative; all other tokens of an answer are forced and carry no log-prob.
     """
 
-    tokens: TokenRows  # prompts and answers
+    tokens: TokenRows  # prompts and answers, which begin with reasoning where there is any
     rankings: torch.Tensor  # (N, T) int64, index into the row's candidates, -1 beyond a row's own
     lengths: torch.Tensor  # (N,) int64, number of candidates
     encoded: EncodedRankings
     candidate_ids: torch.Tensor | None  # (P, K) int64 token ids, where every candidate is a single token
     num_generations: int
+    reasoning: ReasoningTokens | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, T)"""
         return self.rankings.shape[0], self.rankings.shape[1]
+
+    @property
+    def reasoning_mask(self) -> torch.Tensor:
+        """(N, R) bool, R the longest sampled reasoning: where a row has a token of it that was sampled."""
+        if self.reasoning is None:
+            return torch.zeros(self.shape[0], 0, dtype=torch.bool, device=self.rankings.device)
+        counts = torch.from_numpy(self.reasoning.num_sampled).to(self.rankings.device)
+        return torch.arange(int(self.reasoning.num_sampled.max()), device=counts.device) < counts[:, None]
 
 
 def make_batch(
@@ -53,12 +66,14 @@ def make_batch(
     end: Sequence[int] = (),
     num_generations: int = 1,
     rankings_per_row: int = 1,
+    reasoning: ReasoningTokens | None = None,
     pad_token_id: int = 0,
     device: torch.device | str = "cpu",
 ) -> RankingBatch:
     """Model inputs that score ``rankings`` (N, T; -1 beyond a row's own) under P prompts and candidate lists.
 
-    With ``rankings_per_row`` > 1 the rankings of a prompt share it: see :mod:`flexrec.packing`.
+    With ``rankings_per_row`` > 1 the rankings of a prompt share it: see :mod:`flexrec.packing`. ``reasoning``, that of
+    a rollout, stands between a prompt and its ranking, and :func:`reasoning_logprobs` scores it.
     """
     encoded = encode_rankings(
         candidates,
@@ -68,10 +83,14 @@ def make_batch(
         num_ranked=(np.asarray(rankings) >= 0).sum(axis=1),
         num_generations=num_generations,
     )
-    answers = np.split(encoded.tokens, encoded.offsets[1:-1])
+    answers = [answer[:-1] for answer in np.split(encoded.tokens, encoded.offsets[1:-1])]  # what predicts the next
+    if reasoning is not None:
+        if len(reasoning.tokens) != len(answers):
+            raise ValueError(f"reasoning must have one row per ranking, {len(answers)}, got {len(reasoning.tokens)}")
+        answers = [np.concatenate(pair) for pair in zip(reasoning.tokens, answers, strict=True)]
     tokens = pack_rankings(
         prompts,
-        [answer[:-1] for answer in answers],  # the last token of an answer predicts nothing that is scored
+        answers,
         num_generations=num_generations,
         per_row=rankings_per_row,
         pad_token_id=pad_token_id,
@@ -85,6 +104,7 @@ def make_batch(
         encoded=encoded,
         candidate_ids=_single_tokens(candidates, separator, device),
         num_generations=num_generations,
+        reasoning=reasoning,
     )
 
 
@@ -118,12 +138,16 @@ def final_hidden(model: Any, tokens: TokenRows) -> torch.Tensor:
 
 
 def output_layer(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The output embedding (V, D) and its bias (V,) or None.
+    """The output embedding (V, D), its adapters included, and its bias (V,) or None.
+
+    Where parameters are spread over processes it is gathered: all processes call this together, after their forward
+    pass.
 
     Raises:
-        ValueError: a model whose logits are not ``hidden @ weight.T + bias`` (soft-capped or scaled logits).
+        ValueError: a model whose logits are not ``hidden @ weight.T + bias`` (soft-capped or scaled logits), or its
+            adapters make no such weight (see :mod:`flexrec.adapters`).
     """
-    model = getattr(model, "module", model)
+    outer, model = getattr(model, "module", model), causal_lm(model)
     config = model.config
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
@@ -132,7 +156,13 @@ def output_layer(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
                 f"which restricted log-probs do not reproduce: use a model without it"
             )
     layer = model.get_output_embeddings()
-    return layer.weight, getattr(layer, "bias", None)
+    is_spread = gather_layer(outer, layer)
+    weight, bias = weight_and_bias(layer)
+    if is_spread and (not torch.is_grad_enabled() or weight.device.type == "cpu"):
+        # States without gradients may be kept for longer than the layer stays whole; and the memory of what NumPy has
+        # read, as kernels on the CPU do, could not be given back.
+        weight, bias = weight.clone(), None if bias is None else bias.clone()
+    return weight, bias
 
 
 class RankingStates(NamedTuple):
@@ -141,6 +171,7 @@ class RankingStates(NamedTuple):
     hidden: torch.Tensor  # (N, T, D) for single-token candidates, else (M, D): the state before each decision
     weight: torch.Tensor  # (V, D)
     bias: torch.Tensor | None  # (V,)
+    reasoning: torch.Tensor | None = None  # (M', D) the state before each sampled token of the reasoning
 
 
 class RankingScores(NamedTuple):
@@ -167,13 +198,18 @@ def ranking_states(model: Any, batch: RankingBatch) -> RankingStates:
 
 def decision_states(model: Any, batch: RankingBatch, hidden: torch.Tensor) -> RankingStates:
     """Keep the states at decisions of ``hidden`` (B, L, D), the model's states for the batch."""
+    of_reasoning, start = None, np.zeros(batch.shape[0], dtype=np.int64)  # (N,) where the rankings begin
+    if batch.reasoning is not None:
+        start = batch.reasoning.lengths
+        of_reasoning = _states_before(batch, hidden, *batch.reasoning_mask.cpu().numpy().nonzero())
     if batch.candidate_ids is not None:
         n, t = batch.shape
         rankings, steps = np.repeat(np.arange(n), t), np.tile(np.arange(t), n)
-        return RankingStates(_states_before(batch, hidden, rankings, steps).view(n, t, -1), *output_layer(model))
-    encoded = batch.encoded
-    states = _states_before(batch, hidden, encoded.decision_rows, encoded.decision_positions)
-    return RankingStates(states, *output_layer(model))
+        states = _states_before(batch, hidden, rankings, start[rankings] + steps).view(n, t, -1)
+    else:
+        rows, positions = batch.encoded.decision_rows, batch.encoded.decision_positions
+        states = _states_before(batch, hidden, rows, start[rows] + positions)
+    return RankingStates(states, *output_layer(model), of_reasoning)
 
 
 def _states_before(
@@ -185,6 +221,27 @@ def _states_before(
     columns = np.minimum(columns, hidden.shape[1] - 1)
     flat = torch.from_numpy(batch.tokens.row[rankings] * hidden.shape[1] + columns)
     return hidden.flatten(0, 1).index_select(0, flat.to(hidden.device))
+
+
+def reasoning_logprobs(states: RankingStates, batch: RankingBatch, *, temperature: float = 1.0) -> torch.Tensor:
+    """(N, R) log-probs of the batch's reasoning under the whole vocabulary, 0 where ``batch.reasoning_mask`` is False.
+
+    Differentiable in ``states``. Memory is that of :func:`flexrec.ops.vocabulary_logprobs.vocabulary_logprobs`.
+    """
+    if batch.reasoning is None or states.reasoning is None:
+        raise ValueError("the batch holds no reasoning: give make_batch that of the rollout")
+    mask = batch.reasoning_mask
+    sampled = [row[:count] for row, count in zip(batch.reasoning.tokens, batch.reasoning.num_sampled, strict=True)]
+    targets = torch.from_numpy(np.concatenate(sampled).astype(np.int64)).to(mask.device)
+    logprobs = vocabulary_logprobs(
+        states.reasoning,
+        states.weight,
+        targets,
+        bias=states.bias,
+        temperature=temperature,
+        never=batch.reasoning.never,
+    )
+    return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)
 
 
 def ranking_scores(
@@ -271,7 +328,7 @@ def _list_arguments(
 
 
 def _reference_arguments(reference: RankingStates) -> dict[str, Any]:
-    return {f"ref_{name}": value for name, value in reference._asdict().items()}
+    return {"ref_hidden": reference.hidden, "ref_weight": reference.weight, "ref_bias": reference.bias}
 
 
 def _at_decisions(

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from flexrec.distributed import process_index
 from flexrec.profiling import OUTSIDE, span
 
 # (model, what to call it) -> need -> metric -> (L,) values per list
@@ -50,16 +51,17 @@ class Clock:
 
 
 class StepLog:
-    """A line of JSON per optimiser step, written as it happens."""
+    """A line of JSON per optimiser step, written as it happens, by the main process."""
 
     def __init__(self, path: Path, append: bool) -> None:
         self.path = path
-        if not append:
+        if process_index() == 0 and not append:
             path.write_text("")
 
     def write(self, **entry: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        if process_index() == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
 
     def of_stage(self, stage: str) -> TrainerCallback:
         log = self
@@ -78,7 +80,13 @@ class ProgressBar(TrainerCallback):
         self.stage = stage
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage.capitalize(), unit="step")
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.stage.capitalize(),
+            unit="step",
+            disable=process_index() != 0,
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         shown = {name: round(float(logs[name]), 3) for name in ("ranking_nll", "reward") if name in (logs or {})}

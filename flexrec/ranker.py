@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from flexrec.adapters import load_model
 from flexrec.needs import get_need
 from flexrec.prompts import Item, PromptBuilder, strongest_risers
-from flexrec.rollout import Rollout, sample_rankings
+from flexrec.rollout import Rollout, best_of, sample_rankings, search_rankings
 from flexrec.task import Example
 
 RUN_FILE = "flexrec.json"
@@ -50,6 +51,42 @@ def rank_examples(
         )
         rankings += [row[row >= 0] for row in rollout.rankings]
     return rankings
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a policy's answer is found. By default greedily: at every rank the most probable item.
+
+    Attributes:
+        num_beams: with more than one, beam search for the most probable ranking.
+        best_of: sample so many rankings and answer with the most probable of them.
+        temperature, top_p: sample at this temperature (default: that of training), and among the most probable tokens
+            that reach ``top_p`` together. Either makes an answer a sample.
+        num_ranked: rank the first so many only (default: as in training).
+    """
+
+    num_beams: int = 1
+    best_of: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    num_ranked: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_beams", "best_of", "num_ranked"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.num_beams > 1 and self.samples:
+            raise ValueError("num_beams searches and best_of, temperature and top_p sample: choose one of the two")
+
+    @property
+    def samples(self) -> bool:
+        """Whether chance has a part in the answer."""
+        return self.best_of > 1 or self.temperature is not None or self.top_p is not None
 
 
 @dataclass(frozen=True)
@@ -90,7 +127,7 @@ class Ranker:
         folder = Path(folder)
         self.info = RunInfo.load(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.model = load_model(folder, self.tokenizer).eval()
         if torch.cuda.is_available():
             self.model.to("cuda")
         self.builder = PromptBuilder(
@@ -104,11 +141,20 @@ class Ranker:
         self._trend: dict[str, float] = catalogue["trend"]
         self._histories: dict[str, list[str]] = json.loads((folder / "histories.json").read_text())
 
-    def rank(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def rank(
+        self,
+        requests: Sequence[dict[str, Any]],
+        decoding: Decoding = Decoding(),
+        *,
+        generator: torch.Generator | None = None,
+    ) -> list[dict[str, Any]]:
         """Answer requests together: ``{"ranking": [{"id", "probability"}, ..]}`` each, best first.
 
-        ``probability`` is that of the item at its rank, given those above it, at the temperature of training.
-        A malformed request gets ``{"error": why}``; the others are answered.
+        ``probability`` is that of the item at its rank, given those above it and all that remain, at the temperature
+        of training, or of ``decoding``. A malformed request gets ``{"error": why}``; the others are answered.
+
+        Args:
+            generator: randomness of samples, on the model's device.
         """
         answers: list[dict[str, Any]] = [{} for _ in requests]
         prompts, candidates, readable = [], [], []
@@ -127,8 +173,8 @@ class Ranker:
             candidates.append(tokens)
             readable.append((i, items))
         if prompts:
-            rollout = self._greedy(prompts, candidates)
-            for (i, items), ranking, logprobs in zip(readable, *rollout, strict=True):
+            rollout = self._decode(prompts, candidates, decoding, generator)
+            for (i, items), ranking, logprobs in zip(readable, rollout.rankings, rollout.logprobs, strict=True):
                 answers[i] = {
                     "ranking": [
                         {"id": items[c].id, "probability": round(float(np.exp(lp)), 6)}
@@ -138,17 +184,34 @@ class Ranker:
                 }
         return answers
 
-    def _greedy(self, prompts: list[list[int]], candidates: list[list[list[int]]]) -> Rollout:
-        return sample_rankings(
+    def _decode(
+        self,
+        prompts: list[list[int]],
+        candidates: list[list[list[int]]],
+        decoding: Decoding,
+        generator: torch.Generator | None,
+    ) -> Rollout:
+        """One ranking per prompt."""
+        common: dict[str, Any] = {
+            "separator": self.builder.separator,
+            "end": self.builder.end,
+            "num_ranked": decoding.num_ranked or self.info.num_ranked,
+            "temperature": decoding.temperature or self.info.temperature,
+        }
+        if decoding.num_beams > 1:
+            found = search_rankings(self.model, prompts, candidates, num_beams=decoding.num_beams, **common)
+            return Rollout(found.rankings[:: decoding.num_beams], found.logprobs[:: decoding.num_beams])
+        sampled = sample_rankings(
             self.model,
             prompts,
             candidates,
-            separator=self.builder.separator,
-            end=self.builder.end,
-            num_ranked=self.info.num_ranked,
-            temperature=self.info.temperature,
-            greedy=True,
+            num_generations=decoding.best_of,
+            greedy=not decoding.samples,
+            top_p=decoding.top_p or 1.0,
+            generator=generator,
+            **common,
         )
+        return best_of(sampled, decoding.best_of)
 
     def _wording(self, request: dict[str, Any]) -> str:
         need = request.get("need")

@@ -239,14 +239,7 @@ class RankingState:
                 raise ValueError(f"tokens must have shape ({len(self)},), one per row, got {token_array.shape}")
             self._core.advance(token_array, None, strict)
             return
-        offset_array = _integers("offsets", offsets, 1)
-        if len(offset_array) != len(self) + 1:
-            raise ValueError(f"offsets must have shape ({len(self) + 1},), got {offset_array.shape}")
-        if offset_array[0] != 0 or offset_array[-1] != len(token_array) or (np.diff(offset_array) < 0).any():
-            raise ValueError(
-                f"offsets must rise from 0 to the number of tokens, {len(token_array)}; got {offset_array}"
-            )
-        self._core.advance(token_array, offset_array, strict)
+        self._core.advance(token_array, _run_offsets(offsets, len(self), len(token_array)), strict)
 
     def restart(self, rows: ArrayLike | None = None) -> None:
         """Put rows back to their beginning: those where ``rows`` (N,) is true, or all."""
@@ -272,6 +265,29 @@ class RankingState:
     def rankings(self) -> NDArray[np.int32]:
         """(N, T) int32, T the largest of all rows: candidate index by rank; -1 where open and beyond a row's own T."""
         return self._core.rankings()
+
+
+def step_states(
+    states: Sequence[RankingState], tokens: ArrayLike, offsets: ArrayLike
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.bool_]]:
+    """Advance many states and ask them what may come next, in one call.
+
+    For rankings that come and go one by one, as the requests of a server do: a state for each of them, and a step of
+    all that costs little more than a step of one batch.
+
+    Args:
+        states: their rows are counted one after the other, N in all.
+        tokens: (total,) integers: row i reads ``tokens[offsets[i]:offsets[i + 1]]``, maybe none. A token that is not
+            allowed loses its row, as in `RankingState.advance` with ``strict=False``.
+        offsets: (N + 1,) integers, from 0 to total, not decreasing.
+
+    Returns:
+        ids (nnz,) int32 and offsets (N + 1,) int64 as from `RankingState.allowed`, and done (N,) bool. A row that
+        allows nothing and is not done is lost.
+    """
+    token_array = _integers("tokens", tokens, 1)
+    offset_array = _run_offsets(offsets, sum(len(state) for state in states), len(token_array))
+    return _core.step_states([state._core for state in states], token_array, offset_array)
 
 
 def parse_rankings(
@@ -432,6 +448,16 @@ def _integers(name: str, value: Any, num_dims: int) -> NDArray[np.int64]:
     if array.dtype.kind not in "iu" and array.size > 0:  # an empty list has a float dtype
         raise TypeError(f"{name} must hold integers, got {array.dtype}")
     return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _run_offsets(value: ArrayLike, num_rows: int, num_tokens: int) -> NDArray[np.int64]:
+    """The (num_rows + 1,) offsets of runs that make up ``num_tokens`` tokens."""
+    offsets = _integers("offsets", value, 1)
+    if len(offsets) != num_rows + 1:
+        raise ValueError(f"offsets must have shape ({num_rows + 1},), got {offsets.shape}")
+    if offsets[0] != 0 or offsets[-1] != num_tokens or (np.diff(offsets) < 0).any():
+        raise ValueError(f"offsets must rise from 0 to the number of tokens, {num_tokens}; got {offsets}")
+    return offsets
 
 
 def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

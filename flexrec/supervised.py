@@ -30,38 +30,32 @@ class SupervisedTrainer(RankingTrainer):
     def __init__(self, *args: Any, stage: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stage = check_choice("stage", stage, STAGES)
-        self._rng = np.random.default_rng(self.args.seed)
 
     def ranking_loss(self, model: Any, examples: list[Example]) -> LossAndMetrics:
         listwise = self.stage == "listwise"
+        rng = np.random.default_rng(self._randomness())
         # Ranks that are not imitated are not spelled either.
-        targets = [self._best_first(example.gains) if listwise else self._shuffled(example) for example in examples]
+        targets = [_best_first(e.gains, rng) if listwise else rng.permutation(len(e.gains)) for e in examples]
         batch = self._batch(examples, pad_rows(targets, -1))
         hidden = final_hidden(model, batch.tokens)
         logprobs = ranking_scores(decision_states(model, batch, hidden), batch).logprobs
-        loss = -logprobs[batch.rankings >= 0].mean()
-        metrics = {"ranking_nll": loss.item()}
+        placed = batch.rankings >= 0
+        loss = -logprobs[placed].mean() * self.share(placed.sum())
+        metrics = {"ranking_nll": loss.detach()}
         if not listwise:
             history = self._history_loss(model, batch, hidden, examples)
-            metrics["history_nll"] = history.item()
+            metrics["history_nll"] = history.detach()
             loss = loss + history
         return loss, metrics
-
-    def _shuffled(self, example: Example) -> np.ndarray:
-        return self._rng.permutation(len(example.gains))
-
-    def _best_first(self, gains: np.ndarray) -> np.ndarray:
-        """The candidates with a gain by falling gain, ties in random order; one at random where none has any."""
-        order = self._rng.permutation(len(gains))
-        order = order[np.argsort(-gains[order], kind="stable")]
-        return order[: max(1, int((gains > 0).sum()))]
 
     def _history_loss(
         self, model: Any, batch: RankingBatch, hidden: torch.Tensor, examples: Sequence[Example]
     ) -> torch.Tensor:
-        """Mean next-token loss over the history's tokens, over the whole vocabulary, a chunk of positions at a time."""
+        """Mean next-token loss over the history's tokens, over the whole vocabulary, a chunk of positions at a time;
+        weighted by this process's share of the tokens."""
         spans = [(max(1, example.history_span[0]), example.history_span[1]) for example in examples]
         rankings = np.repeat(np.arange(len(spans)), [max(0, b - a) for a, b in spans])
+        share = self.share(len(rankings))
         if len(rankings) == 0:
             return hidden.new_zeros(())
         positions = np.concatenate([np.arange(a, b) for a, b in spans])
@@ -76,4 +70,11 @@ class SupervisedTrainer(RankingTrainer):
             return torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
 
         chunks = zip(predicting.split(1024), targets.split(1024), strict=True)
-        return sum(checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks) / len(targets)
+        return sum(checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks) * share / len(targets)
+
+
+def _best_first(gains: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The candidates with a gain by falling gain, ties in random order; one at random where none has any."""
+    order = rng.permutation(len(gains))
+    order = order[np.argsort(-gains[order], kind="stable")]
+    return order[: max(1, int((gains > 0).sum()))]

@@ -6,16 +6,18 @@ checkpoints, schedules, PEFT and trackers are those of transformers, the arithme
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
+from flexrec.adapters import causal_lm, has_adapters, keep_reference, reference_policy
 from flexrec.advantages import BASELINES, SCALES, item_advantages
+from flexrec.distributed import place_reference
 from flexrec.losses import policy_loss
 from flexrec.metrics import parse_metric, ranking_metric
 from flexrec.ops.ranking_logprobs import ranking_probs
@@ -30,10 +32,12 @@ from flexrec.policy import (
     rank_order,
     ranking_scores,
     ranking_states,
+    reasoning_logprobs,
 )
 from flexrec.profiling import span
-from flexrec.ranking_trainer import LossAndMetrics, RankingTrainer, pad_rows
-from flexrec.rollout import sample_rankings
+from flexrec.ranking_trainer import EpochOrder, LossAndMetrics, RankingTrainer, pad_rows
+from flexrec.reasoning import eos_token_ids, reasoning_rule
+from flexrec.rollout import Rollout, sample_rankings
 from flexrec.task import Example
 from flexrec.uncertainty import swap_rewards_with_variance, uncertainty_weights
 from flexrec.validation import check_choice
@@ -57,6 +61,9 @@ class FlexRecConfig(TrainingArguments):
         metadata={
             "help": "Rank only so many candidates; never more than the metric's cutoff, beyond which none earns."
         },
+    )
+    max_reasoning_tokens: int | None = field(
+        default=None, metadata={"help": "Reason before the ranking, in so many tokens at most; default: do not."}
     )
     credit: str = field(default="all_actions", metadata={"help": f"One of {', '.join(TRAINER_CREDITS)}."})
     tilt: float | None = field(
@@ -100,9 +107,10 @@ class _Sampled(NamedTuple):
 
     batch: RankingBatch
     gains: torch.Tensor  # (N, K) in rank order
-    variance: torch.Tensor  # (N, K)
+    variance: torch.Tensor | None  # (N, K); None where no gain of the batch, on any process, is uncertain
     old_logprobs: torch.Tensor | None  # (N, T); None before the first update
     ref_states: RankingStates | None
+    old_reasoning: torch.Tensor | None = None  # (N, R) log-probs; None before the first update
 
 
 class FlexRecTrainer(RankingTrainer):
@@ -112,7 +120,11 @@ class FlexRecTrainer(RankingTrainer):
     placed item (``credit``), and follows the gradient of the clipped surrogate, or of the all-actions objective.
 
     Args:
-        reference: a frozen model for the KL penalty; needed with ``beta`` > 0.
+        reference: a frozen model for the KL penalty; needed with ``beta`` > 0, except by a model of PEFT. That one is
+            its own reference, as the policy that the trainer is given: :func:`flexrec.adapters.keep_reference`.
+        reasoning_end: token ids of the marker between reasoning and ranking, where ``max_reasoning_tokens`` asks for
+            reasoning. It is trained by the metric of the ranking that it leads to, against the mean of its prompt's:
+            with ``num_generations`` = 1 there is nothing to compare with, and no gradient through it.
     """
 
     args: FlexRecConfig
@@ -124,24 +136,32 @@ class FlexRecTrainer(RankingTrainer):
         train_dataset: Dataset,
         *,
         reference: Any | None = None,
+        reasoning_end: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        if args.beta > 0 and reference is None:
-            raise ValueError(f"beta={args.beta} weighs the KL to a reference model: give one as reference=")
+        never = () if reasoning_end is None else eos_token_ids(causal_lm(model))
+        self.reasoning = reasoning_rule(reasoning_end, args.max_reasoning_tokens, never)
+        own_reference = args.beta > 0 and reference is None
+        if own_reference and not has_adapters(model):
+            raise ValueError(
+                f"beta={args.beta} weighs the KL to a reference model: give one as reference=, or train a PEFT model"
+            )
         super().__init__(model, args, train_dataset, **kwargs)
-        self.reference = reference.to(args.device).eval() if reference is not None and args.beta > 0 else None
+        if own_reference:
+            keep_reference(model)
+        needs_reference = reference is not None and args.beta > 0
+        self.reference = place_reference(reference, self.accelerator) if needs_reference else None
         cutoff = parse_metric(args.metric).cutoff
         limits = [limit for limit in (args.num_ranked, cutoff) if limit is not None]
         self._num_ranked = min(limits) if limits else None
         self._kept: dict[int, _Sampled] = {}
-        self._micro_step = 0
 
     def ranking_loss(self, model: Any, examples: list[Example]) -> LossAndMetrics:
         args = self.args
-        slot, iteration = self._position()
-        if iteration == 0:
+        slot = self._slot
+        if self.state.global_step % args.num_iterations == 0 or slot not in self._kept:
             self._kept[slot] = self._sample(examples)
-        batch, gains, variance, old_logprobs, ref_states = self._kept[slot]
+        batch, gains, variance, old_logprobs, ref_states, _ = self._kept[slot]
 
         shown = batch.shape[1]
         item_mask = torch.arange(shown, device=gains.device) < batch.lengths[:, None]  # (N, T)
@@ -166,7 +186,8 @@ class FlexRecTrainer(RankingTrainer):
                 tilt=args.tilt,
                 reference=ref_states,
             )
-            loss, metrics = self._all_actions_loss(result, rewards, item_mask, weights)
+            unit = self._spread(rewards, item_mask) if args.scale == "batch" else 1.0
+            loss, metrics = self._all_actions_loss(result, unit, item_mask, weights)
         else:
             logprobs, entropy, kl = ranking_scores(states, batch, temperature=args.temperature, reference=ref_states)
             if old_logprobs is None:
@@ -177,10 +198,13 @@ class FlexRecTrainer(RankingTrainer):
                     rewards,
                     args.num_generations,
                     baseline=args.baseline,
-                    scale=args.scale,
+                    scale="none" if args.scale == "batch" else args.scale,
                     item_mask=item_mask,
-                    weights=weights,
                 )
+                unit = self._spread(advantages, item_mask) if args.scale == "batch" else 1.0
+                advantages = advantages / unit
+                if weights is not None:
+                    advantages = advantages * weights
             loss, metrics = policy_loss(
                 logprobs,
                 old_logprobs,
@@ -194,23 +218,19 @@ class FlexRecTrainer(RankingTrainer):
                 entropy=entropy,
                 entropy_coef=args.entropy_coef,
             )
-        value = ranking_metric(gains, args.metric, lengths=batch.lengths, num_ranked=shown)
-        return loss, {"reward": value.mean().item(), **{name: float(v) for name, v in metrics.items()}}
+        value = ranking_metric(gains, args.metric, lengths=batch.lengths, num_ranked=shown)  # (N,)
+        if batch.reasoning is not None:
+            of_reasoning, more = self._reasoning_loss(slot, states, value, unit, weights)
+            loss, metrics = loss + of_reasoning / item_mask.sum(), {**metrics, **more}
+        share = self.share(item_mask.sum())
+        return loss * share, {"reward": value.mean(), **{name: share * v for name, v in metrics.items()}}
 
     def _sample(self, examples: list[Example]) -> _Sampled:
         args = self.args
-        rollout = sample_rankings(
-            self.accelerator.unwrap_model(self.model),
-            [example.prompt for example in examples],
-            [example.candidates for example in examples],
-            separator=self.separator,
-            end=self.end,
-            num_generations=args.num_generations,
-            num_ranked=self._num_ranked,
-            temperature=args.temperature,
-        )
+        rollout = self._rollout(examples)
         with span("bookkeeping"):
-            batch = self._batch(examples, rollout.rankings, args.num_generations, self._rankings_per_row(examples))
+            per_row = self._rankings_per_row(examples)
+            batch = self._batch(examples, rollout.rankings, args.num_generations, per_row, rollout.reasoning)
             width = max(len(example.gains) for example in examples)
             order = rank_order(batch.rankings, batch.lengths, width)
 
@@ -218,17 +238,40 @@ class FlexRecTrainer(RankingTrainer):
             by_candidate = torch.as_tensor(pad_rows(rows, 0.0), dtype=torch.float32, device=args.device)
             return by_candidate.repeat_interleave(args.num_generations, dim=0).gather(1, order)
 
-        ref_states = None
-        if self.reference is not None:
-            with torch.no_grad():
-                ref_states = ranking_states(self.reference, batch)
+        variance = in_rank_order([example.variance for example in examples])
+        uncertain = self.accelerator.reduce((variance > 0).any().float()) > 0
         return _Sampled(
             batch,
             in_rank_order([example.gains for example in examples]),
-            in_rank_order([example.variance for example in examples]),
+            variance if uncertain else None,
             None,
-            ref_states,
+            self._reference_states(batch) if args.beta > 0 else None,
         )
+
+    def _rollout(self, examples: Sequence[Example]) -> Rollout:
+        seed = int(self._randomness().generate_state(1)[0])
+        with self.whole_model() as model:
+            return sample_rankings(
+                model,
+                [example.prompt for example in examples],
+                [example.candidates for example in examples],
+                separator=self.separator,
+                end=self.end,
+                num_generations=self.args.num_generations,
+                num_ranked=self._num_ranked,
+                temperature=self.args.temperature,
+                reasoning_end=None if self.reasoning is None else self.reasoning.end,
+                max_reasoning_tokens=self.args.max_reasoning_tokens,
+                generator=torch.Generator(self.args.device).manual_seed(seed),
+            )
+
+    def _reference_states(self, batch: RankingBatch) -> RankingStates:
+        if self.reference is not None:
+            with torch.no_grad():
+                return ranking_states(self.reference, batch)
+        model = self.accelerator.unwrap_model(self.model)
+        with reference_policy(model):
+            return ranking_states(model, batch)
 
     def _rankings_per_row(self, examples: Sequence[Example]) -> int:
         """How many rankings of a prompt share its row: what costs least, if the models can attend so."""
@@ -241,10 +284,11 @@ class FlexRecTrainer(RankingTrainer):
             separator=self.separator,
             num_ranked=self._num_ranked,
             num_generations=self.args.num_generations,
+            reasoning_length=0 if self.reasoning is None else self.reasoning.max_length,
         )
 
     def _rewards(
-        self, states: RankingStates, batch: RankingBatch, gains: torch.Tensor, variance: torch.Tensor
+        self, states: RankingStates, batch: RankingBatch, gains: torch.Tensor, variance: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(N, T) rewards of the ranked items and, where some gain is uncertain, the rewards' variance."""
         args = self.args
@@ -267,7 +311,7 @@ class FlexRecTrainer(RankingTrainer):
                 )
             unranked = gains.shape[1] - ranks
             common["weights"] = torch.nn.functional.pad(probs, (0, 0, 0, unranked))  # (N, K, K)
-        if args.uncertainty != "none" and bool((variance > 0).any()):
+        if args.uncertainty != "none" and variance is not None:
             rewards, reward_variance = swap_rewards_with_variance(gains, variance, args.metric, **common)
             return rewards[:, :ranks], reward_variance[:, :ranks]
         return swap_rewards(gains, args.metric, **common)[:, :ranks], None
@@ -275,16 +319,13 @@ class FlexRecTrainer(RankingTrainer):
     def _all_actions_loss(
         self,
         result: ActionScores,
-        rewards: torch.Tensor,
+        unit: torch.Tensor | float,
         item_mask: torch.Tensor,
         weights: torch.Tensor | None,
     ) -> LossAndMetrics:
         """Minus the mean objective over the ranked items, in units of the batch's item rewards."""
         args = self.args
-        objective = result.objective
-        if args.scale == "batch":
-            spread = rewards[item_mask].square().mean().sqrt()
-            objective = objective / spread if spread > 0 else objective
+        objective = result.objective / unit
         if weights is not None:
             objective = objective * weights
         per_item = -objective - args.entropy_coef * result.entropy
@@ -294,40 +335,59 @@ class FlexRecTrainer(RankingTrainer):
             metrics["kl"] = result.kl.detach()[item_mask].mean().item()
         return per_item[item_mask].mean(), metrics
 
-    def _position(self) -> tuple[int, int]:
-        """Which micro-batch of an update this is, and the how manieth update with these rankings."""
-        accumulation = self.args.gradient_accumulation_steps
-        slot = self._micro_step % accumulation
-        iteration = self._micro_step // accumulation % self.args.num_iterations
-        self._micro_step += 1
-        return slot, iteration
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        if self.args.num_iterations == 1:
-            return super()._get_train_sampler(train_dataset)
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        per_update = (
-            self.args.per_device_train_batch_size
-            * self.args.gradient_accumulation_steps
-            * self.accelerator.num_processes
+    def _reasoning_loss(
+        self,
+        slot: int,
+        states: RankingStates,
+        value: torch.Tensor,
+        unit: torch.Tensor | float,
+        weights: torch.Tensor | None,
+    ) -> LossAndMetrics:
+        """Summed over the tokens of the reasoning: each has the advantage of the ranking it led to, whose metric is
+        ``value`` (N,), against the mean of its prompt's, in the unit of the items' advantages."""
+        args, kept = self.args, self._kept[slot]
+        batch, temperature = kept.batch, self.args.temperature
+        assert batch.reasoning is not None
+        logprobs = reasoning_logprobs(states, batch, temperature=temperature)  # (N, R)
+        old = logprobs.detach() if kept.old_reasoning is None else kept.old_reasoning
+        self._kept[slot] = kept._replace(old_reasoning=old)
+        reference = None
+        if kept.ref_states is not None:
+            with torch.no_grad():
+                reference = reasoning_logprobs(kept.ref_states, batch, temperature=temperature)
+        scale = "none" if args.scale == "batch" else args.scale
+        advantages = item_advantages(value[:, None], args.num_generations, baseline="group", scale=scale) / unit
+        if weights is not None:
+            advantages = advantages * weights.mean(dim=1, keepdim=True)
+        loss, metrics = policy_loss(
+            logprobs,
+            old,
+            advantages[:, 0],
+            batch.reasoning_mask,
+            epsilon_low=args.epsilon_low,
+            epsilon_high=args.epsilon_high,
+            importance_level="token",
+            beta=args.beta,
+            ref_per_token_logps=reference,
+            loss_agg="sum",
         )
-        return _RepeatUpdates(len(dataset), per_update, self.args.num_iterations, self.args.seed)
+        names = ("ratio_mean", "kl") if reference is not None else ("ratio_mean",)
+        length = torch.from_numpy(batch.reasoning.lengths).float().mean()
+        return loss, {"reasoning/length": length, **{f"reasoning/{name}": metrics[name] for name in names}}
 
+    def _spread(self, values: torch.Tensor, item_mask: torch.Tensor) -> torch.Tensor:
+        """Root mean square of ``values`` (N, T) over the items of all processes; 1 where all are 0."""
+        squares = torch.stack([values[item_mask].double().square().sum(), item_mask.sum().double()])
+        total, count = self.accelerator.reduce(squares)
+        return torch.where(total > 0, (total / count.clamp(min=1)).sqrt(), 1.0).to(values.dtype)
 
-class _RepeatUpdates(Sampler):
-    """Random order in which the examples of each update come ``repeats`` times in a row."""
-
-    def __init__(self, size: int, per_update: int, repeats: int, seed: int) -> None:
-        if size < per_update:
-            raise ValueError(f"an update takes {per_update} examples, the data set has {size}")
-        self.size, self.per_update, self.repeats = size, per_update, repeats
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return self.size // self.per_update * self.per_update * self.repeats
-
-    def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self.size, generator=self._generator).tolist()
-        for start in range(0, self.size - self.per_update + 1, self.per_update):
-            for _ in range(self.repeats):
-                yield from order[start : start + self.per_update]
+    def _order_of(self, train_dataset: Any) -> EpochOrder:
+        if self.args.num_iterations == 1:
+            return super()._order_of(train_dataset)
+        per_process = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return EpochOrder(
+            len(train_dataset),
+            self.args.seed,
+            per_update=per_process * self.accelerator.num_processes,
+            repeats=self.args.num_iterations,
+        )

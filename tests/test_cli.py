@@ -44,10 +44,10 @@ def request(run, **changes):
     return {**base, **changes}
 
 
-def rank(run, tmp_path, lines):
+def rank(run, tmp_path, lines, *options):
     source, target = tmp_path / "requests.jsonl", tmp_path / "rankings.jsonl"
     source.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
-    code = main(["rank", "--run", str(run), "--input", str(source), "--output", str(target)])
+    code = main(["rank", "--run", str(run), "--input", str(source), "--output", str(target), *options])
     return code, [json.loads(line) for line in target.read_text().splitlines()]
 
 
@@ -152,6 +152,61 @@ def test_rank_knows_logged_users(run, tmp_path):
     assert code == 1
     assert "ranking" in answers[0]
     assert "nobody" in answers[1]["error"]
+
+
+def test_rank_decodes_as_asked(run, tmp_path):
+    """Greedily, by beams, by samples: what each says it does shows in its answers and their probabilities."""
+    catalogue = json.loads((run / "catalogue.json").read_text())
+    items = [{"id": i, "title": t} for i, t in zip(catalogue["ids"], catalogue["titles"], strict=True)]
+    lines = [request(run, candidates=items[n : n + 4]) for n in range(3, 15)]
+
+    def answers(*options):
+        folder = tmp_path / "_".join(("answers", *options))
+        folder.mkdir()
+        code, found = rank(run, folder, lines, *options)
+        assert code == 0
+        return [answer["ranking"] for answer in found]
+
+    def ids(rankings):
+        return [[entry["id"] for entry in ranking] for ranking in rankings]
+
+    def probabilities(rankings):
+        return np.array([np.prod([entry["probability"] for entry in ranking]) for ranking in rankings])
+
+    greedy, every_beam = answers(), answers("--num-beams", "24")
+    assert (probabilities(every_beam) >= probabilities(greedy) - 1e-5).all(), "four candidates have 24 rankings"
+    assert ids(answers("--num-beams", "1")) == ids(greedy)
+    assert ids(answers("--top-p", "1e-9")) == ids(greedy), "the nucleus is the most probable item alone"
+
+    best = answers("--best-of", "60", "--seed", "3")
+    assert best == answers("--best-of", "60", "--seed", "3", "--temperature", str(info_of(run)["temperature"]))
+    assert (probabilities(best) <= probabilities(every_beam) + 1e-5).all()
+    one = answers("--temperature", "5.0")
+    assert one == answers("--temperature", "5.0", "--seed", "0")
+    assert ids(one) != ids(answers("--temperature", "5.0", "--seed", "1"))
+    assert ids(one) != ids(greedy)
+    assert ids(answers("--num-ranked", "2")) == [ranking[:2] for ranking in ids(greedy)]
+
+
+def info_of(run):
+    return json.loads((run / "flexrec.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-beams", "2", "--best-of", "2"], "choose one of the two"),
+        (["--num-beams", "2", "--temperature", "1.0"], "choose one of the two"),
+        (["--temperature", "0"], "temperature must be positive"),
+        (["--top-p", "1.5"], "top_p must lie in (0, 1]"),
+    ],
+)
+def test_rank_refuses_what_contradicts_itself(tmp_path, capsys, options, message):
+    """Before anything is loaded: there is no such run."""
+    assert main(["rank", "--run", str(tmp_path), "--input", "-", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
 
 
 def test_rank_does_not_overwrite(run, tmp_path, capsys):

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from flexrec import rollout as rollouts
 from flexrec.policy import make_batch, ranking_scores, ranking_states
@@ -167,6 +176,25 @@ def test_num_ranked_stops_early():
     rollout = sample_rankings(model, PROMPTS[:2], SINGLE[:2], num_ranked=2, num_generations=2)
     assert rollout.rankings.shape == (4, 2)
     assert (rollout.rankings >= 0).all()
+
+
+def test_windows_that_padding_would_shift_are_refused():
+    """Rows without padding are decoded in windows as they are scored; with padding they would see too little."""
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=6)).eval()
+    prompts, candidates = [PROMPTS[0], PROMPTS[0][::-1]], [SINGLE[0], SINGLE[0]]
+    rollout = sample_rankings(model, prompts, candidates, num_generations=2)
+    batch = make_batch(prompts, candidates, rollout.rankings, num_generations=2)
+    with torch.no_grad():
+        scores = ranking_scores(ranking_states(model, batch), batch)
+    np.testing.assert_allclose(rollout.logprobs, scores.logprobs, atol=1e-5)
+    with pytest.raises(ValueError, match=r"no more than 6 tokens back, .* one at a time, or all together by generate"):
+        sample_rankings(model, PROMPTS, TITLES, separator=(50, 51), end=(52,))
+    one = sample_rankings(model, PROMPTS[:1], TITLES[:1], separator=(50, 51), end=(52,))
+    batch = make_batch(PROMPTS[:1], TITLES[:1], one.rankings, separator=(50, 51), end=(52,))
+    with torch.no_grad():
+        scores = ranking_scores(ranking_states(model, batch), batch)
+    np.testing.assert_allclose(one.logprobs, scores.logprobs, atol=1e-5)
 
 
 def test_training_mode_is_restored_and_errors_are_clear():

@@ -167,6 +167,56 @@ void test_a_rejected_token_is_undone_in_every_thread() {
   CHECK(state.rankings() == reference.rankings());
 }
 
+// Rankings that are walked one by one, each in a state of its own, do what rows of one state do.
+void test_stepping_states_together_is_stepping_their_rows() {
+  Generator random(3);
+  const Tries tries = random_tries(random, 40);
+  const auto grammar_of = [](const Tries& lists) {
+    return std::make_shared<const RankingGrammar>(lists, std::vector<std::int32_t>{20}, std::vector<std::int32_t>{21},
+                                                  flexrec::NumRanked{}, 1);
+  };
+  RankingState batch(grammar_of(tries));
+  std::vector<RankingState> single;
+  for (std::int64_t list = 0; list < tries->num_lists(); ++list) {
+    const flexrec::CandidateTokens& all = tries->candidates();
+    const std::int64_t* offsets = all.offsets_of(list);
+    std::vector<std::vector<std::int32_t>> sequences;
+    for (std::int32_t k = 0; k < tries->trie(list).num_candidates(); ++k) {
+      sequences.emplace_back(all.tokens.begin() + offsets[k], all.tokens.begin() + offsets[k + 1]);
+    }
+    single.emplace_back(grammar_of(single_list(sequences)));
+  }
+  std::vector<std::int64_t> tokens;
+  std::vector<std::int64_t> offsets(single.size() + 1, 0);
+  for (bool all_done = false; !all_done;) {
+    batch.advance(tokens.data(), offsets.data(), RankingState::OnRejected::kLose);
+    const flexrec::Csr allowed = batch.allowed();
+    flexrec::StepResult joint;
+    for (std::size_t i = 0; i < single.size(); ++i) {
+      flexrec::step(single[i], tokens.data(), offsets.data() + i, joint);
+    }
+    CHECK(joint.allowed.ids == allowed.ids && joint.allowed.offsets == allowed.offsets);
+    CHECK(joint.done == batch.done());
+    all_done = true;
+    tokens.clear();
+    for (std::size_t i = 0; i < single.size(); ++i) {
+      const std::int64_t low = allowed.offsets[i];
+      const std::int64_t high = allowed.offsets[i + 1];
+      const bool waits = uniform(random, 0, 3) == 0;
+      if (low < high && !waits) {
+        const auto at = static_cast<std::size_t>(uniform(random, static_cast<int>(low), static_cast<int>(high) - 1));
+        // Now and then a token that nothing allows: its row is lost, in both.
+        tokens.push_back(uniform(random, 0, 500) == 0 ? 99 : allowed.ids[at]);
+      }
+      all_done = all_done && low == high;
+      offsets[i + 1] = static_cast<std::int64_t>(tokens.size());
+    }
+  }
+  std::int64_t finished = 0;
+  for (std::size_t i = 0; i < single.size(); ++i) finished += single[i].done()[0];
+  CHECK(0 < finished && finished < static_cast<std::int64_t>(single.size()));
+}
+
 void test_bitmask() {
   const auto grammar =
       std::make_shared<const RankingGrammar>(single_list({{0}, {31}, {32}, {95}}), std::vector<std::int32_t>{},
@@ -229,6 +279,7 @@ void test_parallel_for() {
 
 int main() {
   test_parallel_for();
+  test_stepping_states_together_is_stepping_their_rows();
   test_bitmask();
   test_ambiguity();
   test_long_sequence();

@@ -68,8 +68,8 @@ def _linear_scores(w: np.ndarray, d: np.ndarray, inverse: float, k: int, row: np
         row[j] = (dk - d[j]) * (wk - w[j] * inverse)
 
 
-# The two means: sums in any order, hence several at once. Their loops begin at 0, as numba guards an index that could be
-# negative, and a guarded loop goes element by element.
+# The two means: sums in any order, hence several at once. Their loops begin at 0, as numba guards an index that could
+# be negative, and a guarded loop goes element by element.
 
 
 @njit(cache=True, fastmath={"reassoc", "contract"})

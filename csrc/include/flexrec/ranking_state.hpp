@@ -63,4 +63,15 @@ class RankingState {
   std::vector<std::int32_t> placed_;   // (N, max_num_ranked()) leaves by rank; undefined where open
 };
 
+// What rows may be continued with, and whether they are finished.
+struct StepResult {
+  Csr allowed{{}, {0}};
+  std::vector<std::uint8_t> done;
+};
+
+// Reads tokens[offsets[i]] .. tokens[offsets[i + 1] - 1] into row i of the state, as advance() with kLose, and appends
+// what the rows allow then to the result. For many small states, one after the other: rankings that come and go singly
+// have no batch of their own.
+void step(RankingState& state, const std::int64_t* tokens, const std::int64_t* offsets, StepResult& result);
+
 }  // namespace flexrec

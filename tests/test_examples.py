@@ -1,0 +1,75 @@
+"""The examples run as a user runs them, each in a process of its own."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from flexrec.adapters import load_model
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+DOCS = EXAMPLES.parent / "docs"
+
+
+def run(script, *arguments):
+    """What the example prints."""
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("more", [[], ["--all-actions"]])
+def test_plain_pytorch_learns(more):
+    shown = run("plain_pytorch.py", "--steps", "10", "--prompts", "32", *more)
+    before, *steps, after = [float(value) for value in re.findall(r"ndcg@5 (\S+)", shown)]
+    assert len(steps) == 10
+    assert after > before + 0.08, "on users never trained on"
+
+
+def test_lora_learns_and_saves_both_ways(tmp_path):
+    pytest.importorskip("peft")
+    shown = run("lora.py", "--output", str(tmp_path), "--steps", "6", "--prompts", "32")
+    before, supervised, reinforced = (float(value) for value in re.findall(r"ndcg@5 (\S+)", shown))
+    assert supervised > before + 0.05
+    assert reinforced > before + 0.05
+    adapters = load_model(tmp_path, AutoTokenizer.from_pretrained(tmp_path))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokens = torch.tensor([[3, 4, 400, 5]])
+    with torch.no_grad():
+        torch.testing.assert_close(adapters(tokens).logits, merged(tokens).logits, atol=1e-5, rtol=0)
+
+
+def test_lines_for_a_loop_of_ones_own_work_as_they_are_written():
+    """The page's code, in a loop around a model and two lists."""
+    (lines,) = re.findall(r"```python\n(.*?)```", (DOCS / "plain_loop.md").read_text(), re.DOTALL)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+    names = {
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2),
+        "prompts": [[1, 2, 3], [4, 5]],
+        "candidates": [[[10], [11], [12]], [[11], [12], [13]]],
+        "gains": torch.tensor([[0.0, 1.0, 0.5], [1.0, 0.0, 0.5]]),
+    }
+    for _ in range(30):
+        names["optimizer"].zero_grad()
+        exec(lines, names)
+    best = names["sample_rankings"](model, names["prompts"], names["candidates"], greedy=True).rankings
+    assert best.tolist() == [[1, 2, 0], [0, 2, 1]]
+
+
+def test_plain_pytorch_is_short_and_uses_no_trainer():
+    text = (EXAMPLES / "plain_pytorch.py").read_text()
+    assert len(text.splitlines()) < 120
+    assert not re.search(r"import.*\b(trainer|Trainer)", text)
