@@ -76,7 +76,8 @@ LOWEST := build/trl-$(LOWEST_TRL)
 
 test-lowest-trl: $(VENV)/installed $(LOWEST)/installed
 	PYTHONPATH="$(abspath $(LOWEST))" $(BIN)/python -c 'import trl; assert trl.__version__ == "$(LOWEST_TRL)"'
-	PYTHONPATH="$(abspath $(LOWEST))" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_trl.py
+	PYTHONPATH="$(abspath $(LOWEST))" OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n auto --dist loadfile $(wildcard tests/integrations/test_trl*.py)
 
 $(LOWEST)/installed: pyproject.toml
 	rm -rf $(LOWEST)
