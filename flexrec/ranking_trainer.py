@@ -50,8 +50,8 @@ class RankingTrainer(Trainer):
     ) -> None:
         if args.n_gpu > 1:
             raise ValueError(
-                f"one process was given {args.n_gpu} GPUs, among which transformers would split a batch of tensors, and "
-                f"this is none: start a process for each (accelerate launch), or set CUDA_VISIBLE_DEVICES to one"
+                f"one process was given {args.n_gpu} GPUs, among which transformers would split tensors, and examples "
+                f"are none: start a process for each (accelerate launch), or set CUDA_VISIBLE_DEVICES to one"
             )
         super().__init__(model, args, data_collator=collate_examples, train_dataset=train_dataset, **kwargs)
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:

@@ -216,3 +216,40 @@ def test_accelerate_reads_the_configurations(name):
     if name == "deepspeed_zero3":
         file = ROOT / config.deepspeed_config["deepspeed_config_file"]
         assert json.loads(file.read_text())["zero_optimization"]["stage"] == 3
+
+
+def stand_in(folder, name, text):
+    path = folder / name
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_slurm_starts_a_launcher_on_each_host(tmp_path):
+    """With stand-ins for Slurm's commands and for accelerate, which says what it was given."""
+    from accelerate.commands.launch import launch_command_parser
+
+    stand_in(tmp_path, "scontrol", "printf 'host1\\nhost2\\n'")
+    stand_in(tmp_path, "srun", 'shift; for id in 0 1; do SLURM_NODEID=$id "$@"; done')
+    stand_in(tmp_path, "accelerate", "printf '%s\\t' \"$@\"; echo")
+    job = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "host[1-2]"}
+
+    def submit():
+        script = [str(ROOT / "examples/slurm/train.sbatch"), str(CONFIGURATIONS / "fsdp2.yaml"), "run", "--steps", "9"]
+        environment = {**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            ["bash", *script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        commands = [line.rstrip("\t").split("\t") for line in done.stdout.splitlines()]
+        assert [command[0] for command in commands] == ["launch", "launch"]
+        return [launch_command_parser().parse_args(command[1:]) for command in commands]
+
+    for rank, arguments in enumerate(submit()):
+        assert (arguments.machine_rank, arguments.num_machines, arguments.num_processes) == (rank, 2, 16)
+        assert (arguments.main_process_ip, arguments.main_process_port) == ("host1", 24711)
+        assert arguments.no_python
+        assert arguments.training_script == "flexrec"
+        assert arguments.training_script_args == ["train", "--output", "run", "--save-every", "20", "--steps", "9"]
+    (tmp_path / "run").mkdir()
+    assert "--resume" not in submit()[0].training_script_args, "an empty folder"
+    (tmp_path / "run" / "log.jsonl").write_text("")
+    assert "--resume" in submit()[0].training_script_args

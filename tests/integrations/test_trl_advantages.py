@@ -1,4 +1,4 @@
-"""Advantages of items in TRL: those of FlexRecTrainer, of one process as of two, and at the right tokens of free text."""
+"""Advantages of items in TRL: those of FlexRecTrainer, in two processes as in one, at the right tokens of free text."""
 
 import os
 import socket
@@ -29,6 +29,7 @@ from tiny_trl import (
     GAINS,
     generate,
     logged,
+    make_model,
     make_rows,
     make_tokenizer,
     make_trainer,

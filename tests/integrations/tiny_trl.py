@@ -1,5 +1,7 @@
-"""What the tests of TRL share: a tiny model that trains on three short lists. As a script with a folder, this file is one
-of two processes that train together."""
+"""What the tests of TRL share: a tiny model that trains on three short lists.
+
+Run as a script with a folder, this file is one of two processes that train together.
+"""
 
 import sys
 
