@@ -63,8 +63,9 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "flexrec"
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(2, len(SWEEPS), figsize=(10, 5.5), sharey="row")
-    for column, size in enumerate(SWEEPS):
+    sizes = [size for size in SWEEPS if any(point["size"] == size for point in points)]  # of a run that was cut short
+    figure, panels = pyplot.subplots(2, len(sizes), figsize=(3.5 * len(sizes), 5.5), sharey="row", squeeze=False)
+    for column, size in enumerate(sizes):
         for method in TRAINERS:
             line = [p for p in points if p["size"] == size and p["method"] == method]
             at = [p["value"] for p in line]
