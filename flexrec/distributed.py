@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from flexrec.adapters import causal_lm
 
@@ -147,7 +148,7 @@ def whole_state_dict(model: Any) -> dict[str, Tensor]:
     """The state of ``model`` with whole parameters, on the CPU, in every process. All processes call this together."""
     if is_fsdp(model):
         state = model.state_dict()
-        return {name: getattr(value, "full_tensor", lambda v=value: v)().cpu() for name, value in state.items()}
+        return {n: (value.full_tensor() if isinstance(value, DTensor) else value).cpu() for n, value in state.items()}
     with whole_model(model) as inside:
         return {name: value.detach().cpu().clone() for name, value in inside.state_dict().items()}
 
@@ -155,7 +156,7 @@ def whole_state_dict(model: Any) -> dict[str, Tensor]:
 def place_reference(reference: Any, accelerator: Any) -> Any:
     """``reference``, a model that is not trained, where the accelerator's models are, and spread as they are."""
     reference = reference.eval().requires_grad_(False)
-    if accelerator.is_fsdp2:
+    if getattr(accelerator, "is_fsdp2", False):
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
         return fsdp2_prepare_model(accelerator, reference)

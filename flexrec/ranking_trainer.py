@@ -54,7 +54,7 @@ class RankingTrainer(Trainer):
                 f"are none: start a process for each (accelerate launch), or set CUDA_VISIBLE_DEVICES to one"
             )
         super().__init__(model, args, data_collator=collate_examples, train_dataset=train_dataset, **kwargs)
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
             raise ValueError(
                 "the output layer is used outside of the model's forward pass, which FSDP allows in its version 2 "
                 "only: set fsdp_version: 2 in the configuration of accelerate, or fsdp_config={'version': 2}"
