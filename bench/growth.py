@@ -1,10 +1,11 @@
 """How a training step grows with candidates, generations and prompt length, ours and TRL's: speed and memory.
 
-    python bench/growth.py --output DIR            growth.json and growth.svg; some minutes on two cores
+    python bench/growth.py --output DIR            growth.json and growth.svg; half an hour on two cores
     python bench/growth.py --output DIR --only plot     the figure anew, from growth.json
 
 One size changes at a time, the others stay as the file says; the model has the embedded default's shape. Seconds are
 the faster of two steps after a first one, memory is that of the first besides the model and its optimiser's state.
+Points that growth.json already holds are kept, so that a run that was cut short goes on.
 """
 
 from __future__ import annotations
@@ -45,11 +46,14 @@ def measured(method: str, task: TrainingTask) -> dict[str, Any]:
 
 def sweep(path: Path) -> list[dict[str, Any]]:
     """Every point, written to ``path`` as it comes."""
-    points: list[dict[str, Any]] = []
+    points: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+    known = {(point["size"], point["value"], point["method"]) for point in points}
     for size, values in SWEEPS.items():
         for value in values:
             task = BASE.varied(**{size: value})
             for method in TRAINERS:
+                if (size, value, method) in known:
+                    continue
                 points.append({"size": size, "value": value, "method": method, **measured(method, task)})
                 path.write_text(json.dumps(points, indent=1) + "\n")
                 print(points[-1], flush=True)

@@ -5,9 +5,10 @@
     python bench/time_to_quality.py RUN --output DIR --only plot    the figure anew, from the two curves
 
 The second command loads RUN's base (the model after the format stage), trains it by TRL's GRPOTrainer with the list's
-NDCG as its reward, evaluates it on the same test lists after every few steps, and draws both curves. Evaluation counts
-for neither. FlexRec's seconds are wall-clock from the base on, its supervised warm-up included; TRL's are the
-processor's, which wall-clock cannot fall below in a process of one thread (run both with OMP_NUM_THREADS=1).
+NDCG as its reward (of the same gains, the critic's among them), evaluates it on the same test lists after every few
+steps, and draws both curves. Evaluation counts for neither. FlexRec's seconds are wall-clock from the base on, its
+supervised warm-up included; TRL's are the processor's, which wall-clock cannot fall below in a process of one thread
+(run both with OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.peer_trl import grpo_trainer
+from flexrec.critic import Critic
 from flexrec.evaluation import rank_metrics
 from flexrec.experiment import load_dataset
 from flexrec.needs import get_need
@@ -71,7 +73,9 @@ def train_with_trl(run: Path, output: Path, steps: int, prompts: int, generation
     )
     dataset = load_dataset(info.dataset, info.data, info.seed)
     needs = [get_need(name) for name in info.needs]
-    task = RankingTask(dataset.catalogue, needs, builder)
+    # TRL gets what FlexRec gets: the same base, prompts and gains, missing ones filled in by the same critic.
+    critic = Critic.fit(dataset.log, dataset.catalogue, seed=info.seed) if dataset.unobserved == "critic" else None
+    task = RankingTask(dataset.catalogue, needs, builder, critic)
     tests = [task.test_example(lst, need) for need in needs for lst in dataset.test]
     training = TrainingExamples(task, dataset.train, resample=dataset.resample, seed=info.seed)
     examples = [training[i] for i in range(min(len(training), steps * prompts))]
@@ -127,14 +131,26 @@ def time_to_reach(curve: list[dict[str, Any]], quality: float, clock: str) -> fl
 
 
 def verdict(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
-    """How long FlexRec takes to where TRL ended, or was stopped."""
+    """How long FlexRec takes to where TRL ended (or was stopped), and to the best that TRL reached on the way."""
     last = theirs[-1]
-    needed = time_to_reach(ours, last["ndcg@5"], "seconds")
-    ended = f"TRL after {last['step']} steps, {last['cpu_seconds']:.0f} s: NDCG@5 {last['ndcg@5']:.3f}. "
+    best = max(theirs, key=lambda point: point["ndcg@5"])
+    lines = [f"TRL after {last['step']} steps, {last['cpu_seconds']:.0f} s: NDCG@5 {last['ndcg@5']:.3f}. "]
+    lines[0] += _reached(ours, last)
+    if best is not last:
+        lines.append(
+            f"TRL's best, after {best['step']} steps, {best['cpu_seconds']:.0f} s: NDCG@5 {best['ndcg@5']:.3f}. "
+        )
+        lines[1] += _reached(ours, best)
+    return "\n".join(lines)
+
+
+def _reached(ours: list[dict[str, Any]], point: dict[str, Any]) -> str:
+    needed = time_to_reach(ours, point["ndcg@5"], "seconds")
     if needed is None:
-        return ended + f"FlexRec ended at {ours[-1]['ndcg@5']:.3f}, below it."
-    share = needed / last["cpu_seconds"]
-    return ended + f"FlexRec was there at its evaluation after {needed:.0f} s ({share:.1%} of the time)."
+        return f"FlexRec ended at {ours[-1]['ndcg@5']:.3f}, below it."
+    return (
+        f"FlexRec was there at its evaluation after {needed:.0f} s ({needed / point['cpu_seconds']:.1%} of the time)."
+    )
 
 
 def draw(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -162,7 +178,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--every", type=int, default=25, help="evaluate every so many steps")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of TRL, cosine to 0")
     parser.add_argument("--only", choices=["plot"], help="draw the curves that --output holds, train nothing")
     arguments = parser.parse_args()
     output = arguments.output

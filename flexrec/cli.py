@@ -102,6 +102,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--entropy-coef", type=float, metavar="X", help="weight of the entropy bonus (paper: 0.005)")
     train.add_argument(
+        "--bf16",
+        action="store_true",
+        help="compute in bfloat16, for GPUs; what is trained stays in float32",
+    )
+    train.add_argument(
         "--lora",
         type=_positive,
         metavar="RANK",

@@ -217,6 +217,8 @@ def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, lear
         "warmup_steps": min(10, steps // 4),
         "weight_decay": 0.01,
         "max_grad_norm": 1.0,
+        "bf16": config.bf16,
+        "use_cpu": not torch.cuda.is_available(),
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

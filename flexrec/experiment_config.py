@@ -41,6 +41,7 @@ class ExperimentConfig:
     temperature: float = 0.3
     num_ranked: int | None = None
     listwise_baseline: bool = True
+    bf16: bool = False  # compute in bfloat16, keep what is trained in float32
     lora: int | None = None  # rank of the adapters that are trained in all stages; default: the whole model is trained
     lora_alpha: int | None = None
     lora_targets: tuple[str, ...] | None = None

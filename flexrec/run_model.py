@@ -42,9 +42,12 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
                 f"--model {config.model!r} holds adapters: give a whole model, such as a run with --lora-save merged"
             )
         name = str(folder.absolute()) if folder.is_dir() else config.model  # adapters remember it
+        # What is trained is kept in float32: in bfloat16 a parameter of 0.02 does not change by steps of 5e-5. What
+        # LoRA leaves alone may stay as it was saved.
+        dtype = torch.float32 if config.lora is None else "auto"
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         except (OSError, ValueError) as error:
             raise ValueError(f"--model {config.model!r} cannot be loaded: {error}") from error
         if encoding == "item_token":
