@@ -15,16 +15,21 @@ import torch
 
 from bench.inputs import SMALL
 from bench.measure import peak_bytes, restart_peak
-from bench.training_task import DEFAULT, ROLLOUTS, TRAINERS, TrainingTask, one_step
+from bench.training_task import DEFAULT, DEVICE, QWEN, ROLLOUTS, TRAINERS, TrainingTask, one_step
 
-CPU = torch.device("cpu")
-# Smaller than a step of training usually is: generate with a prefix function takes half a minute for one.
-ROLLOUT_TASK = DEFAULT if SMALL else DEFAULT.varied(prompts=4)
+# A model of half a billion parameters needs a GPU.
+TASKS = [DEFAULT, QWEN] if SMALL or DEVICE.type == "cuda" else [DEFAULT]
 
 
-@pytest.fixture(scope="module", params=["labels", "titles"])
+@pytest.fixture(
+    scope="module",
+    params=[(task, encoding) for task in TASKS for encoding in ("labels", "titles")],
+    ids=lambda p: f"{p[0].model_name}-{p[1]}",
+)
 def task(request: pytest.FixtureRequest) -> TrainingTask:
-    return ROLLOUT_TASK.varied(encoding=request.param)
+    task, encoding = request.param
+    # Smaller than a step of training usually is: generate with a prefix function takes half a minute for one.
+    return task.varied(encoding=encoding) if SMALL else task.varied(encoding=encoding, prompts=4)
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +48,13 @@ def test_rollout(benchmark: Any, task: TrainingTask, model: Any, method: str) ->
     )
 
 
+@pytest.mark.parametrize("training_task", TASKS, ids=[task.model_name for task in TASKS])
 @pytest.mark.parametrize("method", TRAINERS)
-def test_training_step(benchmark: Any, method: str) -> None:
+def test_training_step(benchmark: Any, training_task: TrainingTask, method: str) -> None:
     if method == "trl_grpo":
         pytest.importorskip("trl", reason="trl is not installed")
-    with one_step(method, DEFAULT) as step:
-        measure_seconds(benchmark, "training step", DEFAULT, method, step, 2)
+    with one_step(method, training_task) as step:
+        measure_seconds(benchmark, "training step", training_task, method, step, 2)
 
 
 def measure_seconds(
@@ -65,11 +71,17 @@ def measure_seconds(
 
     def begin() -> None:
         gc.collect()
-        before[0] = restart_peak(CPU)
+        before[0] = restart_peak(DEVICE)
+
+    def whole() -> Any:
+        result = work()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return result
 
     benchmark.group = f"{op}, {task.shape}"
-    outputs = benchmark.pedantic(work, setup=begin, rounds=1 if SMALL else rounds)
-    peak = None if before[0] is None else max(0, peak_bytes(CPU) - before[0])
+    outputs = benchmark.pedantic(whole, setup=begin, rounds=1 if SMALL else rounds)
+    peak = None if before[0] is None else max(0, peak_bytes(DEVICE) - before[0])
     if check is not None:
         check(outputs)
     benchmark.extra_info |= {"op": op, "shape": task.shape, "method": method, "peak_memory": peak}

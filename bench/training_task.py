@@ -1,7 +1,8 @@
 """A made-up ranking task, and whole rollouts and training steps on it: ours, transformers' and TRL's.
 
-Prompts, candidates and gains are random, the model has the embedded default's shape and random weights: speed depends
-on none of them. Everybody gets the same model, prompts, candidates, number of generations and dtype.
+Prompts, candidates and gains are random, and so are the weights of the model, which has the embedded default's shape
+or, on a GPU, that of Qwen2.5-0.5B: speed depends on none of them. Everybody gets the same model, prompts, candidates,
+number of generations and dtype.
 """
 
 from __future__ import annotations
@@ -9,13 +10,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PrinterCallback,
+    Qwen2Config,
+)
 
 from bench import peers_rankings
 from bench.inputs import SMALL
@@ -26,9 +33,41 @@ from flexrec.rollout import sample_rankings
 from flexrec.task import Example
 from flexrec.trainer import FlexRecConfig, FlexRecTrainer
 
-VOCABULARY = 5_000
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SPECIAL = 3  # padding, separator, end of sequence
 PAD, SEPARATOR, END = range(SPECIAL)
+IDS = {"pad_token_id": PAD, "bos_token_id": None, "eos_token_id": END}
+
+
+def embedded_shape(layers: int = 3, hidden_size: int = 128) -> PretrainedConfig:
+    return LlamaConfig(
+        vocab_size=5_000,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        **IDS,
+    )
+
+
+def qwen_shape(
+    layers: int = 24, hidden_size: int = 896, heads: int = 14, vocabulary: int = 151_936
+) -> PretrainedConfig:
+    """Qwen2.5-0.5B, or a smaller one."""
+    return Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden_size,
+        intermediate_size=4864 * hidden_size // 896,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=2,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=True,
+        **IDS,
+    )
 
 
 @dataclass(frozen=True)
@@ -41,8 +80,9 @@ class TrainingTask:
     num_generations: int = 8
     candidates: int = 30
     prompt_length: int = 150
-    layers: int = 3
-    hidden_size: int = 128
+    model_name: str = "embedded"
+    config: PretrainedConfig = field(default_factory=embedded_shape)
+    dtype: torch.dtype = torch.float32
 
     @property
     def rankings(self) -> int:
@@ -50,7 +90,9 @@ class TrainingTask:
 
     @property
     def shape(self) -> str:
-        return f"{self.prompts} prompts of {self.prompt_length} tokens x {self.num_generations}, K={self.candidates}"
+        name = "" if self.model_name == "embedded" else f", {self.model_name}"
+        rows = f"{self.prompts} prompts of {self.prompt_length} tokens x {self.num_generations}"
+        return f"{rows}, K={self.candidates}{name}"
 
     @property
     def separator(self) -> list[int]:
@@ -68,7 +110,7 @@ class TrainingTask:
         rng = np.random.default_rng(0)
         return [
             Example(
-                prompt=rng.integers(SPECIAL, VOCABULARY, self.prompt_length).tolist(),
+                prompt=rng.integers(SPECIAL, self.config.vocab_size, self.prompt_length).tolist(),
                 candidates=self._candidates(rng),
                 gains=rng.random(self.candidates).astype(np.float32),
                 variance=np.zeros(self.candidates, dtype=np.float32),
@@ -87,30 +129,17 @@ class TrainingTask:
             for example in self.examples
         )
 
-    def model(self) -> LlamaForCausalLM:
+    def model(self) -> Any:
         torch.manual_seed(0)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=self.hidden_size,
-                intermediate_size=3 * self.hidden_size,
-                num_hidden_layers=self.layers,
-                num_attention_heads=4,
-                num_key_value_heads=4,
-                max_position_embeddings=8192,
-                tie_word_embeddings=True,
-                pad_token_id=PAD,
-                bos_token_id=None,
-                eos_token_id=END,
-            )
-        )
+        return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).to(DEVICE)
 
     def _candidates(self, rng: np.random.Generator) -> list[list[int]]:
-        first = rng.choice(np.arange(SPECIAL, VOCABULARY), self.candidates, replace=False)
+        vocabulary = self.config.vocab_size
+        first = rng.choice(np.arange(SPECIAL, vocabulary), self.candidates, replace=False)
         if self.encoding == "items":
             return [[int(token)] for token in first]
         if self.encoding == "titles":  # their first tokens differ, as those of titles mostly do
-            return [[int(token), *rng.integers(SPECIAL, VOCABULARY, rng.integers(12)).tolist()] for token in first]
+            return [[int(token), *rng.integers(SPECIAL, vocabulary, rng.integers(12)).tolist()] for token in first]
         opening, closing, *digits = first[:12] if self.candidates >= 12 else range(SPECIAL, SPECIAL + 12)
         return [
             [int(opening), *(int(digits[int(c)]) for c in str(k)), int(closing)] for k in range(1, self.candidates + 1)
@@ -162,7 +191,7 @@ def generate_with_prefix_function(task: TrainingTask, model: Any) -> np.ndarray:
 
 
 def _generate(task: TrainingTask, model: Any, max_new_tokens: int, **constraint: Any) -> torch.Tensor:
-    prompts = torch.tensor([example.prompt for example in task.examples])
+    prompts = torch.tensor([example.prompt for example in task.examples], device=DEVICE)
     with torch.no_grad():
         return model.eval().generate(
             prompts,
@@ -236,6 +265,10 @@ def one_step(method: str, task: TrainingTask) -> Iterator[Callable[[], Any]]:
 
 
 if SMALL:
-    DEFAULT = TrainingTask(prompts=2, num_generations=2, candidates=4, prompt_length=12, layers=1, hidden_size=32)
+    DEFAULT = TrainingTask(
+        prompts=2, num_generations=2, candidates=4, prompt_length=12, config=embedded_shape(layers=1, hidden_size=32)
+    )
+    QWEN = DEFAULT.varied(model_name="Qwen2.5", config=qwen_shape(layers=1, hidden_size=32, heads=4, vocabulary=5_000))
 else:
     DEFAULT = TrainingTask()
+    QWEN = DEFAULT.varied(model_name="Qwen2.5-0.5B", config=qwen_shape(), dtype=torch.bfloat16)
