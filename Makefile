@@ -15,11 +15,12 @@ STEPS := $(if $(QUICK),--warmup-steps 8 --listwise-steps 8 --steps 8 --no-listwi
 # make test-core: the C++ core under sanitizers       make bench: speed against peers
 # make test-oldest-triton: the Triton tests with the oldest Triton that pyproject.toml allows; with COMPILE=1 it compiles
 #                          every kernel for every GPU too, which takes some minutes
+# make test-lowest: the core with the lowest versions of transformers, accelerate, NumPy and numba that it allows
 # make test-verl, make test-openrlhf: the adapters inside the real packages, without GPU and engine
 # make test-vllm: the logits processor inside vLLM's server on a CPU
 # make test-lowest-trl: the tests of TRL with the lowest version that pyproject.toml allows
 # make kernels: docs/kernels.md anew                  make gpu-dry-run: bench/gpu.sh as far as a CPU can
-.PHONY: quickstart test test-oldest-triton test-lowest-trl test-verl test-openrlhf test-vllm test-core lint format bench kernels gpu-dry-run clean
+.PHONY: quickstart test test-lowest test-oldest-triton test-lowest-trl test-verl test-openrlhf test-vllm test-core lint format bench kernels gpu-dry-run clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/flexrec train --dataset simulated $(STEPS) --output $(RUN)
@@ -39,6 +40,23 @@ test-oldest-triton: $(VENV)/installed $(OLDEST)/installed
 $(OLDEST)/installed: pyproject.toml
 	rm -rf $(OLDEST)
 	$(BIN)/python -m pip install --quiet --target $(OLDEST) --no-deps triton==$(OLDEST_TRITON) "numpy<2.4"
+	touch $@
+
+# The core with the lowest versions that pyproject.toml allows (of torch the one of constraints.txt, as there is no older
+# CPU build in the package index), in an environment of its own: vLLM and verl ask for older ones than the newest.
+# NumPy 1.26 has no wheels for Python 3.13.
+LOWEST_CORE := build/lowest
+
+test-lowest: $(LOWEST_CORE)/installed
+	OMP_NUM_THREADS=1 $(LOWEST_CORE)/bin/python -m pytest -n auto --dist loadfile $(addprefix tests/test_,$(addsuffix .py,\
+		beams cli decoding packing policy reasoning rollout trainer unmoved_policy)) tests/ops/test_swap_rewards.py
+
+$(LOWEST_CORE)/installed: pyproject.toml constraints.txt $(CORE)
+	rm -rf $(LOWEST_CORE)
+	$(PYTHON) -m venv $(LOWEST_CORE)
+	grep "^torch==" constraints.txt > $(LOWEST_CORE)/constraints.txt
+	sed -n 's/^ *"\([a-z]*\)>=\([0-9.]*\)",$$/\1==\2/p' pyproject.toml | grep -v "^torch==" >> $(LOWEST_CORE)/constraints.txt
+	$(LOWEST_CORE)/bin/python -m pip install --quiet -c $(LOWEST_CORE)/constraints.txt -e . pytest pytest-xdist hypothesis
 	touch $@
 
 # verl and what it needs lie in front of the installed packages. Ray, which a test starts, takes its token from here.

@@ -10,18 +10,24 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from flexrec.decoding import RankingLogitsProcessor
 from flexrec.metrics import ranking_metric
 from flexrec.rankings import parse_rankings
 from flexrec.task import Example
 
 
-def numbers_tokenizer(vocab_size: int, eos_token_id: int, pad_token_id: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose words are the decimal ids themselves: TRL takes text, and this text loses nothing."""
-    vocabulary = {str(i): i for i in range(vocab_size)}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token=str(pad_token_id)))
+def as_text(tokens: Sequence[int]) -> str:
+    """Words that :func:`ids_tokenizer` reads as the same tokens: TRL takes text, and this text loses nothing."""
+    return " ".join(f"<{token}>" for token in tokens)
+
+
+def ids_tokenizer(vocab_size: int, eos_token_id: int, pad_token_id: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose words are "<0>", "<1>", ..; in brackets, as special tokens are cut out of longer words."""
+    vocabulary = {as_text([i]): i for i in range(vocab_size)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=as_text([pad_token_id])))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=str(eos_token_id), pad_token=str(pad_token_id), padding_side="left"
+        tokenizer_object=core, eos_token=as_text([eos_token_id]), pad_token=as_text([pad_token_id]), padding_side="left"
     )
 
 
@@ -58,6 +64,7 @@ def grpo_trainer(
     prompts_per_step: int,
     num_generations: int,
     answer_length: int,
+    constrained: bool = False,
     steps: int,
     learning_rate: float = 1e-4,
     temperature: float = 1.0,
@@ -65,14 +72,17 @@ def grpo_trainer(
     callbacks: Sequence[Any] = (),
     output_dir: str,
 ) -> Any:
-    """A GRPOTrainer that samples ``answer_length`` tokens for each of the examples' prompts; lists of equal length."""
+    """A GRPOTrainer that samples ``answer_length`` tokens for each of the examples' prompts; lists of equal length.
+
+    TRL samples free text. ``constrained`` gives it what it has no option for: a model that generates rankings only.
+    """
     import pyarrow
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     rows = [
         {
-            "prompt": " ".join(map(str, example.prompt)),
+            "prompt": as_text(example.prompt),
             "candidates": [list(sequence) for sequence in example.candidates],
             "gains": [float(gain) for gain in example.gains],
         }
@@ -84,7 +94,8 @@ def grpo_trainer(
         per_device_train_batch_size=prompts_per_step * num_generations,
         num_generations=num_generations,
         max_completion_length=answer_length,
-        generation_kwargs={"min_new_tokens": answer_length},  # the lengths of a constrained answer
+        # Free text gets the length of a constrained answer.
+        generation_kwargs=None if constrained else {"min_new_tokens": answer_length},
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(10, steps // 4),
@@ -101,7 +112,9 @@ def grpo_trainer(
         seed=seed,
     )
     config = model.config
-    tokenizer = numbers_tokenizer(config.vocab_size, config.eos_token_id, config.pad_token_id)
+    if constrained:
+        _generate_rankings_only(model, examples, separator, end)
+    tokenizer = ids_tokenizer(config.vocab_size, config.eos_token_id, config.pad_token_id)
     return GRPOTrainer(
         model=model,
         reward_funcs=RankingMetricReward(metric, separator, end),
@@ -111,3 +124,28 @@ def grpo_trainer(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
+
+
+def _generate_rankings_only(
+    model: Any, examples: Sequence[Example], separator: Sequence[int], end: Sequence[int]
+) -> None:
+    """Give ``model.generate`` the candidates of each prompt, which it is called with."""
+    candidates = {tuple(example.prompt): example.candidates for example in examples}
+    for example in examples:
+        if sorted(candidates[tuple(example.prompt)]) != sorted(example.candidates):
+            raise ValueError("two lists have the same prompt and other candidates: which are meant cannot be told")
+    generate = model.generate
+
+    def constrained(input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
+        prompts = [tuple(row[mask.bool()].tolist()) for row, mask in zip(input_ids, attention_mask, strict=True)]
+        processor = RankingLogitsProcessor(
+            [candidates[prompt] for prompt in prompts],
+            separator=separator,
+            end=end,
+            prompt_length=input_ids.shape[1],
+            eos_token_id=model.config.eos_token_id,
+            reuse_scores=True,
+        )
+        return generate(input_ids=input_ids, attention_mask=attention_mask, logits_processor=[processor], **options)
+
+    model.generate = constrained

@@ -1,14 +1,15 @@
 """NDCG@5 over seconds of training: a run of ``flexrec train`` against TRL's GRPO from the same base.
 
     flexrec train --dataset movielens --data DIR --need interest --eval-every 5 --no-listwise-baseline --output RUN
-    python bench/time_to_quality.py RUN --output DIR                the better part of an hour
-    python bench/time_to_quality.py RUN --output DIR --only plot    the figure anew, from the two curves
+    python bench/time_to_quality.py RUN --output DIR                    an hour or two
+    python bench/time_to_quality.py RUN --output DIR --answers free     a further curve: TRL as it comes
+    python bench/time_to_quality.py RUN --output DIR --only plot        the figure anew, from the curves
 
 The second command loads RUN's base (the model after the format stage), trains it by TRL's GRPOTrainer with the list's
-NDCG as its reward (of the same gains, the critic's among them), evaluates it on the same test lists after every few
-steps, and draws both curves. Evaluation counts for neither. FlexRec's seconds are wall-clock from the base on, its
-supervised warm-up included; TRL's are the processor's, which wall-clock cannot fall below in a process of one thread
-(run both with OMP_NUM_THREADS=1).
+NDCG as its reward (of the same gains, the critic's among them; its rollouts constrained as ours are), evaluates it on
+the same test lists after every few steps, and draws both curves. Evaluation counts for neither. FlexRec's seconds are
+wall-clock from the base on, its supervised warm-up included; TRL's are the processor's, which wall-clock cannot fall
+below in a process of one thread (run both with OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ from flexrec.needs import get_need
 from flexrec.prompts import PromptBuilder
 from flexrec.ranker import RunInfo, rank_examples
 from flexrec.task import RankingTask, TrainingExamples
+
+# What TRL's policy samples. TRL itself samples free text; the base, which saw its candidates in no prompt, then hardly
+# ever names one, so that most of a ranking is the repair of what it left out.
+ANSWERS = {"constrained": "rankings only", "free": "free text"}
 
 
 class _Curve(TrainerCallback):
@@ -61,7 +66,9 @@ class _Curve(TrainerCallback):
         self.cpu += time.process_time() - cpu
 
 
-def train_with_trl(run: Path, output: Path, steps: int, prompts: int, generations: int, every: int, lr: float) -> None:
+def train_with_trl(
+    run: Path, output: Path, answers: str, steps: int, prompts: int, generations: int, every: int, lr: float
+) -> None:
     """Writes the curve to ``output`` as it goes."""
     info = RunInfo.load(run / "base")
     model = AutoModelForCausalLM.from_pretrained(run / "base")
@@ -100,6 +107,7 @@ def train_with_trl(run: Path, output: Path, steps: int, prompts: int, generation
         prompts_per_step=prompts,
         num_generations=generations,
         answer_length=items * (longest + len(builder.separator)),
+        constrained=answers == "constrained",
         steps=steps,
         learning_rate=lr,
         seed=info.seed,
@@ -153,7 +161,8 @@ def _reached(ours: list[dict[str, Any]], point: dict[str, Any]) -> str:
     )
 
 
-def draw(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], title: str, path: Path) -> None:
+def draw(ours: list[dict[str, Any]], trl: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
+    """``trl``: a curve for each kind of answers."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -161,9 +170,9 @@ def draw(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], title: str, p
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    for name, curve, clock in (("FlexRec", ours, "seconds"), ("TRL GRPO, NDCG as reward", theirs, "cpu_seconds")):
+    curves = [("FlexRec", ours, "seconds"), *((f"TRL GRPO, {name}", c, "cpu_seconds") for name, c in trl.items())]
+    for name, curve, clock in curves:
         axes.plot([p[clock] for p in curve], [p["ndcg@5"] for p in curve], marker="o", markersize=3, label=name)
-    axes.axhline(theirs[-1]["ndcg@5"], color="black", linewidth=0.8, linestyle=":")
     axes.set(xlabel="seconds of training from the same base", ylabel="NDCG@5 on users never trained on", title=title)
     axes.legend()
     figure.tight_layout()
@@ -173,7 +182,8 @@ def draw(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], title: str, p
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run of `flexrec train --eval-every N`")
-    parser.add_argument("--output", type=Path, required=True, help="folder for trl.json, flexrec.json and the figure")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the curves and the figure")
+    parser.add_argument("--answers", choices=list(ANSWERS), default="constrained", help="what TRL samples")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--generations", type=int, default=8)
@@ -188,16 +198,20 @@ def main() -> None:
         (output / "flexrec.json").write_text(json.dumps(curve, indent=1) + "\n")
         train_with_trl(
             arguments.run,
-            output / "trl.json",
+            output / f"trl_{arguments.answers}.json",
+            arguments.answers,
             arguments.steps,
             arguments.prompts,
             arguments.generations,
             arguments.every,
             arguments.learning_rate,
         )
-    ours, theirs = (json.loads((output / f"{name}.json").read_text()) for name in ("flexrec", "trl"))
-    draw(ours, theirs, RunInfo.load(arguments.run / "base").dataset, output / "time_to_quality.svg")
-    print(verdict(ours, theirs))
+    ours = json.loads((output / "flexrec.json").read_text())
+    files = {description: output / f"trl_{answers}.json" for answers, description in ANSWERS.items()}
+    trl = {description: json.loads(file.read_text()) for description, file in files.items() if file.is_file()}
+    draw(ours, trl, RunInfo.load(arguments.run / "base").dataset, output / "time_to_quality.svg")
+    for description, theirs in trl.items():
+        print(f"{description}: {verdict(ours, theirs)}")
 
 
 if __name__ == "__main__":

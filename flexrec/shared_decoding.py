@@ -168,12 +168,15 @@ class SharedDecoder:
 class _GrowingLayer(DynamicLayer):
     """A cache layer that doubles when it is full, where the base class copies all it holds for every new token."""
 
+    keys: Any  # None, then (B, H, columns so far, head size); its own lazy_initialization differs between versions
+    values: Any
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append (B, H, W, head size) states; returns all states so far."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        if self.keys is None:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
             self._room: tuple[torch.Tensor, torch.Tensor] | None = None
         used = self.keys.shape[2]
