@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from flexrec.adapters import ADAPTER_FILE, has_adapters
 from flexrec.distributed import whole_model
 from flexrec.policy import RankingBatch, make_batch
 from flexrec.profiling import ProfileSteps, active_profile, span
@@ -120,6 +122,14 @@ class RankingTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with span("backward"):  # and the loss, which has spans of its own
             return super().training_step(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        adapted = self.model if model is None else model
+        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if has_adapters(adapted) and not spread and (Path(resume_from_checkpoint) / ADAPTER_FILE).is_file():
+            # Where a checkpoint has a second adapter, older versions of transformers leave the first as it was.
+            adapted.load_adapter(resume_from_checkpoint, adapted.active_adapter, is_trainable=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         means = {name: sum(values) / len(values) for name, values in self._step_metrics.items()}
