@@ -7,6 +7,7 @@ number of generations and dtype.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -131,7 +132,8 @@ class TrainingTask:
 
     def model(self) -> Any:
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).to(DEVICE)
+        config = copy.deepcopy(self.config)  # trainers write into it: transformers' switches the cache off
+        return AutoModelForCausalLM.from_config(config, dtype=self.dtype).to(DEVICE)
 
     def _candidates(self, rng: np.random.Generator) -> list[list[int]]:
         vocabulary = self.config.vocab_size
