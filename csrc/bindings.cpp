@@ -228,12 +228,12 @@ py::tuple parse_rankings(const flexrec::RankingGrammar& grammar, const Int64Arra
                         to_array(std::move(parsed.item_ids)));
 }
 
-py::tuple encode_rankings(const flexrec::RankingGrammar& grammar, const Int64Array& rankings) {
+py::tuple encode_rankings(const flexrec::RankingGrammar& grammar, const Int64Array& rankings, bool with_allowed) {
   const std::int64_t* data = rankings.data();
   const std::int64_t width = rankings.shape(1);
   flexrec::EncodedBatch encoded = [&] {
     const py::gil_scoped_release release;
-    return flexrec::encode_rankings(grammar, data, width);
+    return flexrec::encode_rankings(grammar, data, width, with_allowed);
   }();
   return py::make_tuple(to_array(std::move(encoded.tokens)), to_array(std::move(encoded.offsets)),
                         to_array(std::move(encoded.item_ids)), to_array(std::move(encoded.decision_rows)),
@@ -301,7 +301,8 @@ PYBIND11_MODULE(_core, module) {
              py::arg("offsets").noconvert());
   module.def("parse_rankings", &parse_rankings, py::arg("grammar"), py::arg("tokens").noconvert(),
              py::arg("offsets").noconvert());
-  module.def("encode_rankings", &encode_rankings, py::arg("grammar"), py::arg("rankings").noconvert());
+  module.def("encode_rankings", &encode_rankings, py::arg("grammar"), py::arg("rankings").noconvert(),
+             py::arg("with_allowed"));
   module.def("inverse_permutation", &inverse_permutation, py::arg("rankings").noconvert(),
              py::arg("num_candidates").noconvert());
   module.def("check_permutations", &check_permutations, py::arg("rankings").noconvert(),

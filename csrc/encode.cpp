@@ -32,8 +32,8 @@ void append_decision(const RowWalk& walk, const Trie& trie, const bits::Word* re
 }
 
 // Spells one row at the end of `out`.
-void append_row(const RankingGrammar& grammar, std::int64_t row, const std::int64_t* ranking, bits::Word* remaining,
-                EncodedBatch& out) {
+void append_row(const RankingGrammar& grammar, std::int64_t row, const std::int64_t* ranking, bool with_allowed,
+                bits::Word* remaining, EncodedBatch& out) {
   const Trie& trie = grammar.trie(row);
   Cursor cursor;
   RowWalk walk(grammar, row, cursor, remaining);
@@ -45,7 +45,7 @@ void append_row(const RankingGrammar& grammar, std::int64_t row, const std::int6
         rank < grammar.num_ranked(row) ? trie.leaf(static_cast<std::int32_t>(ranking[rank])) : Trie::kNone;
     const std::int32_t token = walk.token_towards(leaf);
     if (walk.only_token() == Trie::kNone) {
-      append_decision(walk, trie, remaining, out);
+      if (with_allowed) append_decision(walk, trie, remaining, out);
       out.decision_rows.push_back(static_cast<std::int32_t>(row));
       out.decision_positions.push_back(cursor.step);
       out.decision_ranks.push_back(rank);
@@ -107,7 +107,8 @@ void check_rankings(const RankingGrammar& grammar, const std::int64_t* rankings,
 
 }  // namespace
 
-EncodedBatch encode_rankings(const RankingGrammar& grammar, const std::int64_t* rankings, std::int64_t width) {
+EncodedBatch encode_rankings(const RankingGrammar& grammar, const std::int64_t* rankings, std::int64_t width,
+                             bool with_allowed) {
   check_rankings(grammar, rankings, width);
   const std::int64_t num_rows = grammar.num_rows();
   const std::int64_t num_chunks = std::max<std::int64_t>(1, (num_rows + kRowsPerChunk - 1) / kRowsPerChunk);
@@ -118,7 +119,8 @@ EncodedBatch encode_rankings(const RankingGrammar& grammar, const std::int64_t* 
     for (std::int64_t chunk = begin; chunk < end; ++chunk) {
       const std::int64_t last_row = std::min(num_rows, (chunk + 1) * kRowsPerChunk);
       for (std::int64_t row = chunk * kRowsPerChunk; row < last_row; ++row) {
-        append_row(grammar, row, rankings + row * width, remaining.data(), chunks[static_cast<std::size_t>(chunk)]);
+        append_row(grammar, row, rankings + row * width, with_allowed, remaining.data(),
+                   chunks[static_cast<std::size_t>(chunk)]);
       }
     }
   });

@@ -64,7 +64,7 @@ def parse_rankings(
     NDArray[np.int32],
 ]: ...
 def encode_rankings(
-    grammar: RankingGrammar, rankings: NDArray[np.int64]
+    grammar: RankingGrammar, rankings: NDArray[np.int64], with_allowed: bool
 ) -> tuple[
     NDArray[np.int32],
     NDArray[np.int64],

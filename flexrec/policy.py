@@ -69,12 +69,15 @@ def make_batch(
     reasoning: ReasoningTokens | None = None,
     pad_token_id: int = 0,
     device: torch.device | str = "cpu",
+    by_token: bool = False,
 ) -> RankingBatch:
     """Model inputs that score ``rankings`` (N, T; -1 beyond a row's own) under P prompts and candidate lists.
 
     With ``rankings_per_row`` > 1 the rankings of a prompt share it: see :mod:`flexrec.packing`. ``reasoning``, that of
-    a rollout, stands between a prompt and its ranking, and :func:`reasoning_logprobs` scores it.
+    a rollout, stands between a prompt and its ranking, and :func:`reasoning_logprobs` scores it. With ``by_token``
+    candidates of a single token are treated as those of several are.
     """
+    candidate_ids = None if by_token else _single_tokens(candidates, separator, device)
     encoded = encode_rankings(
         candidates,
         rankings,
@@ -82,6 +85,7 @@ def make_batch(
         end=end,
         num_ranked=(np.asarray(rankings) >= 0).sum(axis=1),
         num_generations=num_generations,
+        with_allowed=candidate_ids is None,
     )
     answers = [answer[:-1] for answer in np.split(encoded.tokens, encoded.offsets[1:-1])]  # what predicts the next
     if reasoning is not None:
@@ -102,7 +106,7 @@ def make_batch(
         rankings=torch.as_tensor(np.asarray(rankings), dtype=torch.int64).to(device),
         lengths=sizes.to(device),
         encoded=encoded,
-        candidate_ids=_single_tokens(candidates, separator, device),
+        candidate_ids=candidate_ids,
         num_generations=num_generations,
         reasoning=reasoning,
     )
@@ -112,10 +116,10 @@ def _single_tokens(candidates: Candidates, separator: Sequence[int], device: tor
     """(P, K) token ids, padded with 0, if each candidate is one token and nothing stands between two of them."""
     if separator or any(len(sequence) != 1 for lst in candidates for sequence in lst):
         return None
-    ids = torch.zeros(len(candidates), max(map(len, candidates)), dtype=torch.int64)
+    ids = np.zeros((len(candidates), max(map(len, candidates))), dtype=np.int64)
     for p, lst in enumerate(candidates):
-        ids[p, : len(lst)] = torch.tensor([sequence[0] for sequence in lst])
-    return ids.to(device)
+        ids[p, : len(lst)] = [sequence[0] for sequence in lst]
+    return torch.from_numpy(ids).to(device)
 
 
 def final_hidden(model: Any, tokens: TokenRows) -> torch.Tensor:

@@ -353,6 +353,7 @@ def encode_rankings(
     end: TokenIds = (),
     num_ranked: int | ArrayLike | None = None,
     num_generations: int = 1,
+    with_allowed: bool = True,
 ) -> EncodedRankings:
     """Spell rankings as tokens, with every decision on the way: what was allowed, and the items below each branch.
 
@@ -361,6 +362,8 @@ def encode_rankings(
     Args:
         candidates: P lists of K token-id sequences; see the module for this and the other arguments.
         rankings: (N, T) integers, candidate index by rank: T items in each row (num_ranked says how many), then -1.
+        with_allowed: False leaves ``allowed_ids`` and ``below_items`` empty and their offsets at 0 alone, for who needs
+            the tokens and where the decisions are: most of the time and memory goes into these sets.
 
     Raises:
         ValueError: as `RankingState`, or for a ranking that repeats a candidate, is out of range or has not T items.
@@ -369,7 +372,7 @@ def encode_rankings(
     ranking_array = _integers("rankings", rankings, 2)
     if len(ranking_array) != grammar.num_rows:
         raise ValueError(f"rankings must have one row per ranking, {grammar.num_rows}, got {len(ranking_array)}")
-    return EncodedRankings(*_core.encode_rankings(grammar, ranking_array))
+    return EncodedRankings(*_core.encode_rankings(grammar, ranking_array, with_allowed))
 
 
 def inverse_permutation(rankings: ArrayLike, num_candidates: int | ArrayLike) -> NDArray[np.int32]:

@@ -430,6 +430,13 @@ def test_encoding_agrees_with_stepping_and_parsing(task: Task, data: st.DataObje
     completions = csr_rows(encoded.tokens, encoded.offsets)
     languages = task.languages()
 
+    without_sets = encode_rankings(task.candidates, rankings, **task.options, with_allowed=False)
+    for name, array in without_sets._asdict().items():
+        expected = getattr(encoded, name)
+        if name.startswith(("allowed", "below")):
+            expected = [0] if name.endswith("offsets") else []
+        np.testing.assert_array_equal(array, expected)
+
     # By enumeration: the tokens, and what lies below every allowed token.
     for row, language in enumerate(languages):
         ranking = tuple(rankings[row, : task.counts[row]].tolist())

@@ -7,7 +7,6 @@ candidates allow, and forced tokens, whose log-prob is 0. Only the states before
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,7 +59,7 @@ def decision_ranks(completions: Sequence[Sequence[int]], candidates: Candidates,
         ValueError: as :func:`read_rankings`.
     """
     rankings = read_rankings(completions, candidates, spelling)
-    encoded = encode_rankings(candidates, rankings, **spelling.of(candidates))
+    encoded = encode_rankings(candidates, rankings, **spelling.of(candidates), with_allowed=False)
     ranks = torch.full((len(completions), max(map(len, completions))), -1, dtype=torch.int64)
     ranks[encoded.decision_rows, encoded.decision_positions] = torch.from_numpy(encoded.decision_ranks).long()
     return ranks
@@ -91,8 +90,9 @@ def restricted_token_logprobs(
             after it, or that puts states of its own before those of the tokens.
     """
     rankings = read_rankings(completions, candidates, spelling)
-    batch = make_batch(prompts, candidates, rankings, separator=spelling.separator, end=spelling.end, device=device)
-    batch = replace(batch, candidate_ids=None)  # by token, also where every candidate is a single one
+    batch = make_batch(
+        prompts, candidates, rankings, separator=spelling.separator, end=spelling.end, device=device, by_token=True
+    )
     hidden = final_hidden(model, batch.tokens)
     if hidden.shape[:2] != batch.tokens.input_ids.shape:
         raise ValueError(

@@ -226,7 +226,9 @@ class FlexRecGRPOTrainer(GRPOTrainer):
                 num_ranked=self._spelling.num_ranked,
                 temperature=self.temperature,
             )
-        encoded = encode_rankings(self._candidates, rollout.rankings, **self._spelling.of(self._candidates))
+        encoded = encode_rankings(
+            self._candidates, rollout.rankings, **self._spelling.of(self._candidates), with_allowed=False
+        )
         return [tokens.tolist() for tokens in np.split(encoded.tokens, encoded.offsets[1:-1])], None
 
     def _score(

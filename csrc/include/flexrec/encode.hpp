@@ -24,7 +24,9 @@ struct EncodedBatch {
 };
 
 // `rankings` is (N, width): candidates by rank, num_ranked of them in each row, then -1. Throws std::invalid_argument
-// for rows that are not. Steps the same cursor as RankingState, so that the two cannot disagree.
-EncodedBatch encode_rankings(const RankingGrammar& grammar, const std::int64_t* rankings, std::int64_t width);
+// for rows that are not. Steps the same cursor as RankingState, so that the two cannot disagree. Without `with_allowed`
+// what was allowed is left out, which is most of the work and of the memory.
+EncodedBatch encode_rankings(const RankingGrammar& grammar, const std::int64_t* rankings, std::int64_t width,
+                             bool with_allowed = true);
 
 }  // namespace flexrec
