@@ -397,6 +397,8 @@ def _search(
 def _padded(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """(len(rows), A) allowed ids of the given rows, -1 where a row has fewer than the most."""
     counts = (offsets[1:] - offsets[:-1])[rows]
+    if len(rows) == len(offsets) - 1 and (counts == counts[0]).all():  # as with items of one token
+        return ids.reshape(len(rows), -1).astype(np.int64)
     columns = np.arange(counts.max())
     inside = columns[None, :] < counts[:, None]
     padded = np.full(inside.shape, -1, dtype=np.int64)
