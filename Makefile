@@ -42,8 +42,8 @@ $(OLDEST)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --target $(OLDEST) --no-deps triton==$(OLDEST_TRITON) "numpy<2.4"
 	touch $@
 
-# The core with the lowest versions that pyproject.toml allows (of torch the one of constraints.txt, as there is no older
-# CPU build in the package index), in an environment of its own: vLLM and verl ask for older ones than the newest.
+# The core with the lowest versions that pyproject.toml allows (of torch the one of constraints.txt: older ones
+# would come with CUDA), in an environment of its own: vLLM and verl ask for older ones than the newest.
 # NumPy 1.26 has no wheels for Python 3.13.
 LOWEST_CORE := build/lowest
 

@@ -1,6 +1,6 @@
 """How a training step grows with candidates, generations and prompt length, ours and TRL's: speed and memory.
 
-    python bench/growth.py --output DIR            growth.json and growth.svg; half an hour on two cores
+    python bench/growth.py --output DIR            growth.json and growth.svg; eight minutes on two cores
     python bench/growth.py --output DIR --only plot     the figure anew, from growth.json
 
 One size changes at a time, the others stay as the file says; the model has the embedded default's shape. Seconds are

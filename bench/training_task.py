@@ -239,8 +239,8 @@ def our_trainer(task: TrainingTask, folder: str) -> Any:
     return trainer
 
 
-def trl_trainer(task: TrainingTask, folder: str) -> Any:
-    """TRL's GRPOTrainer, its defaults, the ranking's NDCG as its reward; answers as long as ours, unconstrained."""
+def trl_trainer(task: TrainingTask, folder: str, constrained: bool = False) -> Any:
+    """TRL's GRPOTrainer, its defaults, the ranking's NDCG as its reward; answers as long as ours."""
     trainer = grpo_trainer(
         task.model(),
         task.examples,
@@ -249,6 +249,7 @@ def trl_trainer(task: TrainingTask, folder: str) -> Any:
         prompts_per_step=task.prompts,
         num_generations=task.num_generations,
         answer_length=task.answer_length,
+        constrained=constrained,
         steps=1,
         output_dir=folder,
     )

@@ -38,7 +38,7 @@ class RankingBatch:
     tokens: TokenRows  # prompts and answers, which begin with reasoning where there is any
     rankings: torch.Tensor  # (N, T) int64, index into the row's candidates, -1 beyond a row's own
     lengths: torch.Tensor  # (N,) int64, number of candidates
-    encoded: EncodedRankings
+    encoded: EncodedRankings  # without what was allowed where there are candidate_ids, which say it
     candidate_ids: torch.Tensor | None  # (P, K) int64 token ids, where every candidate is a single token
     num_generations: int
     reasoning: ReasoningTokens | None = None

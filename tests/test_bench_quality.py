@@ -5,7 +5,8 @@ import json
 import pytest
 
 from bench import time_to_quality
-from bench.training_task import TrainingTask, embedded_shape
+from bench.peer_trl import as_text, ids_tokenizer
+from bench.training_task import TrainingTask, embedded_shape, trl_trainer
 from flexrec.rankings import parse_rankings
 
 pytest.importorskip("trl")
@@ -30,6 +31,7 @@ def test_a_loss_is_said():
 
 
 def test_curves_that_are_there_are_drawn(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     (tmp_path / "run" / "base").mkdir(parents=True)
     (tmp_path / "run" / "base" / "flexrec.json").write_text(
         json.dumps(
@@ -58,31 +60,16 @@ def test_curves_that_are_there_are_drawn(tmp_path, monkeypatch, capsys):
 
 
 def test_trl_reads_the_tokens_it_is_given():
-    from bench.peer_trl import as_text, ids_tokenizer
-
     tokens = list(range(500))
     assert ids_tokenizer(500, eos_token_id=2, pad_token_id=0)(as_text(tokens))["input_ids"] == tokens
 
 
 @pytest.mark.parametrize("encoding", ["items", "labels"])
 def test_a_constrained_peer_generates_rankings_only(tmp_path, encoding):
-    from bench.peer_trl import grpo_trainer
-
     task = TrainingTask(
         encoding, prompts=2, num_generations=2, candidates=4, prompt_length=6, config=embedded_shape(1, 32)
     )
-    trainer = grpo_trainer(
-        task.model(),
-        task.examples,
-        separator=task.separator,
-        end=task.end,
-        prompts_per_step=task.prompts,
-        num_generations=task.num_generations,
-        answer_length=task.answer_length,
-        constrained=True,
-        steps=1,
-        output_dir=str(tmp_path),
-    )
+    trainer = trl_trainer(task, str(tmp_path), constrained=True)
     seen = []
     reward = trainer.reward_funcs[0]
 
