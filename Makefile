@@ -15,18 +15,22 @@ STEPS := $(if $(QUICK),--warmup-steps 8 --listwise-steps 8 --steps 8 --no-listwi
 # make test-core: the C++ core under sanitizers       make bench: speed against peers
 # make test-oldest-triton: the Triton tests with the oldest Triton that pyproject.toml allows; with COMPILE=1 it compiles
 #                          every kernel for every GPU too, which takes some minutes
+# make test-mutants: small faults put into the code, which the tests must notice; MUTANTS="--sample 8" or names for some
 # make test-lowest: the core with the lowest versions of transformers, accelerate, NumPy and numba that it allows
 # make test-verl, make test-openrlhf: the adapters inside the real packages, without GPU and engine
 # make test-vllm: the logits processor inside vLLM's server on a CPU
 # make test-lowest-trl: the tests of TRL with the lowest version that pyproject.toml allows
 # make kernels: docs/kernels.md anew                  make gpu-dry-run: bench/gpu.sh as far as a CPU can
-.PHONY: quickstart test test-lowest test-oldest-triton test-lowest-trl test-verl test-openrlhf test-vllm test-core lint format bench kernels gpu-dry-run clean
+.PHONY: quickstart test test-mutants test-lowest test-oldest-triton test-lowest-trl test-verl test-openrlhf test-vllm test-core lint format bench kernels gpu-dry-run clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/flexrec train --dataset simulated $(STEPS) --output $(RUN)
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+test-mutants: $(VENV)/installed
+	$(BIN)/python tests/mutants/run.py $(MUTANTS)
 
 # The oldest Triton lies in front of the installed one. Its interpreter cannot loop over tensors with NumPy 2.4.
 OLDEST_TRITON := $(shell sed -n "s/.*\"triton>=\([0-9.]*\);.*/\1/p" pyproject.toml)
