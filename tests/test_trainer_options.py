@@ -409,3 +409,42 @@ def test_the_policy_gradient_of_a_second_update_by_hand(tmp_path, options):
     check_loss(loss, (bonus.sum() - surrogate) / of.mask.sum(), trainer.model)
     value = ranking_metric(of.gains, metric, lengths=of.lengths, num_ranked=rankings.shape[1]).mean()
     assert metrics["reward"].item() == pytest.approx(value.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("uncertainty", ["none", "rollout", "item"])
+@pytest.mark.parametrize("scale", ["none", "batch", "group"])
+def test_reasoning_and_ranking_of_a_second_update_by_hand(tmp_path, scale, uncertainty):
+    """The reasoning is trained by the metric of its ranking, against the mean of its prompt's."""
+    reference, low, high, beta = model_of(1), 0.1, 0.25, 0.2
+    options = {"credit": "swap", "scale": scale, "uncertainty": uncertainty}
+    more = {"epsilon_low": low, "epsilon_high": high, "beta": beta, "entropy_coef": 0.0, "num_ranked": 3, "seed": 2}
+    trainer = trainer_of(tmp_path, reference, [MARKER], max_reasoning_tokens=3, num_iterations=2, **more, **options)
+    trainer.ranking_loss(trainer.model, EXAMPLES)
+    batch = trainer._kept[0].batch
+    rankings, reasoning, mask = batch.rankings.numpy(), batch.reasoning, batch.reasoning_mask
+    old = by_hand(trainer.model, reference, rankings, reasoning)
+    move(trainer.model)
+    trainer.state.global_step = 1
+    loss, metrics = trainer.ranking_loss(trainer.model, EXAMPLES)
+
+    of, new = valued(rankings), by_hand(trainer.model, reference, rankings, reasoning)
+    items = advantages_by_hand(of, new, "ndcg", options)
+    value = ranking_metric(of.gains, "ndcg", lengths=of.lengths, num_ranked=3)[:, None]  # (N, 1)
+    one_by_one = "none" if scale == "batch" else scale
+    advantages = item_advantages(value, GENERATIONS, baseline="group", scale=one_by_one) / items.unit
+    if uncertainty == "item":
+        advantages = advantages * items.certainty.sum(1, keepdim=True) / of.mask.sum(1, keepdim=True)
+    else:
+        advantages = advantages * items.certainty
+    assert (advantages.abs() > 0.01).all(), "both prompts have rankings that differ"
+    of_reasoning = surrogate_by_hand(
+        new.reasoning, old.reasoning.detach(), advantages.expand(mask.shape), mask, low, high, "token"
+    )
+    away = (new.ref_reasoning.detach() - new.reasoning)[mask]
+    kl = away.exp() - away - 1  # Schulman's k3 of KL(policy || reference)
+    of_items = surrogate_by_hand(new.logprobs, old.logprobs.detach(), items.of_items, of.mask, low, high, "item")
+    expected = beta * (kl.sum() + new.kl[of.mask].sum()) - of_reasoning - of_items
+    check_loss(loss, expected / of.mask.sum(), trainer.model)
+    assert float(metrics["reasoning/kl"]) == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert float(metrics["reasoning/ratio_mean"]) != 1
+    assert float(metrics["reasoning/length"]) == np.mean([len(row) for row in reasoning.tokens])
