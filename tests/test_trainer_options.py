@@ -259,6 +259,43 @@ def test_every_step_micro_batch_process_and_seed_has_noise_of_its_own(tmp_path, 
         assert one not in found[:i], "the noise of another"
 
 
+def test_prompts_are_shared_by_as_many_rankings_as_costs_least(tmp_path, monkeypatch):
+    """Asked with the lengths that will be there; not at all where sharing is switched off or a reference cannot."""
+    asked = []
+
+    def spy(*args, **kwargs):
+        asked.append((args, kwargs))
+        return 2
+
+    monkeypatch.setattr(module, "sharing", spy)
+    trainer = trainer_of(tmp_path, reasoning_end=[MARKER, 6], max_reasoning_tokens=3, num_ranked=3)
+    trainer.ranking_loss(trainer.model, EXAMPLES)
+    ((model, prompts, candidates), options) = asked.pop()
+    assert model is trainer.model
+    assert prompts == [example.prompt for example in EXAMPLES]
+    assert candidates == [example.candidates for example in EXAMPLES]
+    assert options == {"separator": (), "num_ranked": 3, "num_generations": 2, "reasoning_length": 5}
+    assert len(trainer._kept[0].batch.tokens.input_ids) == 2, "a row for each prompt"
+    trainer = trainer_of(tmp_path, share_prompts=False)
+    trainer.ranking_loss(trainer.model, EXAMPLES)
+    assert len(trainer._kept[0].batch.tokens.input_ids) == 4, "a row for each ranking"
+    monkeypatch.setattr(module, "can_pack", lambda model: model is trainer.model)
+    trainer = trainer_of(tmp_path, model_of(1), beta=0.1)
+    trainer.ranking_loss(trainer.model, EXAMPLES)
+    assert len(trainer._kept[0].batch.tokens.input_ids) == 4
+    assert asked == []
+
+
+def test_metrics_without_a_variance_are_for_gains_that_are_certain(tmp_path):
+    certain = [Example(**{**vars(example), "variance": 0 * example.variance}) for example in EXAMPLES]
+    trainer = trainer_of(tmp_path, metric="mrr", credit="swap")
+    trainer.ranking_loss(trainer.model, certain)
+    assert trainer._kept[0].variance is None
+    trainer = trainer_of(tmp_path, metric="mrr", credit="swap")
+    with pytest.raises(ValueError, match="'mrr' has no reward variance"):
+        trainer.ranking_loss(trainer.model, EXAMPLES)
+
+
 # ------------------------------------------------------------------------------------------------------------- losses
 
 
@@ -448,3 +485,47 @@ def test_reasoning_and_ranking_of_a_second_update_by_hand(tmp_path, scale, uncer
     assert float(metrics["reasoning/kl"]) == pytest.approx(kl.mean().item(), rel=1e-4)
     assert float(metrics["reasoning/ratio_mean"]) != 1
     assert float(metrics["reasoning/length"]) == np.mean([len(row) for row in reasoning.tokens])
+
+
+@pytest.mark.parametrize("credit", ["all_actions", "swap"])
+def test_the_unit_of_a_batch_is_that_of_all_processes(tmp_path, monkeypatch, credit):
+    """With a second process that has the same items, all worth nothing, the unit is smaller by the root of 2."""
+    losses = []
+    for processes in (1, 2):
+        trainer = trainer_of(tmp_path, credit=credit, uncertainty="none", entropy_coef=0.0)
+
+        def reduce(tensor: torch.Tensor, reduction: str = "sum", count: int = processes) -> torch.Tensor:
+            if tensor.dim() == 1 and len(tensor) == 2:  # sum of squares, and of items
+                return torch.stack([tensor[0], count * tensor[1]])
+            return tensor
+
+        monkeypatch.setattr(trainer.accelerator, "reduce", reduce)
+        losses.append(gradient(trainer.ranking_loss(trainer.model, EXAMPLES)[0], trainer.model))
+    torch.testing.assert_close(losses[1], 2**0.5 * losses[0], rtol=1e-4, atol=1e-6)
+
+
+def test_what_the_configuration_is_by_default(tmp_path):
+    """The paper's numbers where there are any; see the fields."""
+    args = FlexRecConfig(output_dir=str(tmp_path), use_cpu=True)
+    expected = {
+        "num_generations": 1,
+        "num_iterations": 1,
+        "temperature": 1.0,
+        "metric": "ndcg",
+        "num_ranked": None,
+        "max_reasoning_tokens": None,
+        "credit": "all_actions",
+        "tilt": None,
+        "baseline": "none",
+        "scale": "batch",
+        "uncertainty": "rollout",
+        "epsilon_low": 0.2,
+        "epsilon_high": None,
+        "importance_level": "item",
+        "beta": 0.0,
+        "share_prompts": True,
+        "entropy_coef": 0.005,
+        "remove_unused_columns": False,
+        "dataloader_drop_last": True,
+    }
+    assert {name: getattr(args, name) for name in expected} == expected
