@@ -298,6 +298,14 @@ def test_nothing_but_masked_tokens_gives_zero_with_a_gradient(level, loss_agg, r
     assert all(value == 0 for value in metrics.values())
 
 
+@pytest.mark.parametrize("loss_agg", ["seq-mean-item-mean", "seq-mean-item-sum"])
+def test_a_row_that_counts_nothing_is_no_row(loss_agg):
+    per_token = torch.tensor([[1.0, 2.0, 4.0], [8.0, 8.0, 8.0], [3.0, 5.0, 7.0]])
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]])
+    expected = {"seq-mean-item-mean": (1.5 + 5) / 2, "seq-mean-item-sum": (3 + 15) / 2}[loss_agg]
+    assert aggregate(per_token, mask, loss_agg=loss_agg).item() == pytest.approx(expected)
+
+
 def test_masked_tokens_may_hold_anything():
     logps, old, per_item, _, item_ids, mask = example(12)
     loss = policy_loss(logps, old, per_item, mask, item_ids=item_ids)[0]

@@ -529,3 +529,18 @@ def test_what_the_configuration_is_by_default(tmp_path):
         "dataloader_drop_last": True,
     }
     assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("credit", ["all_actions", "swap"])
+def test_the_loss_is_this_process_s_share_of_everybodys(tmp_path, monkeypatch, credit):
+    """A mean over items is taken over everybody's: with half as many items as the mean, the loss counts half."""
+    found = []
+    for share in (1.0, 0.5):
+        trainer = trainer_of(tmp_path, credit=credit)
+        asked = []
+        monkeypatch.setattr(trainer, "share", lambda count, s=share, seen=asked: seen.append(int(count)) or s)
+        loss, metrics = trainer.ranking_loss(trainer.model, EXAMPLES)
+        assert asked == [GENERATIONS * (5 + 2)]
+        found.append([loss.item(), *(float(metrics[name]) for name in ("reward", "entropy"))])
+    (loss, reward, entropy), half = found
+    assert half == pytest.approx([loss / 2, reward, entropy / 2])
