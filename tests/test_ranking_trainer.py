@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from flexrec import ranking_trainer as module
+from flexrec import trainer as trainer_module
 from flexrec.profiling import profile_steps
 from flexrec.ranking_trainer import EpochOrder, RankingTrainer, pad_rows
 from flexrec.task import Example
@@ -158,9 +159,13 @@ def test_several_updates_see_the_same_examples(tmp_path, monkeypatch) -> None:
         sampled.append((self.state.global_step, self._slot, [example.user for example in examples]))
         return sample(self, examples)
 
-    sample = FlexRecTrainer._sample
+    def spy_on_states(model: Any, batch: Any) -> Any:
+        used.append([prompt_end - 3 for prompt_end in batch.tokens.input_ids[:, 2].tolist()])
+        return states(model, batch)
+
+    sample, states, used, seen = FlexRecTrainer._sample, trainer_module.ranking_states, [], []
     monkeypatch.setattr(FlexRecTrainer, "_sample", spy)
-    seen = []
+    monkeypatch.setattr(trainer_module, "ranking_states", spy_on_states)
     options = arguments(tmp_path, gradient_accumulation_steps=2, num_iterations=3, max_steps=6, seed=5, entropy_coef=0)
     options["per_device_train_batch_size"] = 2
     trainer = FlexRecTrainer(model_of(), FlexRecConfig(**options), Numbered(9))
@@ -174,7 +179,7 @@ def test_several_updates_see_the_same_examples(tmp_path, monkeypatch) -> None:
     trainer.train()
     order = list(EpochOrder(9, 5))
     first, second = [order[0:2], order[2:4]], [order[4:6], order[6:8]]
-    assert seen == first * 3 + second * 3
+    assert seen == used == first * 3 + second * 3
     assert sampled == [(0, 0, first[0]), (0, 1, first[1]), (3, 0, second[0]), (3, 1, second[1])]
 
 

@@ -358,6 +358,27 @@ def test_the_all_actions_loss_by_hand(tmp_path, options):
     assert float(metrics["kl"]) == pytest.approx(scores.kl[of.mask].mean().item(), rel=1e-4)
 
 
+def test_all_actions_are_asked_for_with_every_option(tmp_path, monkeypatch):
+    """Lists of single tokens cannot be shown beyond what is ranked; for titles it has to be said."""
+    asked = []
+
+    def spy(*args, **kwargs):
+        asked.append((args, kwargs))
+        return all_actions(*args, **kwargs)
+
+    all_actions = module.all_actions
+    monkeypatch.setattr(module, "all_actions", spy)
+    trainer = trainer_of(tmp_path, model_of(1), beta=0.1, num_ranked=3, metric="dcg@4", tilt=0.2)
+    trainer.ranking_loss(trainer.model, EXAMPLES)
+    kept = trainer._kept[0]
+    (((_, batch, gains, metric), options),) = asked
+    assert batch is kept.batch
+    torch.testing.assert_close(gains, valued(batch.rankings.numpy()).gains)
+    assert metric == "dcg@4"
+    assert options.pop("reference") is kept.ref_states
+    assert options == {"temperature": TEMPERATURE, "num_ranked": 3, "tilt": 0.2}
+
+
 def surrogate_by_hand(
     new: torch.Tensor,
     old: torch.Tensor,
