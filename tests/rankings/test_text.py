@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import flexrec
-from flexrec.completions import index_labels, item_values_to_tokens, parse_ranking_texts, score_completions
+from flexrec.rankings.text import index_labels, item_values_to_tokens, parse_ranking_texts, score_completions
 
 
 def test_rankgpt_output_is_read_unchanged():
