@@ -53,7 +53,7 @@ LOWEST_CORE := build/lowest
 
 test-lowest: $(LOWEST_CORE)/installed
 	OMP_NUM_THREADS=1 $(LOWEST_CORE)/bin/python -m pytest -n auto --dist loadfile $(addprefix tests/test_,$(addsuffix .py,\
-		beams cli decoding packing policy reasoning rollout trainer unmoved_policy)) tests/ops/test_swap_rewards.py
+		beams cli decoding packing policy rollout trainer unmoved_policy)) tests/rankings tests/ops/test_swap_rewards.py
 
 $(LOWEST_CORE)/installed: pyproject.toml constraints.txt $(CORE)
 	rm -rf $(LOWEST_CORE)

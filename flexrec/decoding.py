@@ -16,8 +16,8 @@ Sampling, greedy search, beams and several sequences per prompt all work. genera
 top-p and the like) after the processors it is given: they see the allowed tokens only, so top-p keeps the most probable
 *allowed* tokens whose probabilities, renormalised, reach p.
 
-With ``reasoning_end`` and ``max_reasoning_tokens`` a row reasons before it ranks (:mod:`flexrec.reasoning`); beams are
-then compared by the log-prob of both together, and ``processor.reasoning(sequences)`` is what was said.
+With ``reasoning_end`` and ``max_reasoning_tokens`` a row reasons before it ranks (:mod:`flexrec.rankings.reasoning`);
+beams are then compared by the log-prob of both together, and ``processor.reasoning(sequences)`` is what was said.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from numpy.typing import ArrayLike, NDArray
 from transformers import LogitsProcessor
 
 from flexrec.rankings import Candidates, CandidateTries, RankingState, TokenIds
-from flexrec.reasoning import ReasoningTokens, reasoning_rule
+from flexrec.rankings.reasoning import ReasoningTokens, reasoning_rule
 
 
 class RankingLogitsProcessor(LogitsProcessor):
@@ -68,7 +68,7 @@ class RankingLogitsProcessor(LogitsProcessor):
 
     def __init__(
         self,
-        candidates: Candidates,
+        candidates: Candidates | CandidateTries,
         *,
         separator: TokenIds = (),
         end: TokenIds = (),

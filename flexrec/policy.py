@@ -22,10 +22,8 @@ from flexrec.ops.swap_rewards import swap_scores
 from flexrec.ops.vocabulary_logprobs import vocabulary_logprobs
 from flexrec.packing import TokenRows, attention_mask, pack_rankings
 from flexrec.profiling import span
-from flexrec.rankings import EncodedRankings, encode_rankings
-from flexrec.reasoning import ReasoningTokens
-
-Candidates = Sequence[Sequence[Sequence[int]]]  # P lists of K candidates of token ids
+from flexrec.rankings import Candidates, EncodedRankings, encode_rankings
+from flexrec.rankings.reasoning import ReasoningTokens
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from flexrec.adapters import ADAPTER_FILE, has_adapters
 from flexrec.distributed import whole_model
 from flexrec.policy import RankingBatch, make_batch
 from flexrec.profiling import ProfileSteps, active_profile, span
-from flexrec.reasoning import ReasoningTokens
+from flexrec.rankings.reasoning import ReasoningTokens
 from flexrec.task import Example
 
 LossAndMetrics = tuple[torch.Tensor, Mapping[str, float | torch.Tensor]]

@@ -2,7 +2,7 @@
 
 Every one of them decodes a prompt's rollouts in the prompt's row (:mod:`flexrec.shared_decoding`). At each step a
 rollout sees logits of the tokens that its remaining candidates allow and of no others; runs of tokens without an
-alternative are appended unsampled. Reasoning, where it is asked for, comes first (:mod:`flexrec.reasoning`).
+alternative are appended unsampled. Reasoning, where it is asked for, comes first (:mod:`flexrec.rankings.reasoning`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from numpy.typing import ArrayLike
 
 from flexrec.adapters import causal_lm
 from flexrec.packing import sharing
-from flexrec.policy import Candidates, output_layer
+from flexrec.policy import output_layer
 from flexrec.profiling import span
-from flexrec.rankings import RankingState
-from flexrec.reasoning import ReasoningRule, ReasoningTokens, eos_token_ids, reasoning_rule
+from flexrec.rankings import Candidates, RankingState
+from flexrec.rankings.reasoning import ReasoningRule, ReasoningTokens, eos_token_ids, reasoning_rule
 from flexrec.shared_decoding import Runs, SharedDecoder
 
 

@@ -36,7 +36,7 @@ from flexrec.policy import (
 )
 from flexrec.profiling import span
 from flexrec.ranking_trainer import EpochOrder, LossAndMetrics, RankingTrainer, pad_rows
-from flexrec.reasoning import eos_token_ids, reasoning_rule
+from flexrec.rankings.reasoning import eos_token_ids, reasoning_rule
 from flexrec.rollout import Rollout, sample_rankings
 from flexrec.task import Example
 from flexrec.uncertainty import swap_rewards_with_variance, uncertainty_weights

@@ -22,7 +22,7 @@ from flexrec import rollout as rollouts
 from flexrec.decoding import RankingLogitsProcessor
 from flexrec.policy import make_batch, ranking_scores, ranking_states
 from flexrec.rankings import RankingState
-from flexrec.reasoning import ReasoningTokens
+from flexrec.rankings.reasoning import ReasoningTokens
 from flexrec.rollout import Rollout, best_of, sample_rankings, search_rankings
 
 VOCAB, EOS = 60, 52

@@ -20,7 +20,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 
 from flexrec.advantages import BASELINES, SCALES, item_advantages
-from flexrec.completions import ScoredCompletions, item_values_to_tokens, score_completions
 from flexrec.integrations.ranking_reward import (
     COMPLETION_CREDITS,
     RankingReward,
@@ -31,7 +30,6 @@ from flexrec.integrations.ranking_reward import (
     ranking_statistics,
 )
 from flexrec.integrations.token_logprobs import (
-    Spelling,
     decision_ranks,
     decoded,
     restricted_token_logprobs,
@@ -40,7 +38,8 @@ from flexrec.integrations.token_logprobs import (
 )
 from flexrec.integrations.trl_vllm import per_prompt
 from flexrec.metrics import parse_metric
-from flexrec.rankings import RankingState, encode_rankings
+from flexrec.rankings import RankingState, Spelling, encode_rankings
+from flexrec.rankings.text import ScoredCompletions, item_values_to_tokens, score_completions
 from flexrec.rollout import sample_rankings
 from flexrec.uncertainty import uncertainty_weights
 from flexrec.validation import check_choice

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import flexrec
-from flexrec.completions import item_values_to_tokens
 from flexrec.data import Catalogue, simulate
 from flexrec.embedded import build_tokenizer
 from flexrec.integrations.openrlhf import MetricReward, set_item_advantages
+from flexrec.rankings.text import item_values_to_tokens
 
 ROOT = Path(__file__).parents[2]
 REWARD_FILE = ROOT / "examples" / "openrlhf" / "reward.py"

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerFast
 import flexrec
 import flexrec.integrations.trl as adapter
 import flexrec.trainer
-from flexrec.completions import index_labels, parse_ranking_texts
 from flexrec.integrations.ranking_reward import COMPLETION_CREDITS
 from flexrec.integrations.token_logprobs import decoded, token_item_ids
 from flexrec.rankings import encode_rankings
+from flexrec.rankings.text import index_labels, parse_ranking_texts
 from flexrec.task import Example
 from flexrec.trainer import FlexRecConfig, FlexRecTrainer
 

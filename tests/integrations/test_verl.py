@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 import flexrec
-from flexrec.completions import item_values_to_tokens
 from flexrec.integrations.responses import score_responses, score_texts
 from flexrec.integrations.verl import (
     compute_score,
@@ -25,6 +24,7 @@ from flexrec.integrations.verl import (
     pack_token_rewards,
     unpack_token_rewards,
 )
+from flexrec.rankings.text import item_values_to_tokens
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "verl"
 

@@ -34,6 +34,23 @@ from numpy.typing import ArrayLike, NDArray
 from flexrec import _core
 
 TokenIds = Sequence[int]
+Candidates = Sequence[Sequence[TokenIds]]  # P lists of K token-id sequences, ragged in K
+
+
+class Spelling(NamedTuple):
+    """How rankings are spelled in tokens: the arguments of the functions below that are not candidates."""
+
+    separator: TokenIds = ()
+    """Between items."""
+    end: TokenIds = ()
+    """After the last."""
+    num_ranked: int | None = None
+    """How many items at most; None: all."""
+
+    def of(self, candidates: Candidates) -> dict[str, Any]:
+        """The arguments for these lists, of which the longest may be shorter than ``num_ranked``."""
+        most = None if self.num_ranked is None else min(self.num_ranked, max(map(len, candidates)))
+        return {"separator": self.separator, "end": self.end, "num_ranked": most}
 
 
 class CandidateTries:
@@ -47,7 +64,7 @@ class CandidateTries:
         TypeError: something is not a sequence of token ids.
     """
 
-    def __init__(self, candidates: Sequence[Sequence[TokenIds]]) -> None:
+    def __init__(self, candidates: Candidates) -> None:
         self._core = _core.CandidateTries(candidates)
 
     @classmethod
@@ -75,9 +92,6 @@ class CandidateTries:
     def __len__(self) -> int:
         """P, the number of lists."""
         return self._core.num_lists
-
-
-Candidates = Sequence[Sequence[TokenIds]] | CandidateTries
 
 
 class ParsedRankings(NamedTuple):
@@ -172,7 +186,7 @@ class RankingState:
 
     def __init__(
         self,
-        candidates: Candidates,
+        candidates: Candidates | CandidateTries,
         *,
         separator: TokenIds = (),
         end: TokenIds = (),
@@ -292,7 +306,7 @@ def step_states(
 
 def parse_rankings(
     completions: ArrayLike | Sequence[ArrayLike],
-    candidates: Candidates,
+    candidates: Candidates | CandidateTries,
     *,
     separator: TokenIds = (),
     end: TokenIds = (),
@@ -346,7 +360,7 @@ def parse_rankings(
 
 
 def encode_rankings(
-    candidates: Candidates,
+    candidates: Candidates | CandidateTries,
     rankings: ArrayLike,
     *,
     separator: TokenIds = (),
@@ -388,16 +402,25 @@ def inverse_permutation(rankings: ArrayLike, num_candidates: int | ArrayLike) ->
     Raises:
         ValueError: a candidate out of range, ranked twice, or after a -1; the message names row and rank.
     """
-    return _core.inverse_permutation(*_rankings_and_counts(rankings, num_candidates))
+    ranking_array = _integers("rankings", rankings, 2)
+    if np.ndim(num_candidates) == 0:
+        counts = np.full(len(ranking_array), _integer("num_candidates", num_candidates), dtype=np.int64)
+    else:
+        counts = _integers("num_candidates", num_candidates, 1)
+        if len(counts) != len(ranking_array):
+            raise ValueError(f"num_candidates must be an int or have shape ({len(ranking_array)},), got {counts.shape}")
+    if counts.min(initial=0) < 0:
+        raise ValueError(f"num_candidates must not be negative, got {counts.min()} in row {counts.argmin()}")
+    return _core.inverse_permutation(ranking_array, counts)
 
 
 def validate_rankings(rankings: ArrayLike, num_candidates: int | ArrayLike) -> None:
-    """Raise what `inverse_permutation` raises, and compute nothing."""
-    _core.check_permutations(*_rankings_and_counts(rankings, num_candidates))
+    """Raise what `inverse_permutation` raises."""
+    inverse_permutation(rankings, num_candidates)
 
 
 def _grammar(
-    candidates: Candidates,
+    candidates: Candidates | CandidateTries,
     separator: TokenIds,
     end: TokenIds,
     num_ranked: int | ArrayLike | None,
@@ -414,21 +437,6 @@ def _grammar(
     return _core.RankingGrammar(
         tries._core, separator, end, at_most, by_row, _integer("num_generations", num_generations)
     )
-
-
-def _rankings_and_counts(
-    rankings: ArrayLike, num_candidates: int | ArrayLike
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    ranking_array = _integers("rankings", rankings, 2)
-    if np.ndim(num_candidates) == 0:
-        counts = np.full(len(ranking_array), _integer("num_candidates", num_candidates), dtype=np.int64)
-    else:
-        counts = _integers("num_candidates", num_candidates, 1)
-        if len(counts) != len(ranking_array):
-            raise ValueError(f"num_candidates must be an int or have shape ({len(ranking_array)},), got {counts.shape}")
-    if counts.min(initial=0) < 0:
-        raise ValueError(f"num_candidates must not be negative, got {counts.min()} in row {counts.argmin()}")
-    return ranking_array, counts
 
 
 def _integer(name: str, value: Any) -> int:

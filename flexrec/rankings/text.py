@@ -20,10 +20,8 @@ from numpy.typing import NDArray
 from flexrec.metrics import ranking_metric
 from flexrec.ops.swap_rewards import swap_rewards
 from flexrec.policy import rank_order
-from flexrec.rankings import ParsedRankings, parse_rankings
+from flexrec.rankings.state import ParsedRankings, TokenIds, parse_rankings
 from flexrec.uncertainty import swap_rewards_with_variance
-
-Spelling = str | Sequence[int]  # text, or token ids
 
 
 class ScoredCompletions(NamedTuple):
@@ -94,18 +92,18 @@ def parse_ranking_texts(
 
 
 def score_completions(
-    completions: Sequence[Spelling],
-    candidates: Sequence[Sequence[Spelling]] | None,
+    completions: Sequence[str | TokenIds],
+    candidates: Sequence[Sequence[str | TokenIds]] | None,
     gains: Sequence[Sequence[float]],
     metric: str,
     *,
     credit: str = "swap",
     variance: Sequence[Sequence[float]] | None = None,
-    separator: Spelling = (),
-    end: Spelling = (),
+    separator: str | TokenIds = (),
+    end: str | TokenIds = (),
     num_ranked: int | None = None,
     num_generations: int = 1,
-    after: Spelling | None = None,
+    after: str | TokenIds | None = None,
 ) -> ScoredCompletions:
     """Read N completions as rankings and reward every ranked item.
 

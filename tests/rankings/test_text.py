@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import flexrec
-from flexrec.completions import index_labels, item_values_to_tokens, parse_ranking_texts, score_completions
+from flexrec.rankings.text import index_labels, item_values_to_tokens, parse_ranking_texts, score_completions
 
 
 def test_rankgpt_output_is_read_unchanged():
@@ -90,6 +90,20 @@ def test_rewards_are_those_of_the_ranking():
     torch.testing.assert_close(scored.item_rewards, rewards)
     torch.testing.assert_close(scored.variance, of_rewards)
     torch.testing.assert_close(scored.metric, flexrec.ranking_metric(ranked, "ndcg", lengths=lengths))
+
+
+def test_ranks_beyond_num_ranked_count_for_nothing():
+    """By hand: gains 0 and 0.5 are shown, the 1 that is not shown counts in the ideal list only."""
+    gains = [[0.5, 0.0, 1.0]]
+    scored = score_completions(["[2] > [1]"], None, gains, "dcg", separator=" > ", num_ranked=2)
+    np.testing.assert_allclose(scored.metric, [0.5 / np.log2(3)], rtol=1e-6)
+    scored = score_completions(["[2] > [1]"], None, gains, "ndcg", separator=" > ", num_ranked=2)
+    np.testing.assert_allclose(scored.metric, [0.5 / np.log2(3) / (1 + 0.5 / np.log2(3))], rtol=1e-6)
+    # Rank 1 loses to both that were left: to the item at rank 2, and to the one that no rank shows.
+    ideal = 1 + 0.5 / np.log2(3)
+    swaps = [(0 - 0.5) * (1 - 1 / np.log2(3)), 0 - 1.0]
+    beyond = (0.5 - 1.0) / np.log2(3)
+    np.testing.assert_allclose(scored.item_rewards, [[np.mean(swaps) / ideal, beyond / ideal, 0]], rtol=1e-5)
 
 
 def test_values_at_tokens():

@@ -17,7 +17,7 @@ from flexrec.decoding import RankingLogitsProcessor
 from flexrec.losses import policy_loss
 from flexrec.metrics import ranking_metric
 from flexrec.policy import make_batch, ranking_scores, ranking_states, reasoning_logprobs
-from flexrec.reasoning import ReasoningRule, ReasoningTokens, eos_token_ids, reasoning_rule
+from flexrec.rankings.reasoning import ReasoningRule, ReasoningTokens, eos_token_ids, reasoning_rule
 from flexrec.rollout import Rollout, sample_rankings
 
 VOCAB, EOS, SEPARATOR = 60, 52, 50
