@@ -358,7 +358,8 @@ class FlexRecTrainer(RankingTrainer):
         scale = "none" if args.scale == "batch" else args.scale
         advantages = item_advantages(value[:, None], args.num_generations, baseline="group", scale=scale) / unit
         if weights is not None:
-            advantages = advantages * weights.mean(dim=1, keepdim=True)
+            counted = (weights > 0).sum(dim=1, keepdim=True)  # a shorter list has no item at the last ranks
+            advantages = advantages * weights.sum(dim=1, keepdim=True) / counted
         loss, metrics = policy_loss(
             logprobs,
             old,

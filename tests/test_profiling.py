@@ -1,10 +1,43 @@
 """Seconds by part: what is charged to whom, and that a training's parts add up to its time."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from flexrec.profiling import active_profile, profile_steps, span
+from flexrec import profiling as module
+from flexrec.profiling import ProfileSteps, active_profile, profile_steps, span
+
+
+def test_laps_and_steps_to_the_second(monkeypatch):
+    now = SimpleNamespace(seconds=50.0)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now.seconds)
+    callback = ProfileSteps()
+    callback.on_step_end(None, None, None)  # nobody listens
+    with profile_steps() as profile:
+        with span("backward"):
+            now.seconds += 1
+            with span("forward"):
+                now.seconds += 2
+            with span("evaluation"):
+                now.seconds += 64
+        callback.on_pre_optimizer_step(None, None, None)
+        now.seconds += 4
+        callback.on_optimizer_step(None, None, None)
+        callback.on_step_end(None, None, None)
+        now.seconds += 8
+        assert profile.lap() == {"forward": 2, "backward": 1, "optimizer": 4, "other": 8}
+        assert list(profile.lap()) == ["forward", "backward", "optimizer", "other"], "in the order of a step"
+        with span("forward"):
+            now.seconds += 16
+        callback.on_step_end(None, None, None)
+        assert profile.lap() == {"forward": 16, "backward": 0, "optimizer": 0, "other": 0}
+        now.seconds += 32
+    assert profile.seconds == {"forward": 18, "backward": 1, "evaluation": 64, "optimizer": 4, "other": 40}
+    assert profile.per_step() == {"forward": 9, "backward": 0.5, "optimizer": 2, "other": 20}
+    lines = profile.table().splitlines()
+    assert lines[1].split() == ["forward", "9.0000", "28.6%"]
+    assert lines[-1].split() == ["step", "31.5000", "100.0%", "mean", "of", "2", "steps"]
 
 
 def test_a_part_is_charged_for_what_no_inner_part_is():

@@ -1,10 +1,12 @@
 """Prompts: the three encodings, chat templates, and titles that try to be more than titles."""
 
+import numpy as np
 import pytest
 
 from flexrec.data import Catalogue
+from flexrec.data.lists import RankingList
 from flexrec.embedded import build_model, build_tokenizer
-from flexrec.prompts import Item, PromptBuilder, add_item_tokens, item_token
+from flexrec.prompts import Item, PromptBuilder, add_item_tokens, item_token, strongest_risers
 
 CATALOGUE = Catalogue(
     ids=("a", "b", "c", "d"),
@@ -34,6 +36,72 @@ def test_prompt_holds_need_history_and_candidates(tokenizer, encoding):
     assert "noodles" not in history
     assert text[text.index("Rising now:") : text.index("Candidates:")].count("noodles") == 1
     assert "Night market noodles\n" in text, "a title is one line"
+
+
+LISTED = {
+    "index": "[1] Night market noodles\n[2] Ça <item:a> va\n",
+    "title": "Night market noodles\nÇa <item:a> va\n",
+    "item_token": "<item:c>Night market noodles\n<item:d>Ça <item:a> va\n",
+}
+
+
+@pytest.mark.parametrize("encoding", ["index", "title", "item_token"])
+def test_prompt_to_the_letter(tokenizer, encoding):
+    """Liked before what was merely seen, each oldest first; risers in the order given, if they are shown."""
+    mark = "<item:{}>".format if encoding == "item_token" else "".format
+    history = [*ITEMS[:2], Item("d", "Dune")]
+    texts = {}
+    for show_rising in (True, False):
+        builder = PromptBuilder(tokenizer, encoding=encoding, show_rising=show_rising)
+        liked, rising = [True, False, True], [ITEMS[3], ITEMS[2]]
+        ids, (start, end) = builder.prompt("Rank", history, ITEMS[2:], liked=liked, rising=rising)
+        texts[show_rising] = tokenizer.decode(ids)
+        shown = f"{mark('a')}Alien\n{mark('d')}Dune\nSeen before:\n{mark('b')}Aliens\n"
+        assert tokenizer.decode(ids[start:end]) == shown
+        before = f"<s>Rank\nLiked before:\n{shown}"
+        after = f"Candidates:\n{LISTED[encoding]}Ranking, best first:\n"
+        risers = f"Rising now:\n{mark('d')}Ça <item:a> va\n{mark('c')}Night market noodles\n"
+        assert texts[show_rising] == before + (risers if show_rising else "") + after
+    ids, (start, end) = builder.prompt("Rank", ITEMS[:1], ITEMS[2:])
+    assert tokenizer.decode(ids[start:end]) == f"Seen before:\n{mark('a')}Alien\n", "nothing is known to be liked"
+    with pytest.raises(ValueError, match="zip"):
+        builder.prompt("Rank", ITEMS[:1], ITEMS[2:], liked=[True, False])
+
+
+def test_prompt_of_a_list_says_what_the_list_holds(tokenizer):
+    lst = RankingList(
+        user=0,
+        time=1.0,
+        history=np.array([3, 0, 1]),
+        candidates=np.array([2, 0, 1]),
+        interest=np.zeros(3, dtype=np.float32),
+        popularity=np.ones(3, dtype=np.float32),
+        trend=np.array([0.2, 0.0, 0.9], dtype=np.float32),
+        history_interest=np.array([0.4, 0.5, np.nan], dtype=np.float32),
+    )
+    builder = PromptBuilder(tokenizer, encoding="title")
+    expected = builder.prompt(
+        "Rank", [ITEMS[3], ITEMS[0], ITEMS[1]], [ITEMS[2], ITEMS[0], ITEMS[1]], liked=[False, True, False],
+        rising=[ITEMS[1], ITEMS[2]],
+    )  # fmt: skip
+    assert builder.prompt_of(lst, CATALOGUE, "Rank") == expected
+    of_list = builder.candidate_tokens_of(lst, CATALOGUE)
+    assert of_list == builder.candidate_tokens([ITEMS[2], ITEMS[0], ITEMS[1]])
+    assert [tokenizer.decode(tokens) for tokens in of_list] == ["Night market noodles", "Alien", "Aliens"]
+
+
+def test_the_strongest_risers_come_first_and_are_few():
+    assert strongest_risers(np.array([0.0, 0.3, 1.0, 0.3, 0.0])).tolist() == [2, 1, 3]
+    assert strongest_risers(np.linspace(0.1, 1, 20)).tolist() == [19, 18, 17, 16, 15, 14, 13, 12]
+    assert strongest_risers(np.zeros(4)).tolist() == []
+
+
+def test_titles_and_item_tokens_have_separators_of_their_own(tokenizer):
+    title, token = (PromptBuilder(tokenizer, encoding=encoding) for encoding in ("title", "item_token"))
+    assert (tokenizer.decode(title.separator), title.end) == ("\n", (tokenizer.eos_token_id,))
+    assert (token.separator, token.end) == ((), ())
+    with pytest.raises(ValueError, match="encoding must be one of"):
+        PromptBuilder(tokenizer, encoding="rank")
 
 
 def test_index_labels_and_separators(tokenizer):

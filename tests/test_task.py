@@ -1,5 +1,6 @@
 """Examples: what training may know, what results are stated in, and what changes from epoch to epoch."""
 
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
@@ -69,6 +70,89 @@ def test_gains_follow_the_candidates_when_their_order_changes(world):
             assert example.prompt == examples[index].prompt, "an example is the same whenever it is asked for"
             orders.add(tuple(map(tuple, example.candidates)))
     assert len(orders) > 3
+
+
+def test_test_examples_ask_in_the_first_wording_and_are_not_guessed(world):
+    dataset, builder = world
+    need = get_need("trend")
+    task = RankingTask(dataset.catalogue, [need], builder, HalfCritic())
+    lst = replace(dataset.test[1], truth=None, user=77)
+    example = task.test_example(lst, need)
+    assert (example.prompt, example.history_span) == builder.prompt_of(lst, dataset.catalogue, need.wordings[0])
+    assert example.candidates == builder.candidate_tokens_of(lst, dataset.catalogue)
+    np.testing.assert_array_equal(example.gains, np.nan_to_num(lst.interest) * lst.trend)
+    assert not example.variance.any()
+    assert (example.need, example.user) == ("trend", 77)
+
+
+def test_training_examples_ask_in_the_wording_that_was_drawn(world):
+    dataset, builder = world
+    need = get_need("explore")
+    lst = dataset.train[2]
+    task = RankingTask(dataset.catalogue, [need], builder)
+    example = task.training_example(lst, need, "Words", task.training_feedback([lst])[0])
+    assert (example.prompt, example.history_span) == builder.prompt_of(lst, dataset.catalogue, "Words")
+    assert (example.need, example.user) == ("explore", lst.user)
+
+
+def drawn(examples, builder, dataset, indices):
+    """(wording, order of the candidates) of each example, read off its prompt and candidates."""
+    found = []
+    for index in indices:
+        example, lst = examples[index], dataset.train[index]
+        tokens = builder.candidate_tokens_of(lst, dataset.catalogue)
+        order = [tokens.index(candidate) for candidate in example.candidates]
+        (wording,) = [
+            wording
+            for wording in get_need(example.need).wordings
+            if builder.prompt_of(lst.reordered(np.array(order)), dataset.catalogue, wording)[0] == example.prompt
+        ]
+        found.append((wording, order))
+    return found
+
+
+def test_wordings_and_orders_are_those_of_seed_epoch_and_index(world):
+    dataset, builder = world
+    need = get_need("interest")
+    task = RankingTask(dataset.catalogue, [need], builder)
+    indices = range(20)
+
+    def draws(seed, epoch):
+        examples = TrainingExamples(task, dataset.train, seed=seed)
+        examples.set_epoch(epoch)
+        return drawn(examples, builder, dataset, indices)
+
+    assert draws(3, 1) == draws(3, 1)
+    found = [draws(3, 1), draws(4, 1), draws(3, 0), draws(1, 3)]
+    for i, one in enumerate(found):
+        assert one not in found[:i]
+        orders = [order for _, order in one]
+        assert all(order not in orders[:i] for i, order in enumerate(orders))
+        assert len({order[0] for order in orders}) > 4, "the first candidate may stand anywhere"
+    assert {wording for one in found for wording, _ in one} == set(need.wordings)
+
+
+def test_new_lists_come_with_feedback_of_their_own(world):
+    """Of fewer lists than before, the first come again."""
+    dataset, builder = world
+    task = RankingTask(dataset.catalogue, [get_need("interest")], builder, HalfCritic())
+    later = dataset.train[5:8]
+    asked = []
+    examples = TrainingExamples(task, dataset.train[:4], resample=lambda seed: asked.append(seed) or later, seed=7)
+    examples.set_epoch(0)
+    assert asked == []
+    examples.set_epoch(2)
+    examples.set_epoch(2)
+    assert asked == [9]
+    assert len(examples) == 4
+    for index, lst in enumerate([*later, later[0]]):
+        ((interest, variance),) = HalfCritic().fill_many([lst])
+        tokens = builder.candidate_tokens_of(lst, dataset.catalogue)
+        example = examples[index]
+        order = [tokens.index(candidate) for candidate in example.candidates]
+        np.testing.assert_array_equal(example.gains, interest[order])
+        np.testing.assert_array_equal(example.variance, variance[order])
+        assert example.user == lst.user
 
 
 def test_lists_are_drawn_anew_each_epoch_and_the_loader_says_when(world, tmp_path):

@@ -12,6 +12,7 @@ from packaging.version import Version
 import flexrec.integrations.trl as adapter
 from flexrec.integrations.ranking_reward import COMPLETION_CREDITS
 from flexrec.integrations.trl import FlexRecGRPOTrainer
+from flexrec.ops.swap_rewards import swap_rewards
 from flexrec.rankings import RankingState
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -45,7 +46,35 @@ def test_every_loss_type_trains(tmp_path, loss_type):
 
 @pytest.mark.parametrize("credit", COMPLETION_CREDITS)
 def test_every_credit_trains(tmp_path, credit):
-    train_and_compare(make_trainer(tmp_path, credit=credit))
+    """A step follows advantage x log-prob of every decision, and the advantages are this credit's rewards."""
+    batches = []
+
+    class Recorder(FlexRecGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            batches.append((inputs, super()._generate_and_score_completions(inputs)))
+            return batches[-1][1]
+
+    sgd = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 1}
+    trainer = make_trainer(tmp_path, credit=credit, kind=Recorder, scale="none", loss_type="dapo", **sgd)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    moved = {name: before[name] - p.detach() for name, p in trainer.model.named_parameters()}
+
+    trainer.model.load_state_dict(before)
+    trainer.model.zero_grad()
+    ((rows, batch),) = batches
+    trainer._candidates = batch["candidates"]
+    logps, decided = seam(trainer, batch)[0], batch["tool_mask"].bool()
+    texts = trainer.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+    loss = 0.0
+    for row, text, of_row, mask in zip(rows, texts, logps, decided, strict=True):
+        ranked = torch.tensor([[row["gains"][int(label[1]) - 1] for label in text.split(" > ")]])
+        rewards = swap_rewards(ranked, "ndcg", credit=credit)[0]
+        # A label's decision is its digit, and the last label has none.
+        loss = loss - (rewards[:-1] * of_row[mask]).sum() / decided.sum()
+    loss.backward()
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(moved[name], 0.1 * parameter.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_training_raises_the_metric(tmp_path):
