@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from flexrec import baselines as module
 from flexrec.baselines import BASELINES, ItemKNN, KNNSettings, Popularity, Random, Trend
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset, RankingList
 from flexrec.evaluation import rank_metrics
@@ -166,6 +167,26 @@ def test_tuning_with_missing_feedback_compares_observed_candidates_only():
 
     sparse = dataclasses.replace(dataset, train=[thinned(lst) for lst in dataset.train], unobserved="critic")
     assert ItemKNN(sparse).settings.weighting == "interest"
+
+
+def test_tuning_reads_observed_candidates_where_feedback_is_missing(monkeypatch):
+    """And counts the others as 0 where they are negatives."""
+    seen = []
+
+    def spy(gains, metrics):
+        seen.append([row.tolist() for row in gains])
+        return {metrics[0]: np.zeros(1)}
+
+    monkeypatch.setattr(module, "rank_metrics", spy)
+    train = [
+        make_list(7, history=[0], candidates=[1, 2, 3, 4], interest=[np.nan, 0.25, 0.5, np.nan]),
+        make_list(8, history=[0], candidates=[1, 2, 3], interest=[0.0, np.nan, 0.0]),
+    ]
+    for unobserved, expected in (("critic", [0.25, 0.5]), ("zero", [0.0, 0.0, 0.25, 0.5])):
+        seen.clear()
+        ItemKNN(make_dataset(LOG, 5, train, unobserved=unobserved))
+        assert {tuple(sorted(row)) for rows in seen for row in rows} == {tuple(expected)}
+        assert {len(rows) for rows in seen} == {1}, "a list in which nothing was liked ranks nothing"
 
 
 def test_tuning_without_any_feedback_keeps_the_defaults():

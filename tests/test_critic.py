@@ -5,7 +5,9 @@ import functools
 
 import numpy as np
 import pytest
+import torch
 
+from flexrec import critic as module
 from flexrec.critic import Critic
 from flexrec.data.lists import Catalogue, Interactions, RankingList
 
@@ -186,6 +188,172 @@ def test_many_lists_at_once_equal_one_by_one(world, critic, monkeypatch):
     assert critic.predict_many([]) == []
 
 
+class Fit:
+    """What a fit on part of the world's log trained on, held out and tried, and the critic that came of it."""
+
+    def __init__(self, monkeypatch, world, size=400, **options):
+        self.trained, self.tried, self.batches, self.start = set(), [], [], None
+        self.log = Interactions(
+            *(a[:size] for a in (world.log.users, world.log.items, world.log.interest, world.log.times))
+        )
+        training_pairs, leave_out_pairs = module._training_pairs, module._leave_out_pairs
+        user_batches, forward, make = module._user_batches, module._Ensemble.forward, module._Ensemble.__init__
+
+        def spy_on_training(log, rows, *more):
+            pairs, interest = training_pairs(log, rows, *more)
+            users = rows[pairs.target_rows.numpy()]
+            self.trained |= set(zip(users.tolist(), pairs.target_items.tolist(), strict=True))
+            context = zip(rows[pairs.context_rows.numpy()].tolist(), pairs.context_items.tolist(), strict=True)
+            self.trained |= set(context)
+            return pairs, interest
+
+        def spy_on_holding_out(log, held_out):
+            self.held_out = set(zip(log.users[held_out].tolist(), log.items[held_out].tolist(), strict=True))
+            self.target = torch.from_numpy(log.interest[held_out])
+            return leave_out_pairs(log, held_out)
+
+        def spy_on_batches(log, rng):
+            self.batches.append([users.tolist() for users in user_batches(log, rng)])
+            return [np.array(users) for users in self.batches[-1]]
+
+        def spy_on_trying(network, pairs):
+            mean, log_variance = forward(network, pairs)
+            if not torch.is_grad_enabled():
+                self.tried.append((mean.mean(0) - self.target).square().mean().item())
+            return mean, log_variance
+
+        def spy_on_making(network, *args):
+            make(network, *args)
+            self.start = network.item_embedding.detach().clone()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_training_pairs", spy_on_training)
+            patch.setattr(module, "_leave_out_pairs", spy_on_holding_out)
+            patch.setattr(module, "_user_batches", spy_on_batches)
+            patch.setattr(module._Ensemble, "forward", spy_on_trying)
+            patch.setattr(module._Ensemble, "__init__", spy_on_making)
+            self.critic = Critic.fit(self.log, world.catalogue, ensemble=2, **options)
+
+
+def test_the_held_out_tenth_is_not_trained_on(world, monkeypatch):
+    fit = Fit(monkeypatch, world, epochs=3)
+    everything = set(zip(fit.log.users.tolist(), fit.log.items.tolist(), strict=True))
+    assert len(fit.held_out) == round(0.1 * len(everything)) == 40
+    assert fit.trained == everything - fit.held_out
+
+
+def test_the_best_epoch_is_kept(world, monkeypatch):
+    """On so little that it overfits: the last epoch is not the best."""
+    fit = Fit(monkeypatch, world, size=200, epochs=20)
+    *epochs, kept = fit.tried
+    assert len(epochs) == 20
+    assert min(epochs) < epochs[-1]
+    assert kept == min(epochs)
+
+
+def test_variances_equal_the_squared_errors_on_the_held_out_tenth(world, monkeypatch):
+    fit = Fit(monkeypatch, world, epochs=5)
+    # The critic that knows all but the held-out pairs predicts them as it did when it was fitted.
+    keep = [pair not in fit.held_out for pair in zip(fit.log.users.tolist(), fit.log.items.tolist(), strict=True)]
+    seen = fit.log.select(np.array(keep))
+    order = np.lexsort((seen.items, seen.users))
+    seen = Interactions(*(getattr(seen, name)[order] for name in ("users", "items", "interest", "times")))
+    critic = Critic(fit.critic._network, seen, NUM_ITEMS, fit.critic._variance_scale)
+    pairs = sorted(fit.held_out)
+    predicted = critic.predict_many([make_list(user, np.array([item])) for user, item in pairs])
+    mean, variance = (np.concatenate(parts) for parts in zip(*predicted, strict=True))
+    feedback = world.feedback[tuple(np.array(pairs).T)]
+    assert variance.mean() == pytest.approx(np.square(mean - feedback).mean(), rel=1e-3)
+
+
+def test_weights_batches_and_the_held_out_tenth_are_drawn_from_the_seed(world, monkeypatch):
+    one, same, other = (Fit(monkeypatch, world, epochs=2, seed=seed) for seed in (0, 0, 1))
+    for a, b in ((one, same), (one, other)):
+        equal = b is same
+        assert torch.equal(a.start, b.start) == equal
+        assert (a.held_out == b.held_out) == equal
+        assert (a.batches == b.batches) == equal
+    assert one.batches[1] != one.batches[2], "every epoch draws its batches anew"
+    assert not torch.equal(one.start[0], one.start[1]), "the members start apart"
+
+
+@pytest.mark.parametrize(("size", "epochs"), [(10, 30), (40_000, 25), (200_000, 8)])
+def test_passes_over_the_log_are_about_a_million_interactions(monkeypatch, size, epochs):
+    """And 8 to 30 in any case."""
+
+    class Started(Exception):
+        pass
+
+    def start(passes, **options):
+        raise Started(len(passes))
+
+    monkeypatch.setattr(module, "track", start)
+    log = Interactions(np.arange(size), np.zeros(size, np.int64), np.full(size, 0.5, np.float32), np.zeros(size))
+    with pytest.raises(Started, match=f"^{epochs}$"):
+        Critic.fit(log, Catalogue(("a",), ("a",), ((),)))
+
+
+def test_beta_nll_and_its_gradient_by_hand():
+    mean = torch.tensor([[0.2, 0.7], [0.5, 0.1]], requires_grad=True)
+    log_variance = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]], requires_grad=True)
+    interest = torch.tensor([0.6, 0.3])
+    loss = module._beta_nll(mean, log_variance, interest)
+    variance, error = log_variance.detach().exp(), mean.detach() - interest
+    nll = 0.5 * (error.square() / variance + log_variance.detach())
+    torch.testing.assert_close(loss.detach(), (variance.sqrt() * nll).mean(1).sum())
+    loss.backward()
+    torch.testing.assert_close(mean.grad, variance.sqrt() * error / variance / 2)
+    # The weight is held fixed: only the likelihood's own slope remains.
+    torch.testing.assert_close(log_variance.grad, variance.sqrt() * 0.5 * (1 - error.square() / variance) / 2)
+
+
+def test_variance_is_noise_plus_disagreement():
+    means = torch.tensor([[0.2, 0.6], [0.4, 0.6], [0.9, 0.6]])
+    log_variances = torch.tensor([[-1.0, -2.0], [-2.0, -3.0], [-4.0, -1.0]])
+    mean, variance = module._mixture(lambda pairs: (means, log_variances), None)
+    torch.testing.assert_close(mean, torch.tensor([0.5, 0.6]))
+    noise = np.exp(log_variances.numpy()).mean(axis=0)
+    disagreement = np.array([np.square([-0.3, -0.1, 0.4]).mean(), 0.0])
+    np.testing.assert_allclose(variance, noise + disagreement, rtol=1e-5)
+
+
+def test_members_are_shown_shares_of_their_own(world, monkeypatch):
+    """Of the interactions, and of the interest in those: so that users with little or no feedback are served, too."""
+    log = module._merged(world.log, NUM_ITEMS)
+    rows = np.arange(40, 80)
+    pairs, interest = module._training_pairs(log, rows, 3, torch.Generator().manual_seed(0))
+    users = rows[pairs.target_rows.numpy()]
+    inside = (log.users >= 40) & (log.users < 80)
+    np.testing.assert_array_equal(users, log.users[inside])
+    np.testing.assert_array_equal(pairs.target_items, log.items[inside])
+    np.testing.assert_array_equal(interest, log.interest[inside])
+    torch.testing.assert_close(pairs.target_context, torch.arange(len(interest)))
+    for shares in (pairs.context_present, pairs.context_known):
+        assert shares.shape == (3, len(interest))
+        assert not torch.equal(shares[0], shares[1])
+        # Half of the users are shown everything, the others uniform shares: three quarters on average.
+        assert shares.mean() == pytest.approx(0.75, abs=0.08)
+        of_users = np.array([shares[0][users == user].mean() for user in rows])
+        assert 0.3 < np.mean(of_users == 1.0) < 0.7
+        assert of_users.min() < 0.4
+    assert not torch.equal(pairs.context_present, pairs.context_known)
+
+
+def test_repeated_pairs_are_averaged():
+    log = Interactions(
+        np.array([1, 0, 1]), np.array([2, 3, 2]), np.array([0.2, 0.5, 0.8], np.float32), np.array([4.0, 5.0, 6.0])
+    )
+    merged = module._merged(log, 10)
+    assert (merged.users.tolist(), merged.items.tolist()) == ([0, 1], [3, 2])
+    assert merged.interest.tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_rows_of_topics_have_length_one():
+    names = ("a", "b", "c")
+    shares = module._topic_shares(Catalogue(names, names, (("x",), ("x", "y"), ())))
+    np.testing.assert_allclose(shares, [[1.0, 0.0], [0.5**0.5, 0.5**0.5], [0.0, 0.0]], rtol=1e-6)
+
+
 def test_seed_decides_everything(world):
     lst = make_list(0, np.arange(50))
     fits = [Critic.fit(world.log, world.catalogue, seed=seed, epochs=2, ensemble=2).predict(lst) for seed in (0, 0, 1)]
@@ -224,8 +392,6 @@ def test_items_without_topics(world):
 
 
 def test_nothing_outside_touches_the_global_generator(world):
-    import torch
-
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)

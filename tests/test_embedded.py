@@ -34,6 +34,17 @@ def test_item_vectors_put_items_of_the_same_users_together():
     assert similarity[:2, 2:].abs().max() < 1e-3
     assert not vectors[4].any(), "nobody had the last item"
     torch.testing.assert_close(vectors, item_vectors(log, 5, 8, seed=1))
+    assert not torch.allclose(vectors, item_vectors(log, 5, 8, seed=2))
+
+
+def test_liked_items_have_longer_vectors():
+    """Entries are 1 + interest: of two items that the same users had, the liked one has the longer vector."""
+    users, items = np.repeat(np.arange(6), 2), np.tile([0, 1], 6)
+    interest = np.tile([0.0, 1.0], 6).astype(np.float32)
+    log = Interactions(users, items, interest, np.arange(12, dtype=np.float64))
+    lengths = item_vectors(log, 2, 4).norm(dim=1)
+    # Of rank one: the column c of equal entries a has the norm a sqrt(6), divided by its root.
+    torch.testing.assert_close(lengths[1] / lengths[0], torch.tensor(2.0**0.5))
 
 
 def test_model_starts_from_the_vectors_at_the_usual_spread():
@@ -50,3 +61,29 @@ def test_model_starts_from_the_vectors_at_the_usual_spread():
     plain = build_model(tokenizer, **sizes).get_input_embeddings().weight.detach()
     others = [i for i in range(len(plain)) if i not in tokens]
     torch.testing.assert_close(weight[others], plain[others])
+
+
+def test_the_seed_and_the_sizes_are_the_models():
+    tokenizer = build_tokenizer(CATALOGUE, [])
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 4, "max_length": 77}
+    one, same, other = (build_model(tokenizer, **sizes, seed=seed) for seed in (3, 3, 4))
+    for a, b, c in zip(one.parameters(), same.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+        if a.ndim > 1:
+            assert not torch.allclose(a, c)
+    config = one.config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (16, 2, 4)
+    assert config.max_position_embeddings == 77
+    assert (config.bos_token_id, config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    build_model(tokenizer, **sizes)
+    torch.testing.assert_close(torch.rand(2), expected)
+
+
+def test_texts_that_stand_in_many_prompts_take_few_tokens():
+    texts = ["Rank the candidates by how much this user will enjoy them."]
+    with_them = build_tokenizer(CATALOGUE, texts, vocab_size=400)
+    without = build_tokenizer(CATALOGUE, [], vocab_size=400)
+    assert len(with_them.encode(texts[0])) < len(without.encode(texts[0])) / 2

@@ -221,39 +221,130 @@ def test_num_ranked_hides_the_rest():
     assert rank_metrics(gains, ("recall@5",), num_ranked=np.array([1]))["recall@5"] == 0.0
 
 
+def enumerated_interval(statistic, clusters, level):
+    """Ends of the interval over every equally likely draw of as many clusters; ``statistic`` takes a draw's rows."""
+    rows = [np.flatnonzero(clusters == cluster) for cluster in np.unique(clusters)]
+    draws = itertools.product(range(len(rows)), repeat=len(rows))
+    values = np.sort([statistic(np.concatenate([rows[c] for c in draw])) for draw in draws])
+    ends = (np.ceil(np.array([(1 - level) / 2, (1 + level) / 2]) * len(values)) - 1).astype(int)
+    return values[ends]
+
+
+# Users with 1, 4, 1, 3 and 6 lists, in no order.
+UNEQUAL = np.array([7, 3, 3, 9, 4, 9, 3, 4, 9, 11, 3, 11, 11, 11, 11])
+
+
+def test_interval_of_unequal_clusters_equals_full_enumeration():
+    values = np.random.default_rng(11).uniform(size=15)
+    expected = enumerated_interval(lambda rows: values[rows].mean(), UNEQUAL, 0.8)
+    got = bootstrap_interval(values, clusters=UNEQUAL, level=0.8, num_samples=60_000)
+    np.testing.assert_allclose(got, expected, atol=0.003)
+    assert np.abs(np.subtract(bootstrap_interval(values, level=0.8, num_samples=60_000), expected)).max() > 0.01
+    # A user's mean is no list: those with many lists weigh more.
+    of_users = np.array([values[user == UNEQUAL].mean() for user in np.unique(UNEQUAL)])
+    assert np.abs(np.subtract(bootstrap_interval(of_users, level=0.8, num_samples=60_000), expected)).max() > 0.01
+
+
+def test_change_of_unequal_clusters_equals_full_enumeration():
+    rng = np.random.default_rng(12)
+    base = rng.uniform(0.1, 1.0, 15)
+    new = base * rng.uniform(0.5, 2.0, 15)
+    change = relative_change(new, base, clusters=UNEQUAL, level=0.8, num_samples=60_000, seed=1)
+    difference = enumerated_interval(lambda rows: new[rows].mean() - base[rows].mean(), UNEQUAL, 0.8)
+    percent = enumerated_interval(lambda rows: 100 * (new[rows].mean() / base[rows].mean() - 1), UNEQUAL, 0.8)
+    np.testing.assert_allclose([change.difference_low, change.difference_high], difference, atol=0.003)
+    np.testing.assert_allclose([change.percent_low, change.percent_high], percent, atol=0.8)
+    sums = np.array([(new - base)[user == UNEQUAL].sum() for user in np.unique(UNEQUAL)])
+    flips = np.array(list(itertools.product([-1.0, 1.0], repeat=5))) @ sums
+    exact = (np.abs(flips) >= abs(sums.sum()) - 1e-12).mean()
+    assert change.p_value == pytest.approx(exact, abs=0.01)
+
+
 @pytest.fixture
-def results():
+def users():
+    """1 to 7 lists of each of 20 users."""
+    return np.repeat(np.arange(20) * 3, np.arange(20) % 7 + 1)
+
+
+@pytest.fixture
+def results(users):
+    """Noisy ratios: lists differ, and users among themselves."""
     rng = np.random.default_rng(10)
-    base = {need: rng.uniform(0.1, 0.5, 80) for need in ("interest", "explore")}
+    base = {need: rng.uniform(0.1, 0.5, len(users)) for need in ("interest", "explore")}
     strength = {"base": 1.0, "random": 0.5, "trained": 1.5}
+
+    def values(need, factor):
+        of_users = rng.lognormal(0.0, 0.4, users.max() + 1)[users]
+        return base[need] if factor == 1.0 else factor * base[need] * of_users * rng.lognormal(0.0, 0.1, len(users))
+
     return {
-        ranker: {need: {"ndcg@5": factor * base[need], "mrr@5": factor * base[need] / 2} for need in base}
+        ranker: {need: {"ndcg@5": (v := values(need, factor)), "mrr@5": np.sqrt(v) / 2} for need in base}
         for ranker, factor in strength.items()
     }
 
 
-def test_markdown_states_means_changes_and_intervals(results):
-    lines = comparison_markdown(results, clusters=np.arange(80) // 2).splitlines()
+def change_of(results, need, ranker, headline="ndcg@5", **options):
+    return relative_change(results[ranker][need][headline], results["base"][need][headline], **options)
+
+
+def test_markdown_states_means_changes_and_intervals_over_users(results, users):
+    lines = comparison_markdown(results, clusters=users).splitlines()
     assert lines[0] == "| need | ranker | ndcg@5 | mrr@5 | ndcg@5 against base | 95 % interval | p |"
-    assert [line.split(" | ")[:2] for line in lines[2:]] == [
-        [f"| {need}", ranker] for need in ("interest", "explore") for ranker in ("base", "random", "trained")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[:2] for row in cells] == [
+        [need, ranker] for need in ("interest", "explore") for ranker in ("base", "random", "trained")
     ]
-    mean = results["trained"]["interest"]["ndcg@5"].mean()
-    assert lines[4].startswith(f"| interest | trained | {mean:.3f} | ")
-    assert lines[4].endswith("| +50.0 % | +50.0, +50.0 | < 0.001 |")
-    assert lines[3].endswith("| -50.0 % | -50.0, -50.0 | < 0.001 |")
+    for need, ranker, ndcg, mrr, percent, interval, p_value in cells:
+        assert ndcg == f"{results[ranker][need]['ndcg@5'].mean():.3f}"
+        assert mrr == f"{results[ranker][need]['mrr@5'].mean():.3f}"
+        if ranker == "base":
+            assert (percent, interval, p_value) == ("", "", "")
+            continue
+        change = change_of(results, need, ranker, clusters=users)
+        assert percent == f"{change.percent:+.1f} %"
+        assert interval == f"{change.percent_low:+.1f}, {change.percent_high:+.1f}"
+        assert p_value == ("< 0.001" if change.p_value < 0.001 else f"{change.p_value:.3f}")
+        lists = change_of(results, need, ranker)
+        assert change.percent_high - change.percent_low > 1.2 * (lists.percent_high - lists.percent_low)
 
 
-def test_table_of_five_metrics_fits_80_columns(results):
+def test_tables_pass_on_how_to_resample(results, users):
+    options = {"level": 0.6, "num_samples": 50, "seed": 4}
+    change = change_of(results, "explore", "trained", "mrr@5", clusters=users, **options)
+    expected = f"{change.percent_low:+.1f}, {change.percent_high:+.1f}"
+    for name, value in {"level": 0.9, "num_samples": 51, "seed": 5}.items():
+        other = change_of(results, "explore", "trained", "mrr@5", clusters=users, **{**options, name: value})
+        assert expected != f"{other.percent_low:+.1f}, {other.percent_high:+.1f}", name
+    lines = comparison_markdown(results, headline="mrr@5", clusters=users, **options).splitlines()
+    assert lines[0].endswith("| mrr@5 against base | 60 % interval | p |")
+    assert f"| {change.percent:+.1f} % | {expected} |" in lines[-1]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(comparison_table(results, headline="mrr@5", clusters=users, **options))
+    assert f"{change.percent:+.1f} % [{expected}]" in console.export_text()
+
+
+def test_tables_compare_with_the_base_that_is_named(results, users):
+    change = relative_change(
+        results["base"]["explore"]["ndcg@5"], results["random"]["explore"]["ndcg@5"], clusters=users
+    )
+    lines = comparison_markdown(results, base="random", clusters=users).splitlines()
+    (line,) = [line for line in lines if line.startswith("| explore | base |")]
+    assert f"| {change.percent:+.1f} % | {change.percent_low:+.1f}, {change.percent_high:+.1f} |" in line
+
+
+def test_table_of_five_metrics_fits_80_columns(results, users):
     for needs in results.values():
         for metrics in needs.values():
             metrics |= dict.fromkeys(("ndcg@10", "ndcg@30", "recall@5"), metrics["ndcg@5"])
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(comparison_table(results, title="test users"))
+    console.print(comparison_table(results, clusters=users, title="test users"))
     text = console.export_text()
     assert "test users" in text
     assert text.count("explore") == 1  # a need is named once
-    assert text.count("+50.0 % [+50.0, +50.0]") == 2
+    for need in ("interest", "explore"):
+        for ranker in ("random", "trained"):
+            change = change_of(results, need, ranker, clusters=users)
+            assert text.count(f"{change.percent:+.1f} % [{change.percent_low:+.1f}, {change.percent_high:+.1f}]") == 1
     assert "…" not in text
 
 
