@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from flexrec.checks import check_choice
 from flexrec.integrations.token_logprobs import decoded, without_end
 from flexrec.metrics import parse_metric
 from flexrec.ops.swap_rewards import CREDITS
 from flexrec.rankings.text import ScoredCompletions, index_labels, score_completions
-from flexrec.validation import check_choice
 
 COMPLETION_CREDITS = tuple(credit for credit in CREDITS if credit != "policy")
 LOGGED_RANKS = 5

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from flexrec.ops.restricted_logprobs import restricted_logprobs
-from flexrec.policy import decision_states, final_hidden, make_batch
+from flexrec.policy.scores import decision_states, final_hidden, make_batch
 from flexrec.rankings import Candidates, Spelling, encode_rankings, parse_rankings
 
 

@@ -20,6 +20,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 
 from flexrec.advantages import BASELINES, SCALES, item_advantages
+from flexrec.checks import check_choice
+from flexrec.decoding.sample import sample_rankings
 from flexrec.integrations.ranking_reward import (
     COMPLETION_CREDITS,
     RankingReward,
@@ -40,9 +42,7 @@ from flexrec.integrations.trl_vllm import per_prompt
 from flexrec.metrics import parse_metric
 from flexrec.rankings import RankingState, Spelling, encode_rankings
 from flexrec.rankings.text import ScoredCompletions, item_values_to_tokens, score_completions
-from flexrec.rollout import sample_rankings
 from flexrec.uncertainty import uncertainty_weights
-from flexrec.validation import check_choice
 
 __all__ = ["FlexRecGRPOConfig", "FlexRecGRPOTrainer", "RankingReward"]
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from flexrec.metrics import ranking_metric
 from flexrec.ops.swap_rewards import swap_rewards
-from flexrec.policy import rank_order
+from flexrec.policy.scores import rank_order
 from flexrec.rankings.state import ParsedRankings, TokenIds, parse_rankings
 from flexrec.uncertainty import swap_rewards_with_variance
 

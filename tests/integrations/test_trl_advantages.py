@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerFast
 
 import flexrec
 import flexrec.integrations.trl as adapter
-import flexrec.trainer
+import flexrec.trainer.flexrec
 from flexrec.integrations.ranking_reward import COMPLETION_CREDITS
 from flexrec.integrations.token_logprobs import decoded, token_item_ids
 from flexrec.rankings import encode_rankings
 from flexrec.rankings.text import index_labels, parse_ranking_texts
-from flexrec.task import Example
-from flexrec.trainer import FlexRecConfig, FlexRecTrainer
+from flexrec.task.examples import Example
+from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -63,8 +63,8 @@ def flexrec_trainers_view(tmp_path, monkeypatch, trainer, rollout, **options):
         seen.append(advantages)
         return flexrec.policy_loss(logprobs, old, advantages, *args, **kwargs)
 
-    monkeypatch.setattr(flexrec.trainer, "policy_loss", spy)
-    monkeypatch.setattr(flexrec.trainer, "sample_rankings", lambda *args, **kwargs: rollout)
+    monkeypatch.setattr(flexrec.trainer.flexrec, "policy_loss", spy)
+    monkeypatch.setattr(flexrec.trainer.flexrec, "sample_rankings", lambda *args, **kwargs: rollout)
     config = FlexRecConfig(
         output_dir=str(tmp_path / "own"), num_generations=4, entropy_coef=0.0, use_cpu=True, report_to="none", **options
     )

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, LlamaConfig
 
 import flexrec
 from flexrec.data import Catalogue
-from flexrec.embedded import build_tokenizer
 from flexrec.integrations.responses import score_responses
+from flexrec.policy.small_model import build_tokenizer
 from flexrec.rankings.text import item_values_to_tokens
 
 if os.environ.get("FLEXREC_REQUIRE_VERL", "") in ("", "0"):

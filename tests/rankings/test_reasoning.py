@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flexrec import rollout as rollouts
-from flexrec.decoding import RankingLogitsProcessor
+from flexrec.decoding import sample as rollouts
+from flexrec.decoding.logits_processor import RankingLogitsProcessor
+from flexrec.decoding.sample import Rollout, sample_rankings
 from flexrec.losses import policy_loss
 from flexrec.metrics import ranking_metric
-from flexrec.policy import make_batch, ranking_scores, ranking_states, reasoning_logprobs
+from flexrec.policy.scores import make_batch, ranking_scores, ranking_states, reasoning_logprobs
 from flexrec.rankings.reasoning import ReasoningRule, ReasoningTokens, eos_token_ids, reasoning_rule
-from flexrec.rollout import Rollout, sample_rankings
 
 VOCAB, EOS, SEPARATOR = 60, 52, 50
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 1]]
