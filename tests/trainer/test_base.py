@@ -133,6 +133,19 @@ def test_the_data_set_is_told_every_epoch(tmp_path) -> None:
     assert [epoch for epoch, _ in itertools.groupby(dataset.epochs)] == [0, 1, 2]
 
 
+def test_data_set_and_order_are_told_the_epoch_that_begins(tmp_path) -> None:
+    """By the trainer itself: not every data loader does, nor in all processes."""
+    dataset = Numbered(8)
+    trainer = Recorder(model_of(), TrainingArguments(**arguments(tmp_path)), dataset)
+    order = trainer._get_train_sampler()
+    trainer.state.epoch = 2.25
+    trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    assert dataset.epochs == [2]
+    expected = EpochOrder(8, trainer.args.seed)
+    expected.set_epoch(2)
+    assert list(order) == list(expected)
+
+
 def test_a_training_that_is_resumed_in_a_later_epoch_goes_on_as_if_it_had_not_stopped(tmp_path) -> None:
     """The same examples, in the same places and with the same noise; the data set is told the epoch it is in."""
     options = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 4}
