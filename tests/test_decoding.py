@@ -243,6 +243,12 @@ def test_the_first_ranks_only_and_an_end_that_generate_adds(model: Any) -> None:
     assert parsed.valid.all()
 
 
+def test_a_finished_ranking_goes_on_with_the_first_end_of_sequence() -> None:
+    processor = RankingLogitsProcessor(SINGLE[:1], num_ranked=1, prompt_length=1, eos_token_id=[EOS, SEPARATOR])
+    scores = processor(torch.tensor([[1, 12]]), torch.zeros(1, VOCAB))
+    assert scores.isfinite().nonzero().tolist() == [[0, EOS]]
+
+
 def test_a_processor_may_serve_several_calls(model: Any) -> None:
     """As long as prompts are as wide: rows that begin again are read again, other numbers of rows as well."""
     processor = RankingLogitsProcessor(ENCODINGS["titles"], separator=[SEPARATOR], end=[EOS])

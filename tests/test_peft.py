@@ -1,5 +1,6 @@
 """LoRA by the real PEFT: sampling, scoring, training, the reference without a second copy, saving."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -246,6 +247,19 @@ def test_bias_of_an_output_layer_with_trained_rows_is_kept():
     expected = base.lm_head.bias.detach().clone()
     model = add_lora(base, 2, token_ids=ITEMS)
     torch.testing.assert_close(output_layer(model)[1], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("state", ["as it is", "merged", "switched off"])
+def test_output_layer_with_adapters_and_a_bias_is_what_the_layer_computes(state):
+    base = make_model()
+    base.lm_head = torch.nn.Linear(16, VOCAB, bias=True)
+    model = moved(get_peft_model(base, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))).eval()
+    if state == "merged":
+        model.merge_adapter()
+    hidden = torch.randn(5, 16)
+    with model.disable_adapter() if state == "switched off" else contextlib.nullcontext():
+        weight, bias = output_layer(model)
+        torch.testing.assert_close(hidden @ weight.T + bias, model.get_output_embeddings()(hidden))
 
 
 @pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}])

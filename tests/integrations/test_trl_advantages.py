@@ -202,6 +202,22 @@ def test_unconstrained_completions_are_rewarded_where_they_name_items(tmp_path):
     assert logged(trainer, "ndcg/valid") == [0.5]
 
 
+def test_free_text_is_read_as_asked(tmp_path):
+    """Another separator, two ranks, and no statistic of an item that a text left out."""
+    texts = {"[3]/[1]</s>": "000.111.", "[2]</s>": "000.", "[1]/[2]</s>": "000.111.", "[2] > [1]</s>": "000...111."}
+    options = {"separator": "/", "num_ranked": 2, "baseline": "group", "shuffle_dataset": False, "max_steps": 1}
+    trainer, batch = unconstrained(tmp_path, list(texts), **options)
+    repaired = torch.tensor([[0.5, 1.0, 0.0], [0.0, 1.0, 0.5], [1.0, 0.0, 0.5], [0.0, 1.0, 0.5]])
+    rewards = flexrec.swap_rewards(repaired, "ndcg", num_ranked=2)
+    named = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 1, 0]]).bool()
+    advantages = flexrec.item_advantages(rewards, 4, baseline="group", item_mask=named)
+    for found, expected, ranks in zip(batch["advantages"], advantages, texts.values(), strict=True):
+        of_tokens = torch.tensor([0.0 if rank == "." else expected[int(rank)] for rank in ranks])
+        torch.testing.assert_close(found[: len(ranks)], of_tokens)
+    trainer.train()
+    assert logged(trainer, "ndcg/valid") == [0.5]
+
+
 def test_masked_completions_have_no_items(tmp_path):
     texts = ["[3] > [1] > [2]</s>", "[3] > [1] > [2]", "[2] > [1] > [3]</s>", ""]
     _, batch = unconstrained(tmp_path, [text or "</s>" for text in texts], mask_truncated_completions=True)
