@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flexrec.decoding.logits_processor.logits_processor import RankingLogitsProcessor
+from flexrec.decoding.logits_processor.sample import sample_rankings
+from flexrec.policy.scores.scores import make_batch, ranking_scores, ranking_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -20,9 +23,6 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
-from flexrec.decoding.logits_processor import RankingLogitsProcessor
-from flexrec.decoding.sample import sample_rankings
-from flexrec.policy.scores import make_batch, ranking_scores, ranking_states
 from flexrec.rankings import CandidateTries, RankingState, parse_rankings, validate_rankings
 
 VOCAB = 60
@@ -241,6 +241,12 @@ def test_the_first_ranks_only_and_an_end_that_generate_adds(model: Any) -> None:
         [row[:-1] for row in rows], candidates, separator=[SEPARATOR], num_ranked=[2, 2, 1, 1, 3, 3], num_generations=2
     )
     assert parsed.valid.all()
+
+
+def test_a_finished_ranking_goes_on_with_the_first_end_of_sequence() -> None:
+    processor = RankingLogitsProcessor(SINGLE[:1], num_ranked=1, prompt_length=1, eos_token_id=[EOS, SEPARATOR])
+    scores = processor(torch.tensor([[1, 12]]), torch.zeros(1, VOCAB))
+    assert scores.isfinite().nonzero().tolist() == [[0, EOS]]
 
 
 def test_a_processor_may_serve_several_calls(model: Any) -> None:

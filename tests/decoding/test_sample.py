@@ -13,9 +13,11 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.cache_utils import DynamicLayer
 
+from flexrec.decoding import cache as shared_decoding
 from flexrec.decoding import sample as rollouts
-from flexrec.decoding.sample import sample_rankings
+from flexrec.decoding.sample import sample_rankings, search_rankings
 from flexrec.policy.scores import make_batch, ranking_scores, ranking_states
 from flexrec.rankings import RankingState
 
@@ -40,6 +42,8 @@ def make_model(kind: str) -> torch.nn.Module:
         model = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False))
     with torch.no_grad():  # far from uniform, so that a wrong distribution shows
         model.get_output_embeddings().weight.mul_(8.0)
+        if kind == "biased":
+            model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB))
     return model.eval()
 
 
@@ -52,7 +56,7 @@ TITLES = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "biased"])
 @pytest.mark.parametrize(
     ("candidates", "separator", "end"), [(SINGLE, (), ()), (TITLES, (50, 51), (52,)), (SINGLE, (50,), ())]
 )
@@ -153,16 +157,16 @@ def test_attention_implementations_and_their_masks(monkeypatch, attention):
 
 
 def test_top_p_keeps_the_most_probable_allowed_items():
-    """With a nucleus of 0.5 the first item is one of the few most probable that reach it, in proportion."""
+    """The first item is one of the few most probable that reach the nucleus together, in proportion."""
     model = make_model("llama")
     with torch.no_grad():
         logits = model(torch.tensor(PROMPTS[:1])).logits[0, -1, [10, 11, 12, 13]]
-    probs = logits.softmax(0)
-    order = probs.argsort(descending=True)
-    kept = order[: int((probs[order].cumsum(0) < 0.9).sum()) + 1]
-    expected = torch.zeros(4).index_put((kept,), probs[kept] / probs[kept].sum())
+    probs, order = logits.softmax(0).sort(descending=True)
+    top_p = float(probs[:2].sum() - 0.3 * probs[1])  # the second is needed, and is more than is needed
+    assert top_p < 0.9
+    expected = torch.zeros(4).index_put((order[:2],), probs[:2] / probs[:2].sum())
     rollout = sample_rankings(
-        model, PROMPTS[:1], SINGLE[:1], num_generations=2000, top_p=0.9, generator=torch.Generator().manual_seed(0)
+        model, PROMPTS[:1], SINGLE[:1], num_generations=2000, top_p=top_p, generator=torch.Generator().manual_seed(0)
     )
     found = np.bincount(rollout.rankings[:, 0], minlength=4) / 2000
     np.testing.assert_allclose(found, expected.numpy(), atol=4 * np.sqrt(0.25 / 2000))
@@ -171,11 +175,56 @@ def test_top_p_keeps_the_most_probable_allowed_items():
         sample_rankings(model, PROMPTS[:1], SINGLE[:1], top_p=0.0)
 
 
-def test_num_ranked_stops_early():
+def test_the_generator_is_all_there_is_of_chance():
+    """The same seed gives the same rankings whatever torch's own generator has drawn, and another seed others."""
+    model, found = make_model("llama"), []
+    for seed, elsewhere in ((1, 2), (1, 3), (2, 2)):
+        torch.manual_seed(elsewhere)
+        generator = torch.Generator().manual_seed(seed)
+        rollout = sample_rankings(model, PROMPTS[:2], SINGLE[:2], num_generations=8, generator=generator)
+        found.append(rollout.rankings.tolist())
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("num_ranked", [2, 3, 9])
+def test_num_ranked_stops_early(num_ranked):
+    """Lists that have fewer candidates are ranked whole."""
     model = make_model("llama")
-    rollout = sample_rankings(model, PROMPTS[:2], SINGLE[:2], num_ranked=2, num_generations=2)
-    assert rollout.rankings.shape == (4, 2)
-    assert (rollout.rankings >= 0).all()
+    rollout = sample_rankings(model, PROMPTS[:2], SINGLE[:2], num_ranked=num_ranked, num_generations=2)
+    sizes = [min(num_ranked, 4)] * 2 + [min(num_ranked, 3)] * 2
+    assert rollout.rankings.shape == (4, sizes[0])
+    assert (rollout.rankings >= 0).sum(axis=1).tolist() == sizes
+
+
+def test_the_decoder_is_told_how_many_share_a_row(monkeypatch):
+    """Every option that decides on it arrives. Flex attention would compile a mask for every step: it shares none."""
+    asked, made = [], []
+
+    class Made(Exception):
+        pass
+
+    def make(*arguments):
+        made.append(arguments[2:])
+        raise Made
+
+    monkeypatch.setattr(rollouts, "sharing", lambda *args, **kwargs: asked.append((args, kwargs)) or 2)
+    monkeypatch.setattr(rollouts, "SharedDecoder", make)
+    model = make_model("llama")
+    spelling = {"separator": (50, 51), "end": (52,), "num_ranked": 3, "pad_token_id": 7}
+    reasoning = {"reasoning_end": [40, 41], "max_reasoning_tokens": 20}
+    with pytest.raises(Made):
+        sample_rankings(model, PROMPTS, TITLES, num_generations=4, **spelling, **reasoning)
+    with pytest.raises(Made):
+        search_rankings(model, PROMPTS, TITLES, num_beams=6, **spelling)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(Made):
+        sample_rankings(model, PROMPTS, TITLES, num_generations=4, **spelling)
+    options = {"separator": (50, 51), "num_ranked": 3}
+    assert asked == [
+        ((model, PROMPTS, TITLES), options | {"num_generations": 4, "reasoning_length": 22}),
+        ((model, PROMPTS, TITLES), options | {"num_generations": 6, "reasoning_length": 0}),
+    ]
+    assert made == [(4, 2, 7), (6, 6, 7), (4, 1, 7)]  # beams share all or none
 
 
 def test_windows_that_padding_would_shift_are_refused():
@@ -198,12 +247,37 @@ def test_windows_that_padding_would_shift_are_refused():
 
 
 def test_training_mode_is_restored_and_errors_are_clear():
-    model = make_model("llama").train()
-    sample_rankings(model, PROMPTS[:1], SINGLE[:1])
+    model = make_model("gpt2").train()  # with dropout
+    rollout = sample_rankings(model, PROMPTS[:1], SINGLE[:1])
     assert model.training
+    batch = make_batch(PROMPTS[:1], SINGLE[:1], rollout.rankings)
+    with torch.no_grad():
+        scores = ranking_scores(ranking_states(model.eval(), batch), batch)
+    np.testing.assert_allclose(rollout.logprobs, scores.logprobs, atol=1e-5)
     with pytest.raises(ValueError, match="temperature must be positive"):
         sample_rankings(model, PROMPTS[:1], SINGLE[:1], temperature=0.0)
     with pytest.raises(ValueError, match="3 prompts and 1 lists"):
         sample_rankings(model, PROMPTS, SINGLE[:1])
     with pytest.raises(ValueError, match="at least one token"):
         sample_rankings(model, [[]], SINGLE[:1])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_growing_cache_holds_what_a_copied_one_does(seed):
+    """After tokens have been appended, rows repeated and rows reordered, in any order."""
+    rng, ours, plain = np.random.default_rng(seed), shared_decoding._GrowingLayer(), DynamicLayer()
+    rows = 2
+    for _ in range(20):
+        action = rng.choice(["append", "append", "append", "repeat", "reorder"])
+        if action == "append":
+            states = torch.randn(rows, 3, int(rng.integers(1, 4)), 5)
+            for held, expected in zip(ours.update(states, -states), plain.update(states, -states), strict=True):
+                assert torch.equal(held, expected)
+        elif ours.keys is not None and action == "reorder":
+            index = torch.from_numpy(rng.integers(0, rows, size=rows))
+            ours.reorder_cache(index)
+            plain.reorder_cache(index)
+        elif ours.keys is not None and rows < 8:
+            ours.batch_repeat_interleave(2)
+            plain.batch_repeat_interleave(2)
+            rows *= 2

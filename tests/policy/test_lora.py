@@ -1,11 +1,18 @@
 """LoRA by the real PEFT: sampling, scoring, training, the reference without a second copy, saving."""
 
+import contextlib
 import copy
 
 import numpy as np
 import peft
 import pytest
 import torch
+from flexrec.decoding.logits_processor.sample import sample_rankings
+from flexrec.policy.scores.lora import REFERENCE, add_lora, keep_reference, load_model, reference_policy, save_adapters
+from flexrec.policy.scores.scores import make_batch, output_layer, ranking_scores, ranking_states
+from flexrec.task.examples.examples import Example
+from flexrec.trainer.flexrec.flexrec import FlexRecConfig, FlexRecTrainer
+from flexrec.trainer.flexrec.supervised import SupervisedTrainer
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import (
@@ -20,13 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from flexrec.decoding import sample as rollouts
-from flexrec.decoding.sample import sample_rankings
-from flexrec.policy.lora import REFERENCE, add_lora, keep_reference, load_model, reference_policy, save_adapters
-from flexrec.policy.scores import make_batch, output_layer, ranking_scores, ranking_states
-from flexrec.task.examples import Example
-from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
-from flexrec.trainer.supervised import SupervisedTrainer
+from flexrec.decoding.logits_processor import sample as rollouts
 
 VOCAB = 60
 SIZES = {
@@ -246,6 +247,19 @@ def test_bias_of_an_output_layer_with_trained_rows_is_kept():
     expected = base.lm_head.bias.detach().clone()
     model = add_lora(base, 2, token_ids=ITEMS)
     torch.testing.assert_close(output_layer(model)[1], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("state", ["as it is", "merged", "switched off"])
+def test_output_layer_with_adapters_and_a_bias_is_what_the_layer_computes(state):
+    base = make_model()
+    base.lm_head = torch.nn.Linear(16, VOCAB, bias=True)
+    model = moved(get_peft_model(base, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))).eval()
+    if state == "merged":
+        model.merge_adapter()
+    hidden = torch.randn(5, 16)
+    with model.disable_adapter() if state == "switched off" else contextlib.nullcontext():
+        weight, bias = output_layer(model)
+        torch.testing.assert_close(hidden @ weight.T + bias, model.get_output_embeddings()(hidden))
 
 
 @pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}])

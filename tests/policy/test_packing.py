@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from flexrec.policy import packing
 from flexrec.policy.packing import attention_mask, can_pack, pack_rankings, rankings_per_row
 from flexrec.policy.scores import make_batch, ranking_scores, ranking_states
 
@@ -74,6 +76,7 @@ def test_loss_and_every_gradient_equal_the_unpacked(kind, attention, candidates,
     for per_row in (2, 3, 4):
         batch, packed, packed_gradients = loss_and_gradients(model, candidates, separator, 4, per_row)
         assert batch.tokens.shared
+        assert per_row != 3 or batch.tokens.part_of.max() > 0, "no row holds two prompts"
         torch.testing.assert_close(packed.logprobs, scores.logprobs, **FLOAT32)
         torch.testing.assert_close(packed.entropy, scores.entropy, **FLOAT32)
         for ours, theirs, (name, _) in zip(packed_gradients, gradients, model.named_parameters(), strict=True):
@@ -86,11 +89,21 @@ def test_flex_attention_sees_the_same():
     expected = loss_and_gradients(model_of("llama", "sdpa"), candidates, separator, 4, 1)[1]
     model = model_of("llama", "flex_attention").float()
     batch = make_batch(
-        PROMPTS, candidates, rankings(4), separator=separator, end=(49,), num_generations=4, rankings_per_row=4
+        PROMPTS, candidates, rankings(4), separator=separator, end=(49,), num_generations=4, rankings_per_row=3
     )
+    assert batch.tokens.part_of.max() > 0, "no row holds two prompts"
     with torch.no_grad():  # torch has no backward pass of flex attention on the CPU
         scores = ranking_scores(ranking_states(model, batch), batch, temperature=0.7)
     torch.testing.assert_close(scores.logprobs.double(), expected.logprobs, rtol=1e-4, atol=1e-5)
+
+
+def test_flex_attention_is_given_the_same_mask():
+    batch = make_batch(PROMPTS, TITLES, rankings(4), num_generations=4, rankings_per_row=3)
+    assert batch.tokens.part_of.max() > 0, "no row holds two prompts"
+    seen = attention_mask(batch.tokens, "sdpa", torch.float32)  # (B, 1, L, L)
+    blocks = attention_mask(batch.tokens, "flex_attention", torch.float32)
+    found = create_mask(blocks.mask_mod, len(seen), None, *seen.shape[2:], device="cpu")
+    assert torch.equal(found, seen)
 
 
 def test_each_prompt_is_encoded_once_and_short_rows_are_filled():
@@ -157,3 +170,18 @@ def test_how_many_share_a_row():
     assert rankings_per_row(200, 30, 8, 128) == 8
     assert rankings_per_row(1, 400, 8, 16) == 1
     assert rankings_per_row(100, 30, 1, 128) == 1
+
+
+def test_sharing_is_decided_by_the_longest_prompt_and_answer(monkeypatch):
+    asked = []
+    monkeypatch.setattr(packing, "rankings_per_row", lambda *sizes: asked.append(sizes) or 2)
+    model = model_of("llama", "sdpa")
+    options = {"separator": (40, 41), "num_generations": 4}
+    assert packing.sharing(model, PROMPTS, TITLES, **options) == 2
+    assert packing.sharing(model, PROMPTS, TITLES, **options, num_ranked=3, reasoning_length=50) == 2
+    # Titles of up to three tokens, each with a separator of two.
+    assert asked == [(7, 4 * (3 + 2), 4, 16), (7, 50 + 3 * (3 + 2), 4, 16)]
+    assert packing.sharing(model, PROMPTS, TITLES) == 1, "one ranking of each prompt"
+    model.config._attn_implementation = "flash_attention_2"
+    assert packing.sharing(model, PROMPTS, TITLES, **options) == 1, "no mask of one's own"
+    assert len(asked) == 2

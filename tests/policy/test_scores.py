@@ -6,8 +6,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexrec.metrics import ranking_metric
-from flexrec.policy.scores import all_actions, make_batch, rank_order, ranking_scores, ranking_states
+from flexrec.policy.scores import (
+    all_actions,
+    make_batch,
+    rank_order,
+    ranking_scores,
+    ranking_states,
+    reasoning_logprobs,
+)
 from flexrec.rankings import RankingState
+from flexrec.rankings.reasoning import ReasoningTokens
 
 PROMPTS = [[1, 2, 3], [4, 5]]
 TITLES = [[[10, 11], [10, 12, 13], [10, 12], [14]], [[20], [20, 21], [22, 23]]]
@@ -38,13 +46,13 @@ def make_model(seed=0, bias=False):
     return model
 
 
-def decisions_of(model, row, candidates, separator, end, temperature):
+def decisions_of(model, row, candidates, separator, end, temperature, num_ranked=None):
     """(rank, allowed ids, log-probs, target, item's tokens so far) of a ranking's tokens, one model call per token.
 
     A separator or end belongs to the item it closes.
     """
-    ranking = RANKINGS[row][: len(candidates[row])]
-    state = RankingState([candidates[row]], separator=separator, end=end)
+    ranking = RANKINGS[row][: len(candidates[row])][:num_ranked]
+    state = RankingState([candidates[row]], separator=separator, end=end, num_ranked=num_ranked)
     prefix = []
     for rank, item in enumerate(ranking):
         spelled = []
@@ -75,19 +83,20 @@ def test_scores_equal_token_by_token_softmaxes(candidates, separator, end, bias)
 
 
 @FORMS
-def test_kl_equals_the_sum_over_the_support(candidates, separator, end):
-    model, reference = make_model(0), make_model(1)
+@pytest.mark.parametrize("bias", [False, True])
+def test_kl_equals_the_sum_over_the_support(candidates, separator, end, bias):
+    model, reference = make_model(0), make_model(1, bias=bias)
     batch = make_batch(PROMPTS, candidates, RANKINGS, separator=separator, end=end)
     states, other = ranking_states(model, batch), ranking_states(reference, batch)
-    scores = ranking_scores(states, batch, reference=other)
-    alone = ranking_scores(states, batch)
+    scores = ranking_scores(states, batch, temperature=0.6, reference=other)
+    alone = ranking_scores(states, batch, temperature=0.6)
     assert alone.kl is None
     torch.testing.assert_close((scores.logprobs, scores.entropy), (alone.logprobs, alone.entropy))
     for row in range(2):
         expected = torch.zeros(4, dtype=torch.float64)
         pairs = zip(
-            decisions_of(model, row, candidates, separator, end, 1.0),
-            decisions_of(reference, row, candidates, separator, end, 1.0),
+            decisions_of(model, row, candidates, separator, end, 0.6),
+            decisions_of(reference, row, candidates, separator, end, 0.6),
             strict=True,
         )
         for (rank, _, p, _, _), (_, _, q, _, _) in pairs:
@@ -95,42 +104,61 @@ def test_kl_equals_the_sum_over_the_support(candidates, separator, end):
         torch.testing.assert_close(scores.kl[row], expected)
     gains = GAINS.gather(1, rank_order(batch.rankings, batch.lengths, 4))
     for tilt in (None, 0.1):
-        result = all_actions(states, batch, gains, "ndcg", tilt=tilt, reference=other)
+        options = {"temperature": 0.6, "tilt": tilt}
+        result = all_actions(states, batch, gains, "ndcg", reference=other, **options)
         torch.testing.assert_close(result.kl, scores.kl)
-        torch.testing.assert_close(result.objective, all_actions(states, batch, gains, "ndcg", tilt=tilt).objective)
+        torch.testing.assert_close(result.objective, all_actions(states, batch, gains, "ndcg", **options).objective)
     assert ranking_scores(states, batch, reference=states).kl.abs().max() < 1e-12
 
 
 @FORMS
-@pytest.mark.parametrize("metric", ["ndcg", "recall@2", "mrr"])
-def test_all_actions_over_branches(candidates, separator, end, metric):
-    """At each decision: sum over branches of probability x mean metric change of swapping in an item below it."""
-    model = make_model()
-    batch = make_batch(PROMPTS, candidates, RANKINGS, separator=separator, end=end)
+@pytest.mark.parametrize(
+    ("metric", "width", "num_ranked", "tilt"),
+    [
+        ("ndcg", None, None, None),
+        ("recall@2", None, None, None),
+        ("mrr", None, None, None),
+        ("ndcg", 2, 2, None),  # the first two are ranked
+        ("ndcg", None, 2, None),  # all are ranked, and the first two are shown
+        ("ndcg", None, None, 0.2),
+    ],
+)
+def test_all_actions_over_branches(candidates, separator, end, metric, width, num_ranked, tilt):
+    """At each decision: the mean over branches, by their probability, of how much better it is on average to swap in
+    an item below the branch, or with a tilt ``tilt`` log of the mean of ``exp(better / tilt)``."""
+    model = make_model(bias=True)
+    batch = make_batch(PROMPTS, candidates, RANKINGS[:, :width], separator=separator, end=end)
     order = rank_order(batch.rankings, batch.lengths, 4)
-    result = all_actions(ranking_states(model, batch), batch, GAINS.gather(1, order), metric)
+    options = {"temperature": 0.7, "num_ranked": num_ranked, "tilt": tilt}
+    result = all_actions(ranking_states(model, batch), batch, GAINS.gather(1, order), metric, **options)
     for row, size in ((0, 4), (1, 3)):
-        ranking = RANKINGS[row][:size].tolist()
+        ranking = order[row, :size].tolist()
+        ranked = len(RANKINGS[row, :size][:width])
         gains = GAINS[row]
-        value = ranking_metric(gains[ranking][None], metric)[0]
 
-        def change(rank, item, ranking=ranking, gains=gains, value=value):
+        def value(ranking, gains=gains):
+            return ranking_metric(gains[ranking][None], metric, num_ranked=num_ranked)[0]
+
+        def change(rank, item, ranking=ranking, value=value):
             swapped = list(ranking)
             other = swapped.index(item)
             swapped[rank], swapped[other] = swapped[other], swapped[rank]
-            return ranking_metric(gains[swapped][None], metric)[0] - value
+            return value(swapped) - value(ranking)
 
-        expected = torch.zeros(4, dtype=torch.float64)
-        for rank, ids, lp, _, spelled in decisions_of(model, row, candidates, separator, end, 1.0):
+        expected = torch.zeros(batch.shape[1], dtype=torch.float64)
+        for rank, ids, lp, _, spelled in decisions_of(model, row, candidates, separator, end, 0.7, width):
             if len(ids) == 1:
                 continue
-            last = rank == size - 1
-            for token, p in zip(ids, lp.exp(), strict=True):
+            last = rank == ranked - 1
+            worth = []
+            for token in ids:
                 terminated = [
                     (item, candidates[row][item] + list(end if last else separator)) for item in ranking[rank:]
                 ]
                 below = [i for i, text in terminated if (text[: len(spelled) + 1]) == [*spelled, token]]
-                expected[rank] += p * sum(change(rank, item) for item in below) / len(below)
+                worth.append(sum(change(rank, item) for item in below) / len(below))
+            worth = torch.stack(worth).double()
+            expected[rank] += lp.exp() @ worth if tilt is None else tilt * (lp.exp() @ (worth / tilt).exp()).log()
         torch.testing.assert_close(result.objective[row].double(), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -150,16 +178,36 @@ def test_rows_may_rank_different_numbers_of_items(candidates, separator, end):
     whole = make_batch(PROMPTS, candidates, RANKINGS, separator=separator, end=end)
     batch = make_batch(PROMPTS, candidates, partial, separator=separator, end=end)
     scores = ranking_scores(ranking_states(model, batch), batch)
+    with_kl = ranking_scores(
+        ranking_states(model, batch), batch, reference=ranking_states(make_model(1, bias=True), batch)
+    )
     expected = ranking_scores(ranking_states(model, whole), whole)
     torch.testing.assert_close(scores.logprobs[0, :2], expected.logprobs[0, :2])
+    for values in (*scores[:2], *with_kl):
+        assert values[0].all(), "a rank that the row has"
+        assert values[1, 0] != 0
+        assert (values[1, 1:] == 0).all()
     if not end:  # what closes the row's only item is an end now
         torch.testing.assert_close(scores.entropy[1, 0], expected.entropy[1, 0])
-    assert not scores.logprobs[1, 1:].any()
     gains = GAINS.gather(1, rank_order(batch.rankings, batch.lengths, 4))
     objective = all_actions(ranking_states(model, batch), batch, gains, "ndcg").objective
     assert not objective[1, 1:].any()
     objective.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_reasoning_has_the_logprobs_of_the_whole_vocabulary(bias):
+    """Of its sampled tokens, without those that could not come; what was forced has none."""
+    model = make_model(bias=bias)
+    said = ReasoningTokens([np.array([7, 8, 9]), np.array([9, 7])], np.array([2, 2]), never=(3, 20))
+    batch = make_batch(PROMPTS, SINGLE, RANKINGS, reasoning=said)
+    found = reasoning_logprobs(ranking_states(model, batch), batch, temperature=0.6)
+    for row, tokens in enumerate(said.tokens):
+        logits = model(torch.tensor([PROMPTS[row] + tokens.tolist()])).logits[0] / 0.6
+        logits[:, [3, 20]] = -torch.inf
+        logprobs = logits[len(PROMPTS[row]) - 1 :].log_softmax(1)
+        torch.testing.assert_close(found[row], torch.stack([logprobs[step, tokens[step]] for step in range(2)]))
 
 
 def test_rank_order_puts_unranked_candidates_behind_in_candidate_order():
@@ -171,9 +219,12 @@ def test_rank_order_puts_unranked_candidates_behind_in_candidate_order():
     assert sorted(order[1].tolist()) == [0, 1, 2, 3, 4]
 
 
-def test_models_that_change_logits_are_refused():
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
+def test_models_that_change_logits_are_refused(name):
     model = make_model()
-    model.config.final_logit_softcapping = 30.0
     batch = make_batch(PROMPTS, SINGLE, RANKINGS)
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
+    setattr(model.config, name, 1.0)
+    ranking_states(model, batch)
+    setattr(model.config, name, 30.0)
+    with pytest.raises(ValueError, match=f"{name}=30.0"):
         ranking_states(model, batch)
