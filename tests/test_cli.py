@@ -1,15 +1,19 @@
 """The command line end to end on a small world, and what it says to a user's mistakes."""
 
 import json
+import shutil
 from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexrec import experiment
+from flexrec import ranker
 from flexrec.cli import main
 from flexrec.data import simulate
+from flexrec.experiment import stages as experiment
+from flexrec.experiment.run_folder import Results
 from flexrec.profiling import PARTS
 
 SMALL = ["--steps", "4", "--warmup-steps", "3", "--listwise-steps", "2", "--prompts-per-step", "16"]
@@ -250,23 +254,94 @@ def test_existing_output_is_kept(run, capsys):
 
 
 def test_interrupted_run_resumes(tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "interrupted"
-    command = ["train", "--output", str(folder), "--save-every", "2", "--no-listwise-baseline", *SMALL]
-    command += ["--need", "interest"]
+    """After its last step or in the middle: what comes of it are the weights of a run that nobody interrupted."""
+    options = ["--save-every", "2", "--no-listwise-baseline", *SMALL, "--need", "interest", "--beta", "0.1"]
+    folder, middle, whole = (tmp_path / name for name in ("end", "middle", "whole"))
+    assert main(["train", "--output", str(whole), *options]) == 0
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "_save_run", stop)
-        assert main(command) == 130
+        assert main(["train", "--output", str(folder), *options]) == 130
     assert "--resume" in capsys.readouterr().err
     assert not (folder / "metrics.json").exists()
-    assert main([*command, "--resume"]) == 0
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert "format" not in metrics["seconds"], "the finished stage is not run again"
-    steps = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in steps if s["stage"] == "reinforcement" and "loss" in s] == [1, 2, 3, 4]
+    shutil.copytree(folder, middle)
+    shutil.rmtree(middle / "checkpoints" / "checkpoint-4")
+    expected = AutoModelForCausalLM.from_pretrained(whole).state_dict()
+    base = AutoModelForCausalLM.from_pretrained(whole / "base").state_dict()
+    for resumed, steps in ((folder, [1, 2, 3, 4]), (middle, [1, 2, 3, 4, 3, 4])):
+        assert main(["train", "--output", str(resumed), *options, "--resume"]) == 0
+        metrics = json.loads((resumed / "metrics.json").read_text())
+        assert not {"format", "listwise warm-up"} & set(metrics["seconds"]), "finished stages are not run again"
+        for system in ("base", "trained"):
+            assert metrics[system] == json.loads((whole / "metrics.json").read_text())[system]
+        found = AutoModelForCausalLM.from_pretrained(resumed).state_dict()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=0)
+        assert any((expected[name] - base[name]).abs().max() > 1e-4 for name in expected)
+        lines = [json.loads(line) for line in (resumed / "log.jsonl").read_text().splitlines()]
+        assert [s["step"] for s in lines if s["stage"] == "reinforcement" and "loss" in s] == steps
+
+
+def test_every_option_of_rank_reaches_the_ranker(tmp_path, monkeypatch):
+    made, asked = [], []
+
+    class Fake:
+        model = torch.nn.Module()
+
+        def __init__(self, folder):
+            made.append(folder)
+
+        def rank(self, requests, *, decoding, generator):
+            asked.append(([request["need"] for request in requests], decoding, generator.initial_seed()))
+            return [{"ranking": [{"id": request["need"], "probability": 1.0}]} for request in requests]
+
+    Fake.model.device = torch.device("cpu")
+    monkeypatch.setattr(ranker, "Ranker", Fake)
+    lines = [{"need": str(n)} for n in range(5)]
+    options = ["--batch-size", "2", "--num-ranked", "3", "--best-of", "4", "--temperature", "0.5", "--top-p", "0.75"]
+    code, answers = rank(tmp_path / "run", tmp_path, lines, *options, "--seed", "13")
+    assert code == 0
+    assert answers == [{"line": n + 1, "ranking": [{"id": str(n), "probability": 1.0}]} for n in range(5)]
+    decoding = ranker.Decoding(num_ranked=3, best_of=4, temperature=0.5, top_p=0.75)
+    assert made == [str(tmp_path / "run")]
+    assert asked == [(["0", "1"], decoding, 13), (["2", "3"], decoding, 13), (["4"], decoding, 13)]
+    asked.clear()
+    (tmp_path / "rankings.jsonl").unlink()
+    rank(tmp_path / "run", tmp_path, lines, "--num-beams", "6")
+    assert asked == [(["0", "1", "2", "3", "4"], ranker.Decoding(num_beams=6), 0)]
+
+
+def test_every_option_of_evaluate_reaches_the_run(tmp_path, monkeypatch, capsys):
+    asked = []
+    scores = {"trend": {"ndcg@5": {"mean": 0.25, "low": 0.125, "high": 0.5}}}
+    monkeypatch.setattr(experiment, "evaluate_run", lambda *arguments: asked.append(arguments) or scores)
+    options = ["--dataset", "movielens", "--data", "there", "--need", "trend", "--need", "interest"]
+    assert main(["evaluate", "--run", str(tmp_path), *options, "--json", str(tmp_path / "scores.json")]) == 0
+    assert main(["evaluate", "--run", str(tmp_path)]) == 0
+    assert asked == [(tmp_path, "movielens", "there", ["trend", "interest"]), (tmp_path, None, None, None)]
+    assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    assert "0.250 [0.125, 0.500]" in capsys.readouterr().out
+
+
+def test_the_table_of_train_resamples_users(tmp_path, monkeypatch, capsys):
+    users = np.repeat(np.arange(9), np.arange(9) % 4 + 1)
+    rng = np.random.default_rng(0)
+    per_list = {
+        name: {"interest": {"ndcg@5": rng.lognormal(0.0, 0.6, 9)[users] * rng.uniform(0.2, 0.4, len(users))}}
+        for name in ("base", "trained")
+    }
+    measured = Results(users, per_list, {"total": 7.0})
+    monkeypatch.setattr(experiment, "run_experiment", lambda config, say: measured)
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["train", "--output", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    change = measured.compare("trained", "base", "interest")
+    assert f"{change.percent:+.1f} % [{change.percent_low:+.1f}, {change.percent_high:+.1f}]" in shown
+    assert f"{len(users)} lists of 9 test users" in shown
+    assert "7 seconds in all" in shown
 
 
 @pytest.mark.parametrize("options", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["rank", "--help"]])

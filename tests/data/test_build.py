@@ -3,6 +3,7 @@
 The leakage tests change exactly what must not matter, draw everything again and compare bit by bit.
 """
 
+import dataclasses
 import math
 import pickle
 
@@ -70,7 +71,7 @@ def users_to_test_on(events: Interactions, seed: int = 0) -> set[int]:
 
 def assert_same_list(one: RankingList, other: RankingList) -> None:
     assert (one.user, one.time) == (other.user, other.time)
-    for name in ("history", "candidates", "interest", "popularity", "trend", "rising"):
+    for name in ("history", "history_interest", "candidates", "interest", "popularity", "trend", "rising"):
         a, b = getattr(one, name), getattr(other, name)
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b, err_msg=name)
@@ -160,6 +161,8 @@ def test_a_list_is_a_cut_in_its_users_events(split):
         for item, x in zip(lst.candidates.tolist(), lst.interest.tolist(), strict=True):
             if not math.isnan(x):
                 assert x == pytest.approx(how_much[lst.user, item])
+        of_history = [how_much[lst.user, item] for item in lst.history.tolist()]
+        assert lst.history_interest.tolist() == pytest.approx(of_history)
 
 
 def test_negatives_are_items_the_user_never_touched_in_proportion_to_past_popularity():
@@ -262,9 +265,12 @@ def change_the_future(events: Interactions, user: int, time: float, rng) -> Inte
     return sorted_events(kept + [row for pair, row in invented.items() if pair not in done])
 
 
+def sizes() -> dict[str, float]:
+    return {name: value for name, value in SMALL.items() if name != "lists_per_user"}
+
+
 def builder_of(log: Interactions) -> ListBuilder:
-    sizes = {name: value for name, value in SMALL.items() if name != "lists_per_user"}
-    return ListBuilder(log, NUM_ITEMS, **sizes)
+    return ListBuilder(log, NUM_ITEMS, **sizes())
 
 
 def test_what_others_do_from_the_cut_on_changes_nothing_of_the_list():
@@ -291,8 +297,7 @@ def test_the_users_own_future_changes_labels_and_which_negatives_are_withheld_on
             else:
                 rows.append((t, u, i, x))
         changed = sorted_events(rows)
-        sizes = {name: value for name, value in SMALL.items() if name != "lists_per_user"}
-        builder = ListBuilder(changed, NUM_ITEMS + 61, **sizes)
+        builder = ListBuilder(changed, NUM_ITEMS + 61, **sizes())
         own = changed.select(changed.users == lst.user)
         again = lists_by_user_and_time(builder.lists(own, lists_per_user=2, seed=2))[lst.user, lst.time]
         np.testing.assert_array_equal(lst.history, again.history)
@@ -359,9 +364,42 @@ def test_after_the_boundary_nothing_changes_training():
     changed = make_dataset(Interactions(events.users, items, interest, events.times), split="time", time_quantile=0.5)
     assert_same_log(dataset.log, changed.log)
     assert_same_lists(dataset.train, changed.train)
+    np.testing.assert_array_equal(dataset.trend, changed.trend)
+    assert dataset.trend.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"split": "time", "time_quantile": 0.5}, {"trend_smoothing": 2.0}])
+def test_the_saved_trend_is_of_the_end_of_the_log(options):
+    dataset = make_dataset(make_events(), **options)
+    end = np.nextafter(dataset.log.times.max(), np.inf)
+    _, trend = moment_by_hand(dataset.log, NUM_ITEMS, end, 30.0, options.get("trend_smoothing", 5.0))
+    np.testing.assert_allclose(dataset.trend, trend, rtol=1e-6, atol=1e-7)
 
 
 # Seeds, limits, errors
+
+
+def test_every_option_reaches_the_lists():
+    events = make_events(num_users=60)
+    smoothing = make_dataset(events, trend_smoothing=2.0)
+    for lst in smoothing.train[::20] + smoothing.test[::9]:
+        _, trend = moment_by_hand(smoothing.log, NUM_ITEMS, lst.time, 30.0, 2.0)
+        np.testing.assert_allclose(lst.trend, np.array(trend)[lst.candidates], rtol=1e-6)
+    window = make_dataset(events, trend_window=11.0)
+    for lst in window.train[::20]:
+        _, trend = moment_by_hand(window.log, NUM_ITEMS, lst.time, 11.0, 5.0)
+        np.testing.assert_allclose(lst.trend, np.array(trend)[lst.candidates], rtol=1e-6)
+    tested = len(set(events.users.tolist())) - len(set(make_dataset(events, test_fraction=0.5).log.users.tolist()))
+    assert tested == 30
+    tested = 60 - len(set(make_dataset(events, test_fraction=0.5, num_test_users=7).log.users.tolist()))
+    assert tested == 7
+    early, late = (make_dataset(events, split="time", time_quantile=q).time_boundary for q in (0.3, 0.7))
+    background = events.select(np.isin(events.users, np.unique(make_dataset(events).log.users)))
+    for boundary, share in ((early, 0.3), (late, 0.7)):
+        assert np.mean(background.times < boundary) == pytest.approx(share, abs=0.02)
+    for rising in (1, 3):
+        builder = ListBuilder(events, NUM_ITEMS, **{**sizes(), "num_rising": rising})
+        assert max(len(lst.rising) for lst in builder.lists(events, lists_per_user=3, seed=0)) == rising
 
 
 def test_the_seed_decides():
@@ -426,3 +464,24 @@ def test_lists_without_negatives_and_lists_of_one():
 def test_errors_name_the_argument(changes, message):
     with pytest.raises(ValueError, match=message):
         make_dataset(make_events(), **changes)
+
+
+def test_a_reordered_list_is_the_same_list():
+    lst = make_dataset(make_events()).train[0]
+    lst = dataclasses.replace(lst, truth=np.arange(12, dtype=np.float32) / 12)
+    order = np.random.default_rng(0).permutation(12)
+    again = lst.reordered(order)
+    for name in ("candidates", "interest", "popularity", "trend", "truth"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(lst, name)[order], err_msg=name)
+        assert len(np.unique(getattr(lst, name))) > 1, name
+    for name in ("user", "time", "history", "history_interest", "rising"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(lst, name), err_msg=name)
+
+
+def test_what_was_liked_has_an_interest_of_a_half():
+    lst = make_dataset(make_events()).train[0]
+    told = dataclasses.replace(
+        lst, history=np.arange(4), history_interest=np.array([0.49, 0.5, np.nan, 1.0], dtype=np.float32)
+    )
+    assert told.history_liked.tolist() == [False, True, False, True]
+    assert dataclasses.replace(told, history_interest=None).history_liked.tolist() == [False] * 4

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flexrec.data import movielens as module
 from flexrec.data.movielens import load_movielens, read_movielens
 
 REAL_DATA = Path(os.environ.get("FLEXREC_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -170,6 +171,31 @@ def test_a_file_that_cannot_be_decoded_is_named(tmp_path, name, content):
 def test_too_few_ratings_for_any_list_is_said(tmp_path):
     with pytest.raises(ValueError, match="no list to train on in movielens: no user has 10 events, then 10 more"):
         load_movielens(write_csv(tmp_path))
+
+
+def test_every_option_reaches_the_lists(tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setattr(module, "build_dataset", lambda *args, **options: built.append((args, options)) or "built")
+    given = {
+        "num_candidates": 7,
+        "num_positives": 3,
+        "history_length": 4,
+        "min_history": 2,
+        "split": "time",
+        "test_fraction": 0.3,
+        "num_test_users": 11,
+        "time_quantile": 0.6,
+        "lists_per_user": 5,
+        "test_lists_per_user": 6,
+        "max_train_lists": 12,
+        "max_test_lists": 13,
+        "trend_smoothing": 2.5,
+        "seed": 14,
+    }
+    assert load_movielens(write_csv(tmp_path), trend_days=90.0, **given) == "built"
+    (((name, catalogue, ratings), options),) = built
+    assert (name, catalogue.ids, len(ratings)) == ("movielens", ("1", "7", "12"), 4)
+    assert options == {**given, "trend_window": 90.0 * 24 * 60 * 60}
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from flexrec.data import simulator as module
 from flexrec.data.simulator import simulate
 
 SMALL = {"num_users": 60, "num_items": 150, "num_topics": 8, "num_test_users": 20, "watches_per_user": 40}
-NAMES = ("history", "candidates", "interest", "popularity", "trend", "rising", "truth")
+NAMES = ("history", "history_interest", "candidates", "interest", "popularity", "trend", "rising", "truth")
 
 
 def assert_same_lists(ones, others):
@@ -122,6 +123,99 @@ def test_no_test_user_in_log_or_training(small):
     assert not tested & set(small.log.users.tolist())
     assert not tested & {lst.user for lst in small.train}
     assert set(small.log.users.tolist()) <= set(range(60))
+
+
+def test_test_users_have_tastes_of_their_own(monkeypatch):
+    """Drawn by nothing that training users were drawn by; the same tastes would be a leak with other numbers on it."""
+    tastes = []
+    true_taste = module._true_taste
+    monkeypatch.setattr(module, "_true_taste", lambda *args: tastes.append(true_taste(*args)) or tastes[-1])
+    simulate(**{**SMALL, "num_test_users": SMALL["num_users"]}, test_lists_per_user=1)
+    train, test = tastes
+    assert train.shape == test.shape == (60, 150)
+    # Items of one quality please everybody, so tastes correlate, but no two users share theirs.
+    between = np.corrcoef(train, test)[:60, 60:]
+    within = np.corrcoef(train)[~np.eye(60, dtype=bool)]
+    assert between.max() < 0.95
+    assert between.mean() == pytest.approx(within.mean(), abs=0.1)
+    assert between.max() < within.max() + 0.1
+
+
+def watches(full, lst):
+    """A training user's views where nothing is thinned away: rows of the log that are at no list's time."""
+    list_times = [other.time for other in full.train if other.user == lst.user]
+    return full.log.select((full.log.users == lst.user) & ~np.isin(full.log.times, list_times))
+
+
+def test_what_is_watched_later_may_be_a_candidate():
+    """Else the absence of an item would tell that its user is going to watch it."""
+    full = simulate(**SMALL, observed_share=1.0)
+    found = expected = 0.0
+    for lst in full.train:
+        watched = watches(full, lst)
+        later = watched.items[watched.times > lst.time]
+        found += len(np.intersect1d(lst.candidates, later))
+        unknown = 150 - np.sum(watched.times < lst.time)
+        expected += 30 * len(later) / unknown  # as many as of any other items; more, as users watch what they like
+    assert found > 0.9 * expected > 200
+
+
+def test_the_history_tells_what_was_liked_where_feedback_was_kept(small):
+    full = simulate(**SMALL, observed_share=1.0)
+    liked = 0
+    for lst in full.train:
+        watched = watches(full, lst)
+        np.testing.assert_array_equal(lst.history_interest, watched.interest[watched.times < lst.time][-20:])
+        liked += lst.history_liked.sum()
+    assert liked > 100
+    share = np.mean(np.isnan(np.concatenate([lst.history_interest for lst in small.train])))
+    assert share == pytest.approx(0.9, abs=0.03)
+
+
+def test_a_third_of_the_candidates_each_by_taste_by_the_day_and_at_random():
+    dataset = simulate(**{**SMALL, "num_users": 200, "num_items": 400})
+    truth = np.array([lst.truth for lst in dataset.train])
+    # Were they all drawn by taste, or none, the mean interest would be another.
+    assert 0.2 < truth.mean() < 0.45
+    popularity = np.array([lst.popularity for lst in dataset.train])
+    everything = np.bincount(dataset.log.items, minlength=400).mean() / 2
+    assert popularity.mean() > 1.1 * everything
+    # A place in the list says nothing.
+    by_place = truth.mean(axis=0)
+    assert np.abs(by_place - truth.mean()).max() < 4.5 * truth.std() / np.sqrt(len(truth))
+
+
+def test_the_saved_trend_is_of_the_end_of_the_log(small):
+    log, end = small.log, small.log.times[-1]
+    recent = np.bincount(log.items[log.times > end - 10], minlength=150)
+    previous = np.bincount(log.items[(log.times > end - 20) & (log.times <= end - 10)], minlength=150)
+    expected = np.maximum(0.0, recent - previous * recent.sum() / previous.sum()) / (recent + 5.0)
+    np.testing.assert_allclose(small.trend, expected, rtol=1e-5, atol=1e-7)
+    assert (small.trend > 0).sum() > 10
+
+
+def test_every_size_is_as_asked():
+    dataset = simulate(
+        num_users=30,
+        num_items=90,
+        num_topics=3,
+        num_candidates=9,
+        history_length=4,
+        lists_per_user=2,
+        watches_per_user=25,
+        days=50,
+        num_test_users=7,
+        test_lists_per_user=5,
+        observed_share=1.0,
+    )
+    assert (len(dataset.train), len(dataset.test), len(dataset.catalogue)) == (60, 35, 90)
+    assert {len(lst.candidates) for lst in dataset.train + dataset.test} == {9}
+    assert max(len(lst.history) for lst in dataset.test) == 4
+    assert len(dataset.catalogue.topic_names) == 3
+    times = np.array([lst.time for lst in dataset.train + dataset.test])
+    assert 15 <= times.min() < 18
+    assert 47 < times.max() <= 50
+    assert np.bincount(dataset.log.users).max() <= 25 + 2 * 9
 
 
 def test_the_seed_decides(small):

@@ -1,0 +1,238 @@
+"""Ranking with a trained run: its prompts are those that were trained, and every option reaches the decoding."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from flexrec import ranker as module
+from flexrec.data import simulate
+from flexrec.decoding.sample import Rollout
+from flexrec.experiment import stages as experiment
+from flexrec.experiment.config import ExperimentConfig
+from flexrec.policy.small_model import build_model, build_tokenizer
+from flexrec.ranker import Decoding, Ranker, rank_examples
+from flexrec.task.examples import RankingTask
+from flexrec.task.needs import get_need
+from flexrec.task.prompts import PromptBuilder
+
+SIZES = {"num_users": 24, "num_items": 70, "num_topics": 4, "num_test_users": 6, "num_candidates": 8}
+MAX_HISTORY = 5
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return simulate(**SIZES, observed_share=0.6, history_length=MAX_HISTORY)
+
+
+@pytest.fixture(scope="module", params=["item_token", "index", "title"])
+def run(request, tmp_path_factory, dataset):
+    """The folder of a run with an untrained model, and the prompt builder that it was trained with."""
+    folder = tmp_path_factory.mktemp("runs") / request.param
+    folder.mkdir()
+    tokenizer = build_tokenizer(dataset.catalogue, get_need("trend").wordings)
+    model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+    builder = PromptBuilder(
+        tokenizer, encoding=request.param, show_titles=request.param != "item_token", show_rising=True
+    )
+    config = ExperimentConfig(str(folder), num_ranked=6, temperature=0.6)
+    experiment._save_run(folder, model, tokenizer, config, builder, dataset)
+    return folder, builder
+
+
+class Spy:
+    """Stands for a function that decodes; every item is as probable as its rank says, the order that of the indices."""
+
+    def __init__(self, rows=1):
+        self.rows, self.calls = rows, []
+
+    def __call__(self, model, prompts, candidates, **options):
+        self.calls.append((prompts, candidates, options))
+        rows = len(prompts) * (options.get("num_beams") or options.get("num_generations") or 1)
+        shown = 3
+        rankings = np.stack([np.roll(np.arange(shown), n) for n in range(rows)])
+        logprobs = np.log(np.linspace(0.1, 0.9, rows * shown)).reshape(rows, shown)
+        return Rollout(rankings, logprobs)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    spies = {"sample": Spy(), "search": Spy()}
+    monkeypatch.setattr(module, "sample_rankings", spies["sample"])
+    monkeypatch.setattr(module, "search_rankings", spies["search"])
+    return spies
+
+
+def as_request(lst, dataset, need="trend"):
+    ids = dataset.catalogue.ids
+    return {
+        "need": need,
+        "history": [
+            {"id": ids[item], "liked": bool(liked)} for item, liked in zip(lst.history, lst.history_liked, strict=True)
+        ],
+        "candidates": [{"id": ids[item]} for item in lst.candidates],
+    }
+
+
+def with_saved_trend(lst, dataset):
+    """The list as it would stand at the end of the log: of trends, a run knows those of then."""
+    return dataclasses.replace(lst, trend=dataset.trend[lst.candidates].round(4))
+
+
+def test_served_prompts_are_those_that_were_trained(run, dataset, decoded):
+    """Histories in order, what was liked apart from what was seen, rising candidates, titles, the need's words."""
+    folder, builder = run
+    ranker = Ranker(folder)
+    task = RankingTask(dataset.catalogue, [get_need("trend")], builder)
+    lists = [with_saved_trend(lst, dataset) for lst in dataset.test]
+    examples = [task.test_example(lst, get_need("trend")) for lst in lists]
+    ranker.rank([as_request(lst, dataset) for lst in lists])
+    ((prompts, candidates, options),) = decoded["sample"].calls
+    assert prompts == [example.prompt for example in examples]
+    assert candidates == [example.candidates for example in examples]
+    assert (options["separator"], options["end"]) == (builder.separator, builder.end)
+    liked = [lst.history_liked for lst in lists]
+    assert any(marks.any() and not marks.all() for marks in liked)
+    assert any((lst.trend > 0).sum() > 1 for lst in lists)
+
+
+def test_a_long_history_is_its_latest_part(run, dataset, decoded):
+    ranker = Ranker(run[0])
+    lst = with_saved_trend(max(dataset.test, key=lambda lst: len(lst.history)), dataset)
+    assert len(lst.history) == MAX_HISTORY
+    request = as_request(lst, dataset)
+    others = [i for i in dataset.catalogue.ids if i not in {entry["id"] for entry in request["history"]}]
+    longer = {**request, "history": [*({"id": i, "liked": True} for i in others[:4]), *request["history"]]}
+    ranker.rank([request, longer])
+    first, second = decoded["sample"].calls[0][0]
+    assert first == second
+    ranker.rank([{**request, "history": request["history"][:-1]}])
+    assert decoded["sample"].calls[1][0] != [first]
+
+
+def test_a_logged_user_has_the_latest_events_of_the_log(run, dataset, decoded):
+    folder, builder = run
+    ranker = Ranker(folder)
+    log, user = dataset.log, int(dataset.log.users[-1])
+    rows = np.flatnonzero(log.users == user)[-MAX_HISTORY:]
+    candidates = [i for i in range(70) if i not in log.items[rows]][:8]
+    lst = with_saved_trend(dataset.test[0], dataset)
+    lst = dataclasses.replace(
+        lst,
+        history=log.items[rows],
+        history_interest=log.interest[rows],
+        candidates=np.array(candidates),
+        trend=dataset.trend[candidates].round(4),
+    )
+    request = {"need": "trend", "user": user, "candidates": [dataset.catalogue.ids[i] for i in candidates]}
+    ranker.rank([request])
+    expected, _ = builder.prompt_of(lst, dataset.catalogue, get_need("trend").wordings[0])
+    assert decoded["sample"].calls[0][0] == [expected]
+
+
+def test_ids_alone_were_liked_and_words_are_taken_as_they_are(run, dataset, decoded):
+    folder, builder = run
+    ranker = Ranker(folder)
+    ids = dataset.catalogue.ids
+    items = [module.Item(i, title) for i, title in zip(ids, dataset.catalogue.titles, strict=True)]
+    request = {"need": "What is on the rise?", "history": list(ids[:3]), "candidates": list(ids[60:64])}
+    disliked = {**request, "history": [ids[0], {"id": ids[1], "liked": False}, {"id": ids[2]}]}
+    named = {**request, "need": "trend"}
+    ranker.rank([request, disliked, named])
+    order = sorted(range(60, 64), key=lambda i: -round(float(dataset.trend[i]), 4))
+    rising = [items[i] for i in order if dataset.trend[i] > 0.0001]
+    expected = [
+        builder.prompt(words, items[:3], items[60:64], liked=liked, rising=rising)[0]
+        for words, liked in (
+            ("What is on the rise?", [True] * 3),
+            ("What is on the rise?", [True, False, True]),
+            (get_need("trend").wordings[0], [True] * 3),
+        )
+    ]
+    assert decoded["sample"].calls[0][0] == expected
+    if builder.encoding != "item_token":
+        told = {"id": ids[60], "title": "Another  title"}
+        ranker.rank([{**request, "candidates": [told, *ids[68:70]]}])
+        candidates = [module.Item(ids[60], "Another title"), *items[68:70]]
+        rising = sorted(candidates, key=lambda item: -round(float(dataset.trend[ids.index(item.id)]), 4))
+        rising = [item for item in rising if dataset.trend[ids.index(item.id)] > 0.0001]
+        prompt, _ = builder.prompt(request["need"], items[:3], candidates, liked=[True] * 3, rising=rising)
+        assert decoded["sample"].calls[1][0] == [prompt]
+
+
+def test_a_run_is_decoded_as_it_was_trained_unless_told_otherwise(run, dataset, decoded):
+    folder, _ = run
+    ranker = Ranker(folder)
+    request = as_request(dataset.test[0], dataset)
+    generator = torch.Generator()
+
+    def options(which="sample", **asked):
+        ranker.rank([request], Decoding(**asked), generator=generator)
+        found = decoded[which].calls[-1][2]
+        return {name: value for name, value in found.items() if name not in ("separator", "end")}
+
+    common = {"num_ranked": 6, "temperature": 0.6}
+    sampled = {"num_generations": 1, "greedy": True, "top_p": 1.0, "generator": generator}
+    assert options() == common | sampled
+    assert options(num_ranked=2) == common | sampled | {"num_ranked": 2}
+    assert options(best_of=4) == common | sampled | {"num_generations": 4, "greedy": False}
+    assert options(temperature=2.0) == common | sampled | {"temperature": 2.0, "greedy": False}
+    assert options(top_p=0.5) == common | sampled | {"top_p": 0.5, "greedy": False}
+    assert options("search", num_beams=3, num_ranked=2) == {**common, "num_ranked": 2, "num_beams": 3}
+    assert len(decoded["search"].calls) == 1
+
+
+def test_the_best_of_beams_and_of_samples_is_the_answer(run, dataset, decoded):
+    """With its own probabilities, under the candidates' ids."""
+    ranker = Ranker(run[0])
+    lists = dataset.test[:2]
+    requests = [as_request(lst, dataset) for lst in lists]
+    ids = [[dataset.catalogue.ids[i] for i in lst.candidates] for lst in lists]
+    probabilities = np.linspace(0.1, 0.9, 18).reshape(6, 3)
+
+    def answer(of, row):
+        order = np.roll(np.arange(3), row)
+        return {
+            "ranking": [
+                {"id": ids[of][c], "probability": pytest.approx(p, abs=1e-6)}
+                for c, p in zip(order, probabilities[row], strict=True)
+            ]
+        }
+
+    # Beams come best first; of samples the last has the largest probabilities.
+    assert ranker.rank(requests, Decoding(num_beams=3)) == [answer(0, 0), answer(1, 3)]
+    assert ranker.rank(requests, Decoding(best_of=3)) == [answer(0, 2), answer(1, 5)]
+
+
+def test_examples_are_ranked_greedily_as_asked(dataset, monkeypatch):
+    calls = []
+
+    def sample(model, prompts, candidates, **options):
+        calls.append((prompts, candidates, options))
+        return Rollout(np.array([[1, 0, -1]] * len(prompts)), np.zeros((len(prompts), 3)))
+
+    monkeypatch.setattr(module, "sample_rankings", sample)
+    tokenizer = build_tokenizer(dataset.catalogue, [])
+    builder = PromptBuilder(tokenizer, encoding="index")
+    task = RankingTask(dataset.catalogue, [get_need("interest")], builder)
+    examples = [task.test_example(lst, get_need("interest")) for lst in dataset.test[:5]]
+    rankings = rank_examples("model", examples, builder, num_ranked=2, batch_size=3)
+    assert [ranking.tolist() for ranking in rankings] == [[1, 0]] * 5
+    assert [len(prompts) for prompts, _, _ in calls] == [3, 2]
+    assert [p for prompts, _, _ in calls for p in prompts] == [example.prompt for example in examples]
+    assert [c for _, candidates, _ in calls for c in candidates] == [example.candidates for example in examples]
+    for _, _, options in calls:
+        assert options == {"separator": builder.separator, "end": builder.end, "num_ranked": 2, "greedy": True}
+
+
+def test_the_model_of_the_folder_answers(run):
+    """The weights that were saved, and the trend of the catalogue file."""
+    folder, builder = run
+    ranker = Ranker(folder)
+    expected = build_model(builder.tokenizer, hidden_size=16, num_layers=1, num_heads=2).state_dict()
+    for name, value in ranker.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+    assert not ranker.model.training
+    assert ranker._trend == json.loads((folder / "catalogue.json").read_text())["trend"] != {}
