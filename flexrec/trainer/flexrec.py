@@ -38,7 +38,7 @@ from flexrec.policy.scores import (
 )
 from flexrec.profiling import span
 from flexrec.rankings.reasoning import eos_token_ids, reasoning_rule
-from flexrec.task.examples import Example
+from flexrec.task.examples import Example, prompts_and_candidates
 from flexrec.trainer.base import EpochOrder, LossAndMetrics, RankingTrainer, pad_rows
 from flexrec.uncertainty import swap_rewards_with_variance, uncertainty_weights
 
@@ -253,8 +253,7 @@ class FlexRecTrainer(RankingTrainer):
         with self.whole_model() as model:
             return sample_rankings(
                 model,
-                [example.prompt for example in examples],
-                [example.candidates for example in examples],
+                *prompts_and_candidates(examples),
                 separator=self.separator,
                 end=self.end,
                 num_generations=self.args.num_generations,
@@ -279,8 +278,7 @@ class FlexRecTrainer(RankingTrainer):
             return 1
         return sharing(
             self.model,
-            [example.prompt for example in examples],
-            [example.candidates for example in examples],
+            *prompts_and_candidates(examples),
             separator=self.separator,
             num_ranked=self._num_ranked,
             num_generations=self.args.num_generations,
