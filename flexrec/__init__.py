@@ -5,21 +5,20 @@ The functions of tensors below need no model and no trainer. The ranking task ar
 ``flexrec.decoding`` constrains anybody's ``generate``.
 """
 
-from flexrec.advantages import item_advantages
 from flexrec.evaluation import Comparison, bootstrap_interval, rank_metrics, relative_change
-from flexrec.losses import policy_loss
-from flexrec.metrics import ranking_metric, register_metric
+from flexrec.ops.advantages import item_advantages, uncertainty_weights
 from flexrec.ops.all_actions import AllActions, all_actions_objective
-from flexrec.ops.ranking_logprobs import (
+from flexrec.ops.losses import policy_loss
+from flexrec.ops.ranking_logprobs import ranking_kl, ranking_logprobs, ranking_logprobs_with_kl, ranking_probs
+from flexrec.ops.ranking_metric import ranking_metric, register_metric
+from flexrec.ops.restricted_logprobs import (
     RankingLogprobs,
     RankingLogprobsWithKL,
-    ranking_kl,
-    ranking_logprobs,
-    ranking_logprobs_with_kl,
-    ranking_probs,
+    restricted_kl,
+    restricted_logprobs,
+    restricted_logprobs_with_kl,
 )
-from flexrec.ops.restricted_logprobs import restricted_kl, restricted_logprobs, restricted_logprobs_with_kl
-from flexrec.ops.swap_rewards import swap_rewards, swap_scores
+from flexrec.ops.swap_rewards import swap_rewards, swap_rewards_with_variance, swap_scores
 from flexrec.rankings import (
     CandidateTries,
     EncodedRankings,
@@ -30,7 +29,6 @@ from flexrec.rankings import (
     parse_rankings,
     validate_rankings,
 )
-from flexrec.uncertainty import swap_rewards_with_variance, uncertainty_weights
 from flexrec.validation import set_value_checks
 
 __version__ = "0.1.0"

@@ -16,12 +16,14 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from flexrec.adapters import causal_lm, has_adapters, keep_reference, reference_policy
-from flexrec.advantages import BASELINES, SCALES, item_advantages
 from flexrec.distributed import place_reference
-from flexrec.losses import policy_loss
-from flexrec.metrics import parse_metric, ranking_metric
+from flexrec.metrics import CREDITS, parse_metric
+from flexrec.ops.advantages import BASELINES, SCALES, item_advantages, uncertainty_weights
+from flexrec.ops.losses import policy_loss
+from flexrec.ops.rank_order import rank_order
 from flexrec.ops.ranking_logprobs import ranking_probs
-from flexrec.ops.swap_rewards import CREDITS, swap_rewards
+from flexrec.ops.ranking_metric import ranking_metric
+from flexrec.ops.swap_rewards import swap_rewards, swap_rewards_with_variance
 from flexrec.packing import can_pack, sharing
 from flexrec.policy import (
     ActionScores,
@@ -29,7 +31,6 @@ from flexrec.policy import (
     RankingStates,
     all_actions,
     completed_rankings,
-    rank_order,
     ranking_scores,
     ranking_states,
     reasoning_logprobs,
@@ -39,7 +40,6 @@ from flexrec.ranking_trainer import EpochOrder, LossAndMetrics, RankingTrainer, 
 from flexrec.reasoning import eos_token_ids, reasoning_rule
 from flexrec.rollout import Rollout, sample_rankings
 from flexrec.task import Example
-from flexrec.uncertainty import swap_rewards_with_variance, uncertainty_weights
 from flexrec.validation import check_choice
 
 TRAINER_CREDITS = ("all_actions", *CREDITS)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flexrec.metrics import ranking_metric
+from flexrec.ops.ranking_metric import ranking_metric
 from flexrec.policy import all_actions, make_batch, rank_order, ranking_scores, ranking_states
 from flexrec.rankings import RankingState
 

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexrec import rollout as rollouts
 from flexrec.decoding import RankingLogitsProcessor
-from flexrec.losses import policy_loss
-from flexrec.metrics import ranking_metric
+from flexrec.ops.losses import policy_loss
+from flexrec.ops.ranking_metric import ranking_metric
 from flexrec.policy import make_batch, ranking_scores, ranking_states, reasoning_logprobs
 from flexrec.reasoning import ReasoningRule, ReasoningTokens, eos_token_ids, reasoning_rule
 from flexrec.rollout import Rollout, sample_rankings

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from flexrec.metrics import ranking_metric
+from flexrec.ops.ranking_metric import ranking_metric
 from flexrec.policy import ranking_scores, ranking_states, reasoning_logprobs
 from flexrec.rollout import sample_rankings
 from flexrec.task import Example

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from flexrec.metrics import ranking_metric
+from flexrec.ops.ranking_metric import ranking_metric
 from flexrec.rollout import sample_rankings
 from flexrec.supervised import SupervisedTrainer
 from flexrec.task import Example

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flexrec.ops.ranked_lists import accumulation_dtype
+from flexrec.ops.library import accumulation_dtype
 from flexrec.validation import check_tensor, values_are_checked
 
 
