@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from flexrec.advantages import item_advantages
-from flexrec.metrics import ranking_metric
-from flexrec.uncertainty import swap_rewards_with_variance, uncertainty_weights
+from flexrec.ops.advantages import item_advantages, uncertainty_weights
+from flexrec.ops.ranking_metric import ranking_metric
+from flexrec.ops.swap_rewards import swap_rewards_with_variance
 
 sys.path.insert(0, str(Path(__file__).parent))
 
