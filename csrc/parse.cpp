@@ -29,15 +29,25 @@ struct ParsedRow {
 };
 
 // Whether the completion is exactly a well-formed ranking; if so it has been read.
-bool read_by_grammar(Tokens completion, RowWalk walk, const Cursor& cursor, ParsedRow& out) {
+bool read_by_grammar(Tokens completion, const RankingGrammar& grammar, std::int64_t row, bits::Word* remaining,
+                     ParsedRow& out) {
+  Cursor cursor;
+  std::vector<Reading> others;
+  RowWalk walk(grammar, row, cursor, remaining, out.ranking, others);
   walk.restart();
   for (std::int64_t i = 0; i < completion.size; ++i) {
-    const std::int32_t rank = cursor.rank;
-    const RowWalk::Step step = walk.advance(completion.data[i], out.ranking);
-    if (step == RowWalk::Step::kRejected) return false;
-    out.item_ids[i] = step == RowWalk::Step::kItem ? rank : -1;
+    if (!walk.advance(completion.data[i])) return false;
   }
-  return walk.done();
+  if (!walk.finish()) return false;
+  const std::int64_t* offsets = grammar.tries().candidates().offsets_of(grammar.list(row));
+  std::fill_n(out.item_ids, completion.size, -1);
+  std::int32_t* item_ids = out.item_ids;
+  for (std::int32_t rank = 0; rank < grammar.num_ranked(row); ++rank) {
+    const std::int32_t candidate = grammar.trie(row).candidate(out.ranking[rank]);
+    item_ids = std::fill_n(item_ids, offsets[candidate + 1] - offsets[candidate], rank);
+    if (rank + 1 < grammar.num_ranked(row)) item_ids += grammar.separator().size();
+  }
+  return true;
 }
 
 // The longest of a set of phrases at each position of a text, tried position by position while that is cheap:
@@ -180,8 +190,7 @@ ParsedBatch parse_rankings(const RankingGrammar& grammar, const std::int64_t* to
       const std::int32_t num_ranked = grammar.num_ranked(row);
       const Tokens completion{tokens + offsets[row], offsets[row + 1] - offsets[row]};
       ParsedRow out{result.ranking.data() + row * width, result.item_ids.data() + offsets[row]};
-      Cursor cursor;
-      const bool valid = read_by_grammar(completion, {grammar, row, cursor, remaining.data()}, cursor, out);
+      const bool valid = read_by_grammar(completion, grammar, row, remaining.data(), out);
       const std::int32_t num_placed =
           valid ? num_ranked
                 : read_mentions(completion, grammar, row, *item_finder, tail_finder, remaining.data(), out);

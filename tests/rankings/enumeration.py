@@ -45,6 +45,16 @@ class Language:
             run += allowed
         return run
 
+    def read(self, tokens: list[int]) -> Spelled | None:
+        """What a whole completion says: the ranking whose item is the longer where two first differ."""
+        exact = [s for s in self.spellings if s.tokens == tokens]
+        return min(exact, key=lambda s: ([-len(self.candidates[i]) for i in s.ranking], s.ranking), default=None)
+
+    def never_begins_another(self) -> bool:
+        """Whether no completion is the beginning of another, so that it is known when one is finished."""
+        rows = sorted(s.tokens for s in self.spellings)
+        return all(a == b or b[: len(a)] != a for a, b in itertools.pairwise(rows))
+
     def placed(self, prefix: list[int]) -> tuple[int, ...]:
         """Items that are certain after `prefix`: of equal sequences the first left, so the least ranking."""
         consistent = self.consistent(prefix)
@@ -59,8 +69,9 @@ class Language:
         return {s.ranking[rank] for s in self.consistent(prefix) if s.ranking[:rank] == ranking[:rank]}
 
 
-def is_ambiguous(candidates: list[list[int]], separator: list[int], end: list[int], num_ranked: int) -> bool:
+def may_fork(candidates: list[list[int]], separator: list[int], end: list[int], num_ranked: int) -> bool:
     tails = ([separator] if num_ranked >= 2 else []) + ([end] if num_ranked < len(candidates) else [])
+    """Whether a token may go on with a candidate and close one, so that a beginning can be read in two ways."""
     return any(
         len(a) < len(b) and b[: len(a)] == a and (not tail or tail[0] == b[len(a)])
         for a, b in itertools.permutations(candidates, 2)
@@ -72,9 +83,8 @@ def parse_model(
     tokens: list[int], language: Language, separator: list[int], end: list[int], num_ranked: int
 ) -> tuple[list[int], bool, int, int, int, list[int]]:
     """The documented rule, with lists: (ranking, valid, repeated, missing, unknown, item_ids)."""
-    exact = [s for s in language.spellings if s.tokens == tokens]
-    if exact:
-        spelling = min(exact, key=lambda s: s.ranking)
+    spelling = language.read(tokens)
+    if spelling is not None:
         item_ids = [-1] * len(tokens)
         for rank, (begin, stop) in enumerate(spelling.spans):
             item_ids[begin:stop] = [rank] * (stop - begin)
@@ -132,9 +142,16 @@ class Task:
         }
 
     @property
-    def ambiguous(self) -> bool:
+    def may_fork(self) -> bool:
         rows = zip(self.row_candidates, self.counts, strict=True)
-        return any(is_ambiguous(c, self.separator, self.end, t) for c, t in rows)
+        return any(may_fork(c, self.separator, self.end, t) for c, t in rows)
+
+    @property
+    def has_certain_end(self) -> bool:
+        """By what is sure to suffice: all candidates are ranked, or the end begins with a token of its own."""
+        ids = {token for candidates in self.candidates for tokens in candidates for token in tokens}
+        own_end = bool(self.end) and self.end[0] not in ids | set(self.separator)
+        return own_end or all(len(c) == t for c, t in zip(self.row_candidates, self.counts, strict=True))
 
     def languages(self) -> list[Language]:
         rows = zip(self.row_candidates, self.counts, strict=True)
@@ -157,8 +174,14 @@ def tasks(draw: st.DrawFn) -> Task:
     return Task(candidates, draw(token_lists(5, 0, 2)), draw(token_lists(5, 0, 2)), num_ranked, num_generations)
 
 
-def unambiguous_tasks() -> st.SearchStrategy[Task]:
-    return tasks().filter(lambda task: not task.ambiguous)
+def plain_tasks() -> st.SearchStrategy[Task]:
+    """Every beginning can be read in one way only."""
+    return tasks().filter(lambda task: not task.may_fork)
+
+
+def certain_tasks() -> st.SearchStrategy[Task]:
+    """Beginnings may be read in several ways, but it is known when one is finished."""
+    return tasks().filter(lambda task: not task.may_fork or task.has_certain_end)
 
 
 def csr_rows(values: np.ndarray, offsets: np.ndarray) -> list[list[int]]:
