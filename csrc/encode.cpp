@@ -20,20 +20,22 @@ constexpr std::int64_t kRowsPerChunk = 128;
 
 // Writes the decision that `walk` stands before; `left`: the leaves that the ranks before the decision's leave.
 void append_decision(const RowWalk& walk, const Trie& trie, const bits::Word* left, EncodedBatch& out) {
-  const std::size_t first_allowed = out.allowed_ids.size();
-  const auto first_below = [&] {
-    return out.below_items.begin() + static_cast<std::ptrdiff_t>(out.below_offsets.back());
-  };
+  std::int32_t last = Trie::kNone;
   const auto close_branch = [&] {
-    if (out.allowed_ids.size() == first_allowed) return;
-    std::sort(first_below(), out.below_items.end());
-    out.below_items.erase(std::unique(first_below(), out.below_items.end()), out.below_items.end());
+    if (last == Trie::kNone) return;
+    const auto size = static_cast<std::int64_t>(out.below_items.size());
+    if (size - out.below_offsets.back() > 1) {
+      const auto begin = out.below_items.begin() + static_cast<std::ptrdiff_t>(out.below_offsets.back());
+      std::sort(begin, out.below_items.end());
+      out.below_items.erase(std::unique(begin, out.below_items.end()), out.below_items.end());
+    }
     out.below_offsets.push_back(static_cast<std::int64_t>(out.below_items.size()));
   };
   walk.for_each_branch([&](std::int32_t id, std::int32_t low, std::int32_t high) {
-    if (out.allowed_ids.size() == first_allowed || out.allowed_ids.back() != id) {
+    if (id != last) {
       close_branch();
       out.allowed_ids.push_back(id);
+      last = id;
     }
     bits::for_each(left, low, high, [&](std::int32_t leaf) { out.below_items.push_back(trie.candidate(leaf)); });
     return true;
@@ -99,8 +101,9 @@ void append_row(const RankingGrammar& grammar, std::int64_t row, const std::int6
   }
   walk.finish();
   for (std::int32_t rank = 0; rank < num_ranked; ++rank) {
-    const auto [low, high] = trie.equal_leaves(scratch.placed[static_cast<std::size_t>(rank)]);
-    if (leaf_at(rank) < low || leaf_at(rank) >= high) throw_misread(row, rank);
+    const std::int32_t leaf = leaf_at(rank);
+    const std::int32_t read = scratch.placed[static_cast<std::size_t>(rank)];
+    if (read != leaf && trie.equal_leaves(read) != trie.equal_leaves(leaf)) throw_misread(row, rank);
   }
   out.offsets.push_back(static_cast<std::int64_t>(out.tokens.size()));
 }

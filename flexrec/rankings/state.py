@@ -19,9 +19,9 @@ Common to the three:
 * A candidate may be a proper prefix of another, and go on in it as the separator begins ("The Matrix" and "The Matrix
   Reloaded"): what comes then decides. Where two rankings are spelled with the same tokens these are read as the one
   whose item is the longer where they first differ, and the other cannot be spelled.
-* Where not all candidates are ranked, such a prefix may leave open whether a ranking is finished. An end that begins with
-  a token of its own, as the end of sequence is, settles it; without one, sampling and encoding raise a ValueError that
-  names the list and both candidates. A whole completion is read in any case.
+* Where not all candidates are ranked, such a prefix may leave open whether a ranking is finished. An end that begins
+  with a token of its own, as the end of sequence is, settles it; without one, sampling and encoding raise a ValueError
+  that names the list and both candidates. A whole completion is read in any case.
 * An empty list, an empty sequence and a negative token id are errors: ValueError, saying where.
 """
 
@@ -105,7 +105,7 @@ class ParsedRankings(NamedTuple):
     valid: NDArray[np.bool_]
     """(N,) bool: the completion was exactly a well-formed ranking, separators and end included."""
     repeated: NDArray[np.int32]
-    """(N,) int32: mentions of a candidate that was mentioned before."""
+    """(N,) int32: mentions, in the ranking, of a candidate that was mentioned before."""
     missing: NDArray[np.int32]
     """(N,) int32: ranks that no mention filled and that the repair filled in candidate order."""
     unknown: NDArray[np.int32]
@@ -324,8 +324,10 @@ def parse_rankings(
 
     A completion that is exactly a well-formed ranking is read as such (``valid``). Any other is searched for mentions
     from left to right, at each place the longest candidate that matches (just after a mention, a separator or end comes
-    first). What matches neither is an unknown stretch and is skipped. Then one rule of repair: the first mentions, in
-    order, then the candidates never mentioned, in candidate order, cut to T.
+    first). What matches neither is an unknown stretch and is skipped. Where separators join mentions, the longest run
+    so joined is the ranking, the last of equally long ones, and other mentions are not: they are prose. An unknown item
+    between two separators ends no run. Then one rule of repair: the first mentions, in order, then the candidates not
+    among them, in candidate order, cut to T.
 
     Padding that is not masked counts as tokens. Mentions beyond the T-th are ignored. A completion may be invalid with
     all counts 0: when only a separator or the end is missing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,30 +90,45 @@ def parse_model(
         for rank, (begin, stop) in enumerate(spelling.spans):
             item_ids[begin:stop] = [rank] * (stop - begin)
         return list(spelling.ranking), True, 0, 0, 0, item_ids
-    item_ids, mentioned, ranking = [-1] * len(tokens), [], []
-    repeated = unknown = i = 0
-    after_mention = in_unknown = False
+    # What it is made of: mentions ("m"), separators ("s"), ends ("e") and unknown stretches ("u").
+    kinds, mentions = "", []
+    i = 0
     while i < len(tokens):
         tail = max(len(t) if tokens[i : i + len(t)] == t else 0 for t in (separator, end))
         matches = [c for c in language.candidates if tokens[i : i + len(c)] == c]
-        if matches and not (after_mention and tail):
-            item = max(matches, key=len)
-            left = [k for k, c in enumerate(language.candidates) if c == item and k not in mentioned]
-            if not left:
-                repeated += 1
-            elif len(ranking) < num_ranked:
-                item_ids[i : i + len(item)] = [len(ranking)] * len(item)
-                ranking.append(left[0])
-            mentioned += left[:1]
-            after_mention, in_unknown, i = True, False, i + len(item)
+        if matches and not (kinds.endswith("m") and tail):
+            mentions.append((i, max(matches, key=len)))
+            kinds, i = kinds + "m", i + len(mentions[-1][1])
         elif tail:
-            after_mention, in_unknown, i = False, False, i + tail
+            kinds, i = kinds + ("s" if tokens[i : i + tail] == separator else "e"), i + tail
         else:
-            unknown += not in_unknown
-            after_mention, in_unknown, i = False, True, i + 1
+            kinds, i = kinds + ("" if kinds.endswith("u") else "u"), i + 1
+
+    # The longest run of mentions joined by separators, the last of equals; all mentions where none are joined.
+    runs: list[list[int]] = []
+    between = re.split("m", kinds)[1:-1]
+    for mention in range(len(mentions)):
+        if mention > 0 and between[mention - 1].startswith("s") and between[mention - 1].endswith("s"):
+            runs[-1].append(mention)
+        else:
+            runs.append([mention])
+    run = max(reversed(runs), key=len, default=[])
+    if len(run) < 2 or not separator:
+        run = list(range(len(mentions)))
+
+    item_ids, mentioned, ranking = [-1] * len(tokens), [], []
+    repeated = 0
+    for begin, item in (mentions[mention] for mention in run):
+        left = [k for k, c in enumerate(language.candidates) if c == item and k not in mentioned]
+        if not left:
+            repeated += 1
+        elif len(ranking) < num_ranked:
+            item_ids[begin : begin + len(item)] = [len(ranking)] * len(item)
+            ranking.append(left[0])
+        mentioned += left[:1]
     missing = num_ranked - len(ranking)
     rest = [k for k in range(len(language.candidates)) if k not in mentioned]
-    return (ranking + rest)[:num_ranked], False, repeated, missing, unknown, item_ids
+    return (ranking + rest)[:num_ranked], False, repeated, missing, kinds.count("u"), item_ids
 
 
 @dataclass
