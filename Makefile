@@ -52,8 +52,8 @@ $(OLDEST)/installed: pyproject.toml
 LOWEST_CORE := build/lowest
 
 test-lowest: $(LOWEST_CORE)/installed
-	OMP_NUM_THREADS=1 $(LOWEST_CORE)/bin/python -m pytest -n auto --dist loadfile $(addprefix tests/test_,$(addsuffix .py,\
-		beams cli decoding packing policy reasoning rollout trainer unmoved_policy)) tests/ops/test_swap_rewards.py
+	OMP_NUM_THREADS=1 $(LOWEST_CORE)/bin/python -m pytest -n auto --dist loadfile tests/test_cli.py tests/rankings tests/decoding \
+		$(addprefix tests/,$(addsuffix .py,policy/test_packing policy/test_scores policy/test_unmoved_policy trainer/test_flexrec ops/test_swap_rewards))
 
 $(LOWEST_CORE)/installed: pyproject.toml constraints.txt $(CORE)
 	rm -rf $(LOWEST_CORE)

@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from flexrec.decoding import RankingLogitsProcessor
+from flexrec.decoding.logits_processor import RankingLogitsProcessor
 from flexrec.metrics import ranking_metric
 from flexrec.rankings import parse_rankings
-from flexrec.task import Example
+from flexrec.task.examples import Example
 
 
 def as_text(tokens: Sequence[int]) -> str:

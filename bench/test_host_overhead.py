@@ -13,7 +13,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import flexrec
-from flexrec import validation
+from flexrec import checks as validation
 from flexrec.ops.ranking_logprobs import ranking_logprobs_with_kl, ranking_probs
 from flexrec.ops.restricted_logprobs import restricted_logprobs_with_kl
 

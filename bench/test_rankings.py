@@ -17,7 +17,7 @@ from transformers import PrefixConstrainedLogitsProcessor
 
 from bench import peers_rankings as peers
 from bench.inputs import SMALL
-from flexrec.decoding import RankingLogitsProcessor
+from flexrec.decoding.logits_processor import RankingLogitsProcessor
 from flexrec.rankings import CandidateTries, RankingState, encode_rankings, parse_rankings
 
 ROWS, CANDIDATES, VOCABULARY = (8, 6, 500) if SMALL else (256, 30, 32_000)

@@ -27,13 +27,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.peer_trl import grpo_trainer
-from flexrec.critic import Critic
-from flexrec.evaluation import rank_metrics
-from flexrec.experiment import load_dataset
-from flexrec.needs import get_need
-from flexrec.prompts import PromptBuilder
+from flexrec.evaluation.statistics import rank_metrics
+from flexrec.experiment.stages import load_dataset
 from flexrec.ranker import RunInfo, rank_examples
-from flexrec.task import RankingTask, TrainingExamples
+from flexrec.task.critic import Critic
+from flexrec.task.examples import RankingTask, TrainingExamples
+from flexrec.task.needs import get_need
+from flexrec.task.prompts import PromptBuilder
 
 # What TRL's policy samples. TRL itself samples free text; the base, which saw its candidates in no prompt, then hardly
 # ever names one, so that most of a ranking is the repair of what it left out.

@@ -28,11 +28,11 @@ from transformers import (
 from bench import peers_rankings
 from bench.inputs import SMALL
 from bench.peer_trl import grpo_trainer
-from flexrec.decoding import RankingLogitsProcessor
+from flexrec.decoding.logits_processor import RankingLogitsProcessor
+from flexrec.decoding.sample import sample_rankings
 from flexrec.rankings import parse_rankings
-from flexrec.rollout import sample_rankings
-from flexrec.task import Example
-from flexrec.trainer import FlexRecConfig, FlexRecTrainer
+from flexrec.task.examples import Example
+from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SPECIAL = 3  # padding, separator, end of sequence

@@ -1,5 +1,5 @@
-// The Python module flexrec._core: conversions between Python and the core, nothing else. flexrec/rankings.py checks
-// shapes and documents; here arrays arrive contiguous and of the right type.
+// The Python module flexrec._core: conversions between Python and the core, nothing else. flexrec/rankings/state.py
+// checks shapes and documents; here arrays arrive contiguous and of the right type.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -256,15 +256,6 @@ py::array inverse_permutation(const Int64Array& rankings, const Int64Array& num_
   return to_array(std::move(ranks), {num_rows, columns});
 }
 
-void check_permutations(const Int64Array& rankings, const Int64Array& num_candidates) {
-  const std::vector<std::int64_t> counts = to_vector(num_candidates);
-  const std::int64_t* data = rankings.data();
-  const std::int64_t num_rows = rankings.shape(0);
-  const std::int64_t width = rankings.shape(1);
-  const py::gil_scoped_release release;
-  flexrec::check_permutations(data, num_rows, width, counts);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
@@ -304,7 +295,5 @@ PYBIND11_MODULE(_core, module) {
   module.def("encode_rankings", &encode_rankings, py::arg("grammar"), py::arg("rankings").noconvert(),
              py::arg("with_allowed"));
   module.def("inverse_permutation", &inverse_permutation, py::arg("rankings").noconvert(),
-             py::arg("num_candidates").noconvert());
-  module.def("check_permutations", &check_permutations, py::arg("rankings").noconvert(),
              py::arg("num_candidates").noconvert());
 }

@@ -93,7 +93,7 @@ void check_rankings(const RankingGrammar& grammar, const std::int64_t* rankings,
   for (std::int64_t row = 0; row < grammar.num_rows(); ++row) {
     num_candidates[static_cast<std::size_t>(row)] = grammar.trie(row).num_candidates();
   }
-  check_permutations(rankings, grammar.num_rows(), width, num_candidates);
+  inverse_permutations(rankings, grammar.num_rows(), width, num_candidates);  // throws where one is none
   for (std::int64_t row = 0; row < grammar.num_rows(); ++row) {
     const std::int64_t* ranking = rankings + row * width;
     const std::int64_t count = std::find(ranking, ranking + width, -1) - ranking;

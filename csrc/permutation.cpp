@@ -41,27 +41,14 @@ void invert_row(std::int64_t row, const std::int64_t* ranking, std::int64_t widt
   }
 }
 
-std::int64_t largest(const std::vector<std::int64_t>& counts) {
-  return counts.empty() ? 0 : *std::max_element(counts.begin(), counts.end());
-}
-
 constexpr std::int64_t kOperationsPerEntry = 2;
 
 }  // namespace
 
-void check_permutations(const std::int64_t* rankings, std::int64_t num_rows, std::int64_t width,
-                        const std::vector<std::int64_t>& num_candidates) {
-  parallel_for(num_rows, num_rows * width * kOperationsPerEntry, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<std::int32_t> ranks(static_cast<std::size_t>(largest(num_candidates)));
-    for (std::int64_t row = begin; row < end; ++row) {
-      invert_row(row, rankings + row * width, width, num_candidates[static_cast<std::size_t>(row)], ranks.data());
-    }
-  });
-}
-
 std::vector<std::int32_t> inverse_permutations(const std::int64_t* rankings, std::int64_t num_rows, std::int64_t width,
                                                const std::vector<std::int64_t>& num_candidates) {
-  const std::int64_t out_width = largest(num_candidates);
+  const std::int64_t out_width =
+      num_candidates.empty() ? 0 : *std::max_element(num_candidates.begin(), num_candidates.end());
   std::vector<std::int32_t> ranks(static_cast<std::size_t>(num_rows * out_width), -1);
   parallel_for(num_rows, num_rows * width * kOperationsPerEntry, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {

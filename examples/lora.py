@@ -11,15 +11,12 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
-from flexrec.adapters import BACKBONE, add_lora
 from flexrec.data import simulate
-from flexrec.embedded import build_model, build_tokenizer, item_vectors
-from flexrec.needs import get_need
-from flexrec.prompts import PromptBuilder, item_token
-from flexrec.results import Evaluation
-from flexrec.supervised import SupervisedTrainer
-from flexrec.task import RankingTask, TrainingExamples
-from flexrec.trainer import FlexRecConfig, FlexRecTrainer
+from flexrec.experiment.run_folder import Evaluation
+from flexrec.policy.lora import BACKBONE, add_lora
+from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors
+from flexrec.task import PromptBuilder, RankingTask, TrainingExamples, get_need, item_token
+from flexrec.trainer import FlexRecConfig, FlexRecTrainer, SupervisedTrainer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--output", required=True)

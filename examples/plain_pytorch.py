@@ -15,15 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexrec import item_advantages, policy_loss, ranking_metric, swap_rewards_with_variance, uncertainty_weights
-from flexrec.critic import Critic
 from flexrec.data import simulate
-from flexrec.embedded import build_model, build_tokenizer, item_vectors
-from flexrec.needs import get_need
-from flexrec.packing import sharing
-from flexrec.policy import all_actions, make_batch, rank_order, ranking_scores, ranking_states
-from flexrec.prompts import PromptBuilder
-from flexrec.rollout import sample_rankings
-from flexrec.task import RankingTask, TrainingExamples
+from flexrec.decoding import sample_rankings
+from flexrec.policy.packing import sharing
+from flexrec.policy.scores import all_actions, make_batch, rank_order, ranking_scores, ranking_states
+from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors
+from flexrec.task import Critic, PromptBuilder, RankingTask, TrainingExamples, get_need
 
 METRIC, TEMPERATURE = "ndcg@5", 0.5
 

@@ -18,15 +18,12 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
 from flexrec import ranking_metric
-from flexrec.critic import Critic
 from flexrec.data import simulate
-from flexrec.embedded import build_model, build_tokenizer, item_vectors
+from flexrec.decoding import sample_rankings
 from flexrec.integrations.trl import FlexRecGRPOConfig, FlexRecGRPOTrainer, RankingReward
-from flexrec.needs import get_need
-from flexrec.prompts import PromptBuilder
-from flexrec.rollout import sample_rankings
-from flexrec.supervised import SupervisedTrainer
-from flexrec.task import RankingTask, TrainingExamples
+from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors
+from flexrec.task import Critic, PromptBuilder, RankingTask, TrainingExamples, get_need
+from flexrec.trainer import SupervisedTrainer
 
 METRIC, SHOWN = "ndcg@5", 5
 

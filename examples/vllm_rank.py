@@ -30,8 +30,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     from flexrec.integrations.vllm_request import RankingRequest
-    from flexrec.needs import get_need
-    from flexrec.prompts import Item, PromptBuilder
+    from flexrec.task import Item, PromptBuilder, get_need
 
     llm = LLM(
         options.model,

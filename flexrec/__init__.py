@@ -2,11 +2,12 @@
 
 The functions of tensors below need no model and no trainer. The ranking task around them is in the modules
 ``flexrec.data``, ``needs``, ``prompts``, ``rollout``, ``critic``, ``evaluation``, ``baselines`` and ``trainer``;
-``flexrec.decoding`` constrains anybody's ``generate``.
+``flexrec.decoding.logits_processor`` constrains anybody's ``generate``.
 """
 
 from flexrec.advantages import item_advantages
-from flexrec.evaluation import Comparison, bootstrap_interval, rank_metrics, relative_change
+from flexrec.checks import set_value_checks
+from flexrec.evaluation.statistics import Comparison, bootstrap_interval, rank_metrics, relative_change
 from flexrec.losses import policy_loss
 from flexrec.metrics import ranking_metric, register_metric
 from flexrec.ops.all_actions import AllActions, all_actions_objective
@@ -31,7 +32,6 @@ from flexrec.rankings import (
     validate_rankings,
 )
 from flexrec.uncertainty import swap_rewards_with_variance, uncertainty_weights
-from flexrec.validation import set_value_checks
 
 __version__ = "0.1.0"
 

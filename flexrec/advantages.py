@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flexrec.validation import check_choice, check_finite, check_range, check_tensor
+from flexrec.checks import check_choice, check_finite, check_range, check_tensor
 
 BASELINES = ("none", "rank", "group")
 SCALES = ("rank", "group", "batch", "none")

@@ -237,9 +237,9 @@ def _positive(text: str) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from flexrec.distributed import process_index
-    from flexrec.evaluation import comparison_table
-    from flexrec.experiment import ExperimentConfig, run_experiment
+    from flexrec.evaluation.statistics import comparison_table
+    from flexrec.experiment.stages import ExperimentConfig, run_experiment
+    from flexrec.policy.distributed import process_index
 
     options = {k: v for k, v in vars(arguments).items() if v is not None and k not in ("command", "run", "need")}
     if arguments.need:
@@ -262,7 +262,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from flexrec.experiment import evaluate_run
+    from flexrec.experiment.stages import evaluate_run
 
     scores = evaluate_run(Path(arguments.folder), arguments.dataset, arguments.data, arguments.need)
     table = Table(title=f"{arguments.folder}: mean over test lists [95 % interval over users]")

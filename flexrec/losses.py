@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from flexrec.validation import check_choice, check_finite, check_tensor, values_are_checked
+from flexrec.checks import check_choice, check_finite, check_tensor, values_are_checked
 
 IMPORTANCE_LEVELS = ("item", "token", "sequence")
 LOSS_AGGREGATIONS = ("item-mean", "token-mean", "seq-mean-item-mean", "seq-mean-item-sum", "sum")

@@ -36,9 +36,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from flexrec.checks import check_finite, check_range, check_tensor, values_are_checked
 from flexrec.ops import custom_metrics_numba as kernels
 from flexrec.ops.list_tiles import all_within
-from flexrec.validation import check_finite, check_range, check_tensor, values_are_checked
 
 Form = Literal["linear", "first", "average_precision", "cascade", "custom"]
 Discount = Literal["log", "uniform", "geometric", "reciprocal"]

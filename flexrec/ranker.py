@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from flexrec.adapters import load_model
-from flexrec.needs import get_need
-from flexrec.prompts import Item, PromptBuilder, strongest_risers
-from flexrec.rollout import Rollout, best_of, sample_rankings, search_rankings
-from flexrec.task import Example
+from flexrec.decoding.sample import Rollout, best_of, sample_rankings, search_rankings
+from flexrec.policy.lora import load_model
+from flexrec.task.examples import Example
+from flexrec.task.needs import get_need
+from flexrec.task.prompts import Item, PromptBuilder, strongest_risers
 
 RUN_FILE = "flexrec.json"
 

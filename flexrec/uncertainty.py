@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import torch
 
+from flexrec.checks import check_choice, check_finite, check_range, check_tensor
 from flexrec.metrics import (
     FAMILIES,
     Ingredients,
@@ -30,7 +31,6 @@ from flexrec.metrics import (
 from flexrec.ops.swap_rewards import CREDITS, check_policy_weights, resolve_backend, triton_rewards_with_variance
 from flexrec.ops.swap_rewards_cpu import numba_rewards_with_variance
 from flexrec.ops.swap_rewards_torch import policy_shares, rewards_of
-from flexrec.validation import check_choice, check_finite, check_range, check_tensor
 
 WITH_VARIANCE = tuple(name for name, family in FAMILIES.items() if family.form in ("linear", "cascade"))
 

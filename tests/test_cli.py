@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexrec import experiment, ranker
+from flexrec import ranker
 from flexrec.cli import main
 from flexrec.data import simulate
+from flexrec.experiment import stages as experiment
+from flexrec.experiment.run_folder import Results
 from flexrec.profiling import PARTS
-from flexrec.results import Results
 
 SMALL = ["--steps", "4", "--warmup-steps", "3", "--listwise-steps", "2", "--prompts-per-step", "16"]
 METRICS = {"ndcg@5", "ndcg@10", "ndcg@30", "recall@5", "mrr@5"}

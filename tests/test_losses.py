@@ -127,10 +127,48 @@ def test_gradcheck(level):
 
 def test_gradcheck_of_the_reference_estimate():
     logps, old, per_item, _, item_ids, mask = example(4, moved=0.02)
-    ref = old.detach() - 0.3
-    assert torch.autograd.gradcheck(
-        lambda x: policy_loss(x, old, per_item, mask, item_ids=item_ids, beta=0.5, ref_per_token_logps=ref)[0], (logps,)
-    )
+    ref = old.detach() - 0.3 + 0.4 * torch.rand_like(old)
+
+    def loss(x, beta=0.5):
+        return policy_loss(x, old, per_item, mask, item_ids=item_ids, beta=beta, ref_per_token_logps=ref)[0]
+
+    assert torch.autograd.gradcheck(loss, (logps,))
+    belongs = mask & (item_ids >= 0)
+    estimates = [
+        math.exp(r - x) - (r - x) - 1 for r, x in zip(ref[belongs].tolist(), logps[belongs].tolist(), strict=True)
+    ]
+    num_items = sum(len(set(row[own].tolist())) for row, own in zip(item_ids, belongs, strict=True))
+    assert (loss(logps) - loss(logps, beta=0.0)).item() == pytest.approx(0.5 * sum(estimates) / num_items)
+
+
+def test_the_reference_estimate_is_the_kl_in_the_policys_expectation():
+    """Of the policy from the reference, not the other way round: by enumeration of all tokens."""
+    policy, reference = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).double().log_softmax(-1)
+    estimates = []
+    for token in range(6):
+        _, metrics = policy_loss(
+            policy[token].view(1, 1),
+            None,
+            torch.zeros(1, 1),
+            torch.ones(1, 1),
+            beta=1.0,
+            ref_per_token_logps=reference[token].view(1, 1),
+        )
+        estimates.append(metrics["kl"])
+    kl = (policy.exp() * (policy - reference)).sum()
+    other_way = (reference.exp() * (reference - policy)).sum()
+    assert abs(kl - other_way) > 0.01
+    torch.testing.assert_close((policy.exp() * torch.stack(estimates)).sum(), kl)
+
+
+def test_the_moved_estimate_is_the_kl_in_the_old_policys_expectation():
+    """approx_kl is of the old policy from the new: by enumeration of all tokens."""
+    old, new = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).double().log_softmax(-1)
+    estimates = [
+        policy_loss(new[token].view(1, 1), old[token].view(1, 1), torch.zeros(1, 1), torch.ones(1, 1))[1]["approx_kl"]
+        for token in range(6)
+    ]
+    torch.testing.assert_close((old.exp() * torch.stack(estimates)).sum(), (old.exp() * (old - new)).sum())
 
 
 @pytest.mark.parametrize("level", IMPORTANCE_LEVELS)
@@ -258,6 +296,14 @@ def test_nothing_but_masked_tokens_gives_zero_with_a_gradient(level, loss_agg, r
     assert (gradient(loss, logps) == 0).all()
     assert metrics.pop("ratio_mean") == 1
     assert all(value == 0 for value in metrics.values())
+
+
+@pytest.mark.parametrize("loss_agg", ["seq-mean-item-mean", "seq-mean-item-sum"])
+def test_a_row_that_counts_nothing_is_no_row(loss_agg):
+    per_token = torch.tensor([[1.0, 2.0, 4.0], [8.0, 8.0, 8.0], [3.0, 5.0, 7.0]])
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]])
+    expected = {"seq-mean-item-mean": (1.5 + 5) / 2, "seq-mean-item-sum": (3 + 15) / 2}[loss_agg]
+    assert aggregate(per_token, mask, loss_agg=loss_agg).item() == pytest.approx(expected)
 
 
 def test_masked_tokens_may_hold_anything():

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from flexrec import experiment
 from flexrec import ranker as module
 from flexrec.data import simulate
-from flexrec.embedded import build_model, build_tokenizer
-from flexrec.experiment_config import ExperimentConfig
-from flexrec.needs import get_need
-from flexrec.prompts import PromptBuilder
+from flexrec.decoding.sample import Rollout
+from flexrec.experiment import stages as experiment
+from flexrec.experiment.config import ExperimentConfig
+from flexrec.policy.small_model import build_model, build_tokenizer
 from flexrec.ranker import Decoding, Ranker, rank_examples
-from flexrec.rollout import Rollout
-from flexrec.task import RankingTask
+from flexrec.task.examples import RankingTask
+from flexrec.task.needs import get_need
+from flexrec.task.prompts import PromptBuilder
 
 SIZES = {"num_users": 24, "num_items": 70, "num_topics": 4, "num_test_users": 6, "num_candidates": 8}
 MAX_HISTORY = 5

@@ -20,11 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flexrec.cli import DATASETS
-from flexrec.critic import Critic
 from flexrec.experiment import load_dataset
-from flexrec.needs import NEEDS, Need, get_need
-from flexrec.prompts import RANKING, PromptBuilder
-from flexrec.task import Example, RankingTask, TrainingExamples
+from flexrec.task import NEEDS, RANKING, Critic, Example, Need, PromptBuilder, RankingTask, TrainingExamples, get_need
 
 ANSWER = (
     "\nAnswer with the labels of all {count} candidates, best first, in the form [2] > [1] > [3], and nothing else."

@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from flexrec.checks import check_choice
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset, RankingList
-from flexrec.validation import check_choice
 
 
 class Moment(NamedTuple):

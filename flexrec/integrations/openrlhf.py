@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from flexrec.advantages import item_advantages
-from flexrec.completions import item_values_to_tokens
+from flexrec.checks import check_choice
 from flexrec.integrations.responses import GroundTruth, score_responses, score_texts
 from flexrec.integrations.verl import score_of
+from flexrec.rankings.text import item_values_to_tokens
 from flexrec.uncertainty import uncertainty_weights
-from flexrec.validation import check_choice
 
 ENDINGS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>", "<eos>", "<pad>")
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from flexrec.completions import ScoredCompletions, index_labels, score_completions
+from flexrec.checks import check_choice
 from flexrec.integrations.token_logprobs import decoded, without_end
 from flexrec.metrics import parse_metric
 from flexrec.ops.swap_rewards import CREDITS
-from flexrec.validation import check_choice
+from flexrec.rankings.text import ScoredCompletions, index_labels, score_completions
 
 COMPLETION_CREDITS = tuple(credit for credit in CREDITS if credit != "policy")
 LOGGED_RANKS = 5
@@ -41,7 +41,7 @@ class RankingReward:
 
     Raises:
         ValueError: an unknown metric or choice; when called, a missing column and what
-            :func:`flexrec.completions.score_completions` raises.
+            :func:`flexrec.rankings.text.score_completions` raises.
     """
 
     def __init__(

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from flexrec.completions import ScoredCompletions, score_completions
 from flexrec.integrations.ranking_reward import at_most, names_of
 from flexrec.integrations.token_logprobs import decoded, token_item_ids
+from flexrec.rankings.text import ScoredCompletions, score_completions
 
 KEYS = ("gains", "candidates", "gain_variance")
 
@@ -63,7 +63,7 @@ def score_texts(
     num_ranked: int | None = None,
     reasoning_end: str | None = None,
 ) -> ScoredCompletions:
-    """:func:`flexrec.completions.score_completions` of N texts, each with a ground truth of its own.
+    """:func:`flexrec.rankings.text.score_completions` of N texts, each with a ground truth of its own.
 
     Args:
         metric, credit, num_ranked: of :func:`flexrec.swap_rewards`; credit "policy" is none of these.

@@ -7,31 +7,15 @@ candidates allow, and forced tokens, whose log-prob is 0. Only the states before
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from flexrec.ops.restricted_logprobs import restricted_logprobs
-from flexrec.policy import Candidates, decision_states, final_hidden, make_batch
-from flexrec.rankings import encode_rankings, parse_rankings
-
-
-class Spelling(NamedTuple):
-    """How a ranking is spelled in tokens."""
-
-    separator: tuple[int, ...]
-    """Between items."""
-    end: tuple[int, ...]
-    """After the last."""
-    num_ranked: int | None = None
-    """How many items at most; None: all."""
-
-    def of(self, candidates: Candidates) -> dict[str, Any]:
-        """The arguments of the functions in :mod:`flexrec.rankings` for these lists."""
-        most = None if self.num_ranked is None else min(self.num_ranked, max(map(len, candidates)))
-        return {"separator": self.separator, "end": self.end, "num_ranked": most}
+from flexrec.policy.scores import decision_states, final_hidden, make_batch
+from flexrec.rankings import Candidates, Spelling, encode_rankings, parse_rankings
 
 
 def read_rankings(
@@ -126,7 +110,7 @@ def token_item_ids(tokenizer: Any, completions: Sequence[Sequence[int]], item_id
         tokenizer: a Hugging Face tokenizer.
         completions: N rows of token ids.
         item_ids: (N, characters) the rank by character of ``decoded(tokenizer, row)``, -1 for none, as
-            :func:`flexrec.completions.parse_ranking_texts` returns it; missing columns count as -1.
+            :func:`flexrec.rankings.text.parse_ranking_texts` returns it; missing columns count as -1.
 
     Returns:
         (N, longest completion) int64: the first item that a token has a character of, -1 for none.

@@ -20,7 +20,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 
 from flexrec.advantages import BASELINES, SCALES, item_advantages
-from flexrec.completions import ScoredCompletions, item_values_to_tokens, score_completions
+from flexrec.checks import check_choice
+from flexrec.decoding.sample import sample_rankings
 from flexrec.integrations.ranking_reward import (
     COMPLETION_CREDITS,
     RankingReward,
@@ -31,7 +32,6 @@ from flexrec.integrations.ranking_reward import (
     ranking_statistics,
 )
 from flexrec.integrations.token_logprobs import (
-    Spelling,
     decision_ranks,
     decoded,
     restricted_token_logprobs,
@@ -40,10 +40,9 @@ from flexrec.integrations.token_logprobs import (
 )
 from flexrec.integrations.trl_vllm import per_prompt
 from flexrec.metrics import parse_metric
-from flexrec.rankings import RankingState, encode_rankings
-from flexrec.rollout import sample_rankings
+from flexrec.rankings import RankingState, Spelling, encode_rankings
+from flexrec.rankings.text import ScoredCompletions, item_values_to_tokens, score_completions
 from flexrec.uncertainty import uncertainty_weights
-from flexrec.validation import check_choice
 
 __all__ = ["FlexRecGRPOConfig", "FlexRecGRPOTrainer", "RankingReward"]
 

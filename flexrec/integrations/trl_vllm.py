@@ -13,9 +13,8 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from flexrec.integrations.token_logprobs import Spelling
 from flexrec.integrations.vllm_request import RankingRequest
-from flexrec.policy import Candidates
+from flexrec.rankings import Candidates, Spelling
 
 PROCESSOR = "flexrec.integrations.vllm:RankingLogitsProcessor"
 MAX_CONNECTIONS = 64

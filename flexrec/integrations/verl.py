@@ -24,11 +24,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from flexrec.advantages import item_advantages
-from flexrec.completions import item_values_to_tokens
+from flexrec.checks import check_finite, check_tensor, values_are_checked
 from flexrec.integrations.responses import GroundTruth, score_texts
 from flexrec.losses import policy_loss
+from flexrec.rankings.text import item_values_to_tokens
 from flexrec.uncertainty import uncertainty_weights
-from flexrec.validation import check_finite, check_tensor, values_are_checked
 
 ADVANTAGE_OPTIONS = ("baseline", "scale", "uncertainty")
 
@@ -82,7 +82,7 @@ def compute_score(
 
 
 def score_of(scored: Any, row: int) -> dict[str, float]:
-    """What :func:`compute_score` returns, from one row of :class:`flexrec.completions.ScoredCompletions`."""
+    """What :func:`compute_score` returns, from one row of :class:`flexrec.rankings.text.ScoredCompletions`."""
     value, parsed = float(scored.metric[row]), scored.parsed
     counts = {name: float(getattr(parsed, name)[row]) for name in ("valid", "repeated", "missing", "unknown")}
     return {"score": value, "acc": value, **counts}

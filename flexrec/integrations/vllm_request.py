@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flexrec.rankings import RankingState, TokenIds
-from flexrec.reasoning import ReasoningRule, reasoning_rule
+from flexrec.rankings.reasoning import ReasoningRule, reasoning_rule
 
 ARGUMENT = "flexrec"
 """The name under which a request carries its `RankingRequest`."""
@@ -39,7 +39,7 @@ class RankingRequest:
         max_reasoning_tokens: after so many tokens without the marker it is forced.
 
     Raises:
-        ValueError, TypeError: as `flexrec.rankings.RankingState` and `flexrec.reasoning.reasoning_rule`.
+        ValueError, TypeError: as `flexrec.rankings.RankingState` and `flexrec.rankings.reasoning.reasoning_rule`.
     """
 
     candidates: Sequence[TokenIds]

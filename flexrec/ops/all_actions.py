@@ -36,6 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flexrec.checks import check_choice, check_range, check_tensor
 from flexrec.metrics import Metric, ingredients, parse_metric
 from flexrec.metrics import check_lists as check_gains
 from flexrec.ops.ranked_lists import (
@@ -51,7 +52,6 @@ from flexrec.ops.ranked_lists import (
 )
 from flexrec.ops.ranking_logprobs import BACKENDS, Results, evaluate_lists, from_distribution
 from flexrec.ops.swap_rewards import swap_scores
-from flexrec.validation import check_choice, check_range, check_tensor
 
 
 class AllActions(NamedTuple):

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flexrec.checks import check_range, check_tensor, values_are_checked
 from flexrec.ops import restricted_logprobs_numba as kernels
 from flexrec.ops.ranked_lists import FLOOR, accumulation_dtype, check_temperature
-from flexrec.validation import check_range, check_tensor, values_are_checked
 
 
 class AllowedSets(NamedTuple):

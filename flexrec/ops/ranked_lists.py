@@ -14,9 +14,9 @@ from numba import njit
 from torch import Tensor
 from torch.nn import Parameter
 
+from flexrec.checks import check_finite, check_range, check_tensor, values_are_checked
 from flexrec.ops.ranking_logprobs_numba import FLOOR
 from flexrec.ops.ranking_logprobs_numba import IMPOSSIBLE as IMPOSSIBLE  # for those that import FLOOR from here
-from flexrec.validation import check_finite, check_range, check_tensor, values_are_checked
 
 FINE, NO_TOKEN, OUTSIDE, REPEATED = 0, 1, 2, 3  # what _place_candidates finds
 _NO_LENGTHS = torch.empty(0, dtype=torch.int64)

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flexrec.checks import check_choice
 from flexrec.ops.ranked_lists import (
     IMPOSSIBLE,
     RankedLists,
@@ -41,7 +42,6 @@ from flexrec.ops.ranked_lists import (
 )
 from flexrec.ops.ranking_logprobs_op import Inputs, evaluate
 from flexrec.ops.weight_grads import WEIGHT_GRADS, check_accumulates
-from flexrec.validation import check_choice
 
 BACKENDS = ("auto", "torch", "triton")
 

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexrec.checks import check_choice, check_finite, check_tensor
 from flexrec.ops import restricted_logprobs_numba
 from flexrec.ops.allowed_sets import AllowedSets, check_reference, check_sets
 from flexrec.ops.ranked_lists import FLOOR, IMPOSSIBLE, accumulation_dtype
 from flexrec.ops.ranking_logprobs import RankingLogprobs, RankingLogprobsWithKL
 from flexrec.ops.weight_grads import WEIGHT_GRADS, Final, accumulated_grad, check_accumulates
-from flexrec.validation import check_choice, check_finite, check_tensor
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -75,7 +75,7 @@ def restricted_logprobs(
     Returns:
         ``RankingLogprobs(logprobs (M,), entropy (M,), expectations (M, C) or None)``, float32 (float64 if ``hidden``
         or ``weight`` is). A row with one allowed token has log-probability and entropy exactly 0 and no gradient; its
-        hidden state and weight row are not read. Where values are not checked (see ``flexrec.validation``), a target
+        hidden state and weight row are not read. Where values are not checked (see ``flexrec.checks``), a target
         that is not allowed has log-probability NaN.
 
     Raises:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 
 from flexrec import metrics
+from flexrec.checks import check_choice, check_finite, check_range, check_tensor, lies_within, values_are_checked
 from flexrec.metrics import Lists, Metric, check_lists, ingredients, parse_metric
 from flexrec.ops.swap_rewards_cpu import numba_swap_rewards, numba_swap_scores
 from flexrec.ops.swap_rewards_torch import custom_rewards, rewards_of, scores_of
-from flexrec.validation import check_choice, check_finite, check_range, check_tensor, lies_within, values_are_checked
 
 CREDITS = ("swap", "noncausal", "independent", "rank", "sequence", "policy")
 BACKENDS = ("auto", "triton", "numba", "torch")
@@ -195,7 +195,7 @@ def swap_rewards(
 
     Raises:
         ValueError, TypeError: unknown name, wrong shape or dtype, a value out of its range, a backend that cannot do
-            what is asked. Values on a GPU are checked only where ``flexrec.validation`` is told to.
+            what is asked. Values on a GPU are checked only where ``flexrec.checks`` is told to.
     """
     metric = parse_metric(metric)
     check_choice("credit", credit, CREDITS)

@@ -52,8 +52,8 @@ from collections.abc import Callable
 import torch
 
 from flexrec import metrics
+from flexrec.checks import check_finite
 from flexrec.metrics import Ingredients, Lists, Metric, metric_terms
-from flexrec.validation import check_finite
 
 
 def _before(x: torch.Tensor) -> torch.Tensor:

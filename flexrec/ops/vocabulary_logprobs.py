@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from flexrec.checks import check_tensor, values_are_checked
 from flexrec.ops.ranked_lists import accumulation_dtype
-from flexrec.validation import check_tensor, values_are_checked
 
 
 def vocabulary_logprobs(

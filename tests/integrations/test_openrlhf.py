@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from flexrec.policy.scores.small_model import build_tokenizer
 
 import flexrec
-from flexrec.completions import item_values_to_tokens
 from flexrec.data import Catalogue, simulate
-from flexrec.embedded import build_tokenizer
 from flexrec.integrations.openrlhf import MetricReward, set_item_advantages
+from flexrec.rankings.text import item_values_to_tokens
 
 ROOT = Path(__file__).parents[2]
 REWARD_FILE = ROOT / "examples" / "openrlhf" / "reward.py"
@@ -115,13 +115,16 @@ def make_experiences(tokenizer, make=SimpleNamespace, kl=0.0, base=None):
     return experiences
 
 
-def expected_advantages(gain_rows, counts, **options):
+def expected_advantages(gain_rows, counts, metric="ndcg", credit="swap", **options):
     gains = torch.tensor(gain_rows)
     named = torch.arange(3) < torch.tensor(counts)[:, None]
-    return flexrec.item_advantages(flexrec.swap_rewards(gains, "ndcg"), 2, item_mask=named, **options)
+    rewards = flexrec.swap_rewards(gains, metric, credit=credit)
+    return flexrec.item_advantages(rewards, 2, item_mask=named, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"baseline": "rank", "scale": "group"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"baseline": "rank", "scale": "group"}, {"metric": "dcg@2", "credit": "noncausal", "scale": "none"}]
+)
 def test_every_token_of_an_item_gets_its_advantage(tokenizer, options):
     advantages = expected_advantages(
         [[1.0, 0.5, 0.0], [0.0, 0.5, 1.0], [0.5, 0.0, 1.0], [0.5, 1.0, 0.0]], [3, 3, 1, 3], **options

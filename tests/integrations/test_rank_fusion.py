@@ -9,13 +9,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import flexrec
-from flexrec.completions import index_labels, parse_ranking_texts, score_completions
 from flexrec.data import Catalogue
-from flexrec.embedded import build_tokenizer
 from flexrec.integrations.openrlhf import MetricReward
 from flexrec.integrations.ranking_reward import RankingReward
 from flexrec.integrations.verl import compute_score
-from flexrec.policy import make_batch, ranking_scores, ranking_states
+from flexrec.policy.scores import make_batch, ranking_scores, ranking_states
+from flexrec.policy.small_model import build_tokenizer
+from flexrec.rankings.text import index_labels, parse_ranking_texts, score_completions
 
 PROMPT = "Rank the passages [1] [2] [3]: "
 GAINS = [0.0, 0.5, 1.0]

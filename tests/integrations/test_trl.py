@@ -9,6 +9,7 @@ import torch
 import trl
 from packaging.version import Version
 
+import flexrec
 import flexrec.integrations.trl as adapter
 from flexrec.integrations.ranking_reward import COMPLETION_CREDITS
 from flexrec.integrations.trl import FlexRecGRPOTrainer
@@ -36,16 +37,120 @@ FUSED_HEAD = Version(trl.__version__) >= Version("1.15")  # computes log-probs f
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 
+def decisions_by_hand(trainer, batch):
+    """For every completion of a batch the log-probs of its decisions, differentiable, and the advantages they carry."""
+    rows = []
+    for row, (ids, mask) in enumerate(zip(batch["completion_ids"], batch["completion_mask"], strict=True)):
+        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
+        completion, candidates = ids[mask.bool()].tolist(), batch["candidates"][row]
+        model, tokenizer = trainer.model, trainer.processing_class
+        logprobs, _ = brute_force(model, tokenizer, prompt, completion, candidates, trainer.temperature)
+        decided = logprobs != 0
+        rows.append((logprobs[decided], batch["advantages"][row, : len(completion)][decided]))
+    return rows
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_every_loss_type_trains(tmp_path, loss_type):
+    """Of an unmoved policy every loss has the gradient of log-probs of decisions times advantages of their items."""
     level = "sequence" if loss_type == "luspo" else "token"
-    options = {"gradient_accumulation_steps": 2, "num_iterations": 2, "max_steps": 3}
-    train_and_compare(make_trainer(tmp_path, loss_type=loss_type, importance_sampling_level=level, **options))
+    options = {"loss_type": loss_type, "importance_sampling_level": level, "temperature": 0.6}
+    trainer = make_trainer(tmp_path, max_completion_length=30, **options)
+    batch = generate(trainer, trainer.train_dataset.select(range(3)))
+    trainer.current_gradient_accumulation_steps = 1  # what training sets
+    parameters = list(trainer.model.parameters())
+    found = torch.autograd.grad(trainer.compute_loss(trainer.model, batch), parameters)
+
+    rows = decisions_by_hand(trainer, batch)
+    count = sum(len(advantages) for _, advantages in rows)
+    products = [(logprobs * advantages).sum() for logprobs, advantages in rows]
+    if loss_type in ("grpo", "sapo"):
+        products = [product / len(row[0]) for product, row in zip(products, rows, strict=True)]
+    if loss_type == "luspo":  # one ratio for a completion: the mean over its decisions
+        products = [logprobs.mean() * advantages.sum() for logprobs, advantages in rows]
+    whole = {"dr_grpo": len(rows) * 30, "grpo": len(rows), "sapo": len(rows), "luspo": len(rows)}
+    clipped = min(1.0, trainer.epsilon_high) if loss_type == "cispo" else 1.0
+    expected = torch.autograd.grad(-clipped * sum(products) / whole.get(loss_type, count), parameters)
+    assert count > 12
+    for name, mine, by_hand in zip(dict(trainer.model.named_parameters()), found, expected, strict=True):
+        torch.testing.assert_close(mine, by_hand, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+    moving = {"gradient_accumulation_steps": 2, "num_iterations": 2, "max_steps": 3}
+    train_and_compare(make_trainer(tmp_path, **options, **moving))
 
 
 @pytest.mark.parametrize("credit", COMPLETION_CREDITS)
 def test_every_credit_trains(tmp_path, credit):
-    train_and_compare(make_trainer(tmp_path, credit=credit))
+    """The advantage of a decision is the credit of its item in the ranking that the text says."""
+    trainer = make_trainer(tmp_path, credit=credit, metric="dcg", scale="none")
+    batch = generate(trainer, trainer.train_dataset.select(range(1)))
+    texts = trainer.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+    ranked = torch.tensor([[GAINS[0][int(label[1]) - 1] for label in text.split(" > ")] for text in texts])
+    credits = flexrec.swap_rewards(ranked, "dcg", credit=credit)
+    for (_, advantages), of_items in zip(decisions_by_hand(trainer, batch), credits, strict=True):
+        # Of three items the first two are decided on: at "1", "2" or "3", the only tokens with an alternative.
+        torch.testing.assert_close(advantages, of_items[:2])
+    train_and_compare(trainer)
+
+
+@pytest.mark.parametrize(
+    ("metric", "num_ranked", "expected"),
+    [("ndcg", None, [3, 4, 5]), ("ndcg@2", None, [2, 2, 2]), ("ndcg@2", 4, [2, 2, 2]), ("mrr", 4, [3, 4, 4])],
+)
+def test_no_more_ranks_than_count_are_sampled(tmp_path, metric, num_ranked, expected):
+    trainer = make_trainer(tmp_path, metric=metric, num_ranked=num_ranked)
+    batch = generate(trainer, trainer.train_dataset.select(range(3)))
+    texts = trainer.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+    assert [len(text.split(" > ")) for text in texts] == np.repeat(expected, 4).tolist()
+
+
+def test_rollouts_are_sampled_as_asked(tmp_path, monkeypatch):
+    asked = []
+
+    def spy(model, prompts, candidates, **options):
+        asked.append((len(prompts), len(candidates), options))
+        return sample(model, prompts, candidates, **options)
+
+    sample = adapter.sample_rankings
+    monkeypatch.setattr(adapter, "sample_rankings", spy)
+    trainer = make_trainer(tmp_path, temperature=0.3, num_ranked=2, separator="/")
+    generate(trainer, trainer.train_dataset.select(range(3)))
+    slash = tuple(trainer.processing_class.encode("/"))
+    spelling = {"separator": slash, "end": (2,), "num_ranked": 2}
+    assert asked == [(3, 3, {"num_generations": 4, "temperature": 0.3, **spelling})]
+
+
+def test_evaluation_has_a_group_size_of_its_own(tmp_path, monkeypatch):
+    """Sampling, weights and advantages of an evaluation are those of groups of two, and are logged as such."""
+    rows = make_rows(gain_variance=[[0.1] * len(gains) for gains in GAINS])
+    trainer = make_trainer(
+        tmp_path,
+        rows,
+        num_generations_eval=2,
+        per_device_eval_batch_size=6,
+        extra={"eval_dataset": rows.select(range(3))},
+    )
+    sizes = []
+
+    def spy(name, size_of):
+        function = getattr(adapter, name)
+
+        def called(*args, **kwargs):
+            sizes.append((name, size_of(args, kwargs)))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(adapter, name, called)
+
+    spy("sample_rankings", lambda args, kwargs: kwargs["num_generations"])
+    spy("uncertainty_weights", lambda args, kwargs: args[1])
+    spy("item_advantages", lambda args, kwargs: args[1])
+    trainer.evaluate()
+    assert sizes == [("sample_rankings", 2), ("uncertainty_weights", 2), ("item_advantages", 2)]
+    assert logged(trainer, "eval_ndcg/valid") == [1.0]
+    assert not logged(trainer, "ndcg/valid")
+    sizes.clear()
+    generate(trainer, rows.select(range(3)))
+    assert {size for _, size in sizes} == {4}
 
 
 def test_training_raises_the_metric(tmp_path):
@@ -119,15 +224,16 @@ def brute_force(model, tokenizer, prompt, completion, candidates, temperature, s
     """Log-probs and entropies of a completion's tokens, from logits of the whole sequence and a state stepped along."""
     state = RankingState([candidates], separator=tokenizer.encode(separator), end=[tokenizer.eos_token_id])
     logits = model(torch.tensor([prompt + completion])).logits[0].double() / temperature
-    logprobs, entropies = [], []
+    logprobs: list[torch.Tensor] = []
+    entropies: list[torch.Tensor] = []
     for position, token in enumerate(completion):
         allowed, _ = state.allowed()
         of_allowed = logits[len(prompt) + position - 1, torch.from_numpy(allowed).long()].log_softmax(0)
-        logprobs.append(of_allowed[list(allowed).index(token)].item())
-        entropies.append(-(of_allowed.exp() * of_allowed).sum().item())
+        logprobs.append(of_allowed[list(allowed).index(token)])
+        entropies.append(-(of_allowed.exp() * of_allowed).sum())
         state.advance([token])
     assert state.done().all()
-    return logprobs, entropies
+    return torch.stack(logprobs), torch.stack(entropies)
 
 
 def check_against_brute_force(trainer, batch):
@@ -146,8 +252,12 @@ def check_against_brute_force(trainer, batch):
     assert (logps[batch["tool_mask"] == 1] < 0).all()
 
 
-def test_logprobs_are_those_over_what_the_candidates_allow(tmp_path):
-    trainer = make_trainer(tmp_path, temperature=0.7, pad_to_multiple_of=8)
+@pytest.mark.parametrize("bias", [False, True])
+def test_logprobs_are_those_over_what_the_candidates_allow(tmp_path, bias):
+    model = make_model(make_tokenizer())
+    if bias:
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(model.config.vocab_size))
+    trainer = make_trainer(tmp_path, model=model, temperature=0.7, pad_to_multiple_of=8)
     check_against_brute_force(trainer, generate(trainer, trainer.train_dataset.select(range(3))))
 
 

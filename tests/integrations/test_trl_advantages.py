@@ -6,22 +6,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flexrec.trainer.flexrec.flexrec
 import numpy as np
 import pytest
 import torch
 import trl
+from flexrec.task.examples.examples import Example
+from flexrec.trainer.flexrec.flexrec import FlexRecConfig, FlexRecTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import flexrec
 import flexrec.integrations.trl as adapter
-import flexrec.trainer
-from flexrec.completions import index_labels, parse_ranking_texts
 from flexrec.integrations.ranking_reward import COMPLETION_CREDITS
 from flexrec.integrations.token_logprobs import decoded, token_item_ids
 from flexrec.rankings import encode_rankings
-from flexrec.task import Example
-from flexrec.trainer import FlexRecConfig, FlexRecTrainer
+from flexrec.rankings.text import index_labels, parse_ranking_texts
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -63,8 +63,8 @@ def flexrec_trainers_view(tmp_path, monkeypatch, trainer, rollout, **options):
         seen.append(advantages)
         return flexrec.policy_loss(logprobs, old, advantages, *args, **kwargs)
 
-    monkeypatch.setattr(flexrec.trainer, "policy_loss", spy)
-    monkeypatch.setattr(flexrec.trainer, "sample_rankings", lambda *args, **kwargs: rollout)
+    monkeypatch.setattr(flexrec.trainer.flexrec.flexrec, "policy_loss", spy)
+    monkeypatch.setattr(flexrec.trainer.flexrec.flexrec, "sample_rankings", lambda *args, **kwargs: rollout)
     config = FlexRecConfig(
         output_dir=str(tmp_path / "own"), num_generations=4, entropy_coef=0.0, use_cpu=True, report_to="none", **options
     )
@@ -199,6 +199,22 @@ def test_unconstrained_completions_are_rewarded_where_they_name_items(tmp_path):
     assert "candidates" not in batch
     assert torch.equal(seam(trainer, batch)[0], seam(trainer, batch, trl.GRPOTrainer)[0])
     train_and_compare(trainer)
+    assert logged(trainer, "ndcg/valid") == [0.5]
+
+
+def test_free_text_is_read_as_asked(tmp_path):
+    """Another separator, two ranks, and no statistic of an item that a text left out."""
+    texts = {"[3]/[1]</s>": "000.111.", "[2]</s>": "000.", "[1]/[2]</s>": "000.111.", "[2] > [1]</s>": "000...111."}
+    options = {"separator": "/", "num_ranked": 2, "baseline": "group", "shuffle_dataset": False, "max_steps": 1}
+    trainer, batch = unconstrained(tmp_path, list(texts), **options)
+    repaired = torch.tensor([[0.5, 1.0, 0.0], [0.0, 1.0, 0.5], [1.0, 0.0, 0.5], [0.0, 1.0, 0.5]])
+    rewards = flexrec.swap_rewards(repaired, "ndcg", num_ranked=2)
+    named = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 1, 0]]).bool()
+    advantages = flexrec.item_advantages(rewards, 4, baseline="group", item_mask=named)
+    for found, expected, ranks in zip(batch["advantages"], advantages, texts.values(), strict=True):
+        of_tokens = torch.tensor([0.0 if rank == "." else expected[int(rank)] for rank in ranks])
+        torch.testing.assert_close(found[: len(ranks)], of_tokens)
+    trainer.train()
     assert logged(trainer, "ndcg/valid") == [0.5]
 
 

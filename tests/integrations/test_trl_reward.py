@@ -88,6 +88,37 @@ def test_reward_takes_names_from_columns_and_skips_reasoning():
     assert values[0] == 1.0
 
 
+def test_token_ids_say_what_the_text_lacks():
+    """Names that are special tokens, and the end of sequence that is no part of the ranking."""
+    tokenizer = make_tokenizer(items=3)
+    names = [f"<item:{i}>" for i in range(3)]
+    ids = [tokenizer.encode(f"{names[0]}{names[2]}{names[1]}</s>")]
+    log = {}
+    values = RankingReward(separator="", tokenizer=tokenizer)(
+        completions=[""], completion_ids=ids, candidates=[names], gains=[[1.0, 0.0, 0.5]], log_metric=log.__setitem__
+    )
+    assert values == [pytest.approx(1.0)]
+    assert log["ndcg/valid"] == 1.0
+
+
+def test_only_the_first_ranks_count():
+    values, log = reward(["[2] > [3]", "[2] > [3] > [1]"], num_ranked=2)
+    ranked = torch.tensor([[0.0, 0.5, 1.0]])
+    expected = flexrec.ranking_metric(ranked, "ndcg", num_ranked=2).item()
+    assert expected < flexrec.ranking_metric(ranked, "ndcg").item()
+    assert values == pytest.approx([expected] * 2, rel=1e-6)
+    assert log["ndcg/valid"] == 0.5  # two ranks are expected
+    assert reward(["[2] > [3] > [1]"], num_ranked=9)[1]["ndcg/valid"] == 1.0  # as many as there are
+
+
+def test_the_mean_is_over_the_ranks_of_each_list():
+    """Lists of two and of three candidates, the first under the padding of the second."""
+    lists = [[0.0, 1.0], [0.0, 1.0, 0.5]]
+    values, _ = reward(["[1] > [2]", "[1] > [2] > [3]"], credit="swap", columns={"gains": lists})
+    means = [flexrec.swap_rewards(torch.tensor([gains]), "ndcg")[0].mean().item() for gains in lists]
+    assert values == pytest.approx(means, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -11,6 +11,7 @@ from packaging.version import Version
 from transformers import LlamaForCausalLM
 
 from flexrec.integrations import trl_vllm
+from flexrec.integrations.token_logprobs import Spelling
 from flexrec.integrations.vllm_request import RankingRequest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -147,6 +148,39 @@ def test_vllm_is_told_the_candidates_of_every_prompt(tmp_path, vllm, mode):
     assert {len(request.candidates) for request in requests} <= {3, 4, 5}
     for name in ("min", "mean", "max"):  # sampled and scored with the same distribution
         assert logged(trainer, f"sampling/importance_sampling_ratio/{name}") == pytest.approx([1.0, 1.0], abs=1e-4)
+
+
+def test_each_prompt_is_sent_with_its_candidates_and_what_trl_asked_for():
+    """To the engine all at once, to the server one by one; answers come back in the order of the prompts."""
+    prompts, candidates = [[5, 6], [7]], [[[10], [11, 12], [13]], [[14], [15]]]
+    own = [RankingRequest(c, separator=[3], end=[2], num_ranked=2) for c in candidates]
+    calls = []
+
+    class Recorder:
+        def generate(self, prompts, *, sampling_params=None, generation_kwargs=None, **options):
+            calls.append((prompts, sampling_params, generation_kwargs, options))
+            return {"completion_ids": [prompt for prompt in prompts for _ in range(2)], "logprobs": None}
+
+    llm = trl_vllm.PerPromptLLM(Recorder())
+    llm.set_candidates(prompts, candidates, Spelling((3,), (2,), 2))
+    asked = SamplingParams(temperature=0.3, extra_args={"other": 1})
+    texts = [{"prompt_token_ids": prompt} for prompt in prompts]
+    llm.generate(texts, sampling_params=asked, use_tqdm=False)
+    ((sent, params, _, options),) = calls
+    assert (sent, options) == (texts, {"use_tqdm": False})
+    assert [p.temperature for p in params] == [0.3, 0.3]
+    assert [p.extra_args for p in params] == [{"other": 1, **request.extra_args} for request in own]
+    assert asked.extra_args == {"other": 1}
+
+    calls.clear()
+    client = trl_vllm.PerPromptClient(Recorder())
+    client.set_candidates(prompts, candidates, Spelling((3,), (2,), 2))
+    answers = client.generate(prompts, generation_kwargs={"seed": 4}, n=2, temperature=0.3)
+    assert answers == {"completion_ids": [[5, 6], [5, 6], [7], [7]], "logprobs": None}
+    assert sorted(calls, key=lambda call: call[0]) == [
+        ([prompt], None, {"seed": 4, "vllm_xargs": request.vllm_xargs}, {"n": 2, "temperature": 0.3})
+        for prompt, request in zip(prompts, own, strict=True)
+    ]
 
 
 def test_vllm_that_would_not_constrain_is_refused(tmp_path, vllm, monkeypatch):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 import flexrec
-from flexrec.completions import item_values_to_tokens
+from flexrec.integrations import responses
 from flexrec.integrations.responses import score_responses, score_texts
 from flexrec.integrations.verl import (
     compute_score,
@@ -25,6 +25,7 @@ from flexrec.integrations.verl import (
     pack_token_rewards,
     unpack_token_rewards,
 )
+from flexrec.rankings.text import item_values_to_tokens
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "verl"
 
@@ -317,6 +318,21 @@ def test_unknown_options_are_an_error():
         compute_score("flexrec", "[1]", {"gains": [1.0]}, metrics="ndcg")
     with pytest.raises(ValueError, match="one ground truth per text, 2, got 1"):
         score_texts(["[1]", "[1]"], [{"gains": [1.0]}])
+
+
+def test_every_option_of_a_score_arrives(monkeypatch):
+    asked = []
+    monkeypatch.setattr(responses, "score_completions", lambda *args, **kwargs: asked.append((args, kwargs)))
+    truths = [{"gains": [1.0, 0.0, 0.5], "candidates": ["a", "b", "c"]}, json.dumps({"gains": [0.0, 1.0]})]
+    options = {"metric": "dcg@2", "credit": "independent", "separator": "|"}
+    score_texts(["a|b", "[1]"], truths, **options, num_ranked=2, reasoning_end="</think>")
+    names, gains = [["a", "b", "c"], ["[1]", "[2]"]], [[1.0, 0.0, 0.5], [0.0, 1.0]]
+    passed = {"credit": "independent", "variance": None, "separator": "|", "num_ranked": 2, "after": "</think>"}
+    assert asked == [((["a|b", "[1]"], names, gains, "dcg@2"), passed)]
+
+
+def test_no_more_is_ranked_than_there_is():
+    assert score_texts(["[1] > [2]"], [{"gains": [1.0, 0.0]}], num_ranked=5).parsed.valid.tolist() == [True]
 
 
 def test_variance_may_be_known_for_some_lists_only():

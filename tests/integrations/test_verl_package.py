@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import flexrec
-from flexrec.completions import item_values_to_tokens
 from flexrec.data import Catalogue, simulate
-from flexrec.embedded import build_tokenizer
 from flexrec.integrations.responses import score_responses
 from flexrec.integrations.verl import compute_score, item_advantage_estimator, unpack_token_rewards
+from flexrec.policy.small_model import build_tokenizer
+from flexrec.rankings.text import item_values_to_tokens
 
 if importlib.util.find_spec("verl") is None and os.environ.get("FLEXREC_REQUIRE_VERL", "") in ("", "0"):
     pytest.skip("verl is not installed", allow_module_level=True)

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig
 
 import flexrec
-from flexrec.completions import item_values_to_tokens
 from flexrec.data import Catalogue
-from flexrec.embedded import build_tokenizer
 from flexrec.integrations.responses import score_responses
+from flexrec.policy.small_model import build_tokenizer
+from flexrec.rankings.text import item_values_to_tokens
 
 if os.environ.get("FLEXREC_REQUIRE_VERL", "") in ("", "0"):
     pytest.skip("starts Ray: only with FLEXREC_REQUIRE_VERL=1", allow_module_level=True)

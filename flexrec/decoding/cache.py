@@ -1,0 +1,201 @@
+"""A model with its cache, in which the rollouts of a prompt are decoded side by side in the prompt's row.
+
+A prompt is encoded once. Its rollouts attend to the one copy of its keys and values, each behind a mask that hides the
+others' tokens, as training packs them (:mod:`flexrec.policy.packing`).
+
+What is kept of a prompt, keys, values and its last state, is valid for as long as the weights are the same, and saves
+time where the same prompt would be encoded again. Nothing here does that: samples, beams and the reasoning before them
+are all decoded from one prefill, and have their log-probs from it. Elsewhere it is not valid. A training step does
+encode its prompts again, but to have a gradient through them, which what is kept here has not; the next update with the
+same rankings has other weights, a reference is another model, and prompts for different needs differ from their first
+words on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from flexrec.policy.distributed import hidden_states
+from flexrec.policy.packing import mask_for
+
+
+class Runs(NamedTuple):
+    """The next tokens of every rollout: ``tokens`` one rollout's after the other's, ``counts`` (N,) of each."""
+
+    tokens: np.ndarray
+    counts: np.ndarray
+
+    def keep(self, which: np.ndarray) -> Runs:
+        """Only the runs of rollouts ``which`` (N,) bool; the others' are empty."""
+        return Runs(self.tokens[np.repeat(which, self.counts)], np.where(which, self.counts, 0))
+
+    def after(self, first: np.ndarray, which: np.ndarray) -> Runs:
+        """Each run of ``which`` (N,) bool preceded by its token of ``first``, one for each of these."""
+        counts = self.counts + which
+        tokens = np.empty(counts.sum(), dtype=self.tokens.dtype)
+        at = (np.cumsum(counts) - counts)[which]
+        rest = np.ones(len(tokens), dtype=bool)
+        rest[at] = False
+        tokens[at], tokens[rest] = first, self.tokens
+        return Runs(tokens, counts)
+
+
+class SharedDecoder:
+    """The model and its cache: B = N / share rows, each a prompt and ``share`` of its rollouts.
+
+    Columns of a row belong to the prompt, to rollouts, or to nobody (padding, where another row was fed more);
+    ``seen`` says which a rollout sees. A token that continues several rollouts, as beams do, is seen by them all.
+
+    Args:
+        share: how many of a prompt's ``num_generations`` rollouts share a row, a divisor.
+        pad_token_id: stands where nothing is fed.
+    """
+
+    def __init__(self, model: Any, device: torch.device, num_generations: int, share: int, pad_token_id: int) -> None:
+        self.model = model
+        self.implementation = model.config._attn_implementation
+        self.dtype = next(model.parameters()).dtype
+        self.device = device
+        self.num_generations, self.share = num_generations, share
+        self.pad_token_id = pad_token_id
+        self.cache: Cache = DynamicCache(config=model.config)
+        if all(type(layer) is DynamicLayer for layer in self.cache.layers) and self.cache.layers:
+            self.cache = Cache(layers=[_GrowingLayer() for _ in self.cache.layers])
+        windows = [layer.sliding_window for layer in self.cache.layers if getattr(layer, "is_sliding", False)]
+        self.window = min(windows, default=None)  # how many columns back the model's shortest layer sees
+        self.seen = torch.zeros(0, 0, 0, dtype=torch.bool)  # (B, share, columns of the cache)
+        self.lengths = np.zeros(0, dtype=np.int64)  # (N,) tokens of each rollout, its prompt's included
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Encode the P prompts, once each; returns the states (N, D) after them."""
+        size, width = len(prompts), max(map(len, prompts))
+        tokens = np.full((size, width), self.pad_token_id, dtype=np.int64)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        lengths = np.array([len(prompt) for prompt in prompts])
+        of_prompt = torch.from_numpy(np.arange(width) < lengths[:, None]).to(self.device)  # (P, width)
+        states = hidden_states(
+            self.model,
+            input_ids=torch.from_numpy(tokens).to(self.device),
+            attention_mask=of_prompt.long(),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        last = torch.from_numpy(lengths - 1).to(self.device)
+        states = states[torch.arange(size, device=self.device), last]
+        copies = self.num_generations // self.share
+        if copies > 1:
+            self.cache.batch_repeat_interleave(copies)
+        self.seen = of_prompt.repeat_interleave(copies, dim=0)[:, None].repeat(1, self.share, 1)
+        self.lengths = np.repeat(lengths, self.num_generations)
+        return states.repeat_interleave(self.num_generations, dim=0)
+
+    def extend(self, runs: Runs, hidden: torch.Tensor) -> None:
+        """Feed every rollout its run; ``hidden`` (N, D) takes the state after each run that is not empty."""
+        fed = np.flatnonzero(runs.counts)
+        rollout = np.repeat(np.arange(len(runs.counts)), runs.counts)  # (tokens,)
+        row = rollout // self.share
+        size = len(runs.counts) // self.share
+        starts = np.cumsum(runs.counts) - runs.counts  # (N,) where each run begins among the tokens
+        column = np.arange(len(rollout)) - starts[:: self.share][row]
+        shape = (size, int(column.max()) + 1)
+        tokens = np.full(shape, self.pad_token_id, dtype=np.int64)
+        owner = np.full(shape, -1, dtype=np.int64)  # the rollout of the row, -1 for padding
+        positions = np.zeros(shape, dtype=np.int64)
+        tokens[row, column] = runs.tokens
+        owner[row, column] = rollout % self.share
+        positions[row, column] = self.lengths[rollout] + np.arange(len(rollout)) - starts[rollout]
+        self.lengths = self.lengths + runs.counts
+
+        states = hidden_states(
+            self.model,
+            input_ids=torch.from_numpy(tokens).to(self.device),
+            attention_mask=self._mask(torch.from_numpy(owner).to(self.device)),
+            position_ids=torch.from_numpy(positions).to(self.device),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        last = (starts + runs.counts - 1)[fed]  # of the tokens
+        at = torch.from_numpy(row[last] * shape[1] + column[last]).to(self.device)
+        hidden[torch.from_numpy(fed).to(self.device)] = states.flatten(0, 1)[at]
+
+    def select(self, parents: np.ndarray) -> None:
+        """Rollout n goes on from what rollout ``parents[n]`` (N,) was fed, one of the same prompt.
+
+        Where all rollouts of a prompt share its row nothing moves in the cache.
+        """
+        self.lengths = self.lengths[parents]
+        index = torch.from_numpy(parents).to(self.device)
+        if self.share == self.num_generations:
+            in_row = index.view(len(self.seen), self.share) % self.share
+            self.seen = self.seen[torch.arange(len(self.seen), device=self.device)[:, None], in_row]
+        elif self.share == 1:
+            self.cache.reorder_cache(index)
+            self.seen = self.seen[index]
+        else:
+            raise ValueError(f"rollouts in rows of {self.share} cannot go on from one another: share all or none")
+
+    def _mask(self, owner: torch.Tensor) -> torch.Tensor:
+        """What the new columns see of all columns; ``owner`` (B, W) says which of the row's rollouts each continues."""
+        before, width = self.seen.shape[2], owner.shape[1]
+        rollouts = torch.arange(self.share, device=self.device)
+        self.seen = torch.cat([self.seen, owner[:, None] == rollouts[:, None]], dim=2)
+        if self.share == 1:
+            if self.window is not None and before + width > self.window:
+                self._check_no_padding(self.seen[:, 0, :before], owner >= 0)
+            return self.seen[:, 0].long()
+        rows = torch.arange(len(owner), device=self.device)[:, None]
+        seen = self.seen[rows, owner.clamp(min=0)]  # (B, W, columns)
+        causal = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
+        seen[:, :, before:] &= causal
+        return mask_for(seen, self.implementation, self.dtype)
+
+    def _check_no_padding(self, seen: torch.Tensor, fed: torch.Tensor) -> None:
+        """Raise where a row with new tokens (``fed`` (B, W)) has padding before them: windows would count it."""
+        if bool((fed.any(dim=1) & ~seen.all(dim=1)).any()):
+            raise ValueError(
+                f"this model has layers that see no more than {self.window} tokens back, and prompts or answers of "
+                f"unequal lengths put padding among those: decode rankings one at a time, or all together by generate "
+                f"with flexrec.decoding.RankingLogitsProcessor"
+            )
+
+
+class _GrowingLayer(DynamicLayer):
+    """A cache layer that doubles when it is full, where the base class copies all it holds for every new token."""
+
+    keys: Any  # None, then (B, H, columns so far, head size); its own lazy_initialization differs between versions
+    values: Any
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append (B, H, W, head size) states; returns all states so far."""
+        if self.keys is None:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            self._room: tuple[torch.Tensor, torch.Tensor] | None = None
+        used = self.keys.shape[2]
+        end = used + key_states.shape[2]
+        if self._room is None or len(self._room[0]) != len(key_states) or self._room[0].shape[2] < end:
+            size = max(end, 2 * used)
+            self._room = _enlarged(self.keys, size), _enlarged(self.values, size)
+        keys, values = self._room
+        keys[:, :, used:end], values[:, :, used:end] = key_states, value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Put row ``beam_idx[b]`` in the place of row b."""
+        super().reorder_cache(beam_idx)
+        self._room = None  # holds the rows as they were
+
+
+def _enlarged(states: torch.Tensor, size: int) -> torch.Tensor:
+    room = states.new_empty((*states.shape[:2], size, states.shape[3]))
+    room[:, :, : states.shape[2]] = states
+    return room

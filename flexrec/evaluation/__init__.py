@@ -1,0 +1,5 @@
+"""How good rankings are: metrics of many lists, intervals and paired tests, baselines."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+from .config import ExperimentConfig as ExperimentConfig
+from .run_folder import Results as Results
+from .stages import evaluate_run as evaluate_run
+from .stages import load_dataset as load_dataset
+from .stages import run_experiment as run_experiment

@@ -1,0 +1,392 @@
+"""One experiment from data to table: warm up, reinforce, compare on unseen users, write the run's folder.
+
+The stages are functions of a few plain objects; what a stage learns is in the model it returns, what it measures in
+the :class:`flexrec.experiment.run_folder.Results` it fills.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import (
+    AutoModelForCausalLM,
+    PrinterCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import unset_hf_deepspeed_config
+
+from flexrec.data import RankingDataset, load_movielens, simulate
+from flexrec.evaluation.baselines import BASELINES
+from flexrec.evaluation.statistics import bootstrap_interval
+from flexrec.experiment.config import EMBEDDED, ExperimentConfig, check_lora
+from flexrec.experiment.model import has_base, load_base, make_model, save_backbone
+from flexrec.experiment.run_folder import Evaluation, Results, write_results
+from flexrec.metrics import parse_metric
+from flexrec.policy.distributed import (
+    num_processes,
+    of_main_process,
+    on_main_process,
+    process_index,
+    spreads_parameters,
+    whole_state_dict,
+)
+from flexrec.policy.lora import has_adapters, save_adapters
+from flexrec.profiling import profile_steps
+from flexrec.ranker import Ranker, RunInfo
+from flexrec.task.critic import Critic
+from flexrec.task.examples import RankingTask, TrainingExamples
+from flexrec.task.needs import get_need
+from flexrec.task.prompts import PromptBuilder
+from flexrec.trainer.base import RankingTrainer
+from flexrec.trainer.callbacks import Clock, Curve, ProgressBar, Stage, StepLog
+from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
+from flexrec.trainer.supervised import SupervisedTrainer
+
+
+def load_dataset(name: str, folder: str | None, seed: int) -> RankingDataset:
+    """The data set of a name; ``folder`` in the published format where it has one."""
+    if name == "simulated":
+        return simulate(seed=seed)
+    if folder is None:
+        raise ValueError(f"--dataset {name} needs --data FOLDER, the folder with its published files")
+    return load_movielens(folder, seed=seed)
+
+
+def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print) -> Results:
+    """Train and evaluate as ``config`` says; writes the run's folder and returns the results.
+
+    In several processes (``accelerate launch``, ``torchrun``) all call this; the main one writes and says.
+
+    Raises:
+        FileExistsError: the output folder holds something, and ``config.resume`` is not set.
+        FileNotFoundError, ValueError: data, needs or options that cannot be used.
+        ImportError: ``config.lora`` without PEFT.
+    """
+    PartialState()  # where there are several processes, they meet
+    if process_index() > 0:
+        say = _say_nothing
+    folder = Path(config.output)
+    on_main_process(lambda: _check_folder(folder, config.resume))
+    needs = [get_need(name) for name in config.needs]
+    _reinforcement_arguments(config)  # options that contradict each other are an error before anything is loaded
+    parse_metric(config.metric)
+    check_lora(config)
+    set_seed(config.seed)
+    clock = Clock()
+
+    say(f"Loading the {config.dataset} data ..")
+    dataset = load_dataset(config.dataset, config.data, config.seed)
+    model, tokenizer, builder = make_model(config, dataset, needs)
+    say(
+        f"{len(dataset.catalogue)} items; {len(dataset.train)} lists of training users, {len(dataset.test)} of "
+        f"{len({lst.user for lst in dataset.test})} other users to test on; model {config.model} with "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, of which "
+        f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f}M are trained"
+    )
+    wanted, available = config.prompts_per_step * config.num_generations, len(dataset.train) * len(needs)
+    if wanted > available:
+        raise ValueError(
+            f"a step takes {wanted} rankings, and there are {available} training examples: use fewer --prompts-per-step"
+        )
+    critic = None
+    if config.critic or (config.critic is None and dataset.unobserved == "critic"):
+        with clock.stage("critic"):
+            critic = Critic.fit(dataset.log, dataset.catalogue, seed=config.seed, progress=process_index() == 0)
+    task = RankingTask(dataset.catalogue, needs, builder, critic)
+    examples = TrainingExamples(task, dataset.train, resample=dataset.resample, seed=config.seed)
+    # Supervision imitates the order of what was observed; a guess of the critic is no label.
+    observed = RankingTask(dataset.catalogue, needs, builder)
+    labels = TrainingExamples(observed, dataset.train, resample=dataset.resample, seed=config.seed)
+    tests = {need.name: [task.test_example(lst, need) for lst in dataset.test] for need in needs}
+    results = Results(np.array([lst.user for lst in dataset.test]), seconds=clock.seconds)
+    evaluate = Evaluation(tests, builder, config.num_ranked)
+
+    # From here on the folder is written to; mistakes that can be seen before have left no trace.
+    folder.mkdir(parents=True, exist_ok=True)
+    log = StepLog(folder / "log.jsonl", append=config.resume)
+    if not has_base(config):
+        if config.lora is not None and config.model == EMBEDDED:
+            save_backbone(config, model)
+        with clock.stage("format"):
+            _supervise(model, "format", config.warmup_steps, config, examples, builder, log)
+        on_main_process(lambda: _save_model(folder / "base", model, tokenizer, config, builder, dataset))
+    results.per_list["base"] = evaluate(model, "base")
+    if config.warmup == "listwise" and not _checkpoints(config):
+        with clock.stage("listwise warm-up"):
+            _supervise(model, "listwise", config.listwise_steps, config, labels, builder, log)
+
+    with clock.stage("reinforcement") as stage, ExitStack() as listening:
+        profile = listening.enter_context(profile_steps()) if config.profile else None
+        _reinforce(model, config, examples, builder, log, evaluate, stage)
+    if profile is not None:
+        say(profile.table())
+    if config.lora is not None and config.lora_save == "merged":
+        model = model.merge_and_unload()  # before the evaluation, which is of what is saved
+    results.per_list["trained"] = evaluate(model, "trained")
+    on_main_process(lambda: _save_run(folder, model, tokenizer, config, builder, dataset))
+
+    if config.listwise_baseline:
+        del model  # there is room for one
+        start = load_base(config, tokenizer)
+        steps = of_main_process(_equal_time_steps(clock, config))
+        with clock.stage("listwise"):
+            _supervise(start, "listwise", steps, config, labels, builder, log)
+        results.per_list["listwise"] = evaluate(start, "listwise")
+    for name, make in BASELINES.items():
+        baseline = make(dataset)
+        orders = [np.argsort(-baseline.scores(lst), kind="stable") for lst in dataset.test]
+        results.per_list[name] = evaluate.of_rankings({need.name: orders for need in needs})
+    clock.seconds["total"] = clock.elapsed()
+    on_main_process(lambda: write_results(folder, asdict(config), results))
+    return results
+
+
+def evaluate_run(
+    folder: Path, dataset_name: str | None, data: str | None, needs: list[str] | None
+) -> dict[str, dict[str, dict[str, float]]]:
+    """need -> metric -> mean, low and high (95 % interval over users) of a finished run on a data set's test users.
+
+    Arguments that are None are those that the run was trained with.
+    """
+    ranker = Ranker(folder)
+    trained_with = ranker.info
+    name = dataset_name or trained_with.dataset
+    dataset = load_dataset(
+        name, data or (trained_with.data if name == trained_with.dataset else None), trained_with.seed
+    )
+    task = RankingTask(dataset.catalogue, [get_need(need) for need in needs or trained_with.needs], ranker.builder)
+    tests = {need.name: [task.test_example(lst, need) for lst in dataset.test] for need in task.needs}
+    values = Evaluation(tests, ranker.builder, trained_with.num_ranked)(ranker.model, str(folder))
+    users = np.array([lst.user for lst in dataset.test])
+
+    def summary(of_lists: np.ndarray) -> dict[str, float]:
+        low, high = bootstrap_interval(of_lists, clusters=users)
+        return {"mean": float(of_lists.mean()), "low": low, "high": high}
+
+    return {need: {metric: summary(v) for metric, v in metrics.items()} for need, metrics in values.items()}
+
+
+def _say_nothing(text: str) -> None:
+    """What the other processes say."""
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    """Refuse a folder whose contents a run would touch."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"--output {folder} exists and is no folder")
+    if folder.is_dir() and any(folder.iterdir()) and not resume:
+        raise FileExistsError(
+            f"--output {folder} exists and is not empty: choose another folder, or continue that run with --resume"
+        )
+    if resume and (folder / "metrics.json").is_file():
+        raise FileExistsError(f"--output {folder} holds a finished run: there is nothing to resume")
+
+
+def _checkpoints(config: ExperimentConfig) -> list[Path]:
+    """Checkpoints of a run to be resumed, the latest last."""
+    folder = Path(config.output) / "checkpoints"
+    return sorted(folder.glob("checkpoint-*"), key=_step_of) if config.resume else []
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, learning_rate: float) -> dict[str, Any]:
+    per_process, rest = divmod(prompts, num_processes())
+    if rest or config.prompts_per_step % num_processes():
+        raise ValueError(
+            f"--prompts-per-step {config.prompts_per_step} cannot be split evenly among {num_processes()} processes"
+        )
+    return {
+        "output_dir": str(Path(config.output) / "checkpoints"),
+        "max_steps": steps,
+        "per_device_train_batch_size": per_process,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": min(10, steps // 4),
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "bf16": config.bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": config.seed,
+        "remove_unused_columns": False,
+        "dataloader_drop_last": True,
+        "log_level": "error",
+        "disable_tqdm": True,  # the steps' logs go to a file, and ProgressBar draws the bar
+        "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+def _supervise(
+    model: Any,
+    stage: str,
+    steps: int,
+    config: ExperimentConfig,
+    examples: TrainingExamples,
+    builder: PromptBuilder,
+    log: StepLog,
+) -> None:
+    # As many rankings in a step as reinforcement has, each of another prompt.
+    rankings = config.prompts_per_step * config.num_generations
+    trainer = SupervisedTrainer(
+        _to_train(model),
+        TrainingArguments(**_training_arguments(config, steps, rankings, config.warmup_learning_rate)),
+        examples,
+        stage=stage,
+        separator=builder.separator,
+        end=builder.end,
+        callbacks=[log.of_stage(stage), ProgressBar(stage)],
+    )
+    _train(trainer, model)
+
+
+def _to_train(model: Any) -> Any:
+    """``model``, or a copy where its parameters will be spread: what is spread is of no use to other stages."""
+    return copy.deepcopy(model) if spreads_parameters() else model
+
+
+def _train(trainer: RankingTrainer, model: Any, checkpoint: Path | None = None) -> None:
+    """Train what :func:`_to_train` has made of ``model``, which is the trained model in the end."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if spreads_parameters():
+        state = whole_state_dict(trainer.model_wrapped)
+        model.load_state_dict({name: state[name] for name in model.state_dict()})
+        unset_hf_deepspeed_config()  # which would spread the next model while it is loaded
+
+
+def _reinforcement_arguments(config: ExperimentConfig) -> FlexRecConfig:
+    common = _training_arguments(config, config.steps, config.prompts_per_step, config.learning_rate)
+    if config.save_every:
+        common |= {"save_strategy": "steps", "save_steps": config.save_every, "save_total_limit": 2}
+    return FlexRecConfig(
+        **common,
+        num_generations=config.num_generations,
+        num_iterations=config.num_iterations,
+        temperature=config.temperature,
+        metric=config.metric,
+        num_ranked=config.num_ranked,
+        credit=config.credit,
+        tilt=config.tilt if config.credit == "all_actions" else None,
+        baseline=config.baseline,
+        scale=config.scale,
+        uncertainty=config.uncertainty,
+        entropy_coef=config.entropy_coef,
+        beta=config.beta,
+    )
+
+
+def _reference(model: Any, config: ExperimentConfig) -> Any:
+    """A copy of the policy that reinforcement starts from, where the KL needs one; adapters need none."""
+    if config.beta == 0 or config.lora is not None:
+        return None
+    folder = Path(config.output) / "reference"
+    if _checkpoints(config):  # the policy has moved on
+        return AutoModelForCausalLM.from_pretrained(folder)
+    on_main_process(lambda: model.save_pretrained(folder))
+    return copy.deepcopy(model)
+
+
+def _reinforce(
+    model: Any,
+    config: ExperimentConfig,
+    examples: TrainingExamples,
+    builder: PromptBuilder,
+    log: StepLog,
+    evaluate: Evaluation,
+    stage: Stage,
+) -> None:
+    checkpoints = _checkpoints(config)
+    if checkpoints and _step_of(checkpoints[-1]) >= config.steps:  # interrupted after the last step
+        if config.lora is not None:
+            model.load_adapter(str(checkpoints[-1]), model.active_adapter, is_trainable=True)
+        else:
+            model.load_state_dict(AutoModelForCausalLM.from_pretrained(checkpoints[-1]).state_dict())
+        return
+    reference = _reference(model, config)  # before there are arguments, by which DeepSpeed would spread it
+    trainer = FlexRecTrainer(
+        _to_train(model),
+        _reinforcement_arguments(config),
+        examples,
+        reference=reference,
+        separator=builder.separator,
+        end=builder.end,
+        callbacks=[log.of_stage("reinforcement"), ProgressBar("reinforcement")],
+    )
+    if config.eval_every:
+
+        def evaluate_whole(_: Any, name: str) -> dict[str, dict[str, np.ndarray]]:
+            with trainer.whole_model() as whole:
+                return evaluate(whole, name)
+
+        trainer.add_callback(Curve(evaluate_whole, log, config.eval_every, stage))
+    _train(trainer, model, checkpoints[-1] if checkpoints else None)
+
+
+def _equal_time_steps(clock: Clock, config: ExperimentConfig) -> int:
+    """Steps of listwise supervision in the time that the trained model took from the base on."""
+    seconds = clock.seconds
+    spent = seconds.get("listwise warm-up", 0.0) + seconds["reinforcement"]
+    if "listwise warm-up" in seconds:
+        pace = seconds["listwise warm-up"] / config.listwise_steps
+    elif "format" in seconds:
+        pace = seconds["format"] / config.warmup_steps
+    else:  # a resumed run did not time its supervised stages
+        return config.listwise_steps + config.steps
+    return max(1, round(spent / pace))
+
+
+def _save_model(
+    folder: Path, model: Any, tokenizer: Any, config: ExperimentConfig, builder: PromptBuilder, dataset: RankingDataset
+) -> None:
+    if has_adapters(model):
+        save_adapters(model, folder)
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    RunInfo(
+        encoding=builder.encoding,
+        show_titles=builder.show_titles,
+        show_rising=builder.show_rising,
+        max_history=max(len(lst.history) for lst in dataset.train),
+        num_ranked=config.num_ranked,
+        temperature=config.temperature,
+        dataset=config.dataset,
+        data=config.data,
+        needs=list(config.needs),
+        seed=config.seed,
+    ).save(folder)
+
+
+def _save_run(
+    folder: Path, model: Any, tokenizer: Any, config: ExperimentConfig, builder: PromptBuilder, dataset: RankingDataset
+) -> None:
+    """The trained model with what is needed to answer requests: the catalogue, what rises, users' last items."""
+    catalogue, log = dataset.catalogue, dataset.log
+    trend = np.zeros(len(catalogue)) if dataset.trend is None else dataset.trend
+    rises = {catalogue.ids[i]: round(float(trend[i]), 4) for i in np.flatnonzero(trend)}
+    shown = {"ids": catalogue.ids, "titles": catalogue.titles, "trend": rises}
+    (folder / "catalogue.json").write_text(json.dumps(shown) + "\n")
+    most = max(len(lst.history) for lst in dataset.train)
+    histories: dict[str, list[dict[str, Any]]] = {}
+    for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
+        histories.setdefault(str(user), []).append({"id": catalogue.ids[item], "liked": interest >= 0.5})
+    (folder / "histories.json").write_text(
+        json.dumps({user: events[-most:] for user, events in histories.items()}) + "\n"
+    )
+    _save_model(folder, model, tokenizer, config, builder, dataset)

@@ -1,0 +1,119 @@
+"""The ranking task: lists, needs, prompts and feedback put together into examples to train and to evaluate on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from flexrec.data.lists import Catalogue, RankingList
+from flexrec.profiling import span
+from flexrec.task.critic import Critic
+from flexrec.task.needs import Need, evaluation_gains
+from flexrec.task.prompts import PromptBuilder
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its candidates and what each of them is worth; arrays are by candidate."""
+
+    prompt: list[int]
+    candidates: list[list[int]]  # K token sequences
+    gains: np.ndarray  # (K,) float32, >= 0
+    variance: np.ndarray  # (K,) float32, of the gains; 0 where the feedback was observed
+    history_span: tuple[int, int]  # the history's tokens are prompt[start:end]
+    need: str
+    user: int
+
+
+class RankingTask:
+    """Makes examples from lists: which needs, how they are put into words, how missing feedback is filled in.
+
+    Args:
+        critic: fills in the interest of candidates without feedback, with its variance; None counts them as 0, as is
+            right where they are sampled negatives.
+    """
+
+    def __init__(
+        self, catalogue: Catalogue, needs: Sequence[Need], builder: PromptBuilder, critic: Critic | None = None
+    ) -> None:
+        self.catalogue = catalogue
+        self.needs = tuple(needs)
+        self.builder = builder
+        self.critic = critic
+
+    def training_feedback(self, lists: Sequence[RankingList]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(interest (K,), its variance (K,)) of each list, as training may know them."""
+        if self.critic is not None:
+            with span("critic"):
+                return self.critic.fill_many(lists)
+        return [(np.nan_to_num(lst.interest, nan=0.0), np.zeros_like(lst.interest)) for lst in lists]
+
+    def training_example(
+        self, lst: RankingList, need: Need, wording: str, feedback: tuple[np.ndarray, np.ndarray]
+    ) -> Example:
+        gains, variance = need.gains(lst, self.catalogue, *feedback)
+        return self._example(lst, need, wording, gains, variance)
+
+    def test_example(self, lst: RankingList, need: Need) -> Example:
+        """With the need's first wording and the gains that results are stated in (true or observed interest)."""
+        gains = evaluation_gains(need, lst, self.catalogue)
+        return self._example(lst, need, need.wordings[0], gains, np.zeros_like(gains))
+
+    def _example(self, lst: RankingList, need: Need, wording: str, gains: np.ndarray, variance: np.ndarray) -> Example:
+        prompt, history_span = self.builder.prompt_of(lst, self.catalogue, wording)
+        candidates = self.builder.candidate_tokens_of(lst, self.catalogue)
+        return Example(prompt, candidates, gains, variance, history_span, need.name, lst.user)
+
+
+class TrainingExamples(Dataset):
+    """Every training list under every need; wording and the candidates' order are drawn anew each epoch.
+
+    Args:
+        lists: the lists of the first epoch.
+        resample: gives the lists of a later epoch (new cut points and negatives); None keeps the first ones.
+    """
+
+    def __init__(
+        self,
+        task: RankingTask,
+        lists: Sequence[RankingList],
+        *,
+        resample: Callable[[int], Sequence[RankingList]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not lists:
+            raise ValueError("there are no training lists")
+        self.task = task
+        self.seed = seed
+        self._resample = resample
+        self._size = len(lists) * len(task.needs)
+        self._set_lists(lists, epoch=0)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Example:
+        lst, need, feedback = self._pick(index)
+        rng = np.random.default_rng([self.seed, self._epoch, index])
+        order = rng.permutation(len(lst.candidates))
+        wording = need.wordings[rng.integers(len(need.wordings))]
+        shuffled = lst.reordered(order)
+        return self.task.training_example(shuffled, need, wording, (feedback[0][order], feedback[1][order]))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader when an epoch begins."""
+        if epoch != self._epoch:
+            self._set_lists(self._lists if self._resample is None else self._resample(self.seed + epoch), epoch)
+
+    def _set_lists(self, lists: Sequence[RankingList], epoch: int) -> None:
+        self._lists = list(lists)
+        self._feedback = self.task.training_feedback(self._lists)
+        self._epoch = epoch
+
+    def _pick(self, index: int) -> tuple[RankingList, Need, tuple[np.ndarray, np.ndarray]]:
+        which, need = divmod(index, len(self.task.needs))
+        which %= len(self._lists)
+        return self._lists[which], self.task.needs[need], self._feedback[which]

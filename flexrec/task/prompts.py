@@ -1,0 +1,204 @@
+"""Prompts: the need in words, what the user had before, the candidates; and how a candidate is spelled in an answer.
+
+A prompt is put together from pieces that are tokenised once each (a title, a wording, the frame of the chat template),
+so that building one costs microseconds and a candidate has the same tokens in every list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flexrec.checks import check_choice
+from flexrec.data.lists import Catalogue, RankingList
+
+ENCODINGS = ("index", "title", "item_token")
+
+# At most so many candidates are named as rising; their order says how strongly.
+MAX_RISING = 8
+
+# The fixed parts of every prompt.
+LIKED, SEEN = "\nLiked before:\n", "Seen before:\n"
+RISING, CANDIDATES, RANKING = "Rising now:\n", "Candidates:\n", "Ranking, best first:\n"
+
+
+@dataclass(frozen=True)
+class Item:
+    """An item as a prompt shows it."""
+
+    id: str
+    title: str
+
+
+def item_token(item_id: str) -> str:
+    """The text of the vocabulary entry that stands for one item under ``encoding="item_token"``."""
+    return f"<item:{item_id}>"
+
+
+def add_item_tokens(model: Any, tokenizer: Any, catalogue: Catalogue) -> int:
+    """Give every item of the catalogue a vocabulary entry of its own; returns how many were new.
+
+    The model's embeddings are resized where needed. New rows start at the mean of the old ones plus noise (the
+    default of transformers), so they mean nothing before the ``format`` stage has seen the histories.
+    """
+    added = tokenizer.add_tokens([item_token(item_id) for item_id in catalogue.ids], special_tokens=True)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
+    return int(added)
+
+
+class PromptBuilder:
+    """Turns a request into prompt tokens, and candidates into the token sequences that an answer is made of.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; its chat template is used when it has one.
+        encoding: how an answer names a candidate. "index" ("[12] > [3]", the labels of RankGPT), "title" (one title
+            a line) or "item_token" (one vocabulary entry per item, see :func:`add_item_tokens`).
+        show_titles: write titles in the prompt. Always so for "index" and "title"; with "item_token" a pretrained
+            model needs them to know what an item is, while a model trained on the catalogue does not.
+        show_rising: name the candidates that rise at the moment of the request (needs about trends read them).
+
+    Attributes:
+        separator, end: token ids between two items of an answer and after the last.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, encoding: str = "index", show_titles: bool = True, show_rising: bool = True
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.encoding = check_choice("encoding", encoding, ENCODINGS)
+        self.show_titles = show_titles or encoding != "item_token"
+        self.show_rising = show_rising
+        self._pieces: dict[str, list[int]] = {}
+        self._item_tokens: dict[str, int] = {}
+        self._frame = self._chat_frame()
+        self.separator: tuple[int, ...] = ()
+        self.end: tuple[int, ...] = ()
+        if encoding != "item_token":
+            if tokenizer.eos_token_id is None:
+                raise ValueError("the tokenizer has no eos token, which ends an answer of encoding 'index' or 'title'")
+            self.separator = tuple(self._encode(" > " if encoding == "index" else "\n"))
+            self.end = (int(tokenizer.eos_token_id),)
+
+    def prompt(
+        self,
+        wording: str,
+        history: Sequence[Item],
+        candidates: Sequence[Item],
+        *,
+        liked: Sequence[bool] | None = None,
+        rising: Sequence[Item] = (),
+    ) -> tuple[list[int], tuple[int, int]]:
+        """Token ids of one prompt, after which the answer begins, and the span (start, end) of the history in it.
+
+        Args:
+            wording: the need in words.
+            history: oldest first; it is shown as what was liked and what was merely seen.
+            liked: which items of the history were liked; None: none is known to be.
+            rising: candidates that rise, the strongest first.
+        """
+        before, after = self._frame
+        marks = [False] * len(history) if liked is None else liked
+        ids = [*before, *self._encode(wording + LIKED)]
+        start = len(ids)
+        ids += self._listing([item for item, mark in zip(history, marks, strict=True) if mark])
+        ids += self._encode(SEEN)
+        ids += self._listing([item for item, mark in zip(history, marks, strict=True) if not mark])
+        end = len(ids)
+        if self.show_rising:
+            ids += [*self._encode(RISING), *self._listing(rising)]
+        ids += [*self._encode(CANDIDATES), *self._listing(candidates, numbered=self.encoding == "index")]
+        ids += [*self._encode(RANKING), *after]
+        return ids, (start, end)
+
+    def prompt_of(self, lst: RankingList, catalogue: Catalogue, wording: str) -> tuple[list[int], tuple[int, int]]:
+        """:meth:`prompt` for a list of a data set."""
+        groups = (lst.history, lst.candidates, lst.candidates[strongest_risers(lst.trend)])
+        history, candidates, rising = ([Item(catalogue.ids[i], catalogue.titles[i]) for i in group] for group in groups)
+        return self.prompt(wording, history, candidates, liked=lst.history_liked.tolist(), rising=rising)
+
+    def candidate_tokens(self, candidates: Sequence[Item]) -> list[list[int]]:
+        """The token sequence by which an answer names each candidate.
+
+        Raises:
+            ValueError: a title that tokenises to nothing (encoding "title"), or an item without a token of its own
+                (encoding "item_token").
+        """
+        if self.encoding == "index":
+            return [self._encode(f"[{i}]") for i in range(1, len(candidates) + 1)]
+        if self.encoding == "item_token":
+            return [[self._item_token_id(item)] for item in candidates]
+        sequences = [self._encode(_one_line(item.title)) for item in candidates]
+        for item, sequence in zip(candidates, sequences, strict=True):
+            if not sequence:
+                raise ValueError(
+                    f"candidate {item.id!r} has the title {item.title!r}, which gives no tokens: "
+                    f"give it a title, or use the encoding 'index'"
+                )
+        return sequences
+
+    def candidate_tokens_of(self, lst: RankingList, catalogue: Catalogue) -> list[list[int]]:
+        """:meth:`candidate_tokens` for a list of a data set."""
+        return self.candidate_tokens([Item(catalogue.ids[i], catalogue.titles[i]) for i in lst.candidates])
+
+    def _listing(self, items: Sequence[Item], numbered: bool = False) -> list[int]:
+        ids: list[int] = []
+        for i, item in enumerate(items, start=1):
+            if numbered:
+                ids += self._encode(f"[{i}] ")
+            if self.encoding == "item_token":
+                ids.append(self._item_token_id(item))
+            if self.show_titles:
+                ids += self._encode(_one_line(item.title) + "\n")
+        return ids if self.show_titles else [*ids, *self._encode("\n")]
+
+    def _item_token_id(self, item: Item) -> int:
+        token_id = self._item_tokens.get(item.id)
+        if token_id is None:
+            text = item_token(item.id)
+            token_id = self.tokenizer.convert_tokens_to_ids(text)
+            if token_id is None or self.tokenizer.convert_ids_to_tokens(token_id) != text:
+                raise ValueError(
+                    f"item {item.id!r} has no token of its own: it was not in the catalogue that the model was "
+                    f"trained with (encoding 'item_token')"
+                )
+            self._item_tokens[item.id] = token_id
+        return token_id
+
+    def _encode(self, text: str) -> list[int]:
+        """Tokens of a piece of text; a title that spells a special token is read as plain text."""
+        ids = self._pieces.get(text)
+        if ids is None:
+            ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+            self._pieces[text] = ids
+        return ids
+
+    def _chat_frame(self) -> tuple[list[int], list[int]]:
+        """What stands before and after the user's message: the chat template's, else a begin token and nothing."""
+        tokenizer = self.tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            return ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []), []
+        mark = "\x00message\x00"
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
+        )
+        before, found, after = text.partition(mark)
+        if not found:
+            raise ValueError("the tokenizer's chat template does not contain the user's message unchanged")
+        return (
+            tokenizer.encode(before, add_special_tokens=False),
+            tokenizer.encode(after, add_special_tokens=False),
+        )
+
+
+def strongest_risers(trend: np.ndarray) -> np.ndarray:
+    """Positions of the candidates that a prompt names as rising, the strongest first: ``trend`` (K,) in [0, 1]."""
+    order = np.argsort(-trend, kind="stable")[:MAX_RISING]
+    return order[trend[order] > 0]
+
+
+def _one_line(title: str) -> str:
+    return " ".join(title.split())

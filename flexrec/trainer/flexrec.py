@@ -1,0 +1,394 @@
+"""The trainer, on ``transformers.Trainer``: reinforcement with a reward for every ranked item.
+
+It owns the order of things in a step (sample, score, reward, loss) and nothing else: devices, distribution,
+checkpoints, schedules, PEFT and trackers are those of transformers, the arithmetic is in the functions of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+from flexrec.advantages import BASELINES, SCALES, item_advantages
+from flexrec.checks import check_choice
+from flexrec.decoding.sample import Rollout, sample_rankings
+from flexrec.losses import policy_loss
+from flexrec.metrics import parse_metric, ranking_metric
+from flexrec.ops.ranking_logprobs import ranking_probs
+from flexrec.ops.swap_rewards import CREDITS, swap_rewards
+from flexrec.policy.distributed import place_reference
+from flexrec.policy.lora import causal_lm, has_adapters, keep_reference, reference_policy
+from flexrec.policy.packing import can_pack, sharing
+from flexrec.policy.scores import (
+    ActionScores,
+    RankingBatch,
+    RankingStates,
+    all_actions,
+    completed_rankings,
+    rank_order,
+    ranking_scores,
+    ranking_states,
+    reasoning_logprobs,
+)
+from flexrec.profiling import span
+from flexrec.rankings.reasoning import eos_token_ids, reasoning_rule
+from flexrec.task.examples import Example
+from flexrec.trainer.base import EpochOrder, LossAndMetrics, RankingTrainer, pad_rows
+from flexrec.uncertainty import swap_rewards_with_variance, uncertainty_weights
+
+TRAINER_CREDITS = ("all_actions", *CREDITS)
+
+
+@dataclass
+class FlexRecConfig(TrainingArguments):
+    """Arguments of :class:`FlexRecTrainer` beyond those of transformers; names as in TRL's ``GRPOConfig``.
+
+    ``per_device_train_batch_size`` counts prompts; each gives ``num_generations`` rankings.
+    """
+
+    num_generations: int = field(default=1, metadata={"help": "Rankings sampled per prompt."})
+    num_iterations: int = field(default=1, metadata={"help": "Updates made with one batch of rankings."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the policy, in sampling and in log-probs."})
+    metric: str = field(default="ndcg", metadata={"help": "The ranking metric that is maximised."})
+    num_ranked: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank only so many candidates; never more than the metric's cutoff, beyond which none earns."
+        },
+    )
+    max_reasoning_tokens: int | None = field(
+        default=None, metadata={"help": "Reason before the ranking, in so many tokens at most; default: do not."}
+    )
+    credit: str = field(default="all_actions", metadata={"help": f"One of {', '.join(TRAINER_CREDITS)}."})
+    tilt: float | None = field(
+        default=None, metadata={"help": "Of all_actions: exponential utility with this temperature, in metric units."}
+    )
+    baseline: str = field(default="none", metadata={"help": f"One of {', '.join(BASELINES)}."})
+    scale: str = field(default="batch", metadata={"help": f"One of {', '.join(SCALES)}."})
+    uncertainty: str = field(default="rollout", metadata={"help": "Weight by certainty per rollout, item, or none."})
+    epsilon_low: float = field(default=0.2, metadata={"help": "Lower clip range of the importance ratio."})
+    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range; default as the lower."})
+    importance_level: str = field(default="item", metadata={"help": "Importance ratios per item, token or sequence."})
+    beta: float = field(default=0.0, metadata={"help": "Weight of the exact KL to the reference (paper: 0.01)."})
+    share_prompts: bool = field(
+        default=True,
+        metadata={"help": "Train on the rankings of one prompt in rows that hold it once, where the model allows it."},
+    )
+    entropy_coef: float = field(default=0.005, metadata={"help": "Weight of the entropy bonus (paper: 0.005)."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Examples carry no columns to remove."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "A batch is whole, or it is not trained on."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("credit", self.credit, TRAINER_CREDITS)
+        check_choice("baseline", self.baseline, BASELINES)
+        check_choice("scale", self.scale, SCALES)
+        check_choice("uncertainty", self.uncertainty, ("none", "rollout", "item"))
+        for name in ("num_generations", "num_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.baseline == "rank" and self.num_generations == 1:
+            raise ValueError("baseline='rank' compares the rollouts of one prompt: it needs num_generations > 1")
+        if self.credit == "all_actions" and (self.baseline != "none" or self.scale not in ("batch", "none")):
+            raise ValueError(
+                f"credit='all_actions' is its own baseline: it takes baseline='none' and scale='batch' or 'none', "
+                f"got baseline={self.baseline!r}, scale={self.scale!r}"
+            )
+
+
+class _Sampled(NamedTuple):
+    """A batch of rankings, kept for as many updates as are made with it."""
+
+    batch: RankingBatch
+    gains: torch.Tensor  # (N, K) in rank order
+    variance: torch.Tensor | None  # (N, K); None where no gain of the batch, on any process, is uncertain
+    old_logprobs: torch.Tensor | None  # (N, T); None before the first update
+    ref_states: RankingStates | None
+    old_reasoning: torch.Tensor | None = None  # (N, R) log-probs; None before the first update
+
+
+class FlexRecTrainer(RankingTrainer):
+    """Reinforcement of rankings with credit for every ranked item (arXiv 2603.11901, and the all-actions gradient).
+
+    A step samples ``num_generations`` rankings of each prompt under the constraint of its candidates, values every
+    placed item (``credit``), and follows the gradient of the clipped surrogate, or of the all-actions objective.
+
+    Args:
+        reference: a frozen model for the KL penalty; needed with ``beta`` > 0, except by a model of PEFT. That one is
+            its own reference, as the policy that the trainer is given: :func:`flexrec.policy.lora.keep_reference`.
+        reasoning_end: token ids of the marker between reasoning and ranking, where ``max_reasoning_tokens`` asks for
+            reasoning. It is trained by the metric of the ranking that it leads to, against the mean of its prompt's:
+            with ``num_generations`` = 1 there is nothing to compare with, and no gradient through it.
+    """
+
+    args: FlexRecConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: FlexRecConfig,
+        train_dataset: Dataset,
+        *,
+        reference: Any | None = None,
+        reasoning_end: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        never = () if reasoning_end is None else eos_token_ids(causal_lm(model))
+        self.reasoning = reasoning_rule(reasoning_end, args.max_reasoning_tokens, never)
+        own_reference = args.beta > 0 and reference is None
+        if own_reference and not has_adapters(model):
+            raise ValueError(
+                f"beta={args.beta} weighs the KL to a reference model: give one as reference=, or train a PEFT model"
+            )
+        super().__init__(model, args, train_dataset, **kwargs)
+        if own_reference:
+            keep_reference(model)
+        needs_reference = reference is not None and args.beta > 0
+        self.reference = place_reference(reference, self.accelerator) if needs_reference else None
+        cutoff = parse_metric(args.metric).cutoff
+        limits = [limit for limit in (args.num_ranked, cutoff) if limit is not None]
+        self._num_ranked = min(limits) if limits else None
+        self._kept: dict[int, _Sampled] = {}
+
+    def ranking_loss(self, model: Any, examples: list[Example]) -> LossAndMetrics:
+        args = self.args
+        slot = self._slot
+        if self.state.global_step % args.num_iterations == 0 or slot not in self._kept:
+            self._kept[slot] = self._sample(examples)
+        batch, gains, variance, old_logprobs, ref_states, _ = self._kept[slot]
+
+        shown = batch.shape[1]
+        item_mask = torch.arange(shown, device=gains.device) < batch.lengths[:, None]  # (N, T)
+        states = ranking_states(model, batch)
+        weights = None
+        with span("rewards"):
+            rewards, reward_variance = self._rewards(states, batch, gains, variance)  # (N, T) both
+            if args.uncertainty != "none" and reward_variance is not None:
+                weights = uncertainty_weights(
+                    reward_variance, args.num_generations, level=args.uncertainty, item_mask=item_mask
+                )
+
+        metrics: Mapping[str, float | torch.Tensor]
+        if args.credit == "all_actions":
+            result = all_actions(
+                states,
+                batch,
+                gains,
+                args.metric,
+                temperature=args.temperature,
+                num_ranked=shown,
+                tilt=args.tilt,
+                reference=ref_states,
+            )
+            unit = self._spread(rewards, item_mask) if args.scale == "batch" else 1.0
+            loss, metrics = self._all_actions_loss(result, unit, item_mask, weights)
+        else:
+            logprobs, entropy, kl = ranking_scores(states, batch, temperature=args.temperature, reference=ref_states)
+            if old_logprobs is None:
+                old_logprobs = logprobs.detach()
+                self._kept[slot] = self._kept[slot]._replace(old_logprobs=old_logprobs)
+            with span("rewards"):
+                advantages = item_advantages(
+                    rewards,
+                    args.num_generations,
+                    baseline=args.baseline,
+                    scale="none" if args.scale == "batch" else args.scale,
+                    item_mask=item_mask,
+                )
+                unit = self._spread(advantages, item_mask) if args.scale == "batch" else 1.0
+                advantages = advantages / unit
+                if weights is not None:
+                    advantages = advantages * weights
+            loss, metrics = policy_loss(
+                logprobs,
+                old_logprobs,
+                advantages,
+                item_mask,
+                epsilon_low=args.epsilon_low,
+                epsilon_high=args.epsilon_high,
+                importance_level=args.importance_level,
+                beta=args.beta,
+                kl=kl,
+                entropy=entropy,
+                entropy_coef=args.entropy_coef,
+            )
+        value = ranking_metric(gains, args.metric, lengths=batch.lengths, num_ranked=shown)  # (N,)
+        if batch.reasoning is not None:
+            of_reasoning, more = self._reasoning_loss(slot, states, value, unit, weights)
+            loss, metrics = loss + of_reasoning / item_mask.sum(), {**metrics, **more}
+        share = self.share(item_mask.sum())
+        return loss * share, {"reward": value.mean(), **{name: share * v for name, v in metrics.items()}}
+
+    def _sample(self, examples: list[Example]) -> _Sampled:
+        args = self.args
+        rollout = self._rollout(examples)
+        with span("bookkeeping"):
+            per_row = self._rankings_per_row(examples)
+            batch = self._batch(examples, rollout.rankings, args.num_generations, per_row, rollout.reasoning)
+            width = max(len(example.gains) for example in examples)
+            order = rank_order(batch.rankings, batch.lengths, width)
+
+        def in_rank_order(rows: list[np.ndarray]) -> torch.Tensor:
+            by_candidate = torch.as_tensor(pad_rows(rows, 0.0), dtype=torch.float32, device=args.device)
+            return by_candidate.repeat_interleave(args.num_generations, dim=0).gather(1, order)
+
+        variance = in_rank_order([example.variance for example in examples])
+        uncertain = self.accelerator.reduce((variance > 0).any().float()) > 0
+        return _Sampled(
+            batch,
+            in_rank_order([example.gains for example in examples]),
+            variance if uncertain else None,
+            None,
+            self._reference_states(batch) if args.beta > 0 else None,
+        )
+
+    def _rollout(self, examples: Sequence[Example]) -> Rollout:
+        seed = int(self._randomness().generate_state(1)[0])
+        with self.whole_model() as model:
+            return sample_rankings(
+                model,
+                [example.prompt for example in examples],
+                [example.candidates for example in examples],
+                separator=self.separator,
+                end=self.end,
+                num_generations=self.args.num_generations,
+                num_ranked=self._num_ranked,
+                temperature=self.args.temperature,
+                reasoning_end=None if self.reasoning is None else self.reasoning.end,
+                max_reasoning_tokens=self.args.max_reasoning_tokens,
+                generator=torch.Generator(self.args.device).manual_seed(seed),
+            )
+
+    def _reference_states(self, batch: RankingBatch) -> RankingStates:
+        if self.reference is not None:
+            with torch.no_grad():
+                return ranking_states(self.reference, batch)
+        model = self.accelerator.unwrap_model(self.model)
+        with reference_policy(model):
+            return ranking_states(model, batch)
+
+    def _rankings_per_row(self, examples: Sequence[Example]) -> int:
+        """How many rankings of a prompt share its row: what costs least, if the models can attend so."""
+        if not self.args.share_prompts or (self.reference is not None and not can_pack(self.reference)):
+            return 1
+        return sharing(
+            self.model,
+            [example.prompt for example in examples],
+            [example.candidates for example in examples],
+            separator=self.separator,
+            num_ranked=self._num_ranked,
+            num_generations=self.args.num_generations,
+            reasoning_length=0 if self.reasoning is None else self.reasoning.max_length,
+        )
+
+    def _rewards(
+        self, states: RankingStates, batch: RankingBatch, gains: torch.Tensor, variance: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(N, T) rewards of the ranked items and, where some gain is uncertain, the rewards' variance."""
+        args = self.args
+        # The all-actions objective is scaled and weighted by the rewards of the swaps it averages.
+        credit = "swap" if args.credit == "all_actions" else args.credit
+        ranks = batch.shape[1]
+        common: dict[str, Any] = {"credit": credit, "lengths": batch.lengths, "num_ranked": ranks}
+        if credit == "policy":
+            if batch.candidate_ids is None:
+                raise ValueError("credit='policy' needs the probability of whole items: use encoding 'item_token'")
+            with torch.no_grad():
+                probs = ranking_probs(  # (N, T, K)
+                    states.hidden,
+                    states.weight,
+                    batch.candidate_ids,
+                    completed_rankings(batch),
+                    bias=states.bias,
+                    temperature=args.temperature,
+                    lengths=batch.lengths,
+                )
+            unranked = gains.shape[1] - ranks
+            common["weights"] = torch.nn.functional.pad(probs, (0, 0, 0, unranked))  # (N, K, K)
+        if args.uncertainty != "none" and variance is not None:
+            rewards, reward_variance = swap_rewards_with_variance(gains, variance, args.metric, **common)
+            return rewards[:, :ranks], reward_variance[:, :ranks]
+        return swap_rewards(gains, args.metric, **common)[:, :ranks], None
+
+    def _all_actions_loss(
+        self,
+        result: ActionScores,
+        unit: torch.Tensor | float,
+        item_mask: torch.Tensor,
+        weights: torch.Tensor | None,
+    ) -> LossAndMetrics:
+        """Minus the mean objective over the ranked items, in units of the batch's item rewards."""
+        args = self.args
+        objective = result.objective / unit
+        if weights is not None:
+            objective = objective * weights
+        per_item = -objective - args.entropy_coef * result.entropy
+        metrics = {"entropy": result.entropy.detach()[item_mask].mean().item()}
+        if result.kl is not None:
+            per_item = per_item + args.beta * result.kl
+            metrics["kl"] = result.kl.detach()[item_mask].mean().item()
+        return per_item[item_mask].mean(), metrics
+
+    def _reasoning_loss(
+        self,
+        slot: int,
+        states: RankingStates,
+        value: torch.Tensor,
+        unit: torch.Tensor | float,
+        weights: torch.Tensor | None,
+    ) -> LossAndMetrics:
+        """Summed over the tokens of the reasoning: each has the advantage of the ranking it led to, whose metric is
+        ``value`` (N,), against the mean of its prompt's, in the unit of the items' advantages."""
+        args, kept = self.args, self._kept[slot]
+        batch, temperature = kept.batch, self.args.temperature
+        assert batch.reasoning is not None
+        logprobs = reasoning_logprobs(states, batch, temperature=temperature)  # (N, R)
+        old = logprobs.detach() if kept.old_reasoning is None else kept.old_reasoning
+        self._kept[slot] = kept._replace(old_reasoning=old)
+        reference = None
+        if kept.ref_states is not None:
+            with torch.no_grad():
+                reference = reasoning_logprobs(kept.ref_states, batch, temperature=temperature)
+        scale = "none" if args.scale == "batch" else args.scale
+        advantages = item_advantages(value[:, None], args.num_generations, baseline="group", scale=scale) / unit
+        if weights is not None:
+            counted = (weights > 0).sum(dim=1, keepdim=True)  # a shorter list has no item at the last ranks
+            advantages = advantages * weights.sum(dim=1, keepdim=True) / counted
+        loss, metrics = policy_loss(
+            logprobs,
+            old,
+            advantages[:, 0],
+            batch.reasoning_mask,
+            epsilon_low=args.epsilon_low,
+            epsilon_high=args.epsilon_high,
+            importance_level="token",
+            beta=args.beta,
+            ref_per_token_logps=reference,
+            loss_agg="sum",
+        )
+        names = ("ratio_mean", "kl") if reference is not None else ("ratio_mean",)
+        length = torch.from_numpy(batch.reasoning.lengths).float().mean()
+        return loss, {"reasoning/length": length, **{f"reasoning/{name}": metrics[name] for name in names}}
+
+    def _spread(self, values: torch.Tensor, item_mask: torch.Tensor) -> torch.Tensor:
+        """Root mean square of ``values`` (N, T) over the items of all processes; 1 where all are 0."""
+        squares = torch.stack([values[item_mask].double().square().sum(), item_mask.sum().double()])
+        total, count = self.accelerator.reduce(squares)
+        return torch.where(total > 0, (total / count.clamp(min=1)).sqrt(), 1.0).to(values.dtype)
+
+    def _order_of(self, train_dataset: Any) -> EpochOrder:
+        if self.args.num_iterations == 1:
+            return super()._order_of(train_dataset)
+        per_process = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return EpochOrder(
+            len(train_dataset),
+            self.args.seed,
+            per_update=per_process * self.accelerator.num_processes,
+            repeats=self.args.num_iterations,
+        )

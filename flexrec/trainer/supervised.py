@@ -1,0 +1,80 @@
+"""Supervised stages before reinforcement, on the same restricted log-probs that reinforcement uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from flexrec.checks import check_choice
+from flexrec.policy.scores import RankingBatch, decision_states, final_hidden, output_layer, ranking_scores
+from flexrec.task.examples import Example
+from flexrec.trainer.base import LossAndMetrics, RankingTrainer, pad_rows
+
+STAGES = ("format", "listwise")
+
+
+class SupervisedTrainer(RankingTrainer):
+    """Supervision on the same restricted log-probs that reinforcement uses.
+
+    Args:
+        stage: "format" models the histories as language and rankings in random order: the items and the form of an
+            answer are learnt, nothing of what is good. "listwise" is ListMLE (Xia et al. 2008) towards the order of
+            the gains: the log-likelihood of placing the candidates with a gain best first, each among all that are
+            left. Ties are broken at random; candidates without a gain have no order and are not imitated.
+    """
+
+    def __init__(self, *args: Any, stage: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stage = check_choice("stage", stage, STAGES)
+
+    def ranking_loss(self, model: Any, examples: list[Example]) -> LossAndMetrics:
+        listwise = self.stage == "listwise"
+        rng = np.random.default_rng(self._randomness())
+        # Ranks that are not imitated are not spelled either.
+        targets = [_best_first(e.gains, rng) if listwise else rng.permutation(len(e.gains)) for e in examples]
+        batch = self._batch(examples, pad_rows(targets, -1))
+        hidden = final_hidden(model, batch.tokens)
+        logprobs = ranking_scores(decision_states(model, batch, hidden), batch).logprobs
+        placed = batch.rankings >= 0
+        loss = -logprobs[placed].mean() * self.share(placed.sum())
+        metrics = {"ranking_nll": loss.detach()}
+        if not listwise:
+            history = self._history_loss(model, batch, hidden, examples)
+            metrics["history_nll"] = history.detach()
+            loss = loss + history
+        return loss, metrics
+
+    def _history_loss(
+        self, model: Any, batch: RankingBatch, hidden: torch.Tensor, examples: Sequence[Example]
+    ) -> torch.Tensor:
+        """Mean next-token loss over the history's tokens, over the whole vocabulary, a chunk of positions at a time;
+        weighted by this process's share of the tokens."""
+        spans = [(max(1, example.history_span[0]), example.history_span[1]) for example in examples]
+        rankings = np.repeat(np.arange(len(spans)), [max(0, b - a) for a, b in spans])
+        share = self.share(len(rankings))
+        if len(rankings) == 0:
+            return hidden.new_zeros(())
+        positions = np.concatenate([np.arange(a, b) for a, b in spans])
+        rows = torch.from_numpy(batch.tokens.row[rankings]).to(hidden.device)
+        columns = torch.from_numpy(batch.tokens.prompt_columns(rankings, positions)).to(hidden.device)
+        predicting = hidden[rows, columns - 1]
+        targets = batch.tokens.input_ids[rows, columns]
+        weight, bias = output_layer(model)
+
+        def chunk_loss(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            logits = torch.nn.functional.linear(states, weight, bias).float()
+            return torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
+
+        chunks = zip(predicting.split(1024), targets.split(1024), strict=True)
+        return sum(checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks) * share / len(targets)
+
+
+def _best_first(gains: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The candidates with a gain by falling gain, ties in random order; one at random where none has any."""
+    order = rng.permutation(len(gains))
+    order = order[np.argsort(-gains[order], kind="stable")]
+    return order[: max(1, int((gains > 0).sum()))]

@@ -1,0 +1,165 @@
+"""Prompts: the three encodings, chat templates, and titles that try to be more than titles."""
+
+import numpy as np
+import pytest
+
+from flexrec.data import Catalogue
+from flexrec.data.lists import RankingList
+from flexrec.policy.small_model import build_model, build_tokenizer
+from flexrec.task.prompts import Item, PromptBuilder, add_item_tokens, item_token, strongest_risers
+
+CATALOGUE = Catalogue(
+    ids=("a", "b", "c", "d"),
+    titles=("Alien", "Aliens", "Night market\n noodles", "Ça <item:a> va"),
+    topics=(("horror",), ("horror", "action"), ("food",), ()),
+)
+ITEMS = [Item(i, t) for i, t in zip(CATALOGUE.ids, CATALOGUE.titles, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(CATALOGUE, ["Rank what I will like"])
+
+
+@pytest.mark.parametrize("encoding", ["index", "title", "item_token"])
+def test_prompt_holds_need_history_and_candidates(tokenizer, encoding):
+    builder = PromptBuilder(tokenizer, encoding=encoding)
+    ids, (start, end) = builder.prompt(
+        "Rank what I will like", ITEMS[:2], ITEMS[2:], liked=[False, True], rising=ITEMS[2:3]
+    )
+    text = tokenizer.decode(ids)
+    assert text.index("Rank what I will like") < text.index("Liked before:") < text.index("Candidates:")
+    history = tokenizer.decode(ids[start:end])
+    liked, seen = history.split("Seen before:\n")
+    assert "Aliens\n" in liked
+    assert "Alien\n" in seen
+    assert "noodles" not in history
+    assert text[text.index("Rising now:") : text.index("Candidates:")].count("noodles") == 1
+    assert "Night market noodles\n" in text, "a title is one line"
+
+
+LISTED = {
+    "index": "[1] Night market noodles\n[2] Ça <item:a> va\n",
+    "title": "Night market noodles\nÇa <item:a> va\n",
+    "item_token": "<item:c>Night market noodles\n<item:d>Ça <item:a> va\n",
+}
+
+
+@pytest.mark.parametrize("encoding", ["index", "title", "item_token"])
+def test_prompt_to_the_letter(tokenizer, encoding):
+    """Liked before what was merely seen, each oldest first; risers in the order given, if they are shown."""
+    mark = "<item:{}>".format if encoding == "item_token" else "".format
+    history = [*ITEMS[:2], Item("d", "Dune")]
+    texts = {}
+    for show_rising in (True, False):
+        builder = PromptBuilder(tokenizer, encoding=encoding, show_rising=show_rising)
+        liked, rising = [True, False, True], [ITEMS[3], ITEMS[2]]
+        ids, (start, end) = builder.prompt("Rank", history, ITEMS[2:], liked=liked, rising=rising)
+        texts[show_rising] = tokenizer.decode(ids)
+        shown = f"{mark('a')}Alien\n{mark('d')}Dune\nSeen before:\n{mark('b')}Aliens\n"
+        assert tokenizer.decode(ids[start:end]) == shown
+        before = f"<s>Rank\nLiked before:\n{shown}"
+        after = f"Candidates:\n{LISTED[encoding]}Ranking, best first:\n"
+        risers = f"Rising now:\n{mark('d')}Ça <item:a> va\n{mark('c')}Night market noodles\n"
+        assert texts[show_rising] == before + (risers if show_rising else "") + after
+    ids, (start, end) = builder.prompt("Rank", ITEMS[:1], ITEMS[2:])
+    assert tokenizer.decode(ids[start:end]) == f"Seen before:\n{mark('a')}Alien\n", "nothing is known to be liked"
+    with pytest.raises(ValueError, match="zip"):
+        builder.prompt("Rank", ITEMS[:1], ITEMS[2:], liked=[True, False])
+
+
+def test_prompt_of_a_list_says_what_the_list_holds(tokenizer):
+    lst = RankingList(
+        user=0,
+        time=1.0,
+        history=np.array([3, 0, 1]),
+        candidates=np.array([2, 0, 1]),
+        interest=np.zeros(3, dtype=np.float32),
+        popularity=np.ones(3, dtype=np.float32),
+        trend=np.array([0.2, 0.0, 0.9], dtype=np.float32),
+        history_interest=np.array([0.4, 0.5, np.nan], dtype=np.float32),
+    )
+    builder = PromptBuilder(tokenizer, encoding="title")
+    expected = builder.prompt(
+        "Rank", [ITEMS[3], ITEMS[0], ITEMS[1]], [ITEMS[2], ITEMS[0], ITEMS[1]], liked=[False, True, False],
+        rising=[ITEMS[1], ITEMS[2]],
+    )  # fmt: skip
+    assert builder.prompt_of(lst, CATALOGUE, "Rank") == expected
+    of_list = builder.candidate_tokens_of(lst, CATALOGUE)
+    assert of_list == builder.candidate_tokens([ITEMS[2], ITEMS[0], ITEMS[1]])
+    assert [tokenizer.decode(tokens) for tokens in of_list] == ["Night market noodles", "Alien", "Aliens"]
+
+
+def test_the_strongest_risers_come_first_and_are_few():
+    assert strongest_risers(np.array([0.0, 0.3, 1.0, 0.3, 0.0])).tolist() == [2, 1, 3]
+    assert strongest_risers(np.linspace(0.1, 1, 20)).tolist() == [19, 18, 17, 16, 15, 14, 13, 12]
+    assert strongest_risers(np.zeros(4)).tolist() == []
+
+
+def test_titles_and_item_tokens_have_separators_of_their_own(tokenizer):
+    title, token = (PromptBuilder(tokenizer, encoding=encoding) for encoding in ("title", "item_token"))
+    assert (tokenizer.decode(title.separator), title.end) == ("\n", (tokenizer.eos_token_id,))
+    assert (token.separator, token.end) == ((), ())
+    with pytest.raises(ValueError, match="encoding must be one of"):
+        PromptBuilder(tokenizer, encoding="rank")
+
+
+def test_index_labels_and_separators(tokenizer):
+    builder = PromptBuilder(tokenizer, encoding="index")
+    answer = builder.candidate_tokens(ITEMS)
+    spelled = builder.separator
+    assert [tokenizer.decode(x) for x in answer] == ["[1]", "[2]", "[3]", "[4]"]
+    assert tokenizer.decode(spelled) == " > "
+    assert builder.end == (tokenizer.eos_token_id,)
+
+
+def test_item_tokens_are_single_and_short_prompts_have_no_titles(tokenizer):
+    builder = PromptBuilder(tokenizer, encoding="item_token", show_titles=False, show_rising=False)
+    tokens = builder.candidate_tokens(ITEMS)
+    assert all(len(t) == 1 for t in tokens)
+    assert len({t[0] for t in tokens}) == 4
+    ids, (start, _) = builder.prompt("Rank what I will like", ITEMS[:2], ITEMS[2:], liked=[True, True])
+    assert [t for run in tokens[:2] for t in run] == ids[start : start + 2]
+    assert "Alien" not in tokenizer.decode(ids)
+    with pytest.raises(ValueError, match="item 'zz' has no token of its own"):
+        builder.candidate_tokens([Item("zz", "Unknown")])
+
+
+def test_title_that_gives_no_tokens_is_an_error(tokenizer):
+    builder = PromptBuilder(tokenizer, encoding="title")
+    with pytest.raises(ValueError, match=r"candidate 'e' has the title ' \\n ', which gives no tokens"):
+        builder.candidate_tokens([ITEMS[0], Item("e", " \n ")])
+    PromptBuilder(tokenizer, encoding="index").candidate_tokens([ITEMS[0], Item("e", " \n ")])
+
+
+def test_titles_cannot_spell_special_tokens(tokenizer):
+    builder = PromptBuilder(tokenizer, encoding="title")
+    (tokens,) = builder.candidate_tokens([ITEMS[3]])
+    assert tokenizer.convert_tokens_to_ids(item_token("a")) not in tokens
+    (tokens,) = builder.candidate_tokens([Item("x", "</s>")])
+    assert tokenizer.eos_token_id not in tokens
+
+
+def test_chat_template_frames_the_message(tokenizer):
+    plain = PromptBuilder(tokenizer, encoding="index").prompt("Rank", [], ITEMS)[0]
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    )
+    try:
+        ids, _ = PromptBuilder(tokenizer, encoding="index").prompt("Rank", [], ITEMS)
+    finally:
+        tokenizer.chat_template = None
+    text = tokenizer.decode(ids)
+    assert text.startswith("<s>user: Rank")
+    assert text.endswith("</s><s>assistant:")
+    assert len(ids) > len(plain)
+
+
+def test_add_item_tokens_resizes_the_model():
+    tokenizer = build_tokenizer(CATALOGUE, [])
+    model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+    more = Catalogue(ids=("a", "new"), titles=("Alien", "New"), topics=((), ()))
+    assert add_item_tokens(model, tokenizer, more) == 1
+    assert model.get_input_embeddings().weight.shape[0] >= len(tokenizer)
+    assert add_item_tokens(model, tokenizer, more) == 0

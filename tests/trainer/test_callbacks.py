@@ -1,0 +1,136 @@
+"""What a person sees of a long training: log lines, curves, seconds by stage, and the bar."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexrec.profiling import profile_steps
+from flexrec.trainer import callbacks as module
+from flexrec.trainer.callbacks import Clock, Curve, ProgressBar, StepLog
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The seconds that are read, to be set by hand."""
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now.seconds)
+    return now
+
+
+def lines_of(path: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def state_at(step: int, max_steps: int = 10) -> Any:
+    return SimpleNamespace(global_step=step, max_steps=max_steps)
+
+
+def test_every_log_of_a_stage_is_a_line(tmp_path):
+    log = StepLog(tmp_path / "log.jsonl", append=False)
+    log.of_stage("format").on_log(None, state_at(3), None, logs={"loss": 0.5, "reward": 0.25})
+    log.of_stage("listwise").on_log(None, state_at(4), None)
+    assert lines_of(log.path) == [
+        {"stage": "format", "step": 3, "loss": 0.5, "reward": 0.25},
+        {"stage": "listwise", "step": 4},
+    ]
+
+
+def test_a_run_that_is_continued_keeps_the_lines_of_before(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for append, expected in ((False, [1]), (True, [1, 2]), (False, [3])):
+        StepLog(path, append=append).write(n=expected[-1])
+        assert [line["n"] for line in lines_of(path)] == expected
+
+
+def test_only_the_main_process_writes(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"n": 1}\n')
+    monkeypatch.setattr(module, "process_index", lambda: 1)
+    StepLog(path, append=False).write(n=2)
+    assert lines_of(path) == [{"n": 1}]
+
+
+def test_seconds_by_stage_without_pauses(clock):
+    whole = Clock()
+    with whole.stage("warm-up"):
+        clock.seconds += 5
+    clock.seconds += 1
+    with whole.stage("reinforcement") as stage:
+        clock.seconds += 7
+        stage.pause(3)
+        assert stage.elapsed() == 4
+    assert whole.seconds == {"warm-up": 5, "reinforcement": 4}
+    assert whole.elapsed() == 13
+
+
+def test_a_curve_has_the_means_every_few_steps_and_at_the_end(tmp_path, clock):
+    evaluated = []
+
+    def evaluate(model: Any, what: str) -> dict[str, dict[str, np.ndarray]]:
+        evaluated.append((model, what))
+        clock.seconds += 100  # which is no time of training
+        return {"interest": {"ndcg": np.array([0.25, 0.75]), "mrr": np.array([0.0, 1.0, 1.0, 0.0])}}
+
+    log = StepLog(tmp_path / "log.jsonl", append=False)
+    with Clock().stage("reinforcement") as stage:
+        curve = Curve(evaluate, log, 4, stage)
+        for step in range(1, 11):
+            clock.seconds += 1.5
+            curve.on_step_end(None, state_at(step), None, model="the model")
+    assert evaluated == [("the model", f"step {step}") for step in (4, 8, 10)]
+    means = {"interest": {"ndcg": 0.5, "mrr": 0.5}}
+    assert lines_of(log.path) == [
+        {"stage": "evaluation", "step": step, "seconds": 1.5 * step, "means": means} for step in (4, 8, 10)
+    ]
+    assert stage.elapsed() == 15
+
+
+def test_a_curve_is_no_part_of_a_step(tmp_path):
+    heard = {}
+
+    def evaluate(model: Any, what: str) -> dict[str, dict[str, np.ndarray]]:
+        heard["part"] = profile._open[-1]
+        return {}
+
+    log = StepLog(tmp_path / "log.jsonl", append=False)
+    with profile_steps() as profile, Clock().stage("reinforcement") as stage:
+        Curve(evaluate, log, 1, stage).on_step_end(None, state_at(1), None)
+    assert heard == {"part": "evaluation"}
+    assert "evaluation" not in profile.per_step()
+
+
+def test_the_bar_counts_steps_and_says_the_latest_number(monkeypatch):
+    made = []
+
+    class Bar:
+        def __init__(self, **options: Any) -> None:
+            made.append(options)
+            self.n, self.shown, self.closed = options["initial"], None, False
+
+        def set_postfix(self, shown: dict[str, float], refresh: bool) -> None:
+            self.shown = shown
+
+        def update(self, steps: int) -> None:
+            self.n += steps
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setattr(module, "tqdm", Bar)
+    bar = ProgressBar("listwise")
+    bar.on_train_begin(None, state_at(3, 9), None)
+    assert made == [{"total": 9, "initial": 3, "desc": "Listwise", "unit": "step", "disable": False}]
+    bar.on_log(None, state_at(5, 9), None, logs={"reward": 0.12345, "loss": 7.0})
+    assert (bar.bar.n, bar.bar.shown) == (5, {"reward": 0.123})
+    bar.on_log(None, state_at(9, 9), None, logs={"ranking_nll": 2.5})
+    assert (bar.bar.n, bar.bar.shown) == (9, {"ranking_nll": 2.5})
+    bar.on_train_end(None, state_at(9, 9), None)
+    assert bar.bar.closed
+    monkeypatch.setattr(module, "process_index", lambda: 1)
+    bar.on_train_begin(None, state_at(0, 9), None)
+    assert made[-1]["disable"], "one process draws"
