@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 from flexrec.checks import check_choice, check_finite, check_range, check_tensor
-
-BASELINES = ("none", "rank", "group")
-SCALES = ("rank", "group", "batch", "none")
+from flexrec.metrics import BASELINES, SCALES
 
 # Which dimensions of (P, G, K) = (prompts, generations, ranks) a statistic runs over.
 _DIMENSIONS = {"rank": (1,), "group": (1, 2), "batch": (0, 1, 2)}

@@ -9,11 +9,10 @@ import torch
 
 from flexrec import metrics
 from flexrec.checks import check_choice, check_finite, check_range, check_tensor, lies_within, values_are_checked
-from flexrec.metrics import Lists, Metric, check_lists, ingredients, parse_metric
+from flexrec.metrics import CREDITS, Lists, Metric, check_lists, ingredients, parse_metric
 from flexrec.ops.swap_rewards_cpu import numba_swap_rewards, numba_swap_scores
 from flexrec.ops.swap_rewards_torch import custom_rewards, rewards_of, scores_of
 
-CREDITS = ("swap", "noncausal", "independent", "rank", "sequence", "policy")
 BACKENDS = ("auto", "triton", "numba", "torch")
 MAX_TRITON_SIZE = 16384  # longest list that the Triton kernels are compiled for
 
