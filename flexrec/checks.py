@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, field, fields
+from dataclasses import field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
