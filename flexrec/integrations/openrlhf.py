@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from flexrec.advantages import item_advantages
 from flexrec.checks import check_choice
 from flexrec.integrations.responses import GroundTruth, score_responses, score_texts
 from flexrec.integrations.verl import score_of
+from flexrec.ops.advantages import item_advantages, uncertainty_weights
 from flexrec.rankings.text import item_values_to_tokens
-from flexrec.uncertainty import uncertainty_weights
 
 ENDINGS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>", "<eos>", "<pad>")
 

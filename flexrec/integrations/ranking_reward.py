@@ -13,8 +13,7 @@ import torch
 
 from flexrec.checks import check_choice
 from flexrec.integrations.token_logprobs import decoded, without_end
-from flexrec.metrics import parse_metric
-from flexrec.ops.swap_rewards import CREDITS
+from flexrec.metrics import CREDITS, parse_metric
 from flexrec.rankings.text import ScoredCompletions, index_labels, score_completions
 
 COMPLETION_CREDITS = tuple(credit for credit in CREDITS if credit != "policy")

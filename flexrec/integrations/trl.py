@@ -19,7 +19,6 @@ from packaging.version import Version
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 
-from flexrec.advantages import BASELINES, SCALES, item_advantages
 from flexrec.checks import check_choice
 from flexrec.decoding.sample import sample_rankings
 from flexrec.integrations.ranking_reward import (
@@ -40,9 +39,9 @@ from flexrec.integrations.token_logprobs import (
 )
 from flexrec.integrations.trl_vllm import per_prompt
 from flexrec.metrics import parse_metric
+from flexrec.ops.advantages import BASELINES, SCALES, item_advantages, uncertainty_weights
 from flexrec.rankings import RankingState, Spelling, encode_rankings
 from flexrec.rankings.text import ScoredCompletions, item_values_to_tokens, score_completions
-from flexrec.uncertainty import uncertainty_weights
 
 __all__ = ["FlexRecGRPOConfig", "FlexRecGRPOTrainer", "RankingReward"]
 

@@ -23,12 +23,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from flexrec.advantages import item_advantages
 from flexrec.checks import check_finite, check_tensor, values_are_checked
 from flexrec.integrations.responses import GroundTruth, score_texts
-from flexrec.losses import policy_loss
+from flexrec.ops.advantages import item_advantages, uncertainty_weights
+from flexrec.ops.losses import policy_loss
 from flexrec.rankings.text import item_values_to_tokens
-from flexrec.uncertainty import uncertainty_weights
 
 ADVANTAGE_OPTIONS = ("baseline", "scale", "uncertainty")
 

@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexrec.metrics import ranking_metric
-from flexrec.ops.swap_rewards import swap_rewards
-from flexrec.policy.scores import rank_order
+from flexrec.ops.rank_order import rank_order
+from flexrec.ops.ranking_metric import ranking_metric
+from flexrec.ops.swap_rewards import swap_rewards, swap_rewards_with_variance
 from flexrec.rankings.state import ParsedRankings, TokenIds, parse_rankings
-from flexrec.uncertainty import swap_rewards_with_variance
 
 
 class ScoredCompletions(NamedTuple):

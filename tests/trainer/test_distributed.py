@@ -174,9 +174,9 @@ def test_work_is_shared_out_in_order(monkeypatch):
         parts[:] = [[f"{x}!" for x in "abcde"[first::3]] for first in range(3)]
         seen["part"] = part
 
-    monkeypatch.setattr("flexrec.policy.scores.distributed.num_processes", lambda: 3)
-    monkeypatch.setattr("flexrec.policy.scores.distributed.process_index", lambda: 2)
-    monkeypatch.setattr("flexrec.policy.scores.distributed.dist.all_gather_object", gather)
+    monkeypatch.setattr("flexrec.policy.distributed.num_processes", lambda: 3)
+    monkeypatch.setattr("flexrec.policy.distributed.process_index", lambda: 2)
+    monkeypatch.setattr("flexrec.policy.distributed.dist.all_gather_object", gather)
     assert map_over_processes(lambda items: [f"{x}!" for x in items], list("abcde")) == ["a!", "b!", "c!", "d!", "e!"]
     assert seen["part"] == ["c!"]
 
