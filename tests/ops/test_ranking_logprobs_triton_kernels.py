@@ -14,11 +14,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from flexrec.ops.ranked_lists import rank_positions
+from flexrec.triton_kernels import aot
 from flexrec.triton_kernels import ranking_logprobs as kernels
 from flexrec.triton_kernels import ranking_logprobs_problem as problems
 from flexrec.triton_kernels.ranking_logprobs import Forward, ranking_logprobs_backward, ranking_logprobs_forward
-
-from flexrec.ops.ranked_lists import rank_positions
 
 TEMPERATURE = 0.7
 
@@ -300,18 +300,13 @@ def test_only_what_is_asked_for_is_computed(size, device, monkeypatch):
     upstream = upstream_of(results(out))
     whole = ranking_logprobs_backward(upstream, out.saved, *x.inputs, [True] * 3)
     launched = []
-    for name in ("dlogits", "hidden_grad", "weight_grad"):
-        kernel = getattr(kernels, f"ranking_logprobs_{name}_kernel")
+    launch = kernels.launch
 
-        class Counted:
-            def __init__(self, kernel=kernel, name=name):
-                self.kernel, self.name = kernel, name
+    def counted(kernel, *arguments, **named):
+        launched.append(kernel.__name__.removeprefix("ranking_logprobs_").removesuffix("_kernel"))
+        launch(kernel, *arguments, **named)
 
-            def __getitem__(self, grid):
-                launched.append(self.name)
-                return self.kernel[grid]
-
-        monkeypatch.setattr(kernels, f"ranking_logprobs_{name}_kernel", Counted())
+    monkeypatch.setattr(kernels, "launch", counted)
     apart = ["hidden_grad"] if size > 64 else []  # up to a tile of candidates it comes with dlogits
     for wanted, expected in (
         ([False] * 3, []),
@@ -477,11 +472,11 @@ def test_choices_by_shape():
 
 
 def test_every_launch_is_compiled_ahead_of_time():
-    """Tiles and warps that a launcher can choose are among variants(), which are checked for spills."""
+    """Tiles and warps that a launcher can choose are among those of the examples, which are checked for spills."""
     compiled = {
-        (v.kernel.__name__, v.num_warps, *(v.constants[f"BLOCK_{axis}"] for axis in "TKD"))
-        for v in kernels.variants()
-        if "BLOCK_D" in v.constants
+        (launch.kernel.__name__, launch.num_warps, *(launch.constants[f"BLOCK_{axis}"] for axis in "TKD"))
+        for _, _, launch in aot.variants()
+        if launch.kernel.__name__.startswith("ranking_logprobs_")
     }
     launched = set()
     for rows in (1, 32, 33, 64, 5000):

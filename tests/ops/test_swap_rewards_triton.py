@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from flexrec.triton_kernels import swap_lists
 
 from flexrec import metrics
 from flexrec.metrics import FAMILIES, Lists, ingredients, parse_metric
 from flexrec.ops import swap_rewards as module
 from flexrec.ops.swap_rewards import swap_rewards, swap_rewards_op, swap_scores
 from flexrec.ops.swap_rewards_torch import rewards_of
+from flexrec.triton_kernels import lists
 from flexrec.uncertainty import swap_rewards_with_variance
 
 NAMES = [{"rbp": "rbp.8"}.get(name, name) for name in FAMILIES]
@@ -130,8 +130,8 @@ def test_list_lengths(size, device):
 )
 def test_lists_of_several_tiles(metric, credit, device, monkeypatch):
     """Tiles of 64 ranks in place of 256: four of them, two levels of merges."""
-    monkeypatch.setattr(swap_lists, "WIDTHS", (32, 64, 64))
-    swap_lists.tiles_of.cache_clear()
+    monkeypatch.setattr(lists, "WIDTHS", (32, 64, 64))
+    lists.tiles_of.cache_clear()
     size = 150
     gains, counts = make_gains(3, size, 3), make_counts(3, size)
     gains[:, :100] *= torch.rand(100, generator=torch.Generator().manual_seed(0)) < 0.02  # matters behind, too
@@ -141,7 +141,7 @@ def test_lists_of_several_tiles(metric, credit, device, monkeypatch):
             continue
         rewards = swap_rewards(gains.to(device, dtype), metric, credit=credit, backend="triton", **on(device, counts))
         assert (rewards.cpu() - exact).abs().max() <= tolerance * exact.abs().max()
-    swap_lists.tiles_of.cache_clear()
+    lists.tiles_of.cache_clear()
 
 
 @pytest.mark.usefixtures("poisoned")
