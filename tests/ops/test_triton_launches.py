@@ -52,13 +52,13 @@ def launches() -> Iterator[list[Launch]]:
 def check(launches: list[Launch]) -> None:
     """Each launch is compiled in all but its flags, which examples may take in their heaviest form."""
     assert launches, "nothing was launched"
-    for launch in launches:
-        alike = [compiled for compiled in COMPILED if configuration(compiled) == configuration(launch)]
-        assert alike, f"no example has these tiles and options: {launch}"
-        for name, kind in launch.types.items():
+    for found in launches:
+        alike = [compiled for compiled in COMPILED if configuration(compiled) == configuration(found)]
+        assert alike, f"no example has these tiles and options: {found}"
+        for name, kind in found.types.items():
             if kind.startswith("*"):
                 compiled = {other.types[name] for other in alike if name in other.types}
-                message = f"{launch.kernel.__name__}: {name} is {kind}, compiled is {compiled} for {launch.constants}"
+                message = f"{found.kernel.__name__}: {name} is {kind}, compiled is {compiled} for {found.constants}"
                 assert not compiled or any(covers(other, kind) for other in compiled), message
 
 
