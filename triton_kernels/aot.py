@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flexrec.triton_kernels.examples import examples
-from flexrec.triton_kernels.launch import Launch, recorded
+from flexrec.triton_kernels.launch import FP_FUSION, Launch, recorded
 
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes one program may take
 TARGETS = tuple(SHARED_LIMIT)
@@ -112,8 +112,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         {(names.index(name),): value for name, value in launch.constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name, kind in launch.types.items() if ":16" in kind},
     )
-    # Contracting multiply and add is the default at launch; newer versions warn unless it is said.
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": launch.num_warps, "enable_fp_fusion": FP_FUSION}
     if launch.num_stages is not None:
         options["num_stages"] = launch.num_stages
     cuda = target.startswith("sm_")

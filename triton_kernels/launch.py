@@ -7,7 +7,7 @@ GPU is needed. The ahead-of-time compiler (``aot``) compiles such records, tests
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,13 @@ import triton
 from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # Triton decides it when the kernels are made
+
+FP_FUSION = True  # a product and a sum round once: said, because versions of Triton differ in what they do unasked
+# Numbers that differ from batch to batch: Triton would compile a kernel again where one is 1 or a multiple of 16.
+SIZES = (
+    *("M", "T", "K", "rows", "size", "stride", "variance_stride", "max_ranked", "cutoff", "slabs"),
+    *("rows_per_problem", "entries", "segments", "table_rows"),
+)
 
 _TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TYPES |= {torch.int64: "i64", torch.int32: "i32"}
@@ -29,7 +36,7 @@ class Launch:
         kernel: the ``@triton.jit`` function.
         types: Triton type of each argument that is not constant, in order: "*bf16", "i32", "fp32"; with ":16" behind it
             a pointer that is aligned to 16 bytes or a multiple of 16, of which Triton makes something.
-        constants: the others: constexprs, None, and the number 1.
+        constants: the others: constexprs, None, and the number 1 (but for ``SIZES``).
         num_warps, num_stages: launch options; without stages the target's own default.
     """
 
@@ -41,6 +48,11 @@ class Launch:
 
 
 _record: list[Launch] | None = None
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """What is launched is decorated with this, what it calls with ``triton.jit``: sizes are then not specialised on."""
+    return triton.jit(function, do_not_specialize=SIZES)
 
 
 def launch(
@@ -64,9 +76,11 @@ def launch(
             _noted(kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | named, num_warps, num_stages)
         )
         return
-    options = {} if num_stages is None else {"num_stages": num_stages}
+    options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": FP_FUSION}
+    if num_stages is not None:
+        options["num_stages"] = num_stages
     with _on_gpu_of(*arguments, *named.values()):
-        kernel[grid](*arguments, **named, num_warps=num_warps, **options)
+        kernel[grid](*arguments, **named, **options)
 
 
 def _on_gpu_of(*arguments: object) -> contextlib.AbstractContextManager[object]:
@@ -95,22 +109,22 @@ def _noted(kernel: Any, given: dict[str, object], num_warps: int, num_stages: in
     types, constants = {}, {}
     for name in kernel.arg_names:
         value = given[name]
-        is_one = isinstance(value, int) and value == 1
+        is_one = isinstance(value, int) and value == 1 and name not in SIZES
         if value is None or is_one or "constexpr" in str(kernel.fn.__annotations__.get(name)):
             constants[name] = value
         else:
-            types[name] = _type_of(value)
+            types[name] = _type_of(value, name in SIZES)
     return Launch(kernel, types, constants, num_warps, num_stages)
 
 
-def _type_of(value: object) -> str:
+def _type_of(value: object, is_size: bool) -> str:
     if isinstance(value, Tensor):
         return f"*{_TYPES[value.dtype]}" + (":16" if value.data_ptr() % 16 == 0 else "")
     if isinstance(value, float):
         return "fp32"
     if not isinstance(value, int):
         raise TypeError(f"a kernel's arguments are tensors, numbers, None and constants; got {type(value).__name__}")
-    return ("i32" if -(2**31) <= value < 2**31 else "i64") + (":16" if value % 16 == 0 else "")
+    return ("i32" if -(2**31) <= value < 2**31 else "i64") + (":16" if value % 16 == 0 and not is_size else "")
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -129,7 +129,7 @@ def call_on(
 @lru_cache(maxsize=256)
 def discounts_on(metric: Metric, size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """(size,) the discount of each rank, 0 beyond the cutoff. Cached: do not write to it."""
-    return torch.from_numpy(_cut_discounts(metric, size)).to(device=device, dtype=dtype)
+    return _copied(_cut_discounts(metric, size), device, dtype)
 
 
 @lru_cache(maxsize=256)
@@ -141,7 +141,7 @@ def swap_table_on(metric: Metric, size: int, shown: int, device: torch.device, d
     centred = discount - discount[-1]
     behind = np.maximum(np.arange(size - 1, -1, -1), 1)
     table = np.stack([centred, centred[::-1].cumsum()[::-1], 1.0 / behind])
-    return torch.from_numpy(table).to(device=device, dtype=dtype)
+    return _copied(table, device, dtype)
 
 
 @lru_cache(maxsize=256)
@@ -151,8 +151,21 @@ def sorted_discounts_on(
     """(block_k,) the same in the order in which ``sort.in_tile_order`` leaves a sorted tile; 0 beyond ``size``."""
     table = np.zeros(block_k)
     table[:size] = _cut_discounts(metric, size)[:block_k]
-    table = table.reshape(inner, -1).T.reshape(-1)
-    return torch.from_numpy(table.copy()).to(device=device, dtype=dtype)
+    return _copied(table.reshape(inner, -1).T.reshape(-1), device, dtype)
+
+
+def _copied(table: np.ndarray, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The table on a device.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured, which can hold no copy from the host's memory.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"swap rewards need a table of {table.shape[-1]} discounts on {device}, which cannot be copied there while "
+            "a CUDA graph is captured; call them once with the same metric, K and num_ranked before the capture"
+        )
+    return torch.from_numpy(np.ascontiguousarray(table)).to(device=device, dtype=dtype)
 
 
 def _cut_discounts(metric: Metric, size: int) -> np.ndarray:
@@ -275,46 +288,78 @@ def load_item(lists, pointer, stride, k, length):
     return tl.load(pointer + lists.row * stride + k, mask=inside, other=0.0).to(lists.zero.dtype)
 
 
+class Terms(NamedTuple):
+    """How gains become term gains, (BLOCK_N, 1) each.
+
+    Attributes:
+        top: the largest gain; matters to SCALED only.
+        scale, unscale: a power of two that term gains are multiplied by, and its inverse. It brings the largest of a
+            list to between 1 and 4, so that squares of gains of 1e-20 or 1e30 are no 0 and no infinity in float32.
+    """
+
+    top: Any
+    scale: Any
+    unscale: Any
+
+
 @triton.jit
-def term_gains(gains, top, KIND: tl.constexpr):
-    """What the metric makes of each gain; ``top`` (BLOCK_N, 1) matters to SCALED only. Same shape as ``gains``."""
+def terms_of(lists, KIND: tl.constexpr, MAX_GAIN: tl.constexpr, SCALES: tl.constexpr, TILES: tl.constexpr):
+    """The ``Terms`` of each list. MAX_GAIN: the top, or 0: the list's own; SCALES: whether scale may be not 1."""
+    one = lists.zero + 1.0
+    top = lists.zero + MAX_GAIN
+    if MAX_GAIN == 0.0 and (KIND == SCALED or (SCALES and KIND != BINARY)):
+        for tile in range(TILES):
+            top = tl.maximum(top, tl.max(gains_of(lists, tile), axis=1, keep_dims=True))
+    terms = Terms(top, one, one)
+    if SCALES and KIND != BINARY:
+        BITS: tl.constexpr = tl.int64 if one.dtype == tl.float64 else tl.int32
+        MANTISSA: tl.constexpr = 52 if one.dtype == tl.float64 else 23
+        MOST: tl.constexpr = 2046 if one.dtype == tl.float64 else 254  # exponents a and MOST - a are those of inverses
+        exponent = MOST - (term_gains(top, terms, KIND).to(BITS, bitcast=True) >> MANTISSA)
+        exponent = tl.minimum(tl.maximum(exponent, 1), MOST - 1)
+        scale = (exponent << MANTISSA).to(one.dtype, bitcast=True)
+        terms = Terms(top, scale, ((MOST - exponent) << MANTISSA).to(one.dtype, bitcast=True))
+    return terms
+
+
+@triton.jit
+def term_gains(gains, terms, KIND: tl.constexpr):
+    """What the metric makes of each gain, times ``terms.scale`` unless BINARY. Same shape as ``gains``."""
     if KIND == BINARY:
         w = tl.where(gains > 0.0, 1.0, 0.0).to(gains.dtype)
     elif KIND == GAIN:
-        w = gains
+        w = gains * terms.scale
     elif KIND == BURGES:
-        w = tl.where(gains < 0.125, _exp2_minus_1(gains), tl.exp2(gains) - 1.0)
-    else:  # (2^g - 1) / 2^top, and 2^g never formed
-        small = _exp2_minus_1(gains) * tl.exp2(-top)
-        w = tl.where(gains < 0.125, small, tl.exp2(gains - top) - tl.exp2(-top))
+        w = _exp2_minus_1(gains, terms.scale)
+    else:  # (2^g - 1) / 2^top, and no large power ever formed
+        w = _exp2_minus_1(tl.minimum(gains, 64.0), terms.scale * tl.exp2(-terms.top))
+        w = tl.where(gains < 64.0, w, tl.exp2(gains - terms.top) * terms.scale)
     return w
 
 
 @triton.jit
-def term_slopes(gains, top, KIND: tl.constexpr):
-    """Derivative of the term gain by the gain: of 2^g, ln 2 x 2^g."""
+def term_variances(variance, gains, terms, KIND: tl.constexpr):
+    """Variance of the term gains: that of the gains times the squared slope, of 2^g ln 2 x 2^g."""
+    slope = terms.scale
     if KIND == BURGES:
-        slope = LN2 * tl.exp2(gains)
-    else:
-        slope = LN2 * tl.exp2(gains - top)
-    return slope
+        slope = LN2 * tl.exp2(gains) * terms.scale
+    elif KIND == SCALED:
+        slope = LN2 * tl.exp2(gains - terms.top) * terms.scale
+    return variance * slope * slope
 
 
 @triton.jit
-def _exp2_minus_1(gains):
-    # For gains below 1/8, where the subtraction would lose digits. TERMS of the series leave less than a rounding.
-    TERMS: tl.constexpr = 11 if gains.dtype == tl.float64 else 6
-    y = tl.minimum(gains, 0.125) * LN2
-    series = tl.full(gains.shape, 1.0, gains.dtype)
+def _exp2_minus_1(x, scale):
+    """(2^x - 1) scale. A GPU's 2^x is good to 2 units in the last place, which are many once 1 is subtracted.
+
+    With x = n + f, n whole and |f| <= 1/2: 2^n (2^f - 1) + (2^n - 1), the former by its series, of which TERMS leave
+    less than a rounding. Powers of whole numbers are exact.
+    """
+    TERMS: tl.constexpr = 13 if x.dtype == tl.float64 else 7
+    whole = tl.floor(x + 0.5)
+    y = (x - whole) * LN2
+    series = tl.full(x.shape, 1.0, x.dtype)
     for i in tl.static_range(TERMS):
         series = 1.0 + y * series * (1.0 / (TERMS + 1 - i))
-    return y * series
-
-
-@triton.jit
-def largest_gain(lists, TILES: tl.constexpr):
-    """(BLOCK_N, 1) the largest gain of each list, 0 for an empty one."""
-    top = lists.zero
-    for tile in range(TILES):
-        top = tl.maximum(top, tl.max(gains_of(lists, tile), axis=1, keep_dims=True))
-    return top
+    power = tl.exp2(whole)
+    return power * ((x - whole) * scale * LN2 * series) + (power - 1.0) * scale

@@ -66,8 +66,10 @@ from flexrec.triton_kernels.ranking_logprobs_problem import (
     padded,
     product_tiles,
     rank_positions_,
+    trip_count,
     weight_grad_by_matmul,
 )
+from flexrec.triton_kernels.segment_sum import sum_by_place
 
 __all__ = [
     "INTERPRETED",
@@ -192,9 +194,8 @@ def ranking_logprobs_forward(
         ref_logits_ptr=out.ref_logits if problem.ref_logits is None else problem.ref_logits,
         ref_norm_ptr=out.ref_norm,
         temperature=temperature,
-        SKIP=problem.skips,
         BLOCK_C=triton.next_power_of_2(max(c, 1)),
-        K_TILES=ceil_div(k, tiles.k),
+        K_TILES=trip_count(k, tiles.k),
         num_warps=tiles.warps,
         **problem.pointers,
         **problem.sizes,
@@ -230,7 +231,8 @@ def ranking_logprobs_backward(
             atomics, in no fixed order. "rows": weight (P K, D) and bias (P K,) float32, entry p K + k for token
             candidates[p, k]; no atomics, nothing zeroed first, bitwise repeatable. "accumulate": added to ``into``,
             and None is returned.
-        into: for "accumulate", the (V, D) and (V,) tensors to add to; by atomics if float32, through rows else.
+        into: for "accumulate", the (V, D) and (V,) tensors to add to; by atomics if float32, else through rows, which
+            are added up by token in float32 first.
         reference, order: as given to the forward launcher.
         ragged: whether some list may be shorter than K. What ``hidden`` holds beyond is then never read, not even to be
             multiplied by 0, which rules torch.bmm out (:func:`weight_grad_by_matmul`).
@@ -244,9 +246,12 @@ def ranking_logprobs_backward(
     """
     if weight_mode not in WEIGHT_MODES:
         raise ValueError(f"weight_mode must be one of {', '.join(WEIGHT_MODES)}, got {weight_mode!r}")
-    if weight_mode == "rows" and order == "chosen" and len(hidden) > len(candidates):
-        raise ValueError("weight_mode='rows' needs order='canonical' where rankings share a list, got 'chosen'")
     wanted = weight if needs_grad[1] else None, bias if needs_grad[2] else None
+    by_rows = weight_mode == "rows" or any(x is not None and x.dtype != torch.float32 for x in into)
+    if by_rows and order == "chosen" and len(hidden) > len(candidates):
+        raise ValueError(
+            f"weight_mode={weight_mode!r} needs order='canonical' where rankings share a list, got 'chosen'"
+        )
     empty = hidden.shape[0] * hidden.shape[1] == 0
     if weight_mode == "accumulate":
         targets = _checked_into(into, wanted)
@@ -316,7 +321,7 @@ def _slopes(
             grid,
             dlogits_ptr=dlogits,
             hidden_grad_ptr=hidden_grad,
-            K_TILES=ceil_div(size, tiles.k),
+            K_TILES=trip_count(size, tiles.k),
             num_warps=tiles.warps,
             **problem.product("weight_ptr"),
             **blocks(tiles),
@@ -335,9 +340,11 @@ def _weight_grads(
     if not as_rows and (by_matmul or any(x is not None and x.dtype != torch.float32 for x in targets)):
         rows = _new_like(targets, count, zeros=False)
         _weight_grads(problem, dlogits, norm, rows, True, ragged)
+        ones, order = dlogits.new_ones(count, dtype=torch.float32), torch.arange(count, device=dlogits.device)
         for target, row in zip(targets, rows, strict=True):
-            if target is not None and row is not None:
-                target.index_add_(0, candidates.flatten(), row.to(target.dtype))
+            if target is not None and row is not None:  # a token's rows are added up before they are rounded
+                table, out = row.view(count, -1), target.view(len(target), -1)
+                sum_by_place(ones, order, table, candidates.flatten(), out, accumulate=True)
     elif by_matmul and targets[0] is not None:
         slopes = dlogits[..., : problem.sizes["K"]]  # (P, G T, K)
         grad = torch.bmm(slopes.transpose(1, 2), hidden.view(*slopes.shape[:2], width))  # (P, K, D)
@@ -356,7 +363,7 @@ def _weight_grads(
             weight_grad_ptr=targets[0],
             bias_grad_ptr=targets[1],
             ROWS=as_rows,
-            ROW_TILES=ceil_div(problem.rows, tiles.t),
+            ROW_TILES=trip_count(problem.rows, tiles.t),
             num_warps=tiles.warps,
             **problem.product("hidden_ptr"),
             **blocks(tiles),

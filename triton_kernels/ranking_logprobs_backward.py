@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flexrec.triton_kernels.launch import kernel
 from flexrec.triton_kernels.ranking_logprobs_forward import NO_REFERENCE
 from flexrec.triton_kernels.ranking_logprobs_tiles import (
     columns_of,
@@ -21,10 +22,10 @@ from flexrec.triton_kernels.ranking_logprobs_tiles import (
     steps_of,
     turns_of,
 )
-from flexrec.triton_kernels.softmax import FLOOR, IMPOSSIBLE, START, logit_slopes
+from flexrec.triton_kernels.softmax import FLOOR, START, logit_slopes, possible
 
 
-@triton.jit
+@kernel
 def ranking_logprobs_dlogits_kernel(
     hidden_ptr,  # (N, T, D); this and the next five only where logits were not kept
     weight_ptr,  # (V, D); also for the gradient of hidden
@@ -51,6 +52,7 @@ def ranking_logprobs_dlogits_kernel(
     hidden_grad_ptr,  # (N, T, D), or None: not asked for, or left to ranking_logprobs_hidden_grad_kernel
     T,
     K,
+    V,
     rows_per_problem,  # canonical: G * T; chosen: T
     sharing,  # problems that share a list: canonical 1, chosen G
     temperature,
@@ -73,7 +75,7 @@ def ranking_logprobs_dlogits_kernel(
     start = tl.program_id(1) * BLOCK_T
     steps = steps_of(problem, start, rows_per_problem, BLOCK_T)
     turns = turns_of(steps, start, T)
-    columns = columns_of(candidates_ptr, order_ptr, problem, sharing, tl.program_id(2), K, CHOSEN, BLOCK_K)
+    columns = columns_of(candidates_ptr, order_ptr, problem, sharing, tl.program_id(2), K, V, CHOSEN, BLOCK_K)
     ok = entries_ok(steps, columns)
     if logits_ptr is not None:
         logits = tl.load(entries_at(logits_ptr, steps, columns), mask=ok, other=FLOOR)
@@ -116,7 +118,7 @@ def ranking_logprobs_dlogits_kernel(
             d_ok = d < D
             weight = tl.load(
                 weight_ptr + columns.token[:, None] * D + d[None, :],
-                mask=columns.ok[:, None] & d_ok[None, :],
+                mask=columns.known[:, None] & d_ok[None, :],
                 other=0.0,
             )  # (BLOCK_K, BLOCK_D)
             hidden_grad = dot(dlogits, weight, PRECISION)  # (BLOCK_T, BLOCK_D)
@@ -127,7 +129,7 @@ def ranking_logprobs_dlogits_kernel(
             )
 
 
-@triton.jit
+@kernel
 def ranking_logprobs_hidden_grad_kernel(
     dlogits_ptr,  # (N, T, K)
     weight_ptr,  # (V, D)
@@ -135,16 +137,16 @@ def ranking_logprobs_hidden_grad_kernel(
     order_ptr,  # (N, K) int32; in the canonical order None
     hidden_grad_ptr,  # (N, T, D)
     K,
+    V,
     rows_per_problem,  # canonical: G * T; chosen: T
     sharing,  # problems that share a list: canonical 1, chosen G
     D: tl.constexpr,
     CHOSEN: tl.constexpr,
-    SKIP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    K_TILES: tl.constexpr,
+    K_TILES: tl.constexpr,  # 0: counted at run time, see RUNTIME_RANGES
 ):
     """One program: BLOCK_T steps of one problem, BLOCK_D columns of their gradient, all candidates."""
     problem = tl.program_id(0).to(tl.int64)
@@ -154,14 +156,16 @@ def ranking_logprobs_hidden_grad_kernel(
     d_ok = d < D
     grad = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     # Tiles below the triangle hold no pool. (A trip count in a variable is a tensor to the interpreter of Triton 3.6.)
-    for k_tile in range(start // BLOCK_K if SKIP else 0, K_TILES):
-        columns = columns_of(candidates_ptr, order_ptr, problem, sharing, k_tile, K, CHOSEN, BLOCK_K)
+    for k_tile in range(
+        start // BLOCK_K if CHOSEN and K_TILES == 0 else 0, tl.cdiv(K, BLOCK_K) if K_TILES == 0 else K_TILES
+    ):
+        columns = columns_of(candidates_ptr, order_ptr, problem, sharing, k_tile, K, V, CHOSEN, BLOCK_K)
         ok = entries_ok(steps, columns)
         if CHOSEN:
             ok = ok & (columns.col[None, :] >= (start + steps.row)[:, None])  # nothing is kept below
         dlogits = tl.load(entries_at(dlogits_ptr, steps, columns), mask=ok, other=0.0)  # (BLOCK_T, BLOCK_K)
         weight = tl.load(
-            weight_ptr + columns.token[:, None] * D + d[None, :], mask=columns.ok[:, None] & d_ok[None, :], other=0.0
+            weight_ptr + columns.token[:, None] * D + d[None, :], mask=columns.known[:, None] & d_ok[None, :], other=0.0
         )  # (BLOCK_K, BLOCK_D)
         grad += dot(dlogits, weight, PRECISION)
     tl.store(
@@ -172,12 +176,15 @@ def ranking_logprobs_hidden_grad_kernel(
 
 
 @triton.jit
-def triangle_tiles(BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, ROW_TILES: tl.constexpr):
-    """How many tiles of steps reach the triangle in the program's tile of columns: the first ones."""
-    return tl.minimum(ROW_TILES, tl.cdiv((tl.program_id(1) + 1) * BLOCK_K, BLOCK_T))
+def count_row_tiles(rows_per_problem, CHOSEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Tiles of steps; in the chosen order those that reach the triangle in the program's tile of columns, the first."""
+    tiles = tl.minimum(tl.cdiv(rows_per_problem, BLOCK_T), 1 << 16)  # a bound spares registers on sm_80
+    if CHOSEN:
+        tiles = tl.minimum(tiles, tl.cdiv((tl.program_id(1) + 1) * BLOCK_K, BLOCK_T))
+    return tiles
 
 
-@triton.jit
+@kernel
 def ranking_logprobs_weight_grad_kernel(
     dlogits_ptr,  # (N, T, K)
     norm_ptr,  # (N, T, 2): m and log s
@@ -187,27 +194,29 @@ def ranking_logprobs_weight_grad_kernel(
     weight_grad_ptr,  # (P K, D) if ROWS, else (V, D) to add to; None: not asked for
     bias_grad_ptr,  # (P K,) if ROWS, else (V,) to add to; None: not asked for
     K,
+    V,
     rows_per_problem,  # canonical: G * T; chosen: T
     sharing,  # problems that share a list: canonical 1, chosen G
     D: tl.constexpr,
     ROWS: tl.constexpr,
     CHOSEN: tl.constexpr,
-    SKIP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    ROW_TILES: tl.constexpr,
+    ROW_TILES: tl.constexpr,  # 0: counted at run time, see RUNTIME_RANGES
 ):
     """One program: BLOCK_K candidates of one problem, BLOCK_D columns of their gradient (the first also the bias)."""
     problem = tl.program_id(0).to(tl.int64)
-    columns = columns_of(candidates_ptr, order_ptr, problem, sharing, tl.program_id(1), K, CHOSEN, BLOCK_K)
+    columns = columns_of(candidates_ptr, order_ptr, problem, sharing, tl.program_id(1), K, V, CHOSEN, BLOCK_K)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     d_ok = d < D
     grad = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     bias_grad = tl.zeros((BLOCK_K,), tl.float32)
     # (A trip count in a variable is a tensor to the interpreter of Triton 3.6.)
-    for row_tile in range(0, triangle_tiles(BLOCK_T, BLOCK_K, ROW_TILES) if SKIP else ROW_TILES):
+    for row_tile in range(
+        0, count_row_tiles(rows_per_problem, CHOSEN, BLOCK_T, BLOCK_K) if ROW_TILES == 0 else ROW_TILES
+    ):
         start = row_tile * BLOCK_T
         steps = steps_of(problem, start, rows_per_problem, BLOCK_T)
         ok = entries_ok(steps, columns)
@@ -217,7 +226,7 @@ def ranking_logprobs_weight_grad_kernel(
         if weight_grad_ptr is not None:
             # Steps without a pool are not read: what they hold may be NaN, and 0 * NaN is not 0.
             largest = tl.load(norm_ptr + 2 * steps.first + 2 * steps.row, mask=steps.ok, other=START)
-            live = steps.ok & (largest > IMPOSSIBLE)
+            live = steps.ok & possible(largest)
             hidden = tl.load(
                 rows_at(hidden_ptr, steps, d, D), mask=live[:, None] & d_ok[None, :], other=0.0
             )  # (BLOCK_T, BLOCK_D)
@@ -225,14 +234,16 @@ def ranking_logprobs_weight_grad_kernel(
         if bias_grad_ptr is not None:
             bias_grad += tl.sum(dlogits.to(tl.float32), axis=0)
     # Their tokens are read now, so that no register holds them meanwhile.
-    columns = columns_of(candidates_ptr, order_ptr, problem, sharing, tl.program_id(1), K, CHOSEN, BLOCK_K)
-    row = columns.place if ROWS else columns.token  # (BLOCK_K,) int64
+    columns = columns_of(candidates_ptr, order_ptr, problem, sharing, tl.program_id(1), K, V, CHOSEN, BLOCK_K)
+    row, ok = columns.token, columns.known  # (BLOCK_K,)
+    if ROWS:
+        row, ok = columns.place, columns.ok
     if weight_grad_ptr is not None:
         place = weight_grad_ptr + row[:, None] * D + d[None, :]
-        add_or_store(place, grad, columns.ok[:, None] & d_ok[None, :], ROWS)
+        add_or_store(place, grad, ok[:, None] & d_ok[None, :], ROWS)
     if bias_grad_ptr is not None:  # noqa: SIM102  a constexpr and a tensor are not to be joined by `and`
         if tl.program_id(2) == 0:
-            add_or_store(bias_grad_ptr + row, bias_grad, columns.ok, ROWS)
+            add_or_store(bias_grad_ptr + row, bias_grad, ok, ROWS)
 
 
 @triton.jit

@@ -5,9 +5,9 @@ Derivation, byte counts and launchers: ranking_logprobs.py.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from flexrec.triton_kernels.launch import kernel
 from flexrec.triton_kernels.ranking_logprobs_tiles import (
     columns_of,
     entries_at,
@@ -24,7 +24,7 @@ from flexrec.triton_kernels.softmax import nothing_read, read_entries, store_res
 NO_REFERENCE, REFERENCE_HIDDEN, REFERENCE_LOGITS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-@triton.jit
+@kernel
 def rank_positions_kernel(
     ranking_ptr,  # (N, T) int64
     lengths_ptr,  # (N,) int64, or None
@@ -62,7 +62,7 @@ def rank_positions_kernel(
         next_rank += tl.sum(unranked, axis=0)
 
 
-@triton.jit
+@kernel
 def order_kernel(
     position_ptr,  # (N, K) int32
     order_ptr,  # (N, K) int32
@@ -78,7 +78,7 @@ def order_kernel(
     )  # ranks fill 0 .. length - 1 and candidates without one lie behind the length, so every entry is written once
 
 
-@triton.jit
+@kernel
 def ranking_logprobs_forward_kernel(
     hidden_ptr,  # (N, T, D)
     weight_ptr,  # (V, D)
@@ -100,6 +100,7 @@ def ranking_logprobs_forward_kernel(
     ref_norm_ptr,  # (N, T, 2), or None
     T,
     K,
+    V,
     rows_per_problem,  # canonical: G * T; chosen: T
     sharing,  # problems that share a list: canonical 1, chosen G
     temperature,
@@ -108,14 +109,13 @@ def ranking_logprobs_forward_kernel(
     C: tl.constexpr,
     REFERENCE: tl.constexpr,
     CHOSEN: tl.constexpr,
-    SKIP: tl.constexpr,
     PRECISION: tl.constexpr,
     REF_PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    K_TILES: tl.constexpr,
+    K_TILES: tl.constexpr,  # 0: counted at run time, see RUNTIME_RANGES
 ):
     """One program: BLOCK_T steps of one problem (a list, or in the chosen order a ranking), all candidates."""
     problem = tl.program_id(0).to(tl.int64)
@@ -124,8 +124,10 @@ def ranking_logprobs_forward_kernel(
     turns = turns_of(steps, start, T)
     sums = nothing_read(BLOCK_T, BLOCK_C)
     # Tiles below the triangle hold no pool. (A trip count in a variable is a tensor to the interpreter of Triton 3.6.)
-    for k_tile in range(start // BLOCK_K if SKIP else 0, K_TILES):
-        columns = columns_of(candidates_ptr, order_ptr, problem, sharing, k_tile, K, CHOSEN, BLOCK_K)
+    for k_tile in range(
+        start // BLOCK_K if CHOSEN and K_TILES == 0 else 0, tl.cdiv(K, BLOCK_K) if K_TILES == 0 else K_TILES
+    ):
+        columns = columns_of(candidates_ptr, order_ptr, problem, sharing, k_tile, K, V, CHOSEN, BLOCK_K)
         ok = entries_ok(steps, columns)
         logits = logits_tile(hidden_ptr, weight_ptr, bias_ptr, steps, columns, D, temperature, PRECISION, BLOCK_D)
         if logits_ptr is not None:

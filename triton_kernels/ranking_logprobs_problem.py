@@ -145,18 +145,12 @@ class Problem(NamedTuple):
     sizes: dict[str, int]
     constants: dict[str, object]
 
-    @property
-    def skips(self) -> bool:
-        """Whether tiles below the triangle are skipped."""
-        return self.chosen and RUNTIME_RANGES
-
     def product(self, *names: str) -> dict[str, Any]:
         """Arguments of the kernels that only multiply: pointers (those named, and the candidates), sizes, constants."""
         chosen = ("candidates_ptr", "order_ptr", *names)
         arguments: dict[str, Any] = {name: self.pointers[name] for name in chosen}
-        arguments |= {name: self.sizes[name] for name in ("K", "rows_per_problem", "sharing")}
-        arguments |= {name: self.constants[name] for name in ("D", "CHOSEN", "PRECISION")}
-        return arguments | {"SKIP": self.skips}
+        arguments |= {name: self.sizes[name] for name in ("K", "V", "rows_per_problem", "sharing")}
+        return arguments | {name: self.constants[name] for name in ("D", "CHOSEN", "PRECISION")}
 
 
 def describe(
@@ -209,7 +203,7 @@ def describe(
             "order_ptr": by_rank,
             "values_ptr": _by_column(values.transpose(1, 2), by_rank),
         },
-        sizes={"T": t, "K": k, "rows_per_problem": rows, "sharing": count // p},
+        sizes={"T": t, "K": k, "V": len(weight), "rows_per_problem": rows, "sharing": count // p},
         constants={
             "C": c,
             "D": d,
@@ -221,6 +215,11 @@ def describe(
             **blocks(tiles),
         },
     )
+
+
+def trip_count(size: int, tile: int) -> int:
+    """K_TILES or ROW_TILES: 1, without a loop, else 0: a kernel counts itself and is not compiled for each number."""
+    return 0 if RUNTIME_RANGES and size > tile else ceil_div(size, tile)
 
 
 def _reference_kind(reference: Reference | None) -> int:

@@ -49,6 +49,7 @@ class Columns(NamedTuple):
 
     Attributes:
         col, ok: (BLOCK_K,) which, and whether it holds a candidate.
+        known: (BLOCK_K,) whether its token is one of V. Of others nothing is read or written, and their logits are NaN.
         stride: entries from one row to the next: a multiple of 8, so that rows load as vectors.
         place, token: (BLOCK_K,) int64 the candidate's place in (P, K), and what stands there.
         rank: (BLOCK_K,) in the chosen order, -1 beyond the list's length; in the canonical one it differs by row.
@@ -56,6 +57,7 @@ class Columns(NamedTuple):
 
     col: Any
     ok: Any
+    known: Any
     stride: Any
     place: Any
     token: Any
@@ -74,7 +76,7 @@ def turns_of(steps, start, T):
 
 
 @triton.jit
-def columns_of(candidates_ptr, order_ptr, problem, sharing, tile, K, CHOSEN: tl.constexpr, BLOCK_K: tl.constexpr):
+def columns_of(candidates_ptr, order_ptr, problem, sharing, tile, K, V, CHOSEN: tl.constexpr, BLOCK_K: tl.constexpr):
     """In the canonical order the column is the candidate's index, in the chosen one ``order`` (N, K) says which."""
     col = tl.arange(0, BLOCK_K) + tile * BLOCK_K
     ok = col < K
@@ -83,7 +85,8 @@ def columns_of(candidates_ptr, order_ptr, problem, sharing, tile, K, CHOSEN: tl.
         code = tl.load(order_ptr + problem * K + col, mask=ok, other=-1)  # index, or -1 - index
         index, rank = tl.where(code < 0, -1 - code, code), tl.where(code < 0, -1, col)
     place = problem // sharing * K + index
-    return Columns(col, ok, row_stride(K), place, tl.load(candidates_ptr + place, mask=ok, other=0), rank)
+    token = tl.load(candidates_ptr + place, mask=ok, other=-1)
+    return Columns(col, ok, (token >= 0) & (token < V), row_stride(K), place, token, rank)
 
 
 @triton.jit
@@ -166,10 +169,12 @@ def logits_tile(
             rows_at(hidden_ptr, steps, d, D), mask=steps.ok[:, None] & d_ok[None, :], other=0.0
         )  # (BLOCK_T, BLOCK_D)
         weight = tl.load(
-            weight_ptr + (columns.token[None, :] * D + d[:, None]), mask=columns.ok[None, :] & d_ok[:, None], other=0.0
+            weight_ptr + (columns.token[None, :] * D + d[:, None]),
+            mask=columns.known[None, :] & d_ok[:, None],
+            other=0.0,
         )  # (BLOCK_D, BLOCK_K)
         logits += dot(hidden, weight, PRECISION)
     if bias_ptr is not None:
-        logits += tl.load(bias_ptr + columns.token, mask=columns.ok, other=0.0).to(tl.float32)[None, :]
-    logits = logits / temperature
+        logits += tl.load(bias_ptr + columns.token, mask=columns.known, other=0.0).to(tl.float32)[None, :]
+    logits = tl.where(columns.known[None, :], logits / temperature, float("nan"))
     return tl.where(logits < FLOOR, FLOOR, logits)  # a NaN stays

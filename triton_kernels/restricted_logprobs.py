@@ -33,13 +33,12 @@ of the gradients, and `owners`, the row of every entry, are those of segment_sum
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexrec.triton_kernels.launch import INTERPRETED, ceil_div, launch
+from flexrec.triton_kernels.launch import INTERPRETED, ceil_div, kernel, launch
 from flexrec.triton_kernels.restricted_softmax import set_softmax, set_softmax_backward
-from flexrec.triton_kernels.segment_sum import owners, scatter_add, segment_sum, tile
+from flexrec.triton_kernels.segment_sum import owners, scatter_add, segment_sum, sum_by_place, tile
 from flexrec.triton_kernels.softmax import FLOOR
 
 __all__ = [  # what the op calls, of this file and its parts
@@ -54,7 +53,7 @@ __all__ = [  # what the op calls, of this file and its parts
 ]
 
 
-@triton.jit
+@kernel
 def sampled_logits_kernel(
     hidden_ptr,  # (M, D)
     weight_ptr,  # (V, D)
@@ -64,10 +63,12 @@ def sampled_logits_kernel(
     offsets_ptr,  # (M + 1,) int64
     logits_ptr,  # (nnz,) float32
     entries,  # nnz
+    V,
+    D,
     temperature,
-    D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    D_TILES: tl.constexpr,
 ):
     """One program: the logits of BLOCK_E entries; 0 where a row has a single one, of which nothing is read."""
     entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
@@ -77,19 +78,23 @@ def sampled_logits_kernel(
     end = tl.load(offsets_ptr + row + 1, mask=ok, other=0)
     live = end - begin > 1
     token = tl.load(ids_ptr + entry, mask=live, other=0)
+    token = tl.where((token >= 0) & (token < V), token, -2)
+    token = tl.where(live, token, -1)
     products = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
-    for d_tile in range((D + BLOCK_D - 1) // BLOCK_D):
+    for d_tile in range(D_TILES):
         d = d_tile * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-        tile_ok = live[:, None] & (d < D)[None, :]
+        tile_ok = (token >= 0)[:, None] & (d < D)[None, :]
         hidden = tl.load(hidden_ptr + row[:, None] * D + d[None, :], mask=tile_ok, other=0.0)
         weight = tl.load(weight_ptr + token[:, None] * D + d[None, :], mask=tile_ok, other=0.0)
         products += hidden.to(tl.float32) * weight.to(tl.float32)
     logits = tl.sum(products, axis=1)
     if bias_ptr is not None:
-        logits += tl.load(bias_ptr + token, mask=live, other=0.0).to(tl.float32)
+        logits += tl.load(bias_ptr + token, mask=token >= 0, other=0.0).to(tl.float32)
     logits = logits / temperature
     logits = tl.where(logits < FLOOR, FLOOR, logits)  # a NaN stays
-    tl.store(logits_ptr + entry, tl.where(live, logits, 0.0), mask=ok)
+    # A token out of range shows, and nothing is read for it.
+    logits = tl.where(token >= 0, logits, tl.where(token == -1, 0.0, float("nan")))
+    tl.store(logits_ptr + entry, logits, mask=ok)
 
 
 def sampled_logits(
@@ -106,8 +111,9 @@ def sampled_logits(
     if nnz:
         block_e, block_d = tile(d)
         operands = (hidden.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous())
-        arguments = (*operands, ids, row, offsets, logits, nnz, temperature)
-        launch(sampled_logits_kernel, (ceil_div(nnz, block_e),), *arguments, D=d, BLOCK_E=block_e, BLOCK_D=block_d)
+        arguments = (*operands, ids, row, offsets, logits, nnz, len(weight), d, temperature)
+        blocks = {"BLOCK_E": block_e, "BLOCK_D": block_d, "D_TILES": ceil_div(d, block_d)}
+        launch(sampled_logits_kernel, (ceil_div(nnz, block_e),), *arguments, **blocks)
     return logits
 
 
@@ -132,9 +138,7 @@ def weight_gradient(
         total = out if out.dtype == torch.float32 else torch.zeros_like(out, dtype=torch.float32)
         scatter_add(dlogits, row, hidden.contiguous(), ids, total)
         return total if total is out else total.to(out.dtype)
-    tokens, order = ids.sort(stable=True)
-    offsets = torch.searchsorted(tokens, torch.arange(len(out) + 1, device=ids.device))
-    segment_sum(dlogits[order], row[order], hidden.contiguous(), tokens, offsets, out, accumulate=into is not None)
+    sum_by_place(dlogits, row, hidden.contiguous(), ids, out, accumulate=into is not None)
     return out
 
 

@@ -2,8 +2,9 @@
 
 Derivation and byte counts stand in restricted_logprobs.py, of which this is the middle part.
 
-A program takes ROWS rows side by side, in tiles of (ROWS, WIDTH) entries, and after that one by one its rows of more
-than LONG entries, so that a set of the whole vocabulary does not make its neighbours wait.
+Rows of up to LONG entries lie side by side in a program. Each longer one has a program of its own in a second launch,
+so that a set of the whole vocabulary keeps nobody waiting: the host knows only how many there can be, one for every
+LONG entries.
 """
 
 from __future__ import annotations
@@ -13,61 +14,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexrec.triton_kernels.launch import ceil_div, launch
+from flexrec.triton_kernels.launch import ceil_div, kernel, launch
 from flexrec.triton_kernels.softmax import FLOOR, Entries, logit_slopes, nothing_read, read_entries, store_results
 
-ROWS, WIDTH = 32, 16  # tile for rows of up to LONG entries
-LONG, LONG_WIDTH = 256, 1024  # rows beyond LONG entries are taken alone, LONG_WIDTH entries at once
+LONG = 256  # entries beyond which a row has a program of its own
+TILE, LONG_TILE = (32, 16), (1, 1024)  # rows and entries of each that a program takes at once
 FLAT = 256  # entries of one program of the backward pass
 
 
 @triton.jit
-def _softmax_of_rows(
-    row,  # (R,) int64
-    row_ok,  # (R,)
-    logits_ptr,
-    ref_logits_ptr,
-    values_ptr,
-    ids_ptr,
-    offsets_ptr,
-    targets_ptr,
-    logprobs_ptr,
-    entropy_ptr,
-    expectations_ptr,
-    kl_ptr,
-    norm_ptr,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """R rows side by side, WIDTH entries of each at once."""
-    begin = tl.load(offsets_ptr + row, mask=row_ok, other=0)  # (R,)
-    end = tl.load(offsets_ptr + row + 1, mask=row_ok, other=0)  # (R,)
-    target = begin * 0 - 1  # (R,)
-    if targets_ptr is not None:
-        target = tl.load(targets_ptr + row, mask=row_ok, other=-1)
-    longest = tl.max(end - begin, axis=0)  # ()
-    sums = nothing_read(row.shape[0], BLOCK_C)
-    start = longest * 0  # ()
-    while start < longest:
-        entry = begin[:, None] + start + tl.arange(0, WIDTH)[None, :]  # (R, WIDTH)
-        ok = entry < end[:, None]
-        logits = tl.load(logits_ptr + entry, mask=ok, other=FLOOR)
-        chosen = ok
-        if targets_ptr is not None:
-            chosen = ok & (tl.load(ids_ptr + entry, mask=ok, other=-1) == target[:, None])
-        ref_logits = logits
-        if ref_logits_ptr is not None:
-            ref_logits = tl.load(ref_logits_ptr + entry, mask=ok, other=FLOOR)
-        entries = Entries(logits, ref_logits, ok, chosen, ok, values_ptr + entry * C, 1)
-        sums = read_entries(sums, entries, C, ref_logits_ptr is not None)
-        start += WIDTH
-    store_results(
-        sums, row, row_ok, logprobs_ptr, entropy_ptr, expectations_ptr, kl_ptr, norm_ptr, norm_ptr + 2, C, 4, True
-    )
+def _owner(offsets_ptr, entry, M):
+    """The row that has an entry, the last that begins at or before it."""
+    low, high = entry * 0, entry * 0 + (M - 1)
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        begins = tl.load(offsets_ptr + middle) <= entry
+        low, high = tl.where(begins, middle, low), tl.where(begins, high, middle - 1)
+    return low
 
 
-@triton.jit
+@kernel
 def set_softmax_kernel(
     logits_ptr,  # (nnz,)
     ref_logits_ptr,  # (nnz,) or None
@@ -83,61 +49,54 @@ def set_softmax_kernel(
     M,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    TAKES_LONG: tl.constexpr,
     LONG: tl.constexpr,
-    LONG_WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    """One program: ROWS rows, those of up to LONG entries side by side and then the others one by one."""
-    local = tl.arange(0, ROWS)  # (ROWS,)
-    first = tl.program_id(0).to(tl.int64) * ROWS  # ()
-    row = first + local  # (ROWS,)
+    """One program: those of BLOCK_R rows that have up to LONG entries, BLOCK_W of each at once.
+
+    If TAKES_LONG, with BLOCK_R = 1, the longer row that begins between two multiples of LONG, if any: it is the one
+    that has the entry at the second of the two.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK_R
+    boundary = (first + 1) * LONG
+    if TAKES_LONG:
+        first = _owner(offsets_ptr, boundary, M)
+    row = first + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
     row_ok = row < M
     begin = tl.load(offsets_ptr + row, mask=row_ok, other=0)
-    long = tl.load(offsets_ptr + row + 1, mask=row_ok, other=0) - begin > LONG
-    _softmax_of_rows(
-        row,
-        row_ok & (long == 0),
-        logits_ptr,
-        ref_logits_ptr,
-        values_ptr,
-        ids_ptr,
-        offsets_ptr,
-        targets_ptr,
-        logprobs_ptr,
-        entropy_ptr,
-        expectations_ptr,
-        kl_ptr,
-        norm_ptr,
-        C,
-        BLOCK_C,
-        WIDTH,
+    size = tl.load(offsets_ptr + row + 1, mask=row_ok, other=0) - begin
+    if TAKES_LONG:
+        row_ok = row_ok & (size > LONG) & (begin >= boundary - LONG) & (begin < boundary)
+    else:
+        row_ok = row_ok & (size <= LONG)
+    size = tl.where(row_ok, size, 0)
+    target = begin * 0 - 1
+    if targets_ptr is not None:
+        target = tl.load(targets_ptr + row, mask=row_ok, other=-1)
+    longest = tl.max(size, axis=0)
+    sums = nothing_read(BLOCK_R, BLOCK_C)
+    start = longest * 0
+    while start < longest:
+        place = start + tl.arange(0, BLOCK_W)[None, :]  # (1, BLOCK_W)
+        entry, ok = begin[:, None] + place, place < size[:, None]  # (BLOCK_R, BLOCK_W)
+        logits = tl.load(logits_ptr + entry, mask=ok, other=FLOOR)
+        chosen = ok
+        if targets_ptr is not None:
+            chosen = ok & (tl.load(ids_ptr + entry, mask=ok, other=-1) == target[:, None])
+        ref_logits = logits
+        if ref_logits_ptr is not None:
+            ref_logits = tl.load(ref_logits_ptr + entry, mask=ok, other=FLOOR)
+        entries = Entries(logits, ref_logits, ok, chosen, ok, values_ptr + entry * C, 1)
+        sums = read_entries(sums, entries, C, ref_logits_ptr is not None)
+        start += BLOCK_W
+    store_results(
+        sums, row, row_ok, logprobs_ptr, entropy_ptr, expectations_ptr, kl_ptr, norm_ptr, norm_ptr + 2, C, 4, True
     )
-    one = tl.arange(0, 1)  # (1,)
-    following = tl.min(tl.where(long, local, ROWS), axis=0)  # ()
-    while following < ROWS:
-        _softmax_of_rows(
-            first + following + one,
-            one == 0,
-            logits_ptr,
-            ref_logits_ptr,
-            values_ptr,
-            ids_ptr,
-            offsets_ptr,
-            targets_ptr,
-            logprobs_ptr,
-            entropy_ptr,
-            expectations_ptr,
-            kl_ptr,
-            norm_ptr,
-            C,
-            BLOCK_C,
-            LONG_WIDTH,
-        )
-        following = tl.min(tl.where(long & (local > following), local, ROWS), axis=0)  # ()
 
 
-@triton.jit
+@kernel
 def dlogits_kernel(
     logits_ptr,  # (nnz,)
     ref_logits_ptr,  # (nnz,) or None
@@ -220,9 +179,14 @@ def set_softmax(
     if m:
         inputs = (logits, ref_logits, values.contiguous(), ids, offsets, targets)
         sums = (None if targets is None else logprobs, entropy, expectations, None if ref_logits is None else kl, norm)
-        tiles = {"ROWS": ROWS, "WIDTH": WIDTH, "LONG": LONG, "LONG_WIDTH": LONG_WIDTH}
-        channels = {"C": c, "BLOCK_C": 1 << (max(c, 1) - 1).bit_length()}
-        launch(set_softmax_kernel, (ceil_div(m, ROWS),), *inputs, *sums, m, **channels, **tiles)
+        channels = {"C": c, "BLOCK_C": 1 << (max(c, 1) - 1).bit_length(), "LONG": LONG}
+        for programs, takes_long, (rows, width) in (
+            (ceil_div(m, TILE[0]), False, TILE),
+            ((len(logits) - 1) // LONG, True, LONG_TILE),
+        ):
+            if programs > 0:
+                tiles = {"TAKES_LONG": takes_long, "BLOCK_R": rows, "BLOCK_W": width}
+                launch(set_softmax_kernel, (programs,), *inputs, *sums, m, **channels, **tiles)
     return logprobs, entropy, expectations, kl, norm
 
 

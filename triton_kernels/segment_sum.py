@@ -24,14 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexrec.triton_kernels.launch import ceil_div, launch
+from flexrec.triton_kernels.launch import ceil_div, kernel, launch
 
 PIECE = 1024  # entries that one program of segment_sum adds up
 JOIN = 16, 256  # pieces and columns that are added up at once
 FLAT = 256  # entries of one program of owners
 
 
-@triton.jit
+@kernel
 def owners_kernel(
     offsets_ptr,  # (S + 1,) int64, ascending from 0
     owner_ptr,  # (entries,) int32
@@ -52,7 +52,7 @@ def owners_kernel(
     tl.store(owner_ptr + entry, low, mask=ok)
 
 
-@triton.jit
+@kernel
 def segment_sum_kernel(
     coefficient_ptr,  # (nnz,) float32
     index_ptr,  # (nnz,) integer
@@ -62,6 +62,7 @@ def segment_sum_kernel(
     owner_ptr,  # (pieces,) int32: segment of every piece
     out_ptr,  # (S, D)
     partial_ptr,  # (2 * number of PIECEs in nnz, D) float32
+    table_rows,
     segments,  # S
     D,
     ACCUMULATE: tl.constexpr,
@@ -90,6 +91,7 @@ def segment_sum_kernel(
             coefficient = tl.load(coefficient_ptr + entry, mask=entry < end, other=0.0)
             live = coefficient != 0.0
             index = tl.load(index_ptr + entry, mask=live, other=0).to(tl.int64)
+            live = live & (index >= 0) & (index < table_rows)
             rows = tl.load(table_ptr + index[:, None] * D + d[None, :], mask=live[:, None] & d_ok[None, :], other=0.0)
             products += coefficient[:, None] * rows.to(tl.float32)
             at += BLOCK_E
@@ -104,12 +106,13 @@ def segment_sum_kernel(
             tl.store(partial_ptr + slot * D + d, total, mask=d_ok)
 
 
-@triton.jit
+@kernel
 def segment_join_kernel(
     segment_ptr,  # (nnz,) integer: segment of every entry
     offsets_ptr,  # (S + 1,) int64
     out_ptr,  # (S, D)
     partial_ptr,  # (2 * number of PIECEs in nnz, D) float32
+    segments,  # S
     D,
     ACCUMULATE: tl.constexpr,
     PIECE: tl.constexpr,
@@ -122,8 +125,9 @@ def segment_join_kernel(
     """
     boundary = (tl.program_id(0).to(tl.int64) + 1) * PIECE
     segment = tl.load(segment_ptr + boundary).to(tl.int64)
-    begin = tl.load(offsets_ptr + segment)
-    end = tl.load(offsets_ptr + segment + 1)
+    exists = (segment >= 0) & (segment < segments)
+    begin = tl.load(offsets_ptr + segment, mask=exists, other=0)
+    end = tl.load(offsets_ptr + segment + 1, mask=exists, other=0)
     if (begin >= boundary - PIECE) & (begin < boundary) & (end - begin > PIECE):
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
         d_ok = d < D
@@ -146,7 +150,7 @@ def segment_join_kernel(
         tl.store(place, total.to(out_ptr.dtype.element_ty), mask=d_ok)
 
 
-@triton.jit
+@kernel
 def scatter_kernel(
     coefficient_ptr,  # (nnz,) float32
     index_ptr,  # (nnz,) int32
@@ -154,6 +158,7 @@ def scatter_kernel(
     place_ptr,  # (nnz,) int64
     out_ptr,  # (V, D) float32
     entries,  # nnz
+    V,
     D,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -163,9 +168,9 @@ def scatter_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
     coefficient = tl.load(coefficient_ptr + entry, mask=entry < entries, other=0.0)
     live = coefficient != 0.0
-    tile_ok = live[:, None] & (d < D)[None, :]
     index = tl.load(index_ptr + entry, mask=live, other=0).to(tl.int64)
-    place = tl.load(place_ptr + entry, mask=live, other=0)
+    place = tl.load(place_ptr + entry, mask=live, other=-1)
+    tile_ok = ((place >= 0) & (place < V))[:, None] & (d < D)[None, :]
     rows = tl.load(table_ptr + index[:, None] * D + d[None, :], mask=tile_ok, other=0.0)
     products = coefficient[:, None] * rows.to(tl.float32)
     tl.atomic_add(out_ptr + place[:, None] * D + d[None, :], products, mask=tile_ok, sem="relaxed")
@@ -197,7 +202,7 @@ def segment_sum(
         coefficient: (nnz,) float32.
         index: (nnz,) integer, the row of ``table`` (any, D) that each entry takes.
         segment: (nnz,) integer, ascending, the segment of every entry.
-        offsets: (S + 1,) int64, the entries of every segment.
+        offsets: (S + 1,) int64, the entries of every segment; others belong to none.
         out: (S, D) floating, contiguous; rows of other segments stay what they are. Sums are float32 inside.
     """
     nnz, d, num_segments = len(coefficient), table.shape[1], len(offsets) - 1
@@ -214,11 +219,25 @@ def segment_sum(
     partial = torch.empty((2 * (boundaries + 1), d), dtype=torch.float32, device=out.device) if boundaries else None
     blocks = {"ACCUMULATE": accumulate, "PIECE": PIECE, "BLOCK_E": block_e, "BLOCK_D": block_d}
     sources = (coefficient, index, table, offsets, first_piece, owners(first_piece, most))
-    launch(segment_sum_kernel, (most, ceil_div(d, block_d)), *sources, out, partial, num_segments, d, **blocks)
+    launch(
+        segment_sum_kernel, (most, ceil_div(d, block_d)), *sources, out, partial, len(table), num_segments, d, **blocks
+    )
     if boundaries:
         blocks |= {"BLOCK_E": JOIN[0], "BLOCK_D": JOIN[1]}
         grid = boundaries, ceil_div(d, JOIN[1])
-        launch(segment_join_kernel, grid, segment, offsets, out, partial, d, **blocks)
+        launch(segment_join_kernel, grid, segment, offsets, out, partial, num_segments, d, **blocks)
+
+
+def sum_by_place(
+    coefficient: Tensor, index: Tensor, table: Tensor, place: Tensor, out: Tensor, *, accumulate: bool = False
+) -> None:
+    """Write, or with ``accumulate`` add, to each row of ``out`` that some entry has for its place the entries' sum.
+
+    Shapes as of :func:`segment_sum`; place (nnz,) integer in any order. Places that ``out`` does not have are skipped.
+    """
+    place, order = place.sort(stable=True)
+    offsets = torch.searchsorted(place, torch.arange(len(out) + 1, device=place.device, dtype=place.dtype))
+    segment_sum(coefficient[order], index[order], table, place, offsets, out, accumulate=accumulate)
 
 
 def scatter_add(coefficient: Tensor, index: Tensor, table: Tensor, place: Tensor, out: Tensor) -> None:
@@ -231,7 +250,8 @@ def scatter_add(coefficient: Tensor, index: Tensor, table: Tensor, place: Tensor
         return
     block_e, block_d = tile(d)
     grid = ceil_div(nnz, block_e), ceil_div(d, block_d)
-    launch(scatter_kernel, grid, coefficient, index, table, place, out, nnz, d, BLOCK_E=block_e, BLOCK_D=block_d)
+    arguments = (coefficient, index, table, place, out, nnz, len(out), d)
+    launch(scatter_kernel, grid, *arguments, BLOCK_E=block_e, BLOCK_D=block_d)
 
 
 @lru_cache

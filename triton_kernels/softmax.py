@@ -34,6 +34,12 @@ IMPOSSIBLE = tl.constexpr(-5e19)  # a logit below this stands for -inf
 START = tl.constexpr(-2e20)  # below every logit: the maximum over nothing
 
 
+@triton.jit
+def possible(logits):
+    """Whether logits (or their maximum) stand for more than -inf; NaN does, so that it shows in all that follows."""
+    return (logits <= IMPOSSIBLE) == 0
+
+
 class Softmax(NamedTuple):
     """What is kept of the entries read so far, as derived above.
 
@@ -145,7 +151,8 @@ def store_results(
         found = (sums.chosen != START) | (total != total)
         tl.store(logprobs_ptr + row, tl.where(found, logprobs, float("nan") if MISSING_IS_NAN else 0.0), mask=row_ok)
     tl.store(entropy_ptr + row, tl.where(live, log_total - sums.weighted / total, 0.0), mask=row_ok)
-    tl.store(norm_ptr + NORM_STRIDE * row, sums.largest, mask=row_ok)
+    largest = tl.where(total != total, float("nan"), sums.largest)  # a maximum passes NaN over, slopes must not
+    tl.store(norm_ptr + NORM_STRIDE * row, largest, mask=row_ok)
     tl.store(norm_ptr + NORM_STRIDE * row + 1, log_total, mask=row_ok)
     channel = tl.arange(0, sums.expected.shape[1])[None, :]  # (1, BLOCK_C)
     tl.store(
@@ -183,7 +190,7 @@ def logit_slopes(
     """dz; exactly 0 outside, and for logits that stand for -inf."""
     largest = tl.load(norm_ptr + NORM_STRIDE * row, mask=row_ok, other=START)
     log_total = tl.load(norm_ptr + NORM_STRIDE * row + 1, mask=row_ok, other=0.0)
-    pool = entries.inside & (largest > IMPOSSIBLE) & (entries.logits > IMPOSSIBLE)
+    pool = entries.inside & possible(largest) & possible(entries.logits)
     log_probs = tl.where(pool, (entries.logits - largest) - log_total, 0.0)
     entropy = tl.load(entropy_ptr + row, mask=row_ok, other=0.0)
     slope = -tl.load(grad_entropy_ptr + row, mask=row_ok, other=0.0) * (log_probs + entropy)

@@ -93,10 +93,10 @@ def in_tile_order(x, INNER: tl.constexpr):
 
 
 @triton.jit
-def _dcg(lists, ordered, start, top, GAIN_KIND: tl.constexpr):
+def _dcg(lists, ordered, start, terms, GAIN_KIND: tl.constexpr):
     """(R, 1) discounted sum of sorted gains (R, C), given as integers, the first of them at rank ``start``."""
     k = start + tl.arange(0, ordered.shape[1])[None, :]  # (1, C)
-    w = term_gains(ordered.to(lists.zero.dtype, bitcast=True), top, GAIN_KIND)  # (R, C)
+    w = term_gains(ordered.to(lists.zero.dtype, bitcast=True), terms, GAIN_KIND)  # (R, C)
     return tl.sum(w * tl.load(lists.discounts_ptr + k, mask=k < lists.size, other=0.0), axis=1, keep_dims=True)
 
 
@@ -153,7 +153,7 @@ def _merge_tiles(lists, scratch_ptr, LEVELS: tl.constexpr, BITS: tl.constexpr, T
 
 @triton.jit
 def _ideal(
-    lists, scratch_ptr, sorted_discounts_ptr, top, GAIN_KIND: tl.constexpr, TOP: tl.constexpr, TILES: tl.constexpr
+    lists, scratch_ptr, sorted_discounts_ptr, terms, GAIN_KIND: tl.constexpr, TOP: tl.constexpr, TILES: tl.constexpr
 ):
     """(BLOCK_N, 1) the value of the best order. Needs ``scratch`` (N, size) where TOP > BLOCK_K."""
     INNER: tl.constexpr = lists.first_ranks.shape[2]
@@ -164,7 +164,7 @@ def _ideal(
         x = in_tile_order(_sort(load_to_sort(lists, 0), BITS), INNER).to(lists.zero.dtype, bitcast=True)
         # The table has a value for every position of the tile.
         d = load_tile(lists, sorted_discounts_ptr, 0, 0, tl.zeros_like(lists.length) + BLOCK_K)  # (BLOCK_N, BLOCK_K)
-        ideal = tl.sum(term_gains(x, top, GAIN_KIND) * d, axis=1, keep_dims=True)
+        ideal = tl.sum(term_gains(x, terms, GAIN_KIND) * d, axis=1, keep_dims=True)
     elif TOP <= BLOCK_K:
         TOP_BITS: tl.constexpr = log2(TOP)
         best = tl.zeros([lists.row.shape[0], TOP], dtype=INTEGER)  # (BLOCK_N, TOP)
@@ -173,7 +173,7 @@ def _ideal(
             if TILES > 1:
                 x = _merge(tl.maximum(best, _mirror(x, TOP_BITS)), TOP_BITS)
             best = x
-        ideal = _dcg(lists, best, 0, top, GAIN_KIND)
+        ideal = _dcg(lists, best, 0, terms, GAIN_KIND)
     else:
         column = tl.arange(0, BLOCK_K)[None, :]  # (1, BLOCK_K)
         for tile in range(TILES):
@@ -184,7 +184,7 @@ def _ideal(
         ideal = lists.zero
         for tile in range(TILES):
             x = _load_scratch(lists, scratch_ptr, tile * BLOCK_K + column).to(INTEGER, bitcast=True)
-            ideal += _dcg(lists, _merge(x, BITS), tile * BLOCK_K, top, GAIN_KIND)
+            ideal += _dcg(lists, _merge(x, BITS), tile * BLOCK_K, terms, GAIN_KIND)
         tl.debug_barrier()  # scratch is the caller's again
     return ideal
 
@@ -195,23 +195,26 @@ def inverse_norm(
     scratch_ptr,
     sorted_discounts_ptr,
     cutoff,
-    top,
+    terms,
     GAIN_KIND: tl.constexpr,
     NORMALISER: tl.constexpr,
     TOP: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """(BLOCK_N, 1) 1 / normaliser of each list, 0 where that is 0."""
+    """(BLOCK_N, 1) 1 / normaliser of each list, 0 where that is 0, for sums of scaled term gains."""
     norm = lists.zero + 1.0
     if NORMALISER == IDEAL:
-        norm = _ideal(lists, scratch_ptr, sorted_discounts_ptr, top, GAIN_KIND, TOP, TILES)
+        norm = _ideal(lists, scratch_ptr, sorted_discounts_ptr, terms, GAIN_KIND, TOP, TILES)
     elif NORMALISER == RELEVANT:
         norm = lists.zero
         for tile in range(TILES):
-            norm += tl.sum(term_gains(gains_of(lists, tile), top, GAIN_KIND), axis=1, keep_dims=True)
+            norm += tl.sum(term_gains(gains_of(lists, tile), terms, GAIN_KIND), axis=1, keep_dims=True)
     elif NORMALISER == CUTOFF:
         if cutoff > 0:
             norm = norm * cutoff
         else:
             norm = norm * lists.length.to(norm.dtype)
-    return tl.where(norm > 0.0, 1.0 / tl.where(norm > 0.0, norm, 1.0), 0.0)
+    inverse = tl.where(norm > 0.0, 1.0 / tl.where(norm > 0.0, norm, 1.0), 0.0)
+    if NORMALISER != IDEAL and NORMALISER != RELEVANT:  # which are scaled themselves
+        inverse = inverse * terms.unscale
+    return inverse

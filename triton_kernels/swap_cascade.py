@@ -37,12 +37,12 @@ from flexrec.triton_kernels.lists import (
     discounts_of,
     gains_of,
     is_one_of,
-    largest_gain,
     load_item,
     load_tile,
     ranks_of,
     store_tile,
     term_gains,
+    terms_of,
 )
 from flexrec.triton_kernels.scans import Maps, compose, products_before, sums_behind, sums_beyond
 
@@ -75,11 +75,11 @@ class Earlier(NamedTuple):
 
 
 @triton.jit
-def _load(lists, tile, top, first):
+def _load(lists, tile, terms, first):
     """The ``Tile``; ``first`` (BLOCK_N, 1) is theta at the first rank."""
     k = ranks_of(lists, tile)
     inside = k < lists.length
-    theta = tl.where(inside, term_gains(gains_of(lists, tile), top, SCALED), 0.0)
+    theta = tl.where(inside, term_gains(gains_of(lists, tile), terms, SCALED), 0.0)
     return Tile(theta, tl.where(inside, theta - first, 0.0), discounts_of(lists, tile), k)
 
 
@@ -136,24 +136,21 @@ def _before(found, earlier, CREDIT: tl.constexpr):
 def swap_cascade(lists, rewards_ptr, CREDIT: tl.constexpr, MAX_GAIN: tl.constexpr, TILES: tl.constexpr):
     """Rewards of the lists of a program; MAX_GAIN 0: the list's own."""
     zero = lists.zero
-    if MAX_GAIN > 0:
-        top = zero + MAX_GAIN
-    else:
-        top = largest_gain(lists, TILES)
+    terms = terms_of(lists, SCALED, MAX_GAIN, False, TILES)
     start = tl.zeros(lists.row.shape, dtype=tl.int32)
-    first = term_gains(load_item(lists, lists.gains_ptr, lists.stride, start, lists.length), top, SCALED)
+    first = term_gains(load_item(lists, lists.gains_ptr, lists.stride, start, lists.length), terms, SCALED)
 
     later = Later(zero, zero, zero)
     if TILES > 1:
         for i in range(TILES):
             tile = TILES - 1 - i
-            behind, later = _behind(lists, _load(lists, tile, top, first), later, CREDIT)
+            behind, later = _behind(lists, _load(lists, tile, terms, first), later, CREDIT)
             store_tile(lists, rewards_ptr, behind, tile)
         tl.debug_barrier()
 
     earlier = Earlier(zero + 1.0, zero, zero, zero, zero)
     for tile in range(TILES):
-        found = _load(lists, tile, top, first)
+        found = _load(lists, tile, terms, first)
         if TILES > 1:
             behind = load_tile(lists, rewards_ptr, lists.size, tile, lists.length)
         else:

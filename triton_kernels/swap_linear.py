@@ -32,23 +32,21 @@ import triton
 import triton.language as tl
 
 from flexrec.triton_kernels.lists import (
-    BURGES,
     INDEPENDENT,
     NONCAUSAL,
     RANK,
-    SCALED,
     SEQUENCE,
     SWAP,
     discounts_of,
     gains_of,
     is_one_of,
-    largest_gain,
     load_item,
     load_tile,
     ranks_of,
     store_tile,
     term_gains,
-    term_slopes,
+    term_variances,
+    terms_of,
 )
 from flexrec.triton_kernels.scans import sums_behind, two_sums_behind
 from flexrec.triton_kernels.sort import inverse_norm
@@ -74,11 +72,11 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def _load(lists, variance_ptr, variance_stride, table_ptr, tile, top, last_w, last_d, GAIN_KIND: tl.constexpr):
+def _load(lists, variance_ptr, variance_stride, table_ptr, tile, terms, last_w, last_d, GAIN_KIND: tl.constexpr):
     """The ``Tile``; ``last_w`` and ``last_d`` (BLOCK_N, 1) are the centres of x and e, whose centre is in ``table``."""
     inside = ranks_of(lists, tile) < lists.length  # (BLOCK_N or 1, BLOCK_K)
     gains = gains_of(lists, tile)
-    x = tl.where(inside, term_gains(gains, top, GAIN_KIND) - last_w, 0.0)
+    x = tl.where(inside, term_gains(gains, terms, GAIN_KIND) - last_w, 0.0)
     if table_ptr is None:
         d = discounts_of(lists, tile)
     else:
@@ -87,9 +85,7 @@ def _load(lists, variance_ptr, variance_stride, table_ptr, tile, top, last_w, la
     v = tl.zeros_like(gains)
     if variance_ptr is not None:
         v = load_tile(lists, variance_ptr, variance_stride, tile, lists.length)
-        if is_one_of(GAIN_KIND, BURGES, SCALED):
-            slope = term_slopes(gains, top, GAIN_KIND)
-            v = v * slope * slope
+        v = term_variances(v, gains, terms, GAIN_KIND)
     return Tile(x, e, v)
 
 
@@ -134,27 +130,25 @@ def swap_linear(
 ):
     """Rewards of the lists of a program, and their variance where that of the gains is given."""
     zero, length = lists.zero, lists.length
-    top = zero
-    if GAIN_KIND == SCALED:
-        top = largest_gain(lists, TILES)
-    inverse = inverse_norm(lists, rewards_ptr, sorted_discounts_ptr, cutoff, top, GAIN_KIND, NORMALISER, TOP, TILES)
+    terms = terms_of(lists, GAIN_KIND, 0.0, True, TILES)
+    inverse = inverse_norm(lists, rewards_ptr, sorted_discounts_ptr, cutoff, terms, GAIN_KIND, NORMALISER, TOP, TILES)
 
     last_w, last_d = zero, zero
     if is_one_of(CREDIT, SWAP, NONCAUSAL):
-        last_w = term_gains(load_item(lists, lists.gains_ptr, lists.stride, length - 1, length), top, GAIN_KIND)
+        last_w = term_gains(load_item(lists, lists.gains_ptr, lists.stride, length - 1, length), terms, GAIN_KIND)
         if table_ptr is None:
             last_d = load_item(lists, lists.discounts_ptr, 0, length - 1, lists.shown)
 
     sums = Sums(zero, zero, zero, zero, zero, zero)
     if is_one_of(CREDIT, NONCAUSAL, SEQUENCE):  # the pool is the list: its totals first
         for tile in range(TILES):
-            found = _load(lists, variance_ptr, variance_stride, table_ptr, tile, top, last_w, last_d, GAIN_KIND)
+            found = _load(lists, variance_ptr, variance_stride, table_ptr, tile, terms, last_w, last_d, GAIN_KIND)
             sums = _with(sums, found)
 
     for i in range(TILES):
         tile = TILES - 1 - i
         k = ranks_of(lists, tile)
-        found = _load(lists, variance_ptr, variance_stride, table_ptr, tile, top, last_w, last_d, GAIN_KIND)
+        found = _load(lists, variance_ptr, variance_stride, table_ptr, tile, terms, last_w, last_d, GAIN_KIND)
         x, e, v = found.x, found.e, found.v
         is_ranked = k < lists.shown  # (BLOCK_N or 1, BLOCK_K)
         pool_x, pool_ex = _two_sums(x, e * x, sums.x, sums.ex, CREDIT)  # (BLOCK_N, BLOCK_K or 1), as all of the pool
@@ -192,7 +186,7 @@ def swap_linear(
                 spread = e * e * v
             else:
                 spread = pool_eev + tl.zeros_like(x)
-            spread = tl.where(is_ranked, spread * (inverse * inverse), 0.0)
+            spread = tl.where(is_ranked, spread * inverse * inverse, 0.0)
             store_tile(lists, spread_ptr, spread, tile)
         if TILES > 1 and is_one_of(CREDIT, SWAP, RANK):  # carried to the tile before
             sums = _with(sums, found)

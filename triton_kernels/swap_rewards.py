@@ -8,11 +8,10 @@ metric and K.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from flexrec.metrics import Metric
-from flexrec.triton_kernels.launch import launch
+from flexrec.triton_kernels.launch import kernel, launch
 from flexrec.triton_kernels.lists import (
     AVERAGE_PRECISION,
     CREDITS,
@@ -31,7 +30,7 @@ from flexrec.triton_kernels.swap_relevance import swap_average_precision, swap_f
 MAX_SIZE = 16384  # longest list: beyond, more tiles would have to be compiled
 
 
-@triton.jit
+@kernel
 def swap_rewards_kernel(
     gains_ptr,  # (N, K)
     rewards_ptr,  # (N, K) written

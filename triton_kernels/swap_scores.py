@@ -20,24 +20,23 @@ import triton
 import triton.language as tl
 
 from flexrec.metrics import Metric
-from flexrec.triton_kernels.launch import ceil_div, launch
+from flexrec.triton_kernels.launch import ceil_div, kernel, launch
 from flexrec.triton_kernels.lists import (
     AVERAGE_PRECISION,
     CASCADE,
     FIRST,
     LINEAR,
     NUM_WARPS,
-    SCALED,
     call_on,
     discounts_of,
     discounts_on,
     gains_of,
     is_one_of,
-    largest_gain,
     lists_of_program,
     ranks_of,
     store_tile,
     term_gains,
+    terms_of,
 )
 from flexrec.triton_kernels.scans import products_before, sums_behind, sums_beyond
 from flexrec.triton_kernels.sort import inverse_norm
@@ -45,7 +44,7 @@ from flexrec.triton_kernels.sort import inverse_norm
 BLOCK_R = 32  # rows k of a program
 
 
-@triton.jit
+@kernel
 def swap_states_kernel(
     gains_ptr,  # (N, K)
     states_ptr,  # (N, K) written
@@ -74,15 +73,13 @@ def swap_states_kernel(
         gains_ptr, discounts_ptr, lengths_ptr, num_ranked_ptr, rows, size, stride, max_ranked, QUADS, BLOCK_N, BLOCK_K
     )
     zero = lists.zero
-    top = zero + MAX_GAIN
-    if GAIN_KIND == SCALED and MAX_GAIN == 0.0:
-        top = largest_gain(lists, TILES)
-    inverse = inverse_norm(lists, states_ptr, sorted_discounts_ptr, cutoff, top, GAIN_KIND, NORMALISER, TOP, TILES)
+    terms = terms_of(lists, GAIN_KIND, MAX_GAIN, FORM == LINEAR, TILES)
+    inverse = inverse_norm(lists, states_ptr, sorted_discounts_ptr, cutoff, terms, GAIN_KIND, NORMALISER, TOP, TILES)
 
     count = zero  # (BLOCK_N, 1), relevant items
     if is_one_of(FORM, FIRST, AVERAGE_PRECISION):
         for tile in range(TILES):
-            count += tl.sum(term_gains(gains_of(lists, tile), top, GAIN_KIND), axis=1, keep_dims=True)
+            count += tl.sum(term_gains(gains_of(lists, tile), terms, GAIN_KIND), axis=1, keep_dims=True)
     later, hits_later, d_first, d_second = zero, zero, zero, zero  # (BLOCK_N, 1)
     reach = zero + 1.0
     for i in range(TILES):
@@ -91,7 +88,7 @@ def swap_states_kernel(
         else:
             tile = TILES - 1 - i
         inside = ranks_of(lists, tile) < lists.length
-        w = tl.where(inside, term_gains(gains_of(lists, tile), top, GAIN_KIND), 0.0)  # (BLOCK_N, BLOCK_K)
+        w = tl.where(inside, term_gains(gains_of(lists, tile), terms, GAIN_KIND), 0.0)  # (BLOCK_N, BLOCK_K)
         store_tile(lists, terms_ptr, w, tile)
         if FORM == CASCADE:
             before, row_product = products_before(1.0 - w)
@@ -130,7 +127,7 @@ def _scores(w_k, w_j, d_k, d_j, a_k, a_j, between, passing, d_first, d_second, F
     return s
 
 
-@triton.jit
+@kernel
 def swap_scores_kernel(
     terms_ptr,  # (N, K)
     states_ptr,  # (N, K)

@@ -293,6 +293,49 @@ def test_few_lists_of_many_steps_take_a_library_product(device, monkeypatch):
     assert len(calls) == 2
 
 
+def test_a_token_of_many_lists_is_added_up_before_it_is_rounded(device):
+    """Each list adds less than bfloat16 can tell from 1; all of them together are seen."""
+    x = make(60, 1, 1, 2, 8, 3, device=device)
+    x.candidates[:], x.position[:] = torch.tensor([0, 2], device=device), torch.tensor([0, 1], device=device)
+    out = ranking_logprobs_forward(*x.inputs)
+    upstream = 1e-3 * torch.ones_like(out.logprobs), *(torch.zeros_like(y) for y in results(out)[1:])
+    x.hidden[:] = 1.0
+    arguments = upstream, out.saved, *x.inputs, [False, True, True]
+    _, rows, bias_rows = ranking_logprobs_backward(*arguments, weight_mode="rows")
+    into = torch.ones(3, 8, dtype=torch.bfloat16, device=device), torch.ones(3, dtype=torch.bfloat16, device=device)
+    ranking_logprobs_backward(*arguments, weight_mode="accumulate", into=into)
+    for found, each in zip(into, (rows, bias_rows), strict=True):
+        total = torch.zeros(found.shape, device=device).index_add_(0, x.candidates.flatten(), each)
+        assert (each.abs() < 2**-9).all()
+        assert total.abs().max() > 3 * 2**-7
+        assert (found.float() - (1 + total)).abs().max() <= 2**-7  # one rounding, which the interpreter cuts off
+
+
+@pytest.mark.parametrize("order", ["canonical", "chosen"])
+@pytest.mark.parametrize("mode", ["dense", "accumulate", "rows"])
+def test_tokens_out_of_range_are_neither_read_nor_written(mode, order, device):
+    """Where value checks are off: NaN for steps that may choose them, and what lies beside the buffers stays."""
+    x = make(2, 1, 3, 5, 8, 20, device=device)
+    whole = torch.zeros(24, 8, device=device), torch.zeros(24, device=device)  # two rows too many on either side
+    x.candidates[0, 0], x.candidates[0, 4] = -1, 20
+    x.position[0] = torch.tensor([0, 2, 3, 4, 1])
+    out = ranking_logprobs_forward(*x.inputs, order=order)
+    assert out.logprobs.isnan().tolist() == [[True, True, False], [False] * 3]
+    grads = ranking_logprobs_backward(
+        upstream_of(results(out)),
+        out.saved,
+        *x.inputs,
+        [True] * 3,
+        weight_mode=mode,
+        into=tuple(y[2:22] for y in whole) if mode == "accumulate" else (None, None),
+        order=order,
+    )
+    assert grads[0].isnan().all(-1).tolist() == out.logprobs.isnan().tolist()
+    for y in whole:
+        assert (y[[0, 1, 22, 23]] == 0).all()
+        assert (mode == "accumulate") == bool(y.any())
+
+
 @pytest.mark.parametrize("size", [20, 70])
 def test_only_what_is_asked_for_is_computed(size, device, monkeypatch):
     x = make(1, 2, 6, size, 24, 30, device=device)

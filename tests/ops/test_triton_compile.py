@@ -97,40 +97,43 @@ def test_every_kernel_has_an_example():
 
 def jit_functions(path: Path) -> Iterator[ast.FunctionDef]:
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+        decorators = [ast.unparse(d) for d in getattr(node, "decorator_list", [])]
+        if isinstance(node, ast.FunctionDef) and {"triton.jit", "kernel"} & set(decorators):
             yield node
 
 
 def test_examples_are_told_apart_by_their_labels(monkeypatch):
-    def example(size):
-        return lambda: segment_sum.owners(torch.zeros(size, dtype=torch.int64), 3)
+    def example(first, size):
+        offsets = torch.zeros(40, dtype=torch.int64)
+        return lambda: segment_sum.owners(offsets[first : first + size], 3)
 
-    monkeypatch.setattr(aot, "examples", lambda: [("same", example(5)), ("same", example(6)), ("other", example(17))])
+    # Lengths make no difference to a kernel, but whether a pointer is a multiple of 16 bytes does.
+    monkeypatch.setattr(
+        aot, "examples", lambda: [("same", example(0, 5)), ("same", example(0, 17)), ("other", example(1, 5))]
+    )
     names = [variant.name for variant in aot.variants.__wrapped__()]
-    assert names == ["owners same 256", "owners other 256"]  # 5 and 6 make no difference to a kernel, 16 and 5 do
-    monkeypatch.setattr(aot, "examples", lambda: [("same", example(5)), ("same", example(17))])
+    assert names == ["owners same 256", "owners other 256"]
+    monkeypatch.setattr(aot, "examples", lambda: [("same", example(0, 5)), ("same", example(1, 5))])
     with pytest.raises(ValueError, match=r"need different names, .* got twice \['owners same 256'"):
         aot.variants.__wrapped__()
 
 
-def test_a_record_says_what_triton_makes_of_arguments(monkeypatch):
-    offsets = torch.zeros(40, dtype=torch.int64)
+def test_a_record_says_what_triton_makes_of_arguments():
+    table = torch.zeros(3, 33, dtype=torch.bfloat16)
+    entries = [torch.zeros(16, dtype=dtype) for dtype in (torch.float32, torch.int32, torch.int64)]
+    out = torch.zeros(9, 33)
     with launch.recorded() as launches:
-        owner = segment_sum.owners(offsets[1:], 32)
-        segment_sum.owners(offsets[:2], 3)
-    assert owner.shape == (32,)
-    assert [found.kernel for found in launches] == [segment_sum.owners_kernel] * 2
-    assert launches[0].types == {
-        "offsets_ptr": "*i64",
-        "owner_ptr": "*i32:16",
-        "entries": "i32:16",
-        "segments": "i32",
-    }
-    assert launches[0].constants == {"BLOCK": 256}
-    assert launches[1].types == {"offsets_ptr": "*i64:16", "owner_ptr": "*i32:16", "entries": "i32"}
-    assert launches[1].constants == {"segments": 1, "BLOCK": 256}
+        for width in (32, 1, 33):
+            segment_sum.scatter_add(*entries[:2], table[1:, :width], entries[2], out[:, :width])
+    assert not out.any()
+    assert [found.kernel for found in launches] == [segment_sum.scatter_kernel] * 3
+    pointers = {"coefficient_ptr": "*fp32:16", "index_ptr": "*i32:16", "place_ptr": "*i64:16", "out_ptr": "*fp32:16"}
+    for found, width in zip(launches, ({"D": "i32:16"}, {}, {"D": "i32"}), strict=True):
+        sizes = {"entries": "i32", "V": "i32"}  # the former is 16, and no kernel is compiled for that
+        assert found.types == {**pointers, "table_ptr": "*bf16", **sizes, **width}
+    assert launches[1].constants["D"] == 1
     with launch.recorded(), pytest.raises(TypeError, match=r"owners_kernel takes .*'segments'.* got .*'nothing'"):
-        launch.launch(segment_sum.owners_kernel, (1,), offsets, nothing=1)
+        launch.launch(segment_sum.owners_kernel, (1,), table, nothing=1)
 
 
 PROBES = """

@@ -128,6 +128,43 @@ def test_ranking_logprobs(launches, dtype, group, device):
     check(launches)
 
 
+def compiled_by(launches: list[Launch]) -> int:
+    """How many kernels Triton would compile."""
+    return len({repr(found) for found in launches})
+
+
+@pytest.mark.parametrize("weight_grad", ["dense", "rows"])
+def test_ragged_batches_compile_no_kernel_anew(launches, weight_grad, device):
+    """Every size of a batch differs, the model does not: what is compiled depends on the tiles alone, which are few."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_size, vocabulary, counts = 256, 3000, []
+    weight, bias = operand(vocabulary, hidden_size, dtype=torch.bfloat16, device=device), torch.zeros(vocabulary)
+    for batch in range(75):
+        draw = [int(torch.randint(1, most, (), generator=generator)) for most in (4, 9, 60, 300, 2000)]
+        lists, group, steps, size, entries = draw
+        steps = min(steps, size)
+        state = operand(lists * group, steps, hidden_size, dtype=torch.bfloat16, device=device)
+        candidates = torch.arange(size, device=device).expand(lists, size)
+        ranking = torch.arange(steps, device=device).expand(lists * group, steps)
+        options = {"bias": bias, "backend": "triton", "weight_grad": weight_grad}
+        ranked = ranking_logprobs(state, weight, candidates, ranking, **options)
+        cuts = torch.randint(0, entries, (steps - 1,), generator=generator).sort().values + torch.arange(steps - 1)
+        offsets = torch.cat([torch.tensor([0]), cuts, torch.tensor([entries + steps])]).unique().to(device)
+        ids = torch.cat([torch.arange(end - begin, device=device) for begin, end in offsets.unfold(0, 2, 1).tolist()])
+        rows = operand(len(offsets) - 1, hidden_size, dtype=torch.bfloat16, device=device)
+        restricted = restricted_logprobs(rows, weight, ids, offsets, ids[offsets[:-1]], **options)
+        (ranked.logprobs.sum() + ranked.entropy.sum() + restricted.logprobs.sum()).backward()
+        gains, lengths = torch.rand(lists * group, size, device=device), torch.full((lists * group,), size)
+        for metric in ("ndcg@10", "err"):
+            swap_rewards(gains, metric, lengths=lengths.to(device), backend="triton")
+            swap_rewards(gains, metric, num_ranked=steps, backend="triton")
+        if batch in (44, 74):
+            counts.append(compiled_by(launches))
+    assert len(launches) > 1000
+    assert counts[0] == counts[1]
+    assert counts[1] <= 64
+
+
 class OnSecondGpu(torch.Tensor):
     """A tensor that says it is on a GPU."""
 
