@@ -52,7 +52,7 @@ class Resources:
 
 
 class Variant(NamedTuple):
-    """What is compiled: the file of the kernel, a unique name ("swap_linear ndcg swap fp32 16x128"), and the launch."""
+    """What is compiled: the kernel's file, a unique name ("swap_rewards ndcg swap fp32 16x128"), and the launch."""
 
     module: str
     name: str
@@ -65,7 +65,7 @@ class Row:
 
     module: str
     variant: str
-    launch: str
+    num_warps: int
     target: str
     resources: Resources
     seconds: float
@@ -113,8 +113,6 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         {(names.index(name),): [["tt.divisibility", 16]] for name, kind in launch.types.items() if ":16" in kind},
     )
     options = {"num_warps": launch.num_warps, "enable_fp_fusion": FP_FUSION}
-    if launch.num_stages is not None:
-        options["num_stages"] = launch.num_stages
     cuda = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
     compiled = triton.compile(source, target=gpu, options=options)
@@ -180,8 +178,7 @@ def _compile_numbered(task: tuple[int, str]) -> Row:
         resources = compile_launch(launch, target)
     except Exception as error:
         raise RuntimeError(f"{name} does not compile for {target}: {error}") from error
-    options = f"{launch.num_warps} x {launch.num_stages or 'default'}"
-    return Row(module, name, options, target, resources, time.perf_counter() - start)
+    return Row(module, name, launch.num_warps, target, resources, time.perf_counter() - start)
 
 
 def compile_all(matching: str = "", processes: int | None = None) -> Iterator[Row]:
@@ -197,9 +194,9 @@ def compile_all(matching: str = "", processes: int | None = None) -> Iterator[Ro
 
 def table(rows: Iterable[Row], triton_version: str) -> str:
     """Markdown: one table per kernel file, one line per variant, one column per target."""
-    cells: dict[str, dict[tuple[str, str], dict[str, Resources]]] = {}
+    cells: dict[str, dict[tuple[str, int], dict[str, Resources]]] = {}
     for row in rows:
-        cells.setdefault(row.module, {}).setdefault((row.variant, row.launch), {})[row.target] = row.resources
+        cells.setdefault(row.module, {}).setdefault((row.variant, row.num_warps), {})[row.target] = row.resources
     lines = [
         "# What the Triton kernels take of a GPU",
         "",
@@ -210,9 +207,9 @@ def table(rows: Iterable[Row], triton_version: str) -> str:
         "instruction. `+n` beside AMD's registers: n scalar registers are kept in lanes of vector registers.",
     ]
     for module, variants in cells.items():
-        lines += ["", f"## {module}", "", f"| kernel | warps x stages | {' | '.join(TARGETS)} |", "|---" * 5 + "|"]
-        for (name, launch), found in variants.items():
-            lines.append(f"| {name} | {launch} | {' | '.join(_cell(found[target]) for target in TARGETS)} |")
+        lines += ["", f"## {module}", "", f"| kernel | warps | {' | '.join(TARGETS)} |", "|---" * 5 + "|"]
+        for (name, warps), found in variants.items():
+            lines.append(f"| {name} | {warps} | {' | '.join(_cell(found[target]) for target in TARGETS)} |")
     return "\n".join(lines) + "\n"
 
 

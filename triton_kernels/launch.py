@@ -37,14 +37,13 @@ class Launch:
         types: Triton type of each argument that is not constant, in order: "*bf16", "i32", "fp32"; with ":16" behind it
             a pointer that is aligned to 16 bytes or a multiple of 16, of which Triton makes something.
         constants: the others: constexprs, None, and the number 1 (but for ``SIZES``).
-        num_warps, num_stages: launch options; without stages the target's own default.
+        num_warps: of a program. Stages of pipelines are left to the target.
     """
 
     kernel: Any
     types: dict[str, str]
     constants: dict[str, object]
     num_warps: int
-    num_stages: int | None
 
 
 _record: list[Launch] | None = None
@@ -55,32 +54,20 @@ def kernel(function: Callable[..., Any]) -> Any:
     return triton.jit(function, do_not_specialize=SIZES)
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    *arguments: object,
-    num_warps: int = 4,
-    num_stages: int | None = None,
-    **named: object,
-) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, num_warps: int = 4, **named: object) -> None:
     """Run a kernel on the GPU of its first tensor, or note it where a record is being made.
 
     Args:
         kernel: the ``@triton.jit`` function.
         grid: programs along each axis.
         arguments, named: its arguments, in order and by name. At least one is a tensor, and all tensors are on one GPU.
-        num_warps, num_stages: Triton's launch options.
+        num_warps: of a program.
     """
     if _record is not None:
-        _record.append(
-            _noted(kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | named, num_warps, num_stages)
-        )
+        _record.append(_noted(kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | named, num_warps))
         return
-    options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": FP_FUSION}
-    if num_stages is not None:
-        options["num_stages"] = num_stages
     with _on_gpu_of(*arguments, *named.values()):
-        kernel[grid](*arguments, **named, **options)
+        kernel[grid](*arguments, **named, num_warps=num_warps, enable_fp_fusion=FP_FUSION)
 
 
 def _on_gpu_of(*arguments: object) -> contextlib.AbstractContextManager[object]:
@@ -102,7 +89,7 @@ def recorded() -> Iterator[list[Launch]]:
         _record = before
 
 
-def _noted(kernel: Any, given: dict[str, object], num_warps: int, num_stages: int | None) -> Launch:
+def _noted(kernel: Any, given: dict[str, object], num_warps: int) -> Launch:
     """As Triton would compile it: constants are what the kernel annotates as such, None, and numbers that are 1."""
     if set(given) != set(kernel.arg_names):
         raise TypeError(f"{kernel.__name__} takes {kernel.arg_names}, got {sorted(given)}")
@@ -114,7 +101,7 @@ def _noted(kernel: Any, given: dict[str, object], num_warps: int, num_stages: in
             constants[name] = value
         else:
             types[name] = _type_of(value, name in SIZES)
-    return Launch(kernel, types, constants, num_warps, num_stages)
+    return Launch(kernel, types, constants, num_warps)
 
 
 def _type_of(value: object, is_size: bool) -> str:

@@ -156,9 +156,9 @@ def square(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 types = {"x_ptr": "*fp32:16", "y_ptr": "*fp32:16"}
 probes = {
-    "fits": Launch(scale, types, {"BLOCK": 1024}, 4, None),
-    "spills": Launch(scale, types, {"BLOCK": 131072}, 16, None),
-    "product": Launch(square, {"x_ptr": "*bf16:16", "y_ptr": "*fp32:16"}, {"BLOCK": 64}, 4, None),
+    "fits": Launch(scale, types, {"BLOCK": 1024}, 4),
+    "spills": Launch(scale, types, {"BLOCK": 131072}, 16),
+    "product": Launch(square, {"x_ptr": "*bf16:16", "y_ptr": "*fp32:16"}, {"BLOCK": 64}, 4),
 }
 found = {n: {t: dataclasses.asdict(compile_launch(p, t)) for t in TARGETS} for n, p in probes.items()}
 print(json.dumps(found))
