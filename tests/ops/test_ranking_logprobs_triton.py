@@ -109,6 +109,7 @@ def test_a_nan_shows(ranked_case, device):
     assert out.logprobs.isnan().nonzero().tolist() == [[0, 1]]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy in the interpreter
 @pytest.mark.parametrize(("where", "bad"), [("hidden", math.nan), ("hidden", math.inf), ("weight", math.nan)])
 @pytest.mark.parametrize("size", [5, 70])
 def test_what_is_no_number_shows_in_every_gradient(size, where, bad, ranked_case, weighted_sum, device):

@@ -235,6 +235,7 @@ def test_rows_without_a_choice_are_not_read(weighted_sum, device):
     assert (grads[0][[0, 2]] == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy in the interpreter
 @pytest.mark.parametrize(("where", "bad"), [("hidden", math.nan), ("hidden", math.inf), ("weight", math.nan)])
 def test_what_is_no_number_shows_in_every_gradient(where, bad, weighted_sum, device, small_tiles):
     """A guard on the norm of gradients must see it: where the log-prob of a row is NaN, so is all that it gives."""
