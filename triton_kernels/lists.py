@@ -148,7 +148,7 @@ def swap_table_on(metric: Metric, size: int, shown: int, device: torch.device, d
 def sorted_discounts_on(
     metric: Metric, size: int, block_k: int, inner: int, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """(block_k,) the same in the order in which ``sort.in_tile_order`` leaves a sorted tile; 0 beyond ``size``."""
+    """(block_k,) discounts in the order in which ``sort.in_tile_order`` leaves a sorted tile; 0 beyond ``size``."""
     table = np.zeros(block_k)
     table[:size] = _cut_discounts(metric, size)[:block_k]
     return _copied(table.reshape(inner, -1).T.reshape(-1), device, dtype)

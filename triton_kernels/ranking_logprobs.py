@@ -1,27 +1,12 @@
 """Log-probs, entropy, expectations and KL of rankings, each step over the candidates that remain: forward, backward.
 
-Derivation. Of N = P * G rankings, G share the K candidates of one list. With z_j = (h . w_j + b_j) / temperature and
-the pool {j : position[j] >= t} of step t, one pass over tiles of candidates keeps, relative to the running maximum m,
+Of N = P * G rankings, G share the K candidates of one list. With z_j = (h . w_j + b_j) / temperature, the entries of
+step t are its pool {j : position[j] >= t}; what follows from their logits, and the slopes dz_j, is derived in softmax.py.
 
-    s = sum e^(z_j - m),    u = sum e^(z_j - m) (z_j - m),    x_c = sum e^(z_j - m) v_jc;
+    dh = sum_j dz_j w_j / temperature,    dw_j = sum over the list's G T steps of dz_j h / temperature,
 
-when m grows to m', with a = e^(m - m'):  u <- a (u + s (m - m')),  s <- a s,  x <- a x.  At the end
-
-    log p_y = (z_y - m) - log s,    H = log s - u / s  (two positive terms: nothing cancels),    E_c = x_c / s.
-
-A reference q with logits r, maximum n and sum s' over the same pool adds w = sum e^(z_j - m) [(z_j - m) - (r_j - n)],
-w <- a (w + s [(m - m') - (n - n')]), and KL(p || q) = w / s + log s' - log s: exactly 0 where r = z, infinite where q
-makes impossible what p allows.
-
-Backward, with log p_j = (z_j - m) - log s from m and log s, kept apart because their sum would round:
-
-    dz_j = [g_lp (y_j - p_j) - g_H p_j (log p_j + H) + p_j sum_c g_c (v_jc - E_c)
-            + g_KL p_j (log p_j - log q_j - KL)] / temperature        (an infinite KL has no gradient)
-    dh = sum_j dz_j w_j,    dw_j = sum over the list's G T steps of dz_j h,    db_j = the same sum of dz_j.
-
-dz is rounded to the operands' dtype before the products, as torch does. (float16 ends at 6e-8: scale the loss, as with
-torch.) A logit of -inf is replaced by the finite FLOOR: probability exactly 0, no NaN from 0 * inf, uniform where
-nothing else remains; such logits pass no gradient.
+and db_j is the same sum of the dz_j. These are rounded to the operands' dtype before the products, as torch does.
+(float16 ends at 6e-8: scale the loss, as with torch.)
 
 Orders (`choose_order`). Canonical: candidates as given, the G T steps of a list are the rows of one problem, so that a
 weight row is read once per tile of steps of a list, and its gradient added to memory once per list; the pool comes from
