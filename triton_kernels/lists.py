@@ -11,7 +11,6 @@ spares the kernels a logarithm per rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -39,13 +38,8 @@ NUM_WARPS = 4
 WIDTHS = (32, 128, 256)  # ranks per tile: few, to compile few; longer lists take several of the widest
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How a program covers its lists.
-
-    Args:
-        block_n, block_k, tiles: lists per program, ranks per tile, tiles per list; powers of two.
-    """
+class Tiles(NamedTuple):
+    """How a program covers its lists: lists per program, ranks per tile, tiles per list; powers of two."""
 
     block_n: int
     block_k: int

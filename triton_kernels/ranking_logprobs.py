@@ -1,7 +1,8 @@
 """Log-probs, entropy, expectations and KL of rankings, each step over the candidates that remain: forward, backward.
 
-Of N = P * G rankings, G share the K candidates of one list. With z_j = (h . w_j + b_j) / temperature, the entries of
-step t are its pool {j : position[j] >= t}; what follows from their logits, and the slopes dz_j, is derived in softmax.py.
+Of N = P * G rankings, G share the K candidates of one list. The entries of step t are its pool {j : position[j] >= t},
+with the logits z_j = (h . w_j + b_j) / temperature; what follows from these, and the slopes dz_j, is derived in
+softmax.py. Then
 
     dh = sum_j dz_j w_j / temperature,    dw_j = sum over the list's G T steps of dz_j h / temperature,
 
