@@ -90,8 +90,8 @@ def segment_sum_kernel(
             entry = at + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
             coefficient = tl.load(coefficient_ptr + entry, mask=entry < end, other=0.0)
             live = coefficient != 0.0
-            index = tl.load(index_ptr + entry, mask=live, other=0).to(tl.int64)
-            live = live & (index >= 0) & (index < table_rows)
+            index = tl.load(index_ptr + entry, mask=live, other=-1).to(tl.int64)
+            live = (index >= 0) & (index < table_rows)
             rows = tl.load(table_ptr + index[:, None] * D + d[None, :], mask=live[:, None] & d_ok[None, :], other=0.0)
             products += coefficient[:, None] * rows.to(tl.float32)
             at += BLOCK_E
@@ -168,9 +168,10 @@ def scatter_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
     coefficient = tl.load(coefficient_ptr + entry, mask=entry < entries, other=0.0)
     live = coefficient != 0.0
-    index = tl.load(index_ptr + entry, mask=live, other=0).to(tl.int64)
     place = tl.load(place_ptr + entry, mask=live, other=-1)
-    tile_ok = ((place >= 0) & (place < V))[:, None] & (d < D)[None, :]
+    live = (place >= 0) & (place < V)
+    tile_ok = live[:, None] & (d < D)[None, :]
+    index = tl.load(index_ptr + entry, mask=live, other=0).to(tl.int64)
     rows = tl.load(table_ptr + index[:, None] * D + d[None, :], mask=tile_ok, other=0.0)
     products = coefficient[:, None] * rows.to(tl.float32)
     tl.atomic_add(out_ptr + place[:, None] * D + d[None, :], products, mask=tile_ok, sem="relaxed")
