@@ -30,6 +30,7 @@ from flexrec.ops.restricted_logprobs import (
     check_reference,
     check_temperature,
     choose_kernels,
+    finite_or_nan,
     log_probs_of,
     results_of,
 )
@@ -328,7 +329,7 @@ def step_log_probs(lists: RankedLists) -> tuple[Tensor, Tensor]:
     hidden = hidden.reshape(p, n // max(p, 1) * t, d)  # (P, G T, D)
     rows = lists.weight.index_select(0, lists.candidates.flatten()).to(dtype).view(p, k, d)
     with without_autocast(hidden):
-        logits = hidden @ rows.transpose(1, 2)  # (P, G T, K)
+        logits = finite_or_nan(hidden @ rows.transpose(1, 2))  # (P, G T, K)
     if lists.bias is not None:
         logits = logits + lists.bias.to(dtype)[lists.candidates][:, None]
     return log_probs_of((logits / lists.temperature).view(n, t, k), pool), pool

@@ -9,6 +9,7 @@ import torch
 import flexrec
 from flexrec.numba_kernels import OutOfRange
 from flexrec.ops import swap_rewards as swaps
+from flexrec.ops.vocabulary_logprobs import vocabulary_logprobs
 
 BACKENDS = ("numba", "torch")
 HALF_AND_WHOLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -67,3 +68,118 @@ def test_small_gains_keep_their_digits(gain):
     for backend in BACKENDS:
         reward = flexrec.swap_rewards(gains, "dcg_burges", backend=backend)[0, 0].item()
         assert reward == pytest.approx(want * (1 - 1 / math.log2(3)), rel=1e-13)
+
+
+# --- log-probs --------------------------------------------------------------------------------------------------------
+
+
+def ranking_case(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 3, 8, generator=generator).to(dtype)
+    weight = torch.randn(10, 8, generator=generator).to(dtype)
+    candidates = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
+    ranking = torch.tensor([[0, 1, 2], [2, 1, 0], [3, 2, 1], [0, 2, 3]])
+    return hidden, weight, candidates, ranking
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["hidden", "weight"])
+def test_no_number_in_no_number_out_of_rankings(where, bad, backend):
+    hidden, weight, candidates, ranking = ranking_case()
+    if where == "hidden":
+        hidden[1, 1] = bad  # all of it: with weights of one sign logits of -inf are impossible candidates
+        weight.abs_()
+    else:
+        weight[3] = bad  # which no step takes
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    values = torch.rand(4, 4, 2)
+    out = flexrec.ranking_logprobs_with_kl(
+        hidden,
+        weight,
+        candidates,
+        ranking,
+        values=values,
+        ref_hidden=torch.ones(4, 3, 8),
+        ref_weight=torch.ones(10, 8),
+        backend=backend,
+    )
+    for result in out:
+        assert result[1, 1].isnan().all()
+        hidden_grad, weight_grad = torch.autograd.grad(result.sum(), (hidden, weight), retain_graph=True)
+        assert hidden_grad[1, 1].isnan().any()
+        assert weight_grad[candidates[0, 1]].isnan().any()
+    if where == "hidden":  # others are as they were
+        assert out.logprobs[2:].isfinite().all()
+        assert torch.autograd.grad(out.logprobs.sum(), hidden)[0][2:].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_no_number_in_no_number_out_of_sets(bad, backend):
+    hidden, weight, *_ = ranking_case()
+    hidden, weight = hidden[:, 0].clone(), weight.abs()
+    hidden[1] = bad
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    ids, offsets, targets = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8]), torch.tensor([0, 3, 6, 8, 9]), [0, 4, 7, 8]
+    out = flexrec.restricted_logprobs(
+        hidden, weight, ids, offsets, torch.tensor(targets), values=torch.rand(9, 1), backend=backend
+    )
+    for result in out:
+        assert result[1].isnan().all()
+        assert result[2:].isfinite().all()
+        hidden_grad, weight_grad = torch.autograd.grad(result.sum(), (hidden, weight), retain_graph=True)
+        assert hidden_grad[1].isnan().any()
+        assert weight_grad[3:6].isnan().any()
+        assert hidden_grad[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_reference_that_is_no_number_shows_in_the_divergence(backend):
+    hidden, weight, candidates, ranking = ranking_case()
+    hidden.requires_grad_()
+    ref_hidden = hidden.detach().clone()
+    ref_hidden[0, 0] = math.nan
+    kl = flexrec.ranking_kl(hidden, weight, ref_hidden, weight, candidates, ranking, backend=backend)
+    assert kl[0, 0].isnan()
+    assert kl[1:].isfinite().all()
+    assert torch.autograd.grad(kl.sum(), hidden)[0][0, 0].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_candidate_has_no_gradient_at_all(backend):
+    """p (v - E) of the only candidate is 0, not what rounding leaves of it."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(6, 5, 8, generator=generator).requires_grad_()
+    weight = torch.randn(40, 8, generator=generator).requires_grad_()
+    candidates = torch.stack([torch.randperm(40, generator=generator)[:5] for _ in range(6)])
+    ranking = torch.stack([torch.randperm(5, generator=generator) for _ in range(6)])
+    values = torch.randn(6, 5, 3, generator=generator) * 7
+    out = flexrec.ranking_logprobs_with_kl(
+        hidden, weight, candidates, ranking, values=values, ref_hidden=hidden * 2, ref_weight=weight, backend=backend
+    )
+    assert out.logprobs[:, -1].eq(0).all()
+    assert out.entropy[:, -1].eq(0).all()
+    total = sum(x[:, -1].sum() for x in out)
+    hidden_grad, weight_grad = torch.autograd.grad(total, (hidden, weight))
+    assert hidden_grad.eq(0).all()
+    assert weight_grad.eq(0).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 5e-324, math.nan, 0.0])
+def test_a_temperature_that_no_logit_can_be_divided_by_is_refused(temperature):
+    hidden, weight, candidates, ranking = ranking_case()
+    ids, offsets = torch.tensor([0, 1]), torch.tensor([0, 2])
+    options = {"temperature": temperature}
+    for call in (
+        lambda: flexrec.ranking_logprobs(hidden, weight, candidates, ranking, **options),
+        lambda: flexrec.restricted_logprobs(hidden[:1, 0], weight, ids, offsets, ids[:1], **options),
+        lambda: vocabulary_logprobs(hidden[:, 0], weight, torch.zeros(4, dtype=torch.int64), **options),
+    ):
+        with pytest.raises(ValueError, match="temperature must be positive and finite, and at least 1e-10"):
+            call()
+    cold = flexrec.ranking_logprobs(hidden, weight, candidates, ranking, temperature=1e-10)
+    assert cold.entropy.eq(0).all()
+    assert not cold.logprobs.isnan().any()
