@@ -24,10 +24,15 @@ def set_value_checks(enabled: bool) -> None:
 
 
 def values_are_checked(tensor: torch.Tensor) -> bool:
-    """Whether the values of ``tensor`` may be read for a check; never while it is traced or fake."""
-    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
+    """Whether the values of ``tensor`` may be read for a check; never while it is traced, transformed or fake."""
+    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor) or is_transformed(tensor):
         return False
     return _value_checks or tensor.device.type == "cpu"
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is what torch.func's vmap, grad or jvp hand to the function that they transform."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_tensor(
@@ -46,6 +51,9 @@ def check_tensor(
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    is_plain = value.layout is torch.strided and not value.is_meta
+    if not is_plain or (not torch.compiler.is_compiling() and value.is_neg()):
+        raise TypeError(f"{name} must be a dense tensor with values of its own, got {_kind_of(value)}")
     fits = value.dim() == len(shape)
     if fits:
         for have, want in zip(value.shape, shape, strict=True):
@@ -65,6 +73,12 @@ def check_tensor(
     if not is_kind:
         raise TypeError(f"{name} must have {'an' if kind == 'integer' else 'a'} {kind} dtype, got {value.dtype}")
     return value
+
+
+def _kind_of(value: torch.Tensor) -> str:
+    if value.layout != torch.strided:
+        return f"layout {value.layout}; use to_dense()"
+    return "a meta tensor" if value.is_meta else "a lazily negated view; use resolve_neg()"
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:

@@ -183,3 +183,67 @@ def test_a_temperature_that_no_logit_can_be_divided_by_is_refused(temperature):
     cold = flexrec.ranking_logprobs(hidden, weight, candidates, ranking, temperature=1e-10)
     assert cold.entropy.eq(0).all()
     assert not cold.logprobs.isnan().any()
+
+
+# --- tensors of other kinds -------------------------------------------------------------------------------------------
+
+
+def calls():
+    """Every function of tensors by name, as a function of its first tensor; and that tensor."""
+    hidden, weight, candidates, ranking = ranking_case()
+    gains, ids, offsets = torch.rand(4, 4), torch.arange(8), torch.arange(0, 9, 2)
+    rows, mask = hidden[:, 0], torch.ones(4, 4, dtype=torch.bool)
+    targets = ids[::2]
+    return {
+        "swap_rewards": (lambda x: flexrec.swap_rewards(x, "ndcg"), gains),
+        "swap_scores": (lambda x: flexrec.swap_scores(x, "ndcg"), gains),
+        "swap_rewards_with_variance": (lambda x: flexrec.swap_rewards_with_variance(x, gains, "ndcg"), gains),
+        "ranking_metric": (lambda x: flexrec.ranking_metric(x, "ndcg"), gains),
+        "item_advantages": (lambda x: flexrec.item_advantages(x, 2), gains),
+        "uncertainty_weights": (lambda x: flexrec.uncertainty_weights(x, 2), gains),
+        "policy_loss": (lambda x: flexrec.policy_loss(x, None, gains, mask)[0], -gains),
+        "ranking_logprobs": (lambda x: flexrec.ranking_logprobs(x, weight, candidates, ranking).entropy, hidden),
+        "ranking_probs": (lambda x: flexrec.ranking_probs(x, weight, candidates, ranking), hidden),
+        "restricted": (lambda x: flexrec.restricted_logprobs(x, weight, ids, offsets, targets).entropy, rows),
+        "all_actions": (
+            lambda x: flexrec.all_actions_objective(x, weight, candidates, ranking, gains, "ndcg").objective,
+            hidden,
+        ),
+        "vocabulary": (lambda x: vocabulary_logprobs(x, weight, targets), rows),
+    }
+
+
+@pytest.mark.parametrize("name", calls())
+@pytest.mark.parametrize(
+    ("convert", "message"),
+    [
+        (lambda x: x.to_sparse(), "layout torch.sparse_coo; use to_dense"),
+        (lambda x: x.to("meta"), "a meta tensor"),
+        (lambda x: torch._neg_view(-x), "a lazily negated view; use resolve_neg"),
+    ],
+    ids=["sparse", "meta", "negated"],
+)
+def test_tensors_without_plain_values_are_named(convert, message, name):
+    function, tensor = calls()[name]
+    with pytest.raises(TypeError, match=f"must be a dense tensor with values of its own, got {message}"):
+        function(convert(tensor))
+
+
+@pytest.mark.parametrize("name", ["swap_rewards", "swap_scores", "ranking_logprobs", "restricted", "all_actions"])
+def test_transforms_of_kernels_are_refused_by_name(name):
+    function, tensor = calls()[name]
+    transforms = (torch.func.vmap(function), tensor[None]), (torch.func.grad(lambda x: function(x).sum()), tensor)
+    for transformed, given in transforms:
+        with pytest.raises(TypeError, match=r"torch.func \(vmap, grad, jvp\): use backend='torch'"):
+            transformed(given)
+
+
+def test_plain_torch_can_be_transformed():
+    hidden, weight, candidates, ranking = ranking_case()
+
+    def entropy(x):
+        return flexrec.ranking_logprobs(x, weight, candidates, ranking, backend="torch").entropy.sum()
+
+    got = torch.func.grad(entropy)(hidden)
+    (want,) = torch.autograd.grad(entropy(hidden.requires_grad_()), hidden)
+    torch.testing.assert_close(got, want)
