@@ -247,3 +247,67 @@ def test_plain_torch_can_be_transformed():
     got = torch.func.grad(entropy)(hidden)
     (want,) = torch.autograd.grad(entropy(hidden.requires_grad_()), hidden)
     torch.testing.assert_close(got, want)
+
+
+# --- the loss, groups without signal ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_WHOLE)
+@pytest.mark.parametrize("distance", [-199.0, -30.0, 11.0, 30.0, 199.0])
+def test_distant_policies_have_finite_losses_and_gradients(distance, dtype):
+    logps = torch.full((1, 3), -200.0, dtype=dtype).requires_grad_()
+    far = (logps.detach().double() + distance).to(dtype)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    for arguments in (
+        {"old_per_token_logps": far, "advantages": -torch.ones(1, 3)},
+        {"old_per_token_logps": None, "advantages": torch.ones(1, 3), "beta": 0.1, "ref_per_token_logps": far},
+    ):
+        loss, metrics = flexrec.policy_loss(logps, completion_mask=mask, **arguments)
+        (grad,) = torch.autograd.grad(loss, logps)
+        assert loss.isfinite()
+        assert grad.isfinite().all()
+        assert all(x.isfinite() for x in metrics.values())
+        if "beta" in arguments:  # towards the reference
+            pull = grad.double() + 1 / 3  # without the surrogate's part
+            assert (pull < 0).all() if distance > 0 else (pull > 0).all()
+
+
+def test_a_reference_that_is_no_number_is_named():
+    logps, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="ref_per_token_logps must be finite, got nan"):
+        flexrec.policy_loss(logps, None, logps, mask, beta=0.1, ref_per_token_logps=torch.tensor([[0.0, math.nan]]))
+
+
+@pytest.mark.parametrize("baseline", ["none", "rank", "group"])
+@pytest.mark.parametrize("scale", ["rank", "group", "batch", "none"])
+def test_groups_without_rewards_or_without_differences_are_silent(scale, baseline):
+    """All rewards missing, all equal: advantage 0 with a baseline, no NaN, the third group as without them."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.rand(6, 3, generator=generator)
+    rewards[:2], rewards[2:4] = math.nan, 0.7
+    mask = torch.ones(6, 3, dtype=torch.bool)
+    mask[:2] = False
+    found = flexrec.item_advantages(rewards, 2, baseline=baseline, scale=scale, item_mask=mask)
+    assert found.isfinite().all()
+    assert found[:2].eq(0).all()
+    if baseline != "none":
+        assert found[2:4].eq(0).all()
+    alone = flexrec.item_advantages(rewards[4:], 2, baseline=baseline, scale=scale)
+    ratio = found[4:] / alone  # one number where the batch sets the scale
+    torch.testing.assert_close(ratio, ratio[:1, :1].expand_as(ratio) if scale == "batch" else torch.ones_like(ratio))
+
+
+def test_without_advantages_the_gradient_is_the_divergences():
+    generator = torch.Generator().manual_seed(0)
+    logps = -torch.rand(4, 3, generator=generator)
+    ref = -torch.rand(4, 3, generator=generator)
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    rewards = torch.full((4, 3), math.nan)
+    advantages = flexrec.item_advantages(rewards, 2, baseline="rank", scale="rank", item_mask=~mask)
+    x = logps.clone().requires_grad_()
+    loss, _ = flexrec.policy_loss(x, logps, advantages, mask, beta=0.1, ref_per_token_logps=ref)
+    (got,) = torch.autograd.grad(loss, x)
+    y = logps.clone().requires_grad_()
+    want = 0.1 * (torch.expm1(ref - y) - (ref - y)).sum() / 12
+    torch.testing.assert_close(got, torch.autograd.grad(want, y)[0])
+    torch.testing.assert_close(loss.detach(), want.detach())
