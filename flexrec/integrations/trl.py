@@ -40,7 +40,7 @@ from flexrec.integrations.token_logprobs import (
 )
 from flexrec.integrations.trl_vllm import per_prompt
 from flexrec.metrics import parse_metric
-from flexrec.rankings import RankingState, Spelling, encode_rankings
+from flexrec.rankings.state import RankingState, Spelling, encode_rankings
 from flexrec.rankings.text import ScoredCompletions, item_values_to_tokens, score_completions
 from flexrec.uncertainty import uncertainty_weights
 

@@ -22,12 +22,12 @@ from flexrec.losses import policy_loss
 from flexrec.metrics import parse_metric, ranking_metric
 from flexrec.ops.ranking_logprobs import ranking_probs
 from flexrec.ops.swap_rewards import CREDITS, swap_rewards
+from flexrec.policy.batch import RankingBatch
 from flexrec.policy.distributed import place_reference
 from flexrec.policy.lora import causal_lm, has_adapters, keep_reference, reference_policy
 from flexrec.policy.packing import can_pack, sharing
 from flexrec.policy.scores import (
     ActionScores,
-    RankingBatch,
     RankingStates,
     all_actions,
     completed_rankings,

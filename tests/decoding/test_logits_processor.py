@@ -8,9 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flexrec.decoding.logits_processor.logits_processor import RankingLogitsProcessor
-from flexrec.decoding.logits_processor.sample import sample_rankings
-from flexrec.policy.scores.scores import make_batch, ranking_scores, ranking_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -23,6 +20,10 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
+from flexrec.decoding.logits_processor import RankingLogitsProcessor
+from flexrec.decoding.sample import sample_rankings
+from flexrec.policy.batch import make_batch
+from flexrec.policy.scores import ranking_scores, ranking_states
 from flexrec.rankings import CandidateTries, RankingState, parse_rankings, validate_rankings
 
 VOCAB = 60

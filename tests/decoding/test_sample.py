@@ -18,7 +18,8 @@ from transformers.cache_utils import DynamicLayer
 from flexrec.decoding import cache as shared_decoding
 from flexrec.decoding import sample as rollouts
 from flexrec.decoding.sample import sample_rankings, search_rankings
-from flexrec.policy.scores import make_batch, ranking_scores, ranking_states
+from flexrec.policy.batch import make_batch
+from flexrec.policy.scores import ranking_scores, ranking_states
 from flexrec.rankings import RankingState
 
 VOCAB = 60

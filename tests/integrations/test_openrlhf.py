@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from flexrec.policy.scores.small_model import build_tokenizer
 
 import flexrec
 from flexrec.data import Catalogue, simulate
 from flexrec.integrations.openrlhf import MetricReward, set_item_advantages
+from flexrec.policy.small_model import build_tokenizer
 from flexrec.rankings.text import item_values_to_tokens
 
 ROOT = Path(__file__).parents[2]

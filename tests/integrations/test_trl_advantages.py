@@ -6,22 +6,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flexrec.trainer.flexrec.flexrec
 import numpy as np
 import pytest
 import torch
 import trl
-from flexrec.task.examples.examples import Example
-from flexrec.trainer.flexrec.flexrec import FlexRecConfig, FlexRecTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import flexrec
 import flexrec.integrations.trl as adapter
+import flexrec.trainer.flexrec
 from flexrec.integrations.ranking_reward import COMPLETION_CREDITS
 from flexrec.integrations.token_logprobs import decoded, token_item_ids
 from flexrec.rankings import encode_rankings
 from flexrec.rankings.text import index_labels, parse_ranking_texts
+from flexrec.task.examples import Example
+from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -63,8 +63,8 @@ def flexrec_trainers_view(tmp_path, monkeypatch, trainer, rollout, **options):
         seen.append(advantages)
         return flexrec.policy_loss(logprobs, old, advantages, *args, **kwargs)
 
-    monkeypatch.setattr(flexrec.trainer.flexrec.flexrec, "policy_loss", spy)
-    monkeypatch.setattr(flexrec.trainer.flexrec.flexrec, "sample_rankings", lambda *args, **kwargs: rollout)
+    monkeypatch.setattr(flexrec.trainer.flexrec, "policy_loss", spy)
+    monkeypatch.setattr(flexrec.trainer.flexrec, "sample_rankings", lambda *args, **kwargs: rollout)
     config = FlexRecConfig(
         output_dir=str(tmp_path / "own"), num_generations=4, entropy_coef=0.0, use_cpu=True, report_to="none", **options
     )

@@ -169,6 +169,7 @@ def test_items_that_were_masked_out_enter_no_statistic():
     kept = named & (torch.arange(4) != 1)[:, None]
     expected = item_values_to_tokens(flexrec.item_advantages(rewards, 4, item_mask=kept), item_ids)
     torch.testing.assert_close(advantages, expected, rtol=3e-7, atol=1e-30)
+    assert (advantages[left == 0] == 0).all()
 
 
 @pytest.mark.parametrize(

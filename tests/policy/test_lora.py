@@ -7,12 +7,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from flexrec.decoding.logits_processor.sample import sample_rankings
-from flexrec.policy.scores.lora import REFERENCE, add_lora, keep_reference, load_model, reference_policy, save_adapters
-from flexrec.policy.scores.scores import make_batch, output_layer, ranking_scores, ranking_states
-from flexrec.task.examples.examples import Example
-from flexrec.trainer.flexrec.flexrec import FlexRecConfig, FlexRecTrainer
-from flexrec.trainer.flexrec.supervised import SupervisedTrainer
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import (
@@ -27,7 +21,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from flexrec.decoding.logits_processor import sample as rollouts
+from flexrec.decoding import sample as rollouts
+from flexrec.decoding.sample import sample_rankings
+from flexrec.policy.batch import make_batch
+from flexrec.policy.lm_head import output_layer
+from flexrec.policy.lora import REFERENCE, add_lora, keep_reference, load_model, reference_policy, save_adapters
+from flexrec.policy.scores import ranking_scores, ranking_states
+from flexrec.task.examples import Example
+from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
+from flexrec.trainer.supervised import SupervisedTrainer
 
 VOCAB = 60
 SIZES = {
