@@ -14,8 +14,7 @@ import torch
 
 from flexrec.advantages import item_advantages
 from flexrec.checks import check_choice
-from flexrec.integrations.responses import GroundTruth, score_responses, score_texts
-from flexrec.integrations.verl import score_of
+from flexrec.integrations.responses import GroundTruth, score_of, score_responses, score_texts
 from flexrec.rankings.text import item_values_to_tokens
 from flexrec.uncertainty import uncertainty_weights
 

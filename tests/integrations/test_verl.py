@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 import flexrec
 from flexrec.integrations import responses
 from flexrec.integrations.responses import score_responses, score_texts
+from flexrec.integrations.token_logprobs import token_item_ids
 from flexrec.integrations.verl import (
     compute_score,
     item_advantage_estimator,
@@ -279,6 +280,12 @@ def test_two_items_in_one_token_are_an_error():
     truth = {"gains": [1.0, 0.0], "candidates": ["a", "b"]}
     with pytest.raises(ValueError, match=r"responses\[0\] names 2 items in 1 runs of tokens"):
         score_responses(tokenizer, [tokenizer.encode("ab")], [truth], separator="")
+
+
+def test_a_token_that_joins_two_items_is_the_firsts():
+    tokenizer = byte_tokenizer(merges=[("a", "b")])
+    of_characters = np.array([[0, 1, 1]], dtype=np.int32)
+    assert token_item_ids(tokenizer, [tokenizer.encode("abc")], of_characters).tolist() == [[0, 1]]
 
 
 def test_empty_responses_name_nothing():
