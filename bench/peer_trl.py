@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from flexrec.decoding.logits_processor import RankingLogitsProcessor
-from flexrec.metrics import ranking_metric
+from flexrec.ops.ranking_metric import ranking_metric
 from flexrec.rankings import parse_rankings
 from flexrec.task.examples import Example
 

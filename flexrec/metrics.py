@@ -19,26 +19,21 @@ candidates of which the first T are ranked ("shown"), and n the cutoff (K where 
 ====================  ============================================================================================
 
 Ranks beyond T have discount 0. Normalisers count all K candidates, ranked or not. A list without a positive gain has
-value 0. ``register_metric`` adds further names.
+value 0. ``flexrec.register_metric`` adds further names.
+
+Nothing here needs torch or numba: kernels of every backend read a metric as what stands here.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-import torch
-
-from flexrec.checks import check_finite, check_range, check_tensor, values_are_checked
-from flexrec.ops import custom_metrics_numba as kernels
-from flexrec.ops.list_tiles import all_within
 
 Form = Literal["linear", "first", "average_precision", "cascade", "custom"]
 Discount = Literal["log", "uniform", "geometric", "reciprocal"]
@@ -76,7 +71,9 @@ MAX_EXPONENT = 100.0  # the largest gain whose 2^g may appear in a result (dcg_b
 TINY = 1e-300
 LN2 = math.log(2.0)
 
-_custom: dict[str, Any] = {}  # name -> numba-compiled f(gains float64[:], num_ranked int64) -> float64
+CREDITS = ("swap", "noncausal", "independent", "rank", "sequence", "policy")  # see ``flexrec.swap_rewards``
+
+custom_metrics: dict[str, Any] = {}  # name -> numba-compiled f(gains float64[:], num_ranked int64) -> float64
 _NAME = re.compile(r"(?P<family>[a-z][a-z0-9_]*)(?:\.(?P<parameter>[0-9]+(?:\.[0-9]+)?))?(?:@(?P<cutoff>[0-9]+))?")
 
 
@@ -90,7 +87,7 @@ class Metric:
     max_gain: float | None = None
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES and self.family not in _custom:
+        if self.family not in FAMILIES and self.family not in custom_metrics:
             raise ValueError(_unknown(self.family))
         if self.cutoff is not None and (not isinstance(self.cutoff, int) or self.cutoff < 1):
             raise ValueError(f"metric {self.family!r}: the cutoff after '@' must be an integer >= 1, got {self.cutoff}")
@@ -122,7 +119,7 @@ class Metric:
 
 
 def _unknown(name: str) -> str:
-    own = f"; registered: {', '.join(sorted(_custom))}" if _custom else ""
+    own = f"; registered: {', '.join(sorted(custom_metrics))}" if custom_metrics else ""
     return f"metric must be one of {', '.join(FAMILIES)}, each with an optional cutoff ('ndcg@10'){own}; got {name!r}"
 
 
@@ -137,12 +134,13 @@ def parse_metric(name: str | Metric) -> Metric:
         return name
     if not isinstance(name, str):
         raise TypeError(f"metric must be a string or a Metric, got {type(name).__name__}")
-    return _read_name(name) if torch.compiler.is_compiling() else _cached_read_name(name)
+    return _read_cached(name)
 
 
-def _read_name(name: str) -> Metric:
+def read_name(name: str) -> Metric:
+    """:func:`parse_metric` of a string, without its cache."""
     match = _NAME.fullmatch(name)
-    if match is None or (match["family"] not in FAMILIES and match["family"] not in _custom):
+    if match is None or (match["family"] not in FAMILIES and match["family"] not in custom_metrics):
         raise ValueError(_unknown(name))
     family, parameter = match["family"], match["parameter"]
     cutoff = None if match["cutoff"] is None else int(match["cutoff"])
@@ -154,123 +152,12 @@ def _read_name(name: str) -> Metric:
     return Metric(family, cutoff, p=float(parameter if "." in parameter else "0." + parameter))
 
 
-_cached_read_name = lru_cache(maxsize=256)(_read_name)  # names are never forgotten, and errors are not kept
-
-
-def register_metric(name: str, f: Callable[[Any, int], float]) -> None:
-    """Make ``f(gains_in_rank_order, num_ranked) -> float`` usable under ``name`` wherever a metric name is, on the CPU.
-
-    Args:
-        name: lower-case letters, digits and "_"; a name registered before is replaced. "name@n" then calls ``f`` with
-            ``num_ranked`` at most n.
-        f: a function that numba can compile. It gets the gains of one list (all K of them, float64, rank order) and the
-            number of ranks that are shown, and must not write to the gains. It is not called for a list without a
-            positive gain: such a list has value 0.
-
-    Raises:
-        ValueError: the name is malformed or belongs to a built-in metric.
-        TypeError: ``f`` is not callable, or numba cannot compile it, or it does not return a float.
-    """
-    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(f"name must be lower-case letters, digits and '_', starting with a letter; got {name!r}")
-    if name in FAMILIES:
-        raise ValueError(f"name must not be that of a built-in metric, got {name!r}")
-    if not callable(f):
-        raise TypeError(f"f must be a function f(gains_in_rank_order, num_ranked) -> float, got {type(f).__name__}")
-    _custom[name] = kernels.compile_custom_metric(name, f)
-
-
-@dataclass(frozen=True)
-class Lists:
-    """A checked batch of ranked lists: gains (N, K), and how much of each row counts."""
-
-    gains: torch.Tensor  # (N, K) floating, rank order
-    lengths: torch.Tensor | None  # (N,) int64, the real K of each list; None: K
-    num_ranked: torch.Tensor | None  # (N,) int64, ranks shown; None: max_ranked
-    max_ranked: int  # no list shows more ranks than this
-
-    @property
-    def real_lengths(self) -> torch.Tensor:
-        """(N,) int64: candidates of each list."""
-        if self.lengths is not None:
-            return self.lengths
-        return torch.full((self.gains.shape[0],), self.gains.shape[1], device=self.gains.device)
-
-    @property
-    def real_ranked(self) -> torch.Tensor:
-        """(N,) int64: ranks that each list shows."""
-        shown = self.real_lengths.clamp(max=self.max_ranked)
-        return shown if self.num_ranked is None else torch.minimum(shown, self.num_ranked)
-
-
-def check_lists(
-    gains: torch.Tensor,
-    metric: Metric,
-    lengths: int | torch.Tensor | None,
-    num_ranked: int | torch.Tensor | None,
-    *,
-    values: bool = True,
-) -> Lists:
-    """Check the arguments that all functions of this kind share; see ``ranking_metric`` for their meaning.
-
-    Without ``values`` those of the gains are left to the caller (``check_gain_values``).
-    """
-    check_tensor("gains", gains, ("N", "K"))
-    gains = gains.detach()
-    size = gains.shape[1]
-    ragged = _counts("lengths", lengths, gains)
-    if isinstance(num_ranked, torch.Tensor) or num_ranked is None:
-        lists = Lists(gains, ragged, _counts("num_ranked", num_ranked, gains), size)
-    else:
-        lists = Lists(gains, ragged, None, _count("num_ranked", num_ranked, size))
-    if values:
-        check_gain_values(lists, metric)
-    return lists
-
-
-def _count(name: str, value: object, size: int) -> int:
-    try:
-        count = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(
-            f"{name} must be an int or an integer tensor of shape (N,), got {type(value).__name__}"
-        ) from None
-    if not 0 <= count <= size:
-        raise ValueError(f"{name} must lie in [0, {size}], got {count}")
-    return count
-
-
-def _counts(name: str, value: int | torch.Tensor | None, gains: torch.Tensor) -> torch.Tensor | None:
-    if value is None:
-        return None
-    rows, size = gains.shape
-    if not isinstance(value, torch.Tensor):
-        return torch.full((rows,), _count(name, value, size), device=gains.device)
-    check_tensor(name, value, (rows,), "integer")
-    if value.device != gains.device:
-        raise ValueError(f"{name} must be on the device of gains, {gains.device}; got {value.device}")
-    check_range(name, value, 0, size)
-    return value.to(torch.int64)
+_read_cached = lru_cache(maxsize=256)(read_name)  # names are never forgotten, and errors are not kept
 
 
 def largest_gain(metric: Metric) -> float:
     """Gains above it are an error."""
     return metric.max_gain or (MAX_EXPONENT if metric.family == "dcg_burges" else MAX_GAIN)
-
-
-def check_gain_values(lists: Lists, metric: Metric) -> None:
-    """Raise ValueError at the first gain, inside its list's length, that is no number in [0, largest_gain(metric)]."""
-    gains = lists.gains
-    if not values_are_checked(gains):
-        return
-    high = largest_gain(metric)
-    if gains.device.type == "cpu":  # one pass instead of the six below
-        plain = gains if gains.dtype in (torch.float32, torch.float64) else gains.float()
-        if all_within(plain.contiguous().numpy(), lists.real_lengths.numpy(), high):
-            return
-    inside = torch.arange(gains.shape[1], device=gains.device) < lists.real_lengths[:, None]
-    check_finite("gains", gains, inside)
-    check_range("gains", gains, 0, high, inside)
 
 
 @lru_cache(maxsize=256)
@@ -286,138 +173,3 @@ def discount_table(metric: Metric, size: int) -> np.ndarray:
         assert metric.p is not None
         return (1.0 - metric.p) * metric.p ** (rank - 1.0)
     return np.ones(size)
-
-
-def term_gains(gains: torch.Tensor, metric: Metric, *, probabilities: bool = False) -> torch.Tensor:
-    """(N, K) float64: what a metric makes of each gain; ``gains`` (N, K) float64 is 0 beyond a list's length.
-
-    ``probabilities`` reads the gains of binary metrics as probabilities of relevance, instead of thresholding them.
-    """
-    kind = metric.definition.gain
-    if kind == "binary":
-        return gains if probabilities else (gains > 0).double()
-    if kind == "burges":
-        return torch.exp2(gains) - 1.0
-    if kind == "gain":
-        return gains
-    # (2^g - 1) / 2^top = 2^(g - top) (1 - 2^-g): no overflow, whatever the gain. Where top is the list's largest gain
-    # this is ERR's theta, and for ndcg_burges a factor that the normaliser takes out again.
-    top = gains.amax(-1, keepdim=True) if metric.max_gain is None else torch.full_like(gains[:, :1], metric.max_gain)
-    return torch.exp2(gains - top) * -torch.expm1(gains * -LN2)
-
-
-@dataclass(frozen=True)
-class Ingredients:
-    """What every closed form is built from: R = (combination of discounts and term gains) x inverse normaliser."""
-
-    length: torch.Tensor  # (N, 1) int64
-    num_ranked: torch.Tensor  # (N, 1) int64
-    inside: torch.Tensor  # (N, K) bool, the list's own positions
-    discount: torch.Tensor  # (N, K) float64, 0 beyond cutoff, num_ranked and length
-    weight: torch.Tensor  # (N, K) float64, the term gains; 0 beyond length
-    inverse_norm: torch.Tensor  # (N, 1) float64; 0 for a list without a positive gain
-
-
-def ingredients(lists: Lists, metric: Metric, *, probabilities: bool = False) -> Ingredients:
-    """Discounts, term gains and normalisers of a checked batch, in float64."""
-    size = lists.gains.shape[1]
-    length, ranked = lists.real_lengths[:, None], lists.real_ranked[:, None]  # (N, 1)
-    position = torch.arange(size, device=lists.gains.device)  # (K,)
-    inside = position < length  # (N, K)
-    table = torch.from_numpy(discount_table(metric, size)).to(lists.gains.device)  # (K,)
-    cutoff = size if metric.cutoff is None else metric.cutoff
-    discount = table * (position < ranked.clamp(max=cutoff))  # (N, K)
-    gains = torch.where(inside, lists.gains.double(), 0.0)  # (N, K)
-    weight = term_gains(gains, metric, probabilities=probabilities) if size else gains  # (N, K)
-
-    kind = metric.definition.normaliser
-    if kind == "ideal":
-        norm = (weight.sort(-1, descending=True).values * table)[:, :cutoff].sum(-1, keepdim=True)
-    elif kind == "relevant":
-        norm = weight.sum(-1, keepdim=True)
-    elif kind == "cutoff":
-        norm = length.double() if metric.cutoff is None else torch.full_like(length, metric.cutoff).double()
-    else:
-        norm = torch.ones_like(length).double()
-    inverse = torch.where(norm > TINY, 1.0 / norm, 0.0)  # (N, 1)
-    return Ingredients(length, ranked, inside, discount, weight, inverse)
-
-
-def metric_terms(parts: Ingredients, metric: Metric) -> torch.Tensor:
-    """(N, K) float64: what R gains when rank k is shown besides ranks 1..k-1. Their sum over k is R.
-
-    Linear metrics: discount x term gain. mrr, hit_rate: all of R at the first relevant rank. map: precision@k at a
-    relevant rank. err: 1/k times the probability that the user stops at rank k.
-    """
-    form, d, w = metric.definition.form, parts.discount, parts.weight
-    if form == "first":
-        term = d * w * (w.cumsum(-1) == 1)
-    elif form == "average_precision":
-        term = d * w * w.cumsum(-1)
-    elif form == "cascade":
-        term = d * w * reach(w)
-    else:
-        term = d * w
-    return term * parts.inverse_norm
-
-
-def reach(theta: torch.Tensor) -> torch.Tensor:
-    """(N, K): the probability that a user who stops at rank i with probability theta_i gets as far as rank k."""
-    passed = (1.0 - theta).cumprod(-1)
-    return torch.cat([torch.ones_like(passed[:, :1]), passed[:, :-1]], dim=-1) if theta.shape[1] else passed
-
-
-def result_dtype(gains: torch.Tensor) -> torch.dtype:
-    """float64 for float64 gains, float32 for float32, float16 and bfloat16."""
-    return torch.float64 if gains.dtype == torch.float64 else torch.float32
-
-
-def ranking_metric(
-    gains: torch.Tensor,
-    metric: str | Metric,
-    *,
-    lengths: int | torch.Tensor | None = None,
-    num_ranked: int | torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The value of a metric for each ranked list.
-
-    Args:
-        gains: (N, K) floating, >= 0; the gain of the item at each rank. Any device.
-        metric: a name such as "ndcg@10" (see the head of this module) or a registered one (CPU only).
-        lengths: int or (N,) integer, the number of candidates of each list; positions beyond it are ignored.
-        num_ranked: int or (N,) integer, how many ranks are shown. The rest has discount 0 but counts in normalisers.
-
-    Returns:
-        (N,) float64 for float64 gains, else float32. No gradient.
-
-    Raises:
-        ValueError, TypeError: unknown metric, wrong shape or dtype, a gain that is negative, NaN or infinite, a length
-            or ``num_ranked`` outside [0, K].
-    """
-    metric = parse_metric(metric)
-    lists = check_lists(gains, metric, lengths, num_ranked)
-    if metric.definition.form == "custom":
-        value = custom_prefix_values(lists, metric)[:, -1]
-        check_finite(f"the value of metric {metric}", value)
-    else:
-        value = metric_terms(ingredients(lists, metric), metric).sum(-1)
-    return value.to(result_dtype(lists.gains))
-
-
-def custom_prefix_values(lists: Lists, metric: Metric) -> torch.Tensor:
-    """(N, K + 1) float64: a registered metric of each list with 0, 1, .. K ranks shown, no more than there are."""
-    return torch.from_numpy(kernels.custom_prefix_values(_custom[metric.family], *_custom_arguments(lists, metric)))
-
-
-def custom_swap_scores(lists: Lists, metric: Metric) -> torch.Tensor:
-    """(N, K, K) float64: the swap scores of a registered metric."""
-    return torch.from_numpy(kernels.custom_swap_scores(_custom[metric.family], *_custom_arguments(lists, metric)))
-
-
-def _custom_arguments(lists: Lists, metric: Metric) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gains (N, K) float64, lengths (N,) and shown ranks (N,) of a registered metric, for the numba kernels."""
-    if lists.gains.device.type != "cpu":
-        raise ValueError(f"metric {metric} is a registered one: gains must be on the CPU, got {lists.gains.device}")
-    cutoff = lists.gains.shape[1] if metric.cutoff is None else metric.cutoff
-    shown = lists.real_ranked.clamp(max=cutoff)
-    return lists.gains.double().contiguous().numpy(), lists.real_lengths.numpy(), shown.numpy()

@@ -46,7 +46,7 @@ print(*core)
         "flexrec.decoding.sample",
         "flexrec.cli",
         "flexrec.experiment.stages",
-        "flexrec.ops.lanes",
+        "flexrec.numba_kernels.lanes",
     } <= set(shown.split())
 
 

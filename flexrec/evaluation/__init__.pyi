@@ -1,4 +1,5 @@
 from .baselines import BASELINES as BASELINES
+from .statistics import METRICS as METRICS
 from .statistics import Comparison as Comparison
 from .statistics import bootstrap_interval as bootstrap_interval
 from .statistics import comparison_markdown as comparison_markdown

@@ -14,7 +14,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from flexrec.metrics import ranking_metric
+from flexrec.ops.ranking_metric import ranking_metric
 
 METRICS = ("ndcg@5", "ndcg@10", "ndcg@30", "recall@5", "mrr@5")
 
@@ -41,7 +41,7 @@ def rank_metrics(
         For every metric (N,) float64.
 
     Raises:
-        ValueError, TypeError: as ``flexrec.metrics.ranking_metric``; ``lengths`` beside a sequence of arrays.
+        ValueError, TypeError: as ``flexrec.ranking_metric``; ``lengths`` beside a sequence of arrays.
     """
     if not isinstance(gains, np.ndarray | torch.Tensor):
         if lengths is not None:

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from flexrec.advantages import item_advantages
 from flexrec.checks import check_choice
 from flexrec.integrations.responses import GroundTruth, score_of, score_responses, score_texts
+from flexrec.ops.advantages import item_advantages, uncertainty_weights
 from flexrec.rankings.text import item_values_to_tokens
-from flexrec.uncertainty import uncertainty_weights
 
 ENDINGS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>", "<eos>", "<pad>")
 
@@ -29,7 +28,8 @@ class MetricReward:
 
     Args:
         endings: text that a response may end with and that is no part of it, end-of-sequence and padding tokens.
-        options: of :func:`flexrec.integrations.responses.score_texts`: metric, separator, num_ranked, reasoning_end.
+        options: of :func:`flexrec.integrations.responses.score_texts`: metric, separator, num_ranked, reasoning_end,
+            invalid.
 
     Raises:
         ValueError, TypeError: an unknown metric; when called, a query that does not begin with its prompt, and as

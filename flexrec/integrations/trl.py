@@ -19,7 +19,6 @@ from packaging.version import Version
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 
-from flexrec.advantages import BASELINES, SCALES, item_advantages
 from flexrec.checks import check_choice
 from flexrec.decoding.sample import sample_rankings
 from flexrec.integrations.ranking_reward import (
@@ -28,7 +27,6 @@ from flexrec.integrations.ranking_reward import (
     at_most,
     column,
     names_of,
-    num_mentioned,
     ranking_statistics,
 )
 from flexrec.integrations.token_logprobs import (
@@ -40,9 +38,9 @@ from flexrec.integrations.token_logprobs import (
 )
 from flexrec.integrations.trl_vllm import per_prompt
 from flexrec.metrics import parse_metric
+from flexrec.ops.advantages import BASELINES, SCALES, item_advantages, uncertainty_weights
 from flexrec.rankings.state import RankingState, Spelling, encode_rankings
 from flexrec.rankings.text import ScoredCompletions, item_values_to_tokens, score_completions
-from flexrec.uncertainty import uncertainty_weights
 
 __all__ = ["FlexRecGRPOConfig", "FlexRecGRPOTrainer", "RankingReward"]
 
@@ -260,7 +258,7 @@ class FlexRecGRPOTrainer(GRPOTrainer):
     def _item_advantages(self, scored: ScoredCompletions) -> torch.Tensor:
         """(B, K) of this process; statistics are over the whole batch, since a group may span processes."""
         args = self.args
-        mask = torch.arange(scored.gains.shape[1]) < num_mentioned(scored)[:, None]  # (B, K)
+        mask = torch.arange(scored.gains.shape[1]) < scored.num_ranked[:, None]  # (B, K)
         item_mask = self._gathered(mask.float()) > 0
         weights = None
         if scored.variance is not None:

@@ -37,20 +37,21 @@ import torch
 from torch import Tensor
 
 from flexrec.checks import check_choice, check_range, check_tensor
-from flexrec.metrics import Metric, ingredients, parse_metric
-from flexrec.metrics import check_lists as check_gains
-from flexrec.ops.ranked_lists import (
-    FLOOR,
+from flexrec.metrics import Metric
+from flexrec.numba_kernels import FLOOR
+from flexrec.ops.library import BACKENDS, accumulation_dtype
+from flexrec.ops.rank_order import in_rank_order, lengths_per_ranking
+from flexrec.ops.ranking_logprobs import (
     RankedLists,
-    Reference,
-    accumulation_dtype,
+    add_reference,
     check_lists,
-    check_reference,
-    in_rank_order,
-    lengths_per_ranking,
+    evaluate_lists,
+    from_distribution,
     step_log_probs,
 )
-from flexrec.ops.ranking_logprobs import BACKENDS, Results, evaluate_lists, from_distribution
+from flexrec.ops.ranking_metric import check_lists as check_gains
+from flexrec.ops.ranking_metric import ingredients, metric_of
+from flexrec.ops.restricted_logprobs import Results
 from flexrec.ops.swap_rewards import swap_scores
 
 
@@ -98,7 +99,7 @@ def all_actions_objective(
             operations, and ``weight_grad`` must be "dense".
         gains: (N, K) floating >= 0 in rank order: ``gains[n, k]`` is that of the item at rank k, and from position T
             on of the unranked candidates by ascending candidate index. Ignored beyond ``lengths``.
-        metric: a metric's name, see :func:`flexrec.metrics.ranking_metric`.
+        metric: a metric's name, see :func:`flexrec.ranking_metric`.
         num_ranked: int or (N,), how many ranks are shown (discount 0 beyond); at most T, and T if not given.
         tilt: tau, in the metric's unit, of the exponential utility that replaces the expectation; None, the
             expectation itself. Forms the distribution (N, T, K) by torch operations, whatever the backend.
@@ -108,11 +109,11 @@ def all_actions_objective(
         is), exactly 0 at steps t >= length. The objective is in the metric's unit.
 
     Raises:
-        TypeError, ValueError: as of :func:`ranking_logprobs` and :func:`flexrec.metrics.ranking_metric`.
+        TypeError, ValueError: as of :func:`ranking_logprobs` and :func:`flexrec.ranking_metric`.
     """
     lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
     objective, result = _evaluate(
-        lists, lengths, gains, metric, num_ranked, tilt, None, weight_grad=weight_grad, backend=backend
+        lists, lengths, gains, metric, num_ranked, tilt, weight_grad=weight_grad, backend=backend
     )
     return AllActions(objective, result.logprobs, result.entropy)
 
@@ -142,9 +143,9 @@ def all_actions_objective_with_kl(
     The reference is given as to :func:`flexrec.ops.ranking_logprobs.ranking_logprobs_with_kl`.
     """
     lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
-    reference = check_reference(Reference(ref_hidden, ref_weight, ref_bias, ref_logits), lists)
+    lists = add_reference(lists, ref_hidden, ref_weight, ref_bias, ref_logits)
     objective, result = _evaluate(
-        lists, lengths, gains, metric, num_ranked, tilt, reference, weight_grad=weight_grad, backend=backend
+        lists, lengths, gains, metric, num_ranked, tilt, weight_grad=weight_grad, backend=backend
     )
     assert result.kl is not None
     return AllActionsWithKL(objective, result.logprobs, result.entropy, result.kl)
@@ -157,14 +158,13 @@ def _evaluate(
     metric: str | Metric,
     num_ranked: int | Tensor | None,
     tilt: float | None,
-    reference: Reference | None,
     *,
     weight_grad: str,
     backend: str,
 ) -> tuple[Tensor, Results]:
     """The objective (N, T), and the results of the distribution that it comes from."""
     check_choice("backend", backend, BACKENDS)
-    metric = parse_metric(metric)
+    metric = metric_of(metric)
     n, k = lists.position.shape
     t = lists.hidden.shape[1]
     check_tensor("gains", gains, (n, k))
@@ -181,7 +181,7 @@ def _evaluate(
         scores = swap_scores(
             gains, metric, lengths=per_ranking, num_ranked=shown, backend="torch" if backend == "torch" else "auto"
         )
-        return _over_distribution(lists, -scores[:, :t], tilt, reference)
+        return _over_distribution(lists, -scores[:, :t], tilt)
 
     parts = ingredients(check_gains(gains, metric, per_ranking, shown), metric)
     mean = parts.weight.sum(-1, keepdim=True) / parts.length.clamp(min=1)
@@ -189,7 +189,7 @@ def _evaluate(
     dtype = accumulation_dtype(lists.hidden, lists.weight)
     g, d = centred.to(dtype), parts.discount.to(dtype)  # (N, K)
     values = torch.stack((g, d, g * d), dim=-1)
-    result = evaluate_lists(lists, values, reference, weight_grad=weight_grad, backend=backend)
+    result = evaluate_lists(lists, values, weight_grad=weight_grad, backend=backend)
     assert result.expectations is not None
     e_g, e_d, e_gd = result.expectations.unbind(-1)  # (N, T)
     g, d = g[:, :t], d[:, :t]
@@ -197,9 +197,7 @@ def _evaluate(
     return d * e_g - d * g - e_gd + g * e_d, result
 
 
-def _over_distribution(
-    lists: RankedLists, change: Tensor, tilt: float | None, reference: Reference | None
-) -> tuple[Tensor, Results]:
+def _over_distribution(lists: RankedLists, change: Tensor, tilt: float | None) -> tuple[Tensor, Results]:
     """The expectation or exponential utility of ``change`` (N, T, K) in rank order, from the explicit distribution."""
     log_probs, pool = step_log_probs(lists)
     change = change.to(log_probs.dtype)
@@ -211,7 +209,7 @@ def _over_distribution(
         utility = in_rank_order(torch.where(pool, log_probs, 0.0), lists.position) + change / tilt
         utility = torch.where(in_pool, utility, 2 * FLOOR).logsumexp(-1) * tilt
         objective = torch.where(in_pool.any(-1), utility, 0.0)
-    return objective, from_distribution(log_probs, pool, lists, None, reference)
+    return objective, from_distribution(log_probs, pool, lists)
 
 
 def _check_num_ranked(num_ranked: int | Tensor | None, n: int, t: int, device: torch.device) -> Tensor:

@@ -5,62 +5,36 @@ placed (the pool) and normalised over them alone:
 
     z_j  = (hidden[t] . weight[token_j] + bias[token_j]) / temperature
     p_j  = exp(z_j) / sum of exp(z_i) over the pool                      for j in the pool, else 0
-    H    = -sum_j p_j log p_j,        E_c = sum_j p_j v_jc,        KL = sum_j p_j (log p_j - log q_j)
 
-with q the same distribution of a reference policy. The whole support is at hand, so all three are exact sums, where
-trainers over a full vocabulary use single-sample estimates of KL. With upstream gradients g_lp of the chosen
-candidate's log-probability (y is its one-hot vector), g_H of H, g_c of E_c and g_KL of KL,
-
-    dz_j = g_lp (y_j - p_j) - g_H p_j (log p_j + H) + sum_c g_c p_j (v_jc - E_c) + g_KL p_j (log p_j - log q_j - KL),
-
-since d p_j / d z_i = p_j (1[i = j] - p_i). Only candidate rows of the output embedding are read: neither logits over
-the vocabulary nor a tensor (N, K, D) or (N, T, V) exists anywhere.
+So a step is a row of ``restricted_logprobs`` whose set is the pool: entropy, expectations, KL and every gradient are
+derived there. In rank order the pool of step t are the entries from rank t on, and its target is the first of them.
+Only candidate rows of the output embedding are read: neither logits over the vocabulary nor a tensor (N, K, D) or
+(N, T, V) exists anywhere.
 """
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flexrec.checks import check_choice
-from flexrec.ops.ranked_lists import (
-    IMPOSSIBLE,
-    RankedLists,
-    Reference,
-    accumulation_dtype,
-    check_lists,
+from flexrec.checks import check_finite, check_range, check_tensor
+from flexrec.ops.library import LogprobsOperation, accumulation_dtype, is_traced, kernels, without_autocast
+from flexrec.ops.rank_order import by_candidate, checked_positions, in_rank_order, lengths_per_ranking, pools
+from flexrec.ops.restricted_logprobs import (
+    RankingLogprobs,
+    RankingLogprobsWithKL,
+    Results,
+    check_bias,
     check_reference,
-    check_values,
-    in_rank_order,
-    log_probs_of_logits,
-    step_log_probs,
-    values_by_candidate,
-    without_autocast,
+    check_temperature,
+    choose_kernels,
+    log_probs_of,
+    results_of,
 )
-from flexrec.ops.ranking_logprobs_op import Inputs, evaluate
-from flexrec.ops.weight_grads import WEIGHT_GRADS, check_accumulates
-
-BACKENDS = ("auto", "torch", "triton")
-
-
-class RankingLogprobs(NamedTuple):
-    """Per step: log-probability of the chosen candidate, entropy, and expectations of the values (None without any)."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    expectations: Tensor | None
-
-
-class RankingLogprobsWithKL(NamedTuple):
-    """:class:`RankingLogprobs`, and per step KL(policy || reference)."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    expectations: Tensor | None
-    kl: Tensor
+from flexrec.ops.weight_grad import accumulated_grad, check_weight_grad, deliver
 
 
 def ranking_logprobs(
@@ -104,8 +78,9 @@ def ranking_logprobs(
             gradient, DDP's among them, do not run. The gradient of ``bias`` is dense. The last two are for eager mode:
             torch.compile and the "torch" backend know "dense" only. On a GPU "dense" and "accumulate" add up in any
             order, unless ``torch.use_deterministic_algorithms`` is on; everything else is bitwise repeatable.
-        backend: "triton" (CUDA or ROCm, or the CPU under TRITON_INTERPRET=1; not float64), "torch" (plain operations
-            under autograd, anywhere), or "auto": triton on a GPU where it can, parallel loops on a CPU, else torch.
+        backend: "triton" (CUDA or ROCm, or the CPU under TRITON_INTERPRET=1; not float64), "numba" (CPU), "torch"
+            (plain operations under autograd, anywhere), or "auto": triton on a GPU where it can, numba on a CPU, else
+            torch.
 
     Returns:
         ``RankingLogprobs(logprobs (N, T), entropy (N, T), expectations (N, T, C) or None)``, float32 (float64 if
@@ -155,8 +130,8 @@ def ranking_logprobs_with_kl(
         TypeError, ValueError: as of :func:`ranking_logprobs`; no reference, or two.
     """
     lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
-    reference = check_reference(Reference(ref_hidden, ref_weight, ref_bias, ref_logits), lists)
-    result = evaluate_lists(lists, values, reference, weight_grad=weight_grad, backend=backend)
+    lists = add_reference(lists, ref_hidden, ref_weight, ref_bias, ref_logits)
+    result = evaluate_lists(lists, values, weight_grad=weight_grad, backend=backend)
     assert result.kl is not None
     return RankingLogprobsWithKL(result.logprobs, result.entropy, result.expectations, result.kl)
 
@@ -222,98 +197,273 @@ def ranking_probs(
 # --- on checked arguments ---------------------------------------------------------------------------------------------
 
 
-class Results(NamedTuple):
-    """Log-probs (N, T), entropy (N, T), expectations (N, T, C) if there are values, KL (N, T) if a reference."""
+class RankedLists(NamedTuple):
+    """Checked arguments of the ranking operations, in the order of ``candidates``: what the operation takes.
 
-    logprobs: Tensor
-    entropy: Tensor
-    expectations: Tensor | None
-    kl: Tensor | None
+    Attributes:
+        hidden: (N, T, D).
+        weight: (V, D).
+        bias: (V,) or None.
+        candidates: (P, K) int64 token ids; entries beyond a list's length replaced by ids that may be read.
+        position: (N, K) int32, the rank of every candidate (see ``rank_order``), -1 beyond a list's length.
+        values: (N, K, C) or None, in rank order; for Triton's kernels in candidate order.
+        ref_hidden, ref_weight, ref_bias: of the reference, or ref_logits (N, T, K) in candidate order, divided by the
+            temperature already.
+        temperature: what logits are divided by.
+        ragged: whether any list may be shorter than K.
+        backend: "numba" or "triton".
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    candidates: Tensor
+    position: Tensor
+    values: Tensor | None = None
+    ref_hidden: Tensor | None = None
+    ref_weight: Tensor | None = None
+    ref_bias: Tensor | None = None
+    ref_logits: Tensor | None = None
+    temperature: float = 1.0
+    ragged: bool = False
+    backend: str = "numba"
+
+    @property
+    def reference(self) -> Any:
+        """Hidden, weight and bias of the reference, or its logits, or None."""
+        return self.ref_logits if self.ref_hidden is None else (self.ref_hidden, self.ref_weight, self.ref_bias)
+
+
+def check_lists(
+    hidden: Tensor,
+    weight: Tensor,
+    candidates: Tensor,
+    ranking: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    lengths: Tensor | None = None,
+) -> RankedLists:
+    """Check the arguments that all ranking operations share; meanings as of :func:`ranking_logprobs`."""
+    check_tensor("hidden", hidden, ("N", "T", "D"))
+    n, t, d = hidden.shape
+    check_tensor("weight", weight, ("V", d))
+    check_tensor("candidates", candidates, ("P", "K"), "integer")
+    check_tensor("ranking", ranking, (n, t), "integer")
+    p, k = candidates.shape
+    if (n == 0) != (p == 0) or (p and n % p):
+        raise ValueError(f"hidden must hold the same number of rankings per list of candidates, got N={n} and P={p}")
+    if k == 0:
+        raise ValueError(f"candidates must hold at least one candidate per list, got shape {tuple(candidates.shape)}")
+    if t > k:
+        raise ValueError(f"ranking must not be longer than its list, got T={t} ranks of K={k} candidates")
+    check_bias("bias", bias, weight)
+    check_temperature(temperature)
+    candidates, ranking = candidates.long(), ranking.long()
+    vocab = weight.shape[0]
+    if lengths is None:
+        position = checked_positions(candidates, vocab, ranking, None)
+        return RankedLists(hidden, weight, bias, candidates, position, temperature=float(temperature))
+
+    lengths = lengths_per_ranking(lengths, n, p, k)
+    position = checked_positions(candidates, vocab, ranking, lengths)
+    # A list's tail is never read: its tokens give way to the list's first, or to token 0 where the list is empty.
+    longest = lengths.view(p, -1).amax(1, keepdim=True) if n else lengths.view(0, 1)  # (P, 1)
+    real = torch.arange(k, device=candidates.device) < longest  # (P, K)
+    candidates = torch.where(real, candidates, candidates[:, :1]).masked_fill(longest == 0, 0)
+    return RankedLists(hidden, weight, bias, candidates, position, temperature=float(temperature), ragged=True)
+
+
+def add_reference(lists: RankedLists, *reference: Tensor | None) -> RankedLists:
+    """The lists with the arguments ref_hidden, ref_weight, ref_bias and ref_logits, checked."""
+    n, t, _ = lists.hidden.shape
+    hidden, weight, bias, logits = check_reference(reference, (n, t, "D'"), (n, t, lists.candidates.shape[1]))
+    if weight is not None and len(weight) < len(lists.weight):
+        check_range("candidates, which index ref_weight too,", lists.candidates, 0, len(weight) - 1)
+    if logits is not None:
+        logits = logits.to(accumulation_dtype(lists.hidden, lists.weight)) / lists.temperature
+    return lists._replace(ref_hidden=hidden, ref_weight=weight, ref_bias=bias, ref_logits=logits)
 
 
 def evaluate_lists(
-    lists: RankedLists,
-    values: Tensor | None,
-    reference: Reference | None = None,
-    *,
-    weight_grad: str = "dense",
-    backend: str = "auto",
+    lists: RankedLists, values: Tensor | None = None, *, weight_grad: str = "dense", backend: str = "auto"
 ) -> Results:
-    """What the public functions have in common: arguments of :func:`ranking_logprobs_with_kl`, checked."""
-    check_choice("backend", backend, BACKENDS)
-    check_choice("weight_grad", weight_grad, WEIGHT_GRADS)
+    """What the public functions have in common; ``values`` (N, K, C) in rank order."""
     if values is not None:
-        values = check_values(values, lists)
-    if backend == "auto":
-        backend = _best_backend(lists)
-    elif backend == "triton":
-        _require_triton(lists)
+        n, k = lists.position.shape
+        check_tensor("values", values, (n, k, "C"))
+        mask = None
+        if lists.ragged:
+            in_list = torch.arange(k, device=values.device) <= lists.position.amax(1, keepdim=True)  # (N, K)
+            mask = in_list[..., None].expand(values.shape)
+        check_finite("values", values, mask)
+        values = values.detach()
+    backend = choose_kernels(backend, lists.hidden, lists.weight)
+    check_weight_grad(weight_grad, backend, lists.weight, is_traced(*lists))
+    lists = lists._replace(values=values, backend=backend)
     if backend == "torch":
-        if weight_grad != "dense":
-            raise ValueError(f"backend='torch' has no weight_grad={weight_grad!r}; use 'dense', or backend='auto'")
-        return from_distribution(*step_log_probs(lists), lists, values, reference)
-    if weight_grad == "accumulate":
-        check_accumulates(lists.weight)
-    use_triton = backend == "triton"
-    if values is not None and use_triton:
-        values = values_by_candidate(values, lists)
-    options = lists.temperature, lists.ragged, use_triton
-    inputs = Inputs(*lists[:5], values, *(reference or Reference()), *options)
-    logprobs, entropy, expectations, kl = evaluate(inputs, weight_grad)
-    return Results(logprobs, entropy, None if values is None else expectations, None if reference is None else kl)
+        return from_distribution(*step_log_probs(lists), lists)
+    if values is not None and backend == "triton":
+        lists = lists._replace(values=by_candidate(values, lists.position))
+    logprobs, entropy, expectations, kl = _operation(lists, weight_grad)
+    return Results(logprobs, entropy, None if values is None else expectations, None if lists.reference is None else kl)
 
 
-def _best_backend(lists: RankedLists) -> str:
-    kind = lists.hidden.device.type
-    if kind == "cpu":
-        return "loops"
-    on_gpu = kind == "cuda" and accumulation_dtype(lists.hidden, lists.weight) == torch.float32
-    return "triton" if on_gpu else "torch"
+# --- by plain operations ----------------------------------------------------------------------------------------------
 
 
-def _require_triton(lists: RankedLists) -> None:
-    """Raise where the Triton kernels cannot run: no Triton, float64, or a CPU without the interpreter."""
-    try:
-        from flexrec.triton_kernels.ranking_logprobs import INTERPRETED
-    except ModuleNotFoundError as error:
-        raise ValueError("backend='triton' needs the package triton, which is not installed; use 'auto'") from error
-    if accumulation_dtype(lists.hidden, lists.weight) == torch.float64:
-        raise TypeError("backend='triton' computes in float32, got float64 operands; use 'auto' or 'torch'")
-    if lists.hidden.device.type == "cpu" and not INTERPRETED:
-        raise ValueError("backend='triton' needs a GPU, or TRITON_INTERPRET=1 set before the first import of triton")
+def step_log_probs(lists: RankedLists) -> tuple[Tensor, Tensor]:
+    """The restricted distribution of every step as an ordinary differentiable tensor.
+
+    Returns:
+        log-probabilities (N, T, K) in candidate order, as of :func:`flexrec.ops.restricted_logprobs.log_probs_of`; and
+        the pool (N, T, K) bool.
+    """
+    (n, t, d), (p, k) = lists.hidden.shape, lists.candidates.shape
+    dtype = accumulation_dtype(lists.hidden, lists.weight)
+    pool, live = pools(lists.position, t)
+    hidden = lists.hidden.to(dtype)
+    if lists.ragged:  # what a step without a pool holds is not read
+        hidden = hidden.masked_fill(~live[..., None], 0)
+    hidden = hidden.reshape(p, n // max(p, 1) * t, d)  # (P, G T, D)
+    rows = lists.weight.index_select(0, lists.candidates.flatten()).to(dtype).view(p, k, d)
+    with without_autocast(hidden):
+        logits = hidden @ rows.transpose(1, 2)  # (P, G T, K)
+    if lists.bias is not None:
+        logits = logits + lists.bias.to(dtype)[lists.candidates][:, None]
+    return log_probs_of((logits / lists.temperature).view(n, t, k), pool), pool
 
 
-def from_distribution(
-    log_probs: Tensor,
-    pool: Tensor,
-    lists: RankedLists,
-    values: Tensor | None = None,
-    reference: Reference | None = None,
-) -> Results:
-    """The results from an explicit distribution as :func:`step_log_probs` gives it; values in rank order."""
-    probs = torch.where(pool, log_probs.exp(), 0.0)  # (N, T, K)
+def from_distribution(log_probs: Tensor, pool: Tensor, lists: RankedLists) -> Results:
+    """The results from an explicit distribution as :func:`step_log_probs` gives it."""
     steps = torch.arange(log_probs.shape[1], device=pool.device)
     chosen = lists.position[:, None] == steps[:, None]  # (N, T, K)
-    logprobs = torch.where(chosen, log_probs, 0.0).sum(-1)
-    expectations = kl = None
-    if values is not None:
-        with without_autocast(probs):
-            expectations = probs @ values_by_candidate(values, lists).to(probs.dtype)
-    if reference is not None:
-        with torch.no_grad():
-            if reference.logits is not None:
-                ref_log_probs, _ = log_probs_of_logits(reference.logits, lists)
-            else:
-                assert reference.hidden is not None
-                assert reference.weight is not None
-                other = lists._replace(hidden=reference.hidden, weight=reference.weight, bias=reference.bias)
-                ref_log_probs = step_log_probs(other)[0].to(probs.dtype)
-        unreachable = ((ref_log_probs < IMPOSSIBLE) & (probs > 0)).any(-1)  # (N, T)
-        divergence = torch.where(pool, probs * (log_probs - ref_log_probs), 0.0).sum(-1)
-        kl = torch.where(unreachable, math.inf, divergence)
-    return Results(
-        logprobs + torch.where(logprobs < IMPOSSIBLE, -math.inf, 0.0),  # adding -inf keeps the gradient of the rest
-        -(probs * log_probs).sum(-1),
-        expectations,
-        kl,
+    values = None if lists.values is None else by_candidate(lists.values, lists.position)
+    ref_log_probs = None
+    with torch.no_grad():
+        if lists.ref_logits is not None:
+            ref_log_probs = log_probs_of(lists.ref_logits, pool)
+        elif lists.ref_hidden is not None and lists.ref_weight is not None:
+            other = lists._replace(hidden=lists.ref_hidden, weight=lists.ref_weight, bias=lists.ref_bias)
+            ref_log_probs = step_log_probs(other)[0].to(log_probs.dtype)
+    return results_of(log_probs, pool, chosen, values, ref_log_probs)
+
+
+# --- the operation ----------------------------------------------------------------------------------------------------
+
+
+_SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor candidates, Tensor position, Tensor? values, "
+    "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? ref_logits, "
+    "float temperature, bool ragged, str backend"
+)
+
+
+def _forward(x: RankedLists, with_grad: bool) -> Sequence[Tensor | None]:
+    """The results; for the backward pass logits and norm, and those of the reference, in the backend's own layout."""
+    operands = (x.hidden, x.weight, x.bias, x.candidates, x.position)
+    module = kernels(x.backend, "ranking_logprobs")
+    if x.backend == "numba":
+        return module.ranking_logprobs_forward(*operands, x.values, x.temperature, x.reference)
+    kept = with_grad and module.keeps_logits(x.candidates.shape[1], x.hidden.shape[2])
+    with without_autocast(x.hidden):
+        return module.ranking_logprobs_forward(
+            *operands, _values_or_empty(x), x.temperature, reference=x.reference, save_logits=kept
+        )
+
+
+def _backward(
+    upstream: Sequence[Any], saved: Sequence[Any], x: RankedLists, needs_grad: list[bool], weight_grad: str
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if x.backend == "triton":
+        with without_autocast(x.hidden):
+            return _triton_backward(upstream, saved, x, needs_grad, weight_grad)
+    operands = (x.hidden, x.weight, x.candidates, x.position)
+    numba = kernels("numba", "ranking_logprobs")
+    hidden_grad, rows, bias_rows = numba.ranking_logprobs_backward(
+        upstream, saved, *operands, x.values, x.temperature, needs_grad
     )
+    return hidden_grad, *_by_token(rows, bias_rows, x, weight_grad)
+
+
+def _triton_backward(
+    upstream: Sequence[Any], saved: Sequence[Any], x: RankedLists, needs_grad: list[bool], weight_grad: str
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    module = kernels("triton", "ranking_logprobs")
+    repeatable = weight_grad == "rows" or torch.are_deterministic_algorithms_enabled()
+    mode, bias_grad = "rows" if repeatable else weight_grad, None
+    into: tuple[Tensor | None, Tensor | None] = (None, None)
+    if mode == "accumulate" and needs_grad[1]:
+        if needs_grad[2] and x.bias is not None:  # as rows of weight, so numbers of bias; but its gradient is returned
+            bias_grad = torch.zeros_like(x.bias, dtype=torch.float32)
+        into = (accumulated_grad(x.weight), bias_grad)
+    elif mode == "accumulate":
+        mode = "dense"
+    hidden_grad, of_weight, of_bias = module.ranking_logprobs_backward(
+        tuple(upstream),
+        module.Saved(*saved),
+        x.hidden,
+        x.weight,
+        x.bias,
+        x.candidates,
+        x.position,
+        _values_or_empty(x),
+        x.temperature,
+        needs_grad,
+        weight_mode=mode,
+        into=into,
+        reference=x.reference,
+        ragged=x.ragged,
+    )
+    if repeatable:
+        k = x.candidates.shape[1]
+        rows = None if of_weight is None else of_weight.view(-1, k, of_weight.shape[1])
+        return hidden_grad, *_by_token(rows, of_bias, x, weight_grad)
+    if bias_grad is not None and x.bias is not None:
+        of_bias = bias_grad.to(x.bias.dtype)
+    return hidden_grad, of_weight, of_bias
+
+
+def _values_or_empty(x: RankedLists) -> Tensor:
+    return x.hidden.new_empty((*x.position.shape, 0)) if x.values is None else x.values
+
+
+def _by_token(
+    rows: Tensor | None, bias_rows: Tensor | None, x: RankedLists, weight_grad: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight and bias from those of every candidate of every list, (P, K, D) and (P, K)."""
+    tokens = x.candidates.flatten()
+    of_weight = of_bias = None
+    if rows is not None:
+        of_weight = deliver(weight_grad, x.weight, tokens, rows.flatten(0, 1))
+    if bias_rows is not None and x.bias is not None:
+        of_bias = bias_rows.new_zeros(x.bias.shape).index_add_(0, tokens, bias_rows.flatten()).to(x.bias.dtype)
+    return of_weight, of_bias
+
+
+def _fake(x: RankedLists) -> list[Tensor]:
+    n, t, _ = x.hidden.shape
+    k, channels = x.candidates.shape[1], 0 if x.values is None else x.values.shape[2]
+    dtype, by_triton = accumulation_dtype(x.hidden, x.weight), x.backend == "triton"
+    has_reference = x.reference is not None
+    shown, kept, ref_kept = k, True, has_reference
+    if by_triton:
+        module = kernels("triton", "ranking_logprobs")
+        shown, kept = module.padded(k), module.keeps_logits(k, x.hidden.shape[2])
+        ref_kept = kept and x.ref_hidden is not None
+    shapes: list[tuple[int, ...] | None] = [
+        (n, t),
+        (n, t),
+        (n, t, channels),
+        (n, t) if has_reference else None,
+        (n, t, shown) if kept else None,
+        (n, t, 4 if has_reference and not by_triton else 2),
+        (n, t, shown) if ref_kept else None,
+        (n, t, 2) if has_reference and by_triton else None,
+    ]
+    return [x.hidden.new_empty(0) if shape is None else x.hidden.new_empty(shape, dtype=dtype) for shape in shapes]
+
+
+_operation = LogprobsOperation(
+    "ranking_logprobs", RankedLists, _SCHEMA, 8, forward=_forward, backward=_backward, fake=_fake
+)

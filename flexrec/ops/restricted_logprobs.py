@@ -1,13 +1,17 @@
 """Log-probabilities over ragged sets of allowed tokens: one row of hidden states, one set, one target.
 
 With z_e = (hidden[m] . weight[token_e] + bias[token_e]) / temperature for the entries e of row m's set, everything is
-a function of z, one number per entry: log p_e = z_e - logsumexp over the row, and
+a function of z, one number per entry: p_e = exp(z_e) / sum of exp(z_i) over the row, and
 
     H = -sum_e p_e log p_e,    E_c = sum_e p_e v_ec,    KL = sum_e p_e (log p_e - log q_e)       (q: a reference's p)
 
-With upstream gradients g_lp of the target's log-probability (y is its one-hot vector), g_H, g_c and g_KL,
+The whole support is at hand, so all three are exact sums, where trainers over a full vocabulary use single-sample
+estimates. With upstream gradients g_lp of the target's log-probability (y is its one-hot vector), g_H, g_c and g_KL,
 
-    dz_e = g_lp (y_e - p_e) - g_H p_e (log p_e + H) + sum_c g_c p_e (v_ec - E_c) + g_KL p_e (log p_e - log q_e - KL).
+    dz_e = g_lp (y_e - p_e) - g_H p_e (log p_e + H) + sum_c g_c p_e (v_ec - E_c) + g_KL p_e (log p_e - log q_e - KL),
+
+since d p_e / d z_i = p_e (1[i = e] - p_i). A step of a ranking is such a row, its set what remains (see
+``ranking_logprobs``).
 
 Only z costs D operations per entry, and so do its gradients, d hidden = dZ weight and d weight = dZ^T hidden with dZ
 (M, V) sparse. Triton's kernels and the CPU's are functions of the same names and meanings: ``owners``,
@@ -18,20 +22,40 @@ logits (M, V) exist; between the passes nnz logits are kept, and nnz of the refe
 from __future__ import annotations
 
 import math
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flexrec.checks import check_choice, check_finite, check_tensor
-from flexrec.ops import restricted_logprobs_numba
-from flexrec.ops.allowed_sets import AllowedSets, check_reference, check_sets
-from flexrec.ops.ranked_lists import FLOOR, IMPOSSIBLE, accumulation_dtype
-from flexrec.ops.ranking_logprobs import RankingLogprobs, RankingLogprobsWithKL
-from flexrec.ops.weight_grads import WEIGHT_GRADS, Final, accumulated_grad, check_accumulates
+from flexrec.checks import check_finite, check_range, check_tensor, values_are_checked
+from flexrec.numba_kernels import FLOOR, IMPOSSIBLE
+from flexrec.ops.library import (
+    LogprobsOperation,
+    accumulation_dtype,
+    choose_backend,
+    is_traced,
+    kernels,
+    without_autocast,
+)
+from flexrec.ops.weight_grad import accumulated_grad, check_weight_grad
 
-BACKENDS = ("auto", "torch", "triton")
+
+class RankingLogprobs(NamedTuple):
+    """Log-probability of what was chosen, entropy, and expectations of the values (None without any)."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    expectations: Tensor | None
+
+
+class RankingLogprobsWithKL(NamedTuple):
+    """:class:`RankingLogprobs`, and KL(policy || reference)."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    expectations: Tensor | None
+    kl: Tensor
 
 
 def restricted_logprobs(
@@ -63,28 +87,25 @@ def restricted_logprobs(
         bias: (V,) floating, added to the logits; -inf makes a token impossible (probability exactly 0, no gradient).
             Where every allowed token is impossible each is equally likely and nothing has a gradient.
         temperature: what the logits are divided by; positive.
-        weight_grad: how ``weight`` gets its gradient. "dense": a tensor (V, D), as usual. "rows": a sparse COO tensor
-            of the tokens that have one, each once, as from ``nn.Embedding(sparse=True)``; nothing of (V, D) is made.
-            "accumulate": it is added to ``weight.main_grad`` if there is one, else to ``weight.grad`` (made if need
-            be), and autograd sees none; ``weight`` must be a leaf. The last two are for eager mode: torch.compile
-            and the "torch" backend know "dense" only.
+        weight_grad: how ``weight`` gets its gradient, as of ``ranking_logprobs``; the sparse tensor of "rows" has each
+            token once.
         backend: "triton" (CUDA or ROCm, or the CPU under TRITON_INTERPRET=1; not float64), "torch" (gathers the rows
-            of every entry: simple, anywhere, memory and time of (nnz, D)), or "auto": triton on a GPU, parallel loops
-            on a CPU, torch where neither can.
+            of every entry and pads the sets: simple, anywhere, memory and time of (nnz, D)), "numba" (CPU), or "auto":
+            triton on a GPU, numba on a CPU, torch where neither can.
 
     Returns:
         ``RankingLogprobs(logprobs (M,), entropy (M,), expectations (M, C) or None)``, float32 (float64 if ``hidden``
         or ``weight`` is). A row with one allowed token has log-probability and entropy exactly 0 and no gradient; its
-        hidden state and weight row are not read. Where values are not checked (see ``flexrec.checks``), a target
+        hidden state and weight row are not read. Where values are not checked (see ``flexrec.validation``), a target
         that is not allowed has log-probability NaN.
 
     Raises:
         TypeError, ValueError: wrong types or shapes, offsets that do not ascend, a token out of range or twice in a
             set, a target that is not among its row's allowed tokens, a backend that cannot do what is asked.
     """
-    sets, chosen = check_sets(hidden, weight, allowed_ids, allowed_offsets, targets, bias=bias, temperature=temperature)
-    logprobs, entropy, expectations, _ = _run(sets, chosen, values, None, weight_grad, backend)
-    return RankingLogprobs(logprobs, entropy, None if values is None else expectations)
+    sets = _check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, targets, temperature)
+    logprobs, entropy, expectations, _ = _evaluate(sets, values, weight_grad, backend)
+    return RankingLogprobs(logprobs, entropy, expectations)
 
 
 def restricted_logprobs_with_kl(
@@ -121,10 +142,11 @@ def restricted_logprobs_with_kl(
         to rounding, exactly 0 where the two agree bit by bit and where one token is allowed, or none; infinite, and
         without a gradient, where the policy allows what the reference's bias makes impossible.
     """
-    sets, chosen = check_sets(hidden, weight, allowed_ids, allowed_offsets, targets, bias=bias, temperature=temperature)
-    reference = check_reference(sets, ref_hidden, ref_weight, ref_bias, ref_logits)
-    logprobs, entropy, expectations, kl = _run(sets, chosen, values, reference, weight_grad, backend)
-    return RankingLogprobsWithKL(logprobs, entropy, None if values is None else expectations, kl)
+    sets = _check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, targets, temperature)
+    sets = _add_reference(sets, ref_hidden, ref_weight, ref_bias, ref_logits)
+    logprobs, entropy, expectations, kl = _evaluate(sets, values, weight_grad, backend)
+    assert kl is not None
+    return RankingLogprobsWithKL(logprobs, entropy, expectations, kl)
 
 
 def restricted_kl(
@@ -152,305 +174,330 @@ def restricted_kl(
         (M,) float32 (float64 if the policy's inputs are), as of :func:`restricted_logprobs_with_kl`, which gives the
         log-probabilities as well at no further cost.
     """
-    sets, _ = check_sets(hidden, weight, allowed_ids, allowed_offsets, bias=bias, temperature=temperature)
-    reference = check_reference(sets, ref_hidden, ref_weight, ref_bias, None)
-    return _run(sets, None, None, reference, weight_grad, backend)[3]
+    sets = _check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, None, temperature)
+    kl = _evaluate(_add_reference(sets, ref_hidden, ref_weight, ref_bias, None), None, weight_grad, backend).kl
+    assert kl is not None
+    return kl
 
 
-# --- choice of a backend ----------------------------------------------------------------------------------------------
+# --- what ranking_logprobs shares -------------------------------------------------------------------------------------
 
 
-def _run(
-    sets: AllowedSets,
-    targets: Tensor | None,
-    values: Tensor | None,
-    reference: AllowedSets | Tensor | None,
-    weight_grad: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs (M,), entropy (M,), expectations (M, C) and KL (M,); zeros for what there is nothing for."""
-    check_choice("backend", backend, BACKENDS)
-    check_choice("weight_grad", weight_grad, WEIGHT_GRADS)
-    hidden, weight, bias, ids, offsets, temperature = sets
-    dtype = accumulation_dtype(hidden, weight)
-    if values is None:
-        values = hidden.new_empty((ids.shape[0], 0))
+class Results(NamedTuple):
+    """Log-probs, entropy, expectations if there are values, KL if there is a reference."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    expectations: Tensor | None
+    kl: Tensor | None
+
+
+Reference = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # hidden, weight and bias, or logits
+
+
+def check_reference(
+    reference: Sequence[Tensor | None], hidden_shape: Sequence[int | str], logits_shape: Sequence[int]
+) -> Reference:
+    """Check the arguments ref_hidden, ref_weight, ref_bias and ref_logits, and detach them."""
+    hidden, weight, bias, logits = reference
+    names = ("ref_hidden", "ref_weight", "ref_bias", "ref_logits")
+    given = " and ".join(name for name, x in zip(names, reference, strict=True) if x is not None)
+    if logits is not None:
+        if not (hidden is None and weight is None and bias is None):
+            raise ValueError(f"ref_logits take the place of ref_hidden, ref_weight and ref_bias; got {given}")
+        check_tensor("ref_logits", logits, logits_shape)
+        check_range("ref_logits", logits, -math.inf, torch.finfo(logits.dtype).max)
+    elif hidden is None or weight is None:
+        raise ValueError(f"a reference is needed: ref_hidden and ref_weight, or ref_logits; got {given or 'none'}")
     else:
-        check_tensor("values", values, (ids.shape[0], "C"))
+        check_tensor("ref_hidden", hidden, hidden_shape)
+        check_tensor("ref_weight", weight, ("V", hidden.shape[-1]))
+        check_bias("ref_bias", bias, weight)
+    hidden, weight, bias, logits = (None if x is None else x.detach() for x in reference)
+    return hidden, weight, bias, logits
+
+
+def check_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
+    """Raise unless ``bias`` is None or (V,), numbers or -inf."""
+    if bias is not None:
+        check_tensor(name, bias, (weight.shape[0],))
+        check_range(name, bias, -math.inf, torch.finfo(bias.dtype).max)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise unless ``temperature`` is a positive finite number."""
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def choose_kernels(backend: str, hidden: Tensor, weight: Tensor) -> str:
+    """The backend that will run, see :func:`flexrec.ops.library.choose_backend`."""
+    obstacle = None
+    if accumulation_dtype(hidden, weight) == torch.float64:
+        obstacle = TypeError("backend='triton' computes in float32, got float64 operands; use 'auto' or 'torch'")
+    return choose_backend(backend, "hidden", hidden, obstacle)
+
+
+def log_probs_of(logits: Tensor, pool: Tensor) -> Tensor:
+    """(N, T, K): a differentiable log-softmax over the entries that are in the pool, (N, T, K) bool.
+
+    Finite everywhere: below ``IMPOSSIBLE`` for impossible entries, meaningless outside the pool.
+    """
+    return torch.where(pool, logits.clamp(min=FLOOR), 2 * FLOOR).log_softmax(-1)
+
+
+def results_of(
+    log_probs: Tensor, pool: Tensor, chosen: Tensor, values: Tensor | None = None, ref_log_probs: Tensor | None = None
+) -> Results:
+    """The results from an explicit distribution, by plain operations under autograd.
+
+    Args:
+        log_probs, ref_log_probs: (N, T, K) from :func:`log_probs_of`; pool: (N, T, K) bool.
+        chosen: (N, T, K) bool, the entry whose log-probability is wanted; none: 0.
+        values: (N, K, C).
+    """
+    probs = torch.where(pool, log_probs.exp(), 0.0)  # (N, T, K)
+    logprobs = torch.where(chosen, log_probs, 0.0).sum(-1)  # (N, T)
+    expectations = kl = None
+    if values is not None:
+        with without_autocast(probs):
+            expectations = probs @ values.to(probs.dtype)  # (N, T, C)
+    if ref_log_probs is not None:
+        unreachable = ((ref_log_probs < IMPOSSIBLE) & (probs > 0)).any(-1)  # (N, T)
+        kl = torch.where(unreachable, math.inf, torch.where(pool, probs * (log_probs - ref_log_probs), 0.0).sum(-1))
+    return Results(
+        logprobs + torch.where(logprobs < IMPOSSIBLE, -math.inf, 0.0),  # adding -inf keeps the gradient of the rest
+        -(probs * log_probs).sum(-1),
+        expectations,
+        kl,
+    )
+
+
+# --- on checked arguments ---------------------------------------------------------------------------------------------
+
+
+class AllowedSets(NamedTuple):
+    """Checked arguments, what the operation takes: M sets, nnz entries in all.
+
+    Attributes:
+        hidden: (M, D).
+        weight: (V, D).
+        bias: (V,) or None.
+        ids: (nnz,) int64 token ids, contiguous.
+        offsets: (M + 1,) int64, contiguous.
+        targets: (M,) int64, contiguous, or None.
+        values: (nnz, C) or None.
+        ref_hidden, ref_weight, ref_bias: of the reference, or ref_logits (nnz,).
+        temperature: what logits are divided by.
+        backend: "numba" or "triton".
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    ids: Tensor
+    offsets: Tensor
+    targets: Tensor | None
+    values: Tensor | None = None
+    ref_hidden: Tensor | None = None
+    ref_weight: Tensor | None = None
+    ref_bias: Tensor | None = None
+    ref_logits: Tensor | None = None
+    temperature: float = 1.0
+    backend: str = "numba"
+
+    @property
+    def has_reference(self) -> bool:
+        return self.ref_hidden is not None or self.ref_logits is not None
+
+    @property
+    def own_values(self) -> Tensor:
+        """(nnz, C), of 0 columns without values."""
+        return self.hidden.new_empty((len(self.ids), 0)) if self.values is None else self.values
+
+
+def _check_sets(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    allowed_ids: Tensor,
+    allowed_offsets: Tensor,
+    targets: Tensor | None,
+    temperature: float,
+) -> AllowedSets:
+    check_tensor("hidden", hidden, ("M", "D"))
+    m, d = hidden.shape
+    check_tensor("weight", weight, ("V", d))
+    check_tensor("allowed_ids", allowed_ids, ("nnz",), "integer")
+    check_tensor("allowed_offsets", allowed_offsets, (m + 1,), "integer")
+    check_bias("bias", bias, weight)
+    check_temperature(temperature)
+    ids, offsets = allowed_ids.long().contiguous(), allowed_offsets.long().contiguous()
+    if targets is not None:
+        check_tensor("targets", targets, (m,), "integer")
+        targets = targets.long().contiguous()
+    if values_are_checked(ids):
+        _check_entries(ids, offsets, targets, weight.shape[0])
+    return AllowedSets(hidden, weight, bias, ids, offsets, targets, temperature=float(temperature))
+
+
+def _check_entries(ids: Tensor, offsets: Tensor, targets: Tensor | None, vocab_size: int) -> None:
+    """Raise ValueError at the first fault of the sets' tokens, on the CPU wherever they are."""
+    numba = kernels("numba", "restricted_logprobs")
+    on_cpu = [torch.empty(0, dtype=torch.int64) if x is None else x.cpu() for x in (ids, offsets, targets)]
+    fault, a, b = numba.check_entries(*(x.numpy() for x in on_cpu), vocab_size)
+    if fault == numba.ENDS:
+        raise ValueError(f"allowed_offsets must go from 0 to len(allowed_ids) = {len(ids)}, got {a} to {b}")
+    if fault == numba.DESCENDING:
+        raise ValueError(f"allowed_offsets must not descend, but do after entry {a}")
+    if fault == numba.OUTSIDE:
+        raise ValueError(f"allowed_ids must lie in [0, {vocab_size - 1}], got {b} at index [{a}]")
+    if fault == numba.REPEATED:
+        raise ValueError(f"allowed_ids must name a token once per row; row {a} has {b} twice")
+    if fault == numba.MISSING_TARGET:
+        allowed = ids[int(offsets[a]) : int(offsets[a + 1])].tolist()
+        shown = ", ".join(map(str, allowed[:8])) + (", .." if len(allowed) > 8 else "")
+        raise ValueError(
+            f"targets must be among their row's allowed_ids; row {a} has target {b} and {len(allowed)} allowed: "
+            f"[{shown}]"
+        )
+
+
+def _add_reference(sets: AllowedSets, *reference: Tensor | None) -> AllowedSets:
+    hidden, weight, bias, logits = check_reference(reference, (len(sets.hidden), "D'"), (len(sets.ids),))
+    if weight is not None:
+        check_tensor("ref_weight", weight, (len(sets.weight), "D'"))
+    if logits is not None:
+        logits = logits.to(accumulation_dtype(sets.hidden, sets.weight)).clamp(min=FLOOR)
+    return sets._replace(ref_hidden=hidden, ref_weight=weight, ref_bias=bias, ref_logits=logits)
+
+
+def _evaluate(sets: AllowedSets, values: Tensor | None, weight_grad: str, backend: str) -> Results:
+    """Log-probs (M,), 0 without targets, entropy (M,), expectations (M, C) and KL (M,)."""
+    if values is not None:
+        check_tensor("values", values, (len(sets.ids), "C"))
         check_finite("values", values)
         values = values.detach()
-    if backend == "auto":
-        on_gpu = "torch" if dtype == torch.float64 else "triton"
-        backend = {"cpu": "loops", "cuda": on_gpu}.get(hidden.device.type, "torch")
-    traced = _is_traced(hidden)
-    if weight_grad != "dense" and (backend == "torch" or traced):
-        where = "under torch.compile" if traced else "with backend='torch'"
-        raise ValueError(f"weight_grad={weight_grad!r} is not possible {where}; use 'dense'")
-    if weight_grad == "accumulate":
-        check_accumulates(weight)
+    backend = choose_kernels(backend, sets.hidden, sets.weight)
+    check_weight_grad(weight_grad, backend, sets.weight, is_traced(*sets))
+    sets = sets._replace(values=values, backend=backend)
     if backend == "torch":
-        return _reference(sets, targets, values, reference)
-    use_triton = backend == "triton"
-    if use_triton:
-        _require_triton(hidden, dtype)
-    call = sampled_logits_op if traced else _sampled_logits
-    if isinstance(reference, AllowedSets):
-        reference = call(*reference, use_triton)
-    if reference is not None:
-        reference = reference.to(dtype)
-    inputs = hidden, weight, bias, ids, offsets, targets, values, reference, temperature, use_triton
-    if traced:
-        return restricted_logprobs_op(*inputs)[:4]
-    if torch.is_grad_enabled() and (
-        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return _Eager.apply(weight_grad, *inputs)
-    return _forward(*inputs)[:4]
+        return _torch_results(sets)
+    logprobs, entropy, expectations, kl = _operation(sets, weight_grad)
+    return Results(logprobs, entropy, None if values is None else expectations, kl if sets.has_reference else None)
 
 
-def _is_traced(hidden: Tensor) -> bool:
-    """Whether the registered op must be called; otherwise its function is, which saves torch.library's overhead."""
-    return torch.compiler.is_compiling() or isinstance(hidden, torch._subclasses.FakeTensor)
+def _torch_results(sets: AllowedSets) -> Results:
+    """The results from padded sets, of which each is the only step of a ranking."""
+    hidden, weight, bias, ids, offsets, targets, values, *_ = sets
+    m, dtype = len(hidden), accumulation_dtype(hidden, weight)
+    counts = offsets.diff()  # (M,)
+    row = torch.arange(m, device=ids.device).repeat_interleave(counts)  # (nnz,)
+    column = torch.arange(len(ids), device=ids.device) - offsets[row]  # (nnz,)
+    size = int(counts.max()) if m else 0
+
+    def padded(entries: Tensor) -> Tensor:
+        return entries.new_zeros((m, size, *entries.shape[1:])).index_put((row, column), entries)
+
+    def log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logits = (hidden.to(dtype)[row] * weight.index_select(0, ids).to(dtype)).sum(-1)  # (nnz,)
+        if bias is not None:
+            logits = logits + bias.to(dtype)[ids]
+        return log_probs_of(padded(logits / sets.temperature)[:, None], pool)
+
+    pool = padded(torch.ones_like(ids, dtype=torch.bool))[:, None]  # (M, 1, K)
+    chosen = torch.zeros_like(pool) if targets is None else padded(ids == targets[row])[:, None]
+    ref_log_probs = None
+    with torch.no_grad():
+        if sets.ref_logits is not None:
+            ref_log_probs = log_probs_of(padded(sets.ref_logits)[:, None], pool)
+        elif sets.ref_hidden is not None and sets.ref_weight is not None:
+            ref_log_probs = log_probs(sets.ref_hidden, sets.ref_weight, sets.ref_bias)
+    by_entry = None if values is None else padded(values)
+    found = results_of(log_probs(hidden, weight, bias), pool, chosen, by_entry, ref_log_probs)
+    if targets is not None:  # adding NaN keeps the gradients of the rest
+        found = found._replace(logprobs=found.logprobs + torch.where(chosen.any(-1), 0.0, math.nan))
+    return Results(*(None if x is None else x.squeeze(1) for x in found))  # type: ignore[arg-type]
 
 
-def _require_triton(hidden: Tensor, dtype: torch.dtype) -> None:
-    """Raise where the Triton kernels cannot run: no Triton, float64, or a CPU without the interpreter."""
-    try:
-        from flexrec.triton_kernels.restricted_logprobs import INTERPRETED
-    except ModuleNotFoundError as error:
-        raise ValueError("backend='triton' needs the package triton, which is not installed; use 'auto'") from error
-    if dtype == torch.float64:
-        raise TypeError("backend='triton' computes in float32, got float64 operands; use 'auto' or 'torch'")
-    if hidden.device.type == "cpu" and not INTERPRETED:
-        raise ValueError("backend='triton' needs a GPU, or TRITON_INTERPRET=1 set before the first import of triton")
+# --- the operation ----------------------------------------------------------------------------------------------------
 
 
-# --- reference --------------------------------------------------------------------------------------------------------
+_SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor offsets, Tensor? targets, Tensor? values, "
+    "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? ref_logits, float temperature, str backend"
+)
 
 
-def _reference(
-    sets: AllowedSets, targets: Tensor | None, values: Tensor, reference: AllowedSets | Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The results of :func:`_run` by plain operations under autograd."""
-    row = restricted_logprobs_numba.owners(sets.offsets, len(sets.ids))  # (nnz,)
+def _forward(x: AllowedSets, _: bool) -> tuple[Tensor | None, ...]:
+    """The results; for the backward pass norm, logits and row (nnz,), and the reference's logits."""
+    module = kernels(x.backend, "restricted_logprobs")
+    row = module.owners(x.offsets, len(x.ids))
 
-    def per_row(entries: Tensor) -> Tensor:
-        return entries.new_zeros((len(sets.hidden), *entries.shape[1:])).index_add(0, row, entries)
+    def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return module.sampled_logits(hidden, weight, bias, x.ids, x.offsets, row, x.temperature)
 
-    def log_softmax(logits: Tensor) -> Tensor:
-        # The maximum only keeps exp in range: the result does not depend on it, and nor does its gradient.
-        largest = logits.new_full((len(sets.hidden),), 2 * FLOOR)
-        largest = largest.scatter_reduce(0, row, logits.detach(), "amax")  # (M,)
-        shifted = logits - largest[row]  # (nnz,)
-        return shifted - per_row(shifted.exp()).log()[row]
-
-    log_probs = log_softmax(_gathered_logits(sets, row))  # (nnz,)
-    probs = log_probs.exp()  # (nnz,)
-    logprobs = kl = probs.new_zeros(len(sets.hidden))
-    if targets is not None:
-        chosen = sets.ids == targets[row]  # (nnz,)
-        found = per_row(chosen.to(probs.dtype))  # (M,)
-        logprobs = per_row(torch.where(chosen, log_probs, 0.0))
-        # Adding -inf or NaN keeps the gradients of the rest.
-        logprobs = logprobs + torch.where(logprobs < IMPOSSIBLE, -math.inf, 0.0) + torch.where(found > 0, 0.0, math.nan)
-    if reference is not None:
-        with torch.no_grad():
-            ref_logits = _gathered_logits(reference, row) if isinstance(reference, AllowedSets) else reference
-            ref_log_probs = log_softmax(ref_logits.to(probs.dtype))
-        unreachable = (ref_log_probs < IMPOSSIBLE) & (probs > 0)  # (nnz,)
-        kl = per_row(torch.where(unreachable, 0.0, probs * (log_probs - ref_log_probs)))
-        kl = torch.where(per_row(unreachable.to(kl.dtype)) > 0, math.inf, kl)
-    return logprobs, -per_row(probs * log_probs), per_row(probs[:, None] * values.to(probs.dtype)), kl
-
-
-def _gathered_logits(sets: AllowedSets, row: Tensor) -> Tensor:
-    """(nnz,) logits, finite: FLOOR where they would be -inf."""
-    hidden, weight, bias, ids, _, temperature = sets
-    dtype = accumulation_dtype(hidden, weight)
-    logits = (hidden.to(dtype)[row] * weight.index_select(0, ids).to(dtype)).sum(-1)
-    if bias is not None:
-        logits = logits + bias.to(dtype)[ids]
-    return (logits / temperature).clamp(min=FLOOR)
-
-
-# --- forward and backward, in eager mode and as custom ops ------------------------------------------------------------
-
-
-def _kernels(use_triton: bool) -> ModuleType:
-    """The module of the backend's functions: Triton or the CPU's."""
-    if not use_triton:
-        return restricted_logprobs_numba
-    from flexrec.triton_kernels import restricted_logprobs as kernels
-
-    return kernels
-
-
-def _sampled_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    offsets: Tensor,
-    temperature: float,
-    use_triton: bool,
-) -> Tensor:
-    """(nnz,) logits of every entry, no gradient; takes the fields of :class:`AllowedSets`."""
-    kernels = _kernels(use_triton)
-    row = kernels.owners(offsets, len(ids))
-    return kernels.sampled_logits(hidden.detach(), weight.detach(), bias, ids, offsets, row, temperature)
-
-
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    offsets: Tensor,
-    targets: Tensor | None,
-    values: Tensor,
-    ref_logits: Tensor | None,
-    temperature: float,
-    use_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs (M,), entropy (M,), expectations (M, C), KL (M,); for backward norm (M, 4), logits and row (nnz,)."""
-    kernels = _kernels(use_triton)
-    row = kernels.owners(offsets, len(ids))
-    logits = kernels.sampled_logits(hidden, weight, bias, ids, offsets, row, temperature)
-    return *kernels.set_softmax(logits, ref_logits, values, ids, offsets, targets), logits, row
+    logits = logits_of(x.hidden, x.weight, x.bias)
+    made = None
+    if x.ref_hidden is not None and x.ref_weight is not None:
+        made = logits_of(x.ref_hidden, x.ref_weight, x.ref_bias).to(logits.dtype)
+    ref_logits = x.ref_logits if made is None else made
+    *results, kl, norm = module.set_softmax(logits, ref_logits, x.own_values, x.ids, x.offsets, x.targets)
+    return *results, kl if x.has_reference else None, norm, logits, row, made
 
 
 def _backward(
-    upstream: list[Tensor],
-    saved: list[Any],
-    temperature: float,
-    use_triton: bool,
-    needs_grad: list[bool],
-    weight_grad: str = "dense",
+    upstream: Sequence[Any], saved: Sequence[Any], x: AllowedSets, needs_grad: Sequence[bool], weight_grad: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias; None for those that ``needs_grad`` leaves out, or that are accumulated."""
-    entropy, expectations, kl, norm, logits, row, hidden, weight, bias, ids, offsets, targets, values, ref_logits = (
-        saved
-    )
-    kernels = _kernels(use_triton)
-    dlogits = kernels.set_softmax_backward(
-        tuple(upstream),
+    module = kernels(x.backend, "restricted_logprobs")
+    entropy, expectations, kl, norm, logits, row, made = saved
+    *others, grad_kl = upstream
+    if not x.has_reference:
+        kl = grad_kl = entropy  # which nobody reads
+    dlogits = module.set_softmax_backward(
+        (*others, grad_kl),
         (entropy, expectations, kl, norm),
         logits,
-        ref_logits,
-        values,
-        ids,
-        offsets,
+        x.ref_logits if x.ref_hidden is None else made,
+        x.own_values,
+        x.ids,
+        x.offsets,
         row,
-        targets,
-        temperature,
+        x.targets,
+        x.temperature,
     )  # (nnz,)
     of_hidden = of_weight = of_bias = None
     if needs_grad[0]:
-        of_hidden = kernels.hidden_gradient(dlogits, hidden, weight, ids, offsets, row)
+        of_hidden = module.hidden_gradient(dlogits, x.hidden, x.weight, x.ids, x.offsets, row)
     if needs_grad[1]:
+        operands = dlogits, x.hidden, x.weight, x.ids, row
         if weight_grad == "rows":
-            tokens, rows = kernels.weight_gradient_rows(dlogits, hidden, weight, ids, row)
+            tokens, rows = module.weight_gradient_rows(*operands)
             of_weight = torch.sparse_coo_tensor(
-                tokens[None], rows, weight.shape, is_coalesced=True, check_invariants=False
+                tokens[None], rows, x.weight.shape, is_coalesced=True, check_invariants=False
             )
         elif weight_grad == "accumulate":
-            kernels.weight_gradient(dlogits, hidden, weight, ids, row, accumulated_grad(weight))
+            module.weight_gradient(*operands, accumulated_grad(x.weight))
         else:
-            of_weight = kernels.weight_gradient(dlogits, hidden, weight, ids, row)
-    if needs_grad[2] and bias is not None:
-        of_bias = dlogits.new_zeros(bias.shape).index_add_(0, ids, dlogits).to(bias.dtype)
+            of_weight = module.weight_gradient(*operands)
+    if needs_grad[2] and x.bias is not None:
+        of_bias = dlogits.new_zeros(x.bias.shape).index_add_(0, x.ids, dlogits).to(x.bias.dtype)
     return of_hidden, of_weight, of_bias
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep for the backward pass what :func:`_backward` takes as ``saved``."""
-    *tensors, ctx.temperature, ctx.use_triton = inputs
-    ctx.save_for_backward(*output[1:], *tensors)
+def _fake(x: AllowedSets) -> list[Tensor]:
+    m, dtype = x.hidden.shape[0], accumulation_dtype(x.hidden, x.weight)
+    kl = (m,) if x.has_reference else (0,)
+    made = x.ids.shape if x.ref_hidden is not None else (0,)
+    norm = 4 if x.has_reference or x.backend == "triton" else 2
+    shapes = (m,), (m,), (m, x.own_values.shape[1]), kl, (m, norm), x.ids.shape
+    results = [x.hidden.new_empty(shape, dtype=dtype) for shape in shapes]
+    row = x.ids.new_empty(x.ids.shape, dtype=torch.int32 if x.backend == "triton" else torch.int64)
+    return [*results, row, x.hidden.new_empty(made, dtype=dtype if x.ref_hidden is not None else x.hidden.dtype)]
 
 
-class _Eager(torch.autograd.Function):
-    """What the custom op does, without the time that torch.library takes for a call; ``weight_grad`` comes first."""
-
-    @staticmethod
-    def forward(ctx: Any, weight_grad: str, *inputs: Any) -> tuple[Tensor, ...]:
-        ctx.weight_grad = weight_grad
-        output = _forward(*inputs)
-        _keep(ctx, inputs, output)
-        return output[:4]
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        saved, needs_grad = list(ctx.saved_tensors), list(ctx.needs_input_grad[1:4])
-        grads: tuple[Tensor | None, ...]
-        with torch.no_grad():
-            grads = _backward(list(upstream), saved, ctx.temperature, ctx.use_triton, needs_grad, ctx.weight_grad)
-        if torch.is_grad_enabled():  # create_graph=True
-            given = [x for x in (*upstream, *saved) if x is not None and x.is_floating_point()]
-            grads = tuple(None if grad is None else Final.apply(grad, *given) for grad in grads)
-        return None, *grads, *[None] * 7
-
-
-sampled_logits_op = torch.library.custom_op("flexrec::sampled_logits", _sampled_logits, mutates_args=())
-restricted_logprobs_op = torch.library.custom_op("flexrec::restricted_logprobs", _forward, mutates_args=())
-
-
-@torch.library.custom_op("flexrec::restricted_logprobs_backward", mutates_args=())
-def restricted_logprobs_backward_op(
-    upstream: list[Tensor],
-    saved: list[Tensor | None],
-    temperature: float,
-    use_triton: bool,
-    needs_grad: list[bool],
-) -> list[Tensor]:
-    """The gradients that ``needs_grad`` asks for, of hidden, weight and bias."""
-    grads = _backward(upstream, saved, temperature, use_triton, needs_grad)
-    return [grad for grad in grads if grad is not None]
-
-
-@sampled_logits_op.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *_: object) -> Tensor:
-    return hidden.new_empty(ids.shape, dtype=accumulation_dtype(hidden, weight))
-
-
-@restricted_logprobs_op.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    offsets: Tensor,
-    targets: Tensor | None,
-    values: Tensor,
-    ref_logits: Tensor | None,
-    temperature: float,
-    use_triton: bool,
-) -> tuple[Tensor, ...]:
-    m, dtype = hidden.shape[0], accumulation_dtype(hidden, weight)
-    shapes = ((m,), (m,), (m, values.shape[1]), (m,), (m, 4), ids.shape)
-    row = ids.new_empty(ids.shape, dtype=torch.int32 if use_triton else torch.int64)
-    return *(hidden.new_empty(shape, dtype=dtype) for shape in shapes), row
-
-
-@restricted_logprobs_backward_op.register_fake
-def _(upstream: list[Tensor], saved: list[Tensor | None], _: float, __: bool, needs_grad: list[bool]) -> list[Tensor]:
-    return [
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x, need in zip(saved[6:9], needs_grad, strict=True)
-        if need and x is not None
-    ]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[4:])
-    _keep(ctx, inputs, output)
-
-
-def _gradients(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-    saved, needs_grad = list(ctx.saved_tensors), list(ctx.needs_input_grad[:3])
-    found = iter(
-        restricted_logprobs_backward_op(list(upstream[:4]), saved, ctx.temperature, ctx.use_triton, needs_grad)
-    )
-    return *(next(found) if need else None for need in needs_grad), *[None] * 7
-
-
-restricted_logprobs_op.register_autograd(_gradients, setup_context=_setup_context)
+_operation = LogprobsOperation(
+    "restricted_logprobs", AllowedSets, _SCHEMA, 8, forward=_forward, backward=_backward, fake=_fake
+)

@@ -1,159 +1,33 @@
-"""Swap rewards: what each ranked item is worth at its rank, in O(K) per list for every built-in metric.
+"""Swap rewards: what each ranked item is worth at its rank, and how sure that is; O(K) per list for every metric.
 
-The mathematics stands in ``flexrec/ops/swap_rewards_torch.py``, the reference; this file chooses a backend for it.
+The mathematics stands in ``flexrec/ops/swap_reference.py``; this file chooses a backend for it.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
+from torch import Tensor
 
-from flexrec import metrics
 from flexrec.checks import check_choice, check_finite, check_range, check_tensor, lies_within, values_are_checked
-from flexrec.metrics import Lists, Metric, check_lists, ingredients, parse_metric
-from flexrec.ops.swap_rewards_cpu import numba_swap_rewards, numba_swap_scores
-from flexrec.ops.swap_rewards_torch import custom_rewards, rewards_of, scores_of
+from flexrec.metrics import CREDITS, FAMILIES, MAX_GAIN, Metric, parse_metric
+from flexrec.numba_kernels import OutOfRange
+from flexrec.ops.library import BACKENDS, Operation, choose_backend, kernels
+from flexrec.ops.ranking_metric import (
+    Lists,
+    check_gain_values,
+    check_lists,
+    custom_swap_scores,
+    ingredients,
+    metric_of,
+    result_dtype,
+)
+from flexrec.ops.swap_reference import custom_rewards, scores_of, torch_rewards
 
-CREDITS = ("swap", "noncausal", "independent", "rank", "sequence", "policy")
-BACKENDS = ("auto", "triton", "numba", "torch")
+WITH_VARIANCE = tuple(name for name, family in FAMILIES.items() if family.form in ("linear", "cascade"))
 MAX_TRITON_SIZE = 16384  # longest list that the Triton kernels are compiled for
-
-
-def _triton_swap_rewards(lists: Lists, metric: Metric, credit: str, weights: torch.Tensor | None) -> torch.Tensor:
-    from flexrec.triton_kernels.swap_rewards import swap_rewards
-    from flexrec.triton_kernels.swap_scores import swap_scores
-
-    counts = {"lengths": lists.lengths, "num_ranked": lists.num_ranked, "max_ranked": lists.max_ranked}
-    if credit == "policy":
-        return swap_scores(lists.gains, metric, **counts, weights=weights)
-    return swap_rewards(lists.gains, metric, credit, **counts)[0]
-
-
-def triton_rewards_with_variance(
-    lists: Lists, variance: torch.Tensor, metric: Metric, credit: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards and their variance, (N, K) each, of a linear metric and any credit but "policy", in one launch."""
-    from flexrec.triton_kernels.swap_rewards import swap_rewards
-
-    counts = {"lengths": lists.lengths, "num_ranked": lists.num_ranked, "max_ranked": lists.max_ranked}
-    rewards, spread = swap_rewards(lists.gains, metric, credit, **counts, variance=variance)
-    assert spread is not None
-    return rewards, spread
-
-
-def _triton_swap_scores(lists: Lists, metric: Metric) -> torch.Tensor:
-    from flexrec.triton_kernels.swap_scores import swap_scores
-
-    counts = {"lengths": lists.lengths, "num_ranked": lists.num_ranked, "max_ranked": lists.max_ranked}
-    return swap_scores(lists.gains, metric, **counts)
-
-
-def resolve_backend(backend: str, metric: Metric, gains: torch.Tensor) -> str:
-    """The backend that will run: "triton", "numba" or "torch"; ValueError if the one asked for cannot."""
-    check_choice("backend", backend, BACKENDS)
-    on_cpu, is_custom = gains.device.type == "cpu", metric.definition.form == "custom"
-    able = not is_custom and gains.shape[1] <= MAX_TRITON_SIZE  # by Triton
-    if backend == "auto":
-        if on_cpu or is_custom:  # a registered metric on a GPU fails below, with the reason
-            backend = "numba"
-        else:
-            backend = "triton" if gains.is_cuda and able and _has_triton() else "torch"
-    if is_custom and (backend != "numba" or not on_cpu):
-        raise ValueError(
-            f"metric {metric} is a registered one and runs with backend='numba' on CPU tensors only; "
-            f"got backend={backend!r} and gains on {gains.device}"
-        )
-    if backend == "numba" and not on_cpu:
-        raise ValueError(f"backend='numba' needs gains on the CPU, got {gains.device}; use 'auto', 'triton' or 'torch'")
-    if backend == "triton":
-        if not able:
-            raise ValueError(
-                f"backend='triton' computes lists of K <= {MAX_TRITON_SIZE} candidates, got K={gains.shape[1]}; "
-                "backend='torch' computes all"
-            )
-        if not _has_triton():
-            raise ValueError("backend='triton' needs the triton package, which has no wheel for this platform")
-        if not gains.is_cuda and not _triton_interprets():
-            raise ValueError(
-                f"backend='triton' needs gains on a GPU, got {gains.device}; on the CPU set TRITON_INTERPRET=1 before "
-                "triton is imported, or use backend='numba'"
-            )
-    return backend
-
-
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _triton_interprets() -> bool:
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
-
-
-def _run_rewards(
-    gains: torch.Tensor,
-    metric: str,
-    credit: str,
-    lengths: torch.Tensor | None,
-    num_ranked: torch.Tensor | None,
-    max_ranked: int,
-    weights: torch.Tensor | None,
-    backend: str,
-) -> torch.Tensor:
-    lists, parsed = Lists(gains, lengths, num_ranked, max_ranked), parse_metric(metric)
-    if parsed.definition.form == "custom":
-        rewards = custom_rewards(lists, parsed, credit, weights)
-    elif backend == "triton":
-        rewards = _triton_swap_rewards(lists, parsed, credit, weights)
-    elif backend == "numba":
-        rewards = numba_swap_rewards(lists, parsed, credit, weights)
-    else:
-        rewards = rewards_of(ingredients(lists, parsed), parsed, credit, weights)
-    return rewards.to(metrics.result_dtype(gains))
-
-
-def _run_scores(
-    gains: torch.Tensor,
-    metric: str,
-    lengths: torch.Tensor | None,
-    num_ranked: torch.Tensor | None,
-    max_ranked: int,
-    backend: str,
-) -> torch.Tensor:
-    lists, parsed = Lists(gains, lengths, num_ranked, max_ranked), parse_metric(metric)
-    if parsed.definition.form == "custom":
-        scores = metrics.custom_swap_scores(lists, parsed)
-        check_finite(f"the swap scores of metric {parsed}", scores)
-    elif backend == "numba":
-        scores = numba_swap_scores(lists, parsed)
-    elif backend == "triton":
-        scores = _triton_swap_scores(lists, parsed)
-    else:
-        scores = scores_of(ingredients(lists, parsed), parsed)
-    return scores.to(metrics.result_dtype(gains))
-
-
-swap_rewards_op = torch.library.custom_op("flexrec::swap_rewards", _run_rewards, mutates_args=())
-swap_scores_op = torch.library.custom_op("flexrec::swap_scores", _run_scores, mutates_args=())
-
-
-@swap_rewards_op.register_fake
-def _(gains: torch.Tensor, *_: object) -> torch.Tensor:
-    return gains.new_empty(gains.shape, dtype=metrics.result_dtype(gains))
-
-
-@swap_scores_op.register_fake
-def _(gains: torch.Tensor, *_: object) -> torch.Tensor:
-    return gains.new_empty((*gains.shape, gains.shape[1]), dtype=metrics.result_dtype(gains))
-
-
-def _is_traced(gains: torch.Tensor) -> bool:
-    """Whether the registered op must be called; otherwise its function is, which saves torch.library's overhead."""
-    return torch.compiler.is_compiling() or type(gains) is not torch.Tensor
 
 
 def swap_rewards(
@@ -195,41 +69,74 @@ def swap_rewards(
 
     Raises:
         ValueError, TypeError: unknown name, wrong shape or dtype, a value out of its range, a backend that cannot do
-            what is asked. Values on a GPU are checked only where ``flexrec.checks`` is told to.
+            what is asked. Values on a GPU are checked only where ``flexrec.validation`` is told to.
     """
-    metric = parse_metric(metric)
+    return _evaluate(gains, None, metric_of(metric), credit, lengths, num_ranked, weights, backend)[0]
+
+
+def swap_rewards_with_variance(
+    gains: torch.Tensor,
+    variance: torch.Tensor,
+    metric: str | Metric,
+    *,
+    credit: str = "swap",
+    lengths: int | torch.Tensor | None = None,
+    num_ranked: int | torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards as ``swap_rewards`` gives them, and their variance when the gains are uncertain.
+
+    Gains of different items are independent, normalisers (and ``err``'s largest gain) are held fixed. Then the variance
+
+    - of dcg and ndcg is exact;
+    - of recall, precision and rbp is exact too, their gains being read as probabilities of relevance instead of being
+      thresholded: the rewards are those of the expected relevance, and so is recall's normaliser;
+    - of dcg_burges, ndcg_burges and err is a first-order propagation: (d reward / d gain)^2 x variance, summed.
+
+    Args:
+        gains: (N, K) floating, >= 0, in rank order; within [0, 1] for recall, precision and rbp.
+        variance: (N, K) floating, >= 0, of each gain, in squared units of the gain.
+        metric, credit, lengths, num_ranked, weights: as for ``swap_rewards``.
+        backend: "auto" (numba on the CPU, Triton on a GPU, torch for what these cannot), "numba" (CPU, O(K) per list,
+            any credit but "policy"), "triton" (the same for linear metrics, in the launch that computes the rewards),
+            "torch" (anywhere; O(K) per list, but err takes K passes over each, and "policy" is O(K^2), for err O(K^3)).
+
+    Returns:
+        (N, K) rewards and (N, K) variances, float64 for float64 gains, else float32; 0 beyond lengths and
+        ``num_ranked``. No gradient.
+
+    Raises:
+        ValueError, TypeError: as ``swap_rewards``; a negative or non-finite variance; a metric without a variance.
+    """
+    metric = metric_of(metric)
+    if metric.family not in WITH_VARIANCE:
+        raise ValueError(f"metric {str(metric)!r} has no reward variance; those that have: {', '.join(WITH_VARIANCE)}")
+    return _evaluate(gains, variance, metric, credit, lengths, num_ranked, weights, backend)
+
+
+def _evaluate(
+    gains: Tensor,
+    variance: Tensor | None,
+    metric: Metric,
+    credit: str,
+    lengths: int | Tensor | None,
+    num_ranked: int | Tensor | None,
+    weights: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Rewards and, of size 0 where there is none, their variance."""
     check_choice("credit", credit, CREDITS)
     lists = check_lists(gains, metric, lengths, num_ranked, values=False)
-    check_policy_weights(weights, credit, lists)
-    backend = resolve_backend(backend, metric, lists.gains)
-    _check_values(lists, metric, backend)
-    call = swap_rewards_op if _is_traced(gains) else _run_rewards
-    detached = None if weights is None else weights.detach()
-    return call(lists.gains, str(metric), credit, lists.lengths, lists.num_ranked, lists.max_ranked, detached, backend)
-
-
-def _check_values(lists: Lists, metric: Metric, backend: str) -> None:
-    if backend != "numba" or metric.definition.form == "custom":  # numba's kernels check while they read
-        metrics.check_gain_values(lists, metric)
-
-
-def check_policy_weights(weights: torch.Tensor | None, credit: str, lists: Lists) -> None:
-    """``weights`` go with ``credit="policy"`` and no other: (N, K, K), >= 0 where j > k lies inside the list."""
-    if (weights is None) == (credit == "policy"):
-        got = "none" if weights is None else "some"
-        raise ValueError(f"weights are needed with credit='policy' and only then; got {got} with credit={credit!r}")
-    if weights is None:
-        return
-    rows, size = lists.gains.shape
-    check_tensor("weights", weights, (rows, size, size))
-    if weights.device != lists.gains.device:
-        raise ValueError(f"weights must be on the device of gains, {lists.gains.device}; got {weights.device}")
-    if not values_are_checked(weights) or lies_within(weights, 0.0, metrics.MAX_GAIN):
-        return
-    position = torch.arange(size, device=weights.device)
-    used = (position > position[:, None]) & (position < lists.real_lengths[:, None, None])  # (N, K, K)
-    check_finite("weights", weights, used)
-    check_range("weights", weights, 0.0, metrics.MAX_GAIN, used)
+    weights = _check_policy_weights(weights, credit, lists)
+    if variance is not None:
+        check_tensor("variance", variance, tuple(lists.gains.shape))
+        if variance.device != lists.gains.device:
+            raise ValueError(f"variance must be on the device of gains, {lists.gains.device}; got {variance.device}")
+        variance = variance.detach()
+    backend = _choose_backend(backend, metric, lists.gains, None if variance is None else credit)
+    _check_values(lists, metric, backend, variance)
+    return _swap_rewards(lists.gains, metric, credit, *lists[1:], weights, backend, variance)
 
 
 def swap_scores(
@@ -248,9 +155,143 @@ def swap_scores(
         (N, K, K), symmetric with zero diagonal, 0 beyond each list's length; float64 for float64 gains, else float32.
         No gradient.
     """
-    metric = parse_metric(metric)
+    metric = metric_of(metric)
     lists = check_lists(gains, metric, lengths, num_ranked, values=False)
-    backend = resolve_backend(backend, metric, lists.gains)
+    backend = _choose_backend(backend, metric, lists.gains)
     _check_values(lists, metric, backend)
-    call = swap_scores_op if _is_traced(gains) else _run_scores
-    return call(lists.gains, str(metric), lists.lengths, lists.num_ranked, lists.max_ranked, backend)
+    return _swap_scores(lists.gains, metric, *lists[1:], backend)
+
+
+# --- checks, choice of a backend --------------------------------------------------------------------------------------
+
+
+def _choose_backend(backend: str, metric: Metric, gains: Tensor, credit: str | None = None) -> str:
+    """The backend that will run, "triton", "numba" or "torch"; for variances where a ``credit`` is given."""
+    if metric.definition.form == "custom":
+        check_choice("backend", backend, BACKENDS)
+        if backend not in ("auto", "numba") or gains.device.type != "cpu":
+            raise ValueError(
+                f"metric {metric} is a registered one and runs with backend='numba' on CPU tensors only; "
+                f"got backend={backend!r} and gains on {gains.device}"
+            )
+        return "numba"
+    obstacle = None
+    if gains.shape[1] > MAX_TRITON_SIZE:
+        obstacle = ValueError(
+            f"backend='triton' computes lists of K <= {MAX_TRITON_SIZE} candidates, got K={gains.shape[1]}; "
+            "backend='torch' computes all"
+        )
+    chosen = choose_backend(backend, "gains", gains, obstacle)
+    is_linear = metric.definition.form == "linear"
+    if credit is None or chosen == "torch" or (credit != "policy" and (chosen == "numba" or is_linear)):
+        return chosen
+    if backend == "auto":
+        return "torch"
+    computed = "any metric" if chosen == "numba" else "linear metrics"
+    raise ValueError(
+        f"backend={backend!r} computes variances of {computed} with any credit but 'policy'; "
+        f"got metric={str(metric)!r} and credit={credit!r}. backend='torch' computes all"
+    )
+
+
+def _check_values(lists: Lists, metric: Metric, backend: str, variance: Tensor | None = None) -> None:
+    """Raise ValueError at a gain or variance out of its range; numba's kernels check while they read."""
+    if backend == "numba" and metric.definition.form != "custom":
+        return
+    check_gain_values(lists, metric)
+    if variance is not None:
+        inside = torch.arange(variance.shape[1], device=variance.device) < lists.real_lengths[:, None]
+        check_finite("variance", variance, inside)
+        check_range("variance", variance, 0.0, math.inf, inside)
+        if metric.definition.gain == "binary":
+            check_range(f"gains, as probabilities of relevance for {metric.family},", lists.gains, 0.0, 1.0, inside)
+
+
+def _check_policy_weights(weights: Tensor | None, credit: str, lists: Lists) -> Tensor | None:
+    """``weights`` detached; with ``credit="policy"`` and no other (N, K, K), >= 0 where j > k lies inside the list."""
+    if (weights is None) == (credit == "policy"):
+        got = "none" if weights is None else "some"
+        raise ValueError(f"weights are needed with credit='policy' and only then; got {got} with credit={credit!r}")
+    if weights is None:
+        return None
+    rows, size = lists.gains.shape
+    check_tensor("weights", weights, (rows, size, size))
+    if weights.device != lists.gains.device:
+        raise ValueError(f"weights must be on the device of gains, {lists.gains.device}; got {weights.device}")
+    if values_are_checked(weights) and not lies_within(weights, 0.0, MAX_GAIN):
+        position = torch.arange(size, device=weights.device)
+        used = (position > position[:, None]) & (position < lists.real_lengths[:, None, None])  # (N, K, K)
+        check_finite("weights", weights, used)
+        check_range("weights", weights, 0.0, MAX_GAIN, used)
+    return weights.detach()
+
+
+# --- the operations ---------------------------------------------------------------------------------------------------
+
+
+def _launch(backend: str, name: str, lists: Lists, metric: Metric, *arguments: Any, **options: Any) -> Any:
+    """Call the function ``name`` of the backend's module ``name``, numba's or Triton's."""
+    counts = {"lengths": lists.lengths, "num_ranked": lists.num_ranked, "max_ranked": lists.max_ranked}
+    try:
+        return getattr(kernels(backend, name), name)(lists.gains, metric, *arguments, **counts, **options)
+    except OutOfRange:
+        _check_values(lists, metric, "torch", options.get("variance"))  # says where
+        raise
+
+
+def _run_rewards(
+    gains: Tensor,
+    metric: str,
+    credit: str,
+    lengths: Tensor | None,
+    num_ranked: Tensor | None,
+    max_ranked: int,
+    weights: Tensor | None,
+    backend: str,
+    variance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    lists, parsed = Lists(gains, lengths, num_ranked, max_ranked), parse_metric(metric)
+    spread = None
+    if parsed.definition.form == "custom":
+        rewards = custom_rewards(lists, parsed, credit, weights)
+    elif backend == "torch":
+        rewards, spread = torch_rewards(lists, parsed, credit, weights, variance)
+    elif credit == "policy":
+        rewards = _launch(backend, "swap_scores", lists, parsed, weights=weights)
+    else:
+        rewards, spread = _launch(backend, "swap_rewards", lists, parsed, credit, variance=variance)
+    dtype = result_dtype(gains)
+    return rewards.to(dtype), gains.new_empty(0) if spread is None else spread.to(dtype)
+
+
+def _run_scores(
+    gains: Tensor,
+    metric: str,
+    lengths: Tensor | None,
+    num_ranked: Tensor | None,
+    max_ranked: int,
+    backend: str,
+) -> Tensor:
+    lists, parsed = Lists(gains, lengths, num_ranked, max_ranked), parse_metric(metric)
+    if parsed.definition.form == "custom":
+        scores = custom_swap_scores(lists, parsed)
+        check_finite(f"the swap scores of metric {parsed}", scores)
+    elif backend == "torch":
+        scores = scores_of(ingredients(lists, parsed), parsed)
+    else:
+        scores = _launch(backend, "swap_scores", lists, parsed)
+    return scores.to(result_dtype(gains))
+
+
+def _fake_rewards(gains: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    rewards = torch.empty_like(gains, dtype=result_dtype(gains), memory_format=torch.contiguous_format)
+    has_variance = len(others) == 8 and others[-1] is not None
+    return rewards, torch.empty_like(rewards) if has_variance else gains.new_empty(0)
+
+
+def _fake_scores(gains: Tensor, *_: object) -> Tensor:
+    return gains.new_empty((*gains.shape, gains.shape[1]), dtype=result_dtype(gains))
+
+
+_swap_rewards = Operation("swap_rewards", _run_rewards, _fake_rewards)
+_swap_scores = Operation("swap_scores", _run_scores, _fake_scores)

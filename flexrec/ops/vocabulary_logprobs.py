@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flexrec.checks import check_tensor, values_are_checked
-from flexrec.ops.ranked_lists import accumulation_dtype
+from flexrec.ops.library import accumulation_dtype
 
 
 def vocabulary_logprobs(

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from flexrec.ops.all_actions import all_actions_objective, all_actions_objective_with_kl
-from flexrec.ops.ranking_logprobs import Results, ranking_logprobs, ranking_logprobs_with_kl
-from flexrec.ops.restricted_logprobs import restricted_logprobs, restricted_logprobs_with_kl
+from flexrec.ops.rank_order import rank_order
+from flexrec.ops.ranking_logprobs import ranking_logprobs, ranking_logprobs_with_kl
+from flexrec.ops.restricted_logprobs import Results, restricted_logprobs, restricted_logprobs_with_kl
 from flexrec.ops.swap_rewards import swap_scores
 from flexrec.ops.vocabulary_logprobs import vocabulary_logprobs
 from flexrec.policy.batch import RankingBatch
@@ -205,23 +206,6 @@ def _list_arguments(
 
 def _reference_arguments(reference: RankingStates) -> dict[str, Any]:
     return {"ref_hidden": reference.hidden, "ref_weight": reference.weight, "ref_bias": reference.bias}
-
-
-def rank_order(rankings: torch.Tensor, lengths: torch.Tensor, num_candidates: int) -> torch.Tensor:
-    """(N, K) candidate index at each position: the ranking first, then what it left out in candidate order.
-
-    This is the order of ``gains`` and ``values`` in the functions of tensors. Positions beyond a row's length hold
-    the padding candidates.
-    """
-    n, t = rankings.shape
-    columns = torch.arange(num_candidates, device=rankings.device)
-    # Sort key: the rank where there is one, else T + candidate index; padding candidates come last.
-    key = (t + columns).expand(n, -1).clone()
-    placed = rankings >= 0
-    rows = torch.arange(n, device=rankings.device)[:, None].expand_as(rankings)
-    key[rows[placed], rankings[placed]] = torch.arange(t, device=rankings.device).expand_as(rankings)[placed]
-    key[columns[None, :] >= lengths[:, None]] += num_candidates + t
-    return key.argsort(dim=1)
 
 
 def completed_rankings(batch: RankingBatch) -> torch.Tensor:

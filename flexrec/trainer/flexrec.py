@@ -15,13 +15,15 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from flexrec.advantages import BASELINES, SCALES, item_advantages
 from flexrec.checks import check_choice
 from flexrec.decoding.sample import Rollout, sample_rankings
-from flexrec.losses import policy_loss
-from flexrec.metrics import parse_metric, ranking_metric
+from flexrec.metrics import CREDITS, parse_metric
+from flexrec.ops.advantages import BASELINES, SCALES, item_advantages, uncertainty_weights
+from flexrec.ops.losses import policy_loss
+from flexrec.ops.rank_order import rank_order
 from flexrec.ops.ranking_logprobs import ranking_probs
-from flexrec.ops.swap_rewards import CREDITS, swap_rewards
+from flexrec.ops.ranking_metric import ranking_metric
+from flexrec.ops.swap_rewards import swap_rewards, swap_rewards_with_variance
 from flexrec.policy.batch import RankingBatch
 from flexrec.policy.distributed import place_reference
 from flexrec.policy.lora import causal_lm, has_adapters, keep_reference, reference_policy
@@ -31,7 +33,6 @@ from flexrec.policy.scores import (
     RankingStates,
     all_actions,
     completed_rankings,
-    rank_order,
     ranking_scores,
     ranking_states,
     reasoning_logprobs,
@@ -40,7 +41,6 @@ from flexrec.profiling import span
 from flexrec.rankings.reasoning import eos_token_ids, reasoning_rule
 from flexrec.task.examples import Example
 from flexrec.trainer.base import EpochOrder, LossAndMetrics, RankingTrainer, pad_rows
-from flexrec.uncertainty import swap_rewards_with_variance, uncertainty_weights
 
 TRAINER_CREDITS = ("all_actions", *CREDITS)
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from flexrec.metrics import ranking_metric
 from flexrec.ops.all_actions import all_actions_objective, all_actions_objective_with_kl
 from flexrec.ops.ranking_logprobs import ranking_kl, ranking_logprobs
+from flexrec.ops.ranking_metric import ranking_metric
 
 LINEAR = ["dcg", "ndcg@3", "dcg_burges@4", "ndcg_burges", "recall@2", "precision@3", "rbp.8"]
 OTHER = ["hit_rate@2", "mrr", "map@4", "err"]
@@ -174,7 +174,7 @@ def test_lists_without_gain_and_a_last_step_without_choice_are_exactly_zero(rank
         ({"num_ranked": 4}, ValueError, r"num_ranked must lie in \[0, T\] = \[0, 3\], got 4"),
         ({"num_ranked": torch.tensor([1, 4])}, ValueError, r"num_ranked must lie in \[0, 3\]"),
         ({"num_ranked": 1.5}, TypeError, "num_ranked must be an int"),
-        ({"backend": "numba"}, ValueError, "backend must be one of 'auto', 'torch', 'triton'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'triton', 'numba', 'torch'"),
         ({"ranking": torch.tensor([[0, 0, 1], [0, 1, 2]])}, ValueError, "at most once"),
     ],
 )

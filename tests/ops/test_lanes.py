@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from flexrec.ops.lane_sort import padded_rows, sort_columns_descending
-from flexrec.ops.lanes import LANES, load, store, widen
-from flexrec.ops.list_tiles import BURGES, SCALED, read_lists, scaled_one, term_gain, write_lists
+from flexrec.numba_kernels.lane_sort import padded_rows, sort_columns_descending
+from flexrec.numba_kernels.lanes import LANES, load, store, widen
+from flexrec.numba_kernels.tiles import BURGES, SCALED, read_lists, scaled_one, term_gain, write_lists
 
 
 @njit

@@ -344,7 +344,11 @@ WRONG = {
         r"ref_weight.* must lie in \[0, 3\], got 4",
     ),
     "weight_grad": ({"weight_grad": "sparse"}, ValueError, "weight_grad must be one of 'dense', 'rows', 'accumulate'"),
-    "backend": ({"backend": "numba"}, ValueError, "backend must be one of 'auto', 'torch', 'triton'; got 'numba'"),
+    "backend": (
+        {"backend": "cuda"},
+        ValueError,
+        "backend must be one of 'auto', 'triton', 'numba', 'torch'; got 'cuda'",
+    ),
     "hidden's type": ({"hidden": [[1.0]]}, TypeError, "hidden must be a torch.Tensor"),
 }
 

@@ -5,10 +5,16 @@ import copy
 import pytest
 import torch
 
+from flexrec.ops import ranking_logprobs as op
 from flexrec.ops.all_actions import all_actions_objective
-from flexrec.ops.ranked_lists import check_lists
-from flexrec.ops.ranking_logprobs import evaluate_lists, ranking_logprobs, ranking_logprobs_with_kl, ranking_probs
-from flexrec.ops.ranking_logprobs_op import Inputs, evaluate
+from flexrec.ops.ranking_logprobs import (
+    RankedLists,
+    check_lists,
+    evaluate_lists,
+    ranking_logprobs,
+    ranking_logprobs_with_kl,
+    ranking_probs,
+)
 
 
 @pytest.fixture
@@ -21,14 +27,14 @@ def total(outputs):
     return sum((x * torch.linspace(-1, 2, x.numel()).view(x.shape)).sum() for x in outputs if x is not None)
 
 
-def inputs_of(case, *, reference=False, use_triton=False):
+def inputs_of(case, *, reference=False, backend="numba"):
     """Arguments of the registered operation; any order of the candidates will do."""
     generator = torch.Generator().manual_seed(0)
     n, k = len(case.hidden), case.candidates.shape[1]
     position = torch.stack([torch.randperm(k, generator=generator) for _ in range(n)]).int()
     ref = (case.hidden.detach() + 1, case.weight.detach(), None) if reference else (None, None, None)
     tensors = case.hidden, case.weight, case.bias, case.candidates, position, case.values
-    return Inputs(*tensors, *ref, None, 0.7, False, use_triton)
+    return RankedLists(*tensors, *ref, None, 0.7, False, backend)
 
 
 # --- weight gradients -------------------------------------------------------------------------------------------------
@@ -97,7 +103,7 @@ def test_accumulation_that_cannot_be_is_refused(case):
     out = ranking_logprobs(*case.positional, weight_grad="accumulate", **case.options)
     with pytest.raises(ValueError, match="dense contiguous gradient"):
         total(out).backward()
-    with pytest.raises(ValueError, match="backend='torch' has no weight_grad='rows'"):
+    with pytest.raises(ValueError, match="weight_grad='rows' is not possible with backend='torch'"):
         ranking_logprobs(*case.positional, weight_grad="rows", backend="torch")
     gains = torch.rand(len(case.hidden), 6)
     with pytest.raises(ValueError, match="needs a linear metric"):
@@ -148,11 +154,11 @@ def test_only_requested_gradients_are_computed(case):
 # --- registered operations, torch.compile -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use_triton", [False, True])
+@pytest.mark.parametrize("backend", ["numba", "triton"])
 @pytest.mark.parametrize("reference", [False, True])
-def test_operations_are_registered_correctly(reference, use_triton, case):
+def test_operations_are_registered_correctly(reference, backend, case):
     torch.library.opcheck(
-        torch.ops.flexrec.ranking_logprobs.default, inputs_of(case, reference=reference, use_triton=use_triton)
+        torch.ops.flexrec.ranking_logprobs.default, inputs_of(case, reference=reference, backend=backend)
     )
 
 
@@ -160,7 +166,7 @@ def test_eager_and_registered_agree(case):
     inputs = inputs_of(case, reference=True)
     registered = torch.ops.flexrec.ranking_logprobs(*inputs)[:4]
     wanted = torch.autograd.grad(total(registered), case.leaves)
-    eager = evaluate(inputs, "dense")
+    eager = op._operation(inputs, "dense")
     assert all(torch.equal(a, b) for a, b in zip(eager, registered, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(total(eager), case.leaves), wanted, strict=True))
 
@@ -235,7 +241,7 @@ def test_no_graph_is_made_without_need(case, monkeypatch):
     def fail(*_):
         raise AssertionError("an autograd function was called")
 
-    monkeypatch.setattr("flexrec.ops.ranking_logprobs_op._Eager.apply", fail)
+    monkeypatch.setattr("flexrec.ops.library._Eager.apply", fail)
     with torch.no_grad():
         assert ranking_logprobs(*case.positional).logprobs.grad_fn is None
     detached = (x.detach() for x in case.positional)
@@ -248,8 +254,8 @@ def test_eager_mode_does_not_go_through_torch_library(case, monkeypatch):
     def fail(*_):
         raise AssertionError("the registered operation was called")
 
-    monkeypatch.setattr("flexrec.ops.ranking_logprobs_op._ranking_logprobs", fail)
-    monkeypatch.setattr("flexrec.ops.ranking_logprobs_op._ranking_logprobs_backward", fail)
+    monkeypatch.setattr(op._operation, "registered", fail)
+    monkeypatch.setattr(op._operation, "registered_backward", fail)
     weight = torch.nn.Parameter(case.weight.detach())
     total(ranking_logprobs(case.hidden, weight, case.candidates, case.ranking)).backward()
     assert weight.grad is not None
@@ -266,3 +272,11 @@ def test_results_without_values_or_reference_are_none(case):
     result = evaluate_lists(check_lists(*case.positional), None)
     assert result.expectations is None
     assert result.kl is None
+
+
+def test_numba_is_what_auto_takes_on_a_cpu(case):
+    """One calling convention: every operation takes backend="numba"."""
+    got = ranking_logprobs(*case.positional, backend="numba", **case.options)
+    want = ranking_logprobs(*case.positional, **case.options)
+    assert torch.equal(got.logprobs, want.logprobs)
+    assert torch.equal(got.entropy, want.entropy)

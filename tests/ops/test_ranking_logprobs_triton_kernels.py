@@ -18,7 +18,7 @@ from flexrec.triton_kernels import ranking_logprobs as kernels
 from flexrec.triton_kernels import ranking_logprobs_problem as problems
 from flexrec.triton_kernels.ranking_logprobs import Forward, ranking_logprobs_backward, ranking_logprobs_forward
 
-from flexrec.ops.ranked_lists import rank_positions
+from flexrec.ops.rank_order import rank_positions
 
 TEMPERATURE = 0.7
 

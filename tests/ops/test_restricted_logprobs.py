@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from flexrec.ops import restricted_logprobs as op
+from flexrec.ops.library import kernels
 from flexrec.ops.ranking_logprobs import ranking_logprobs
 from flexrec.ops.restricted_logprobs import restricted_kl, restricted_logprobs, restricted_logprobs_with_kl
 
@@ -89,9 +89,14 @@ def test_gradcheck_of_every_result(backend):
 def test_opcheck():
     hidden, weight, ids, offsets, targets, values, bias = make_sets(1, [3, 1, 4], dim=2, vocab=5)
     ref_logits = torch.zeros(8, dtype=torch.float64)
-    torch.library.opcheck(op.sampled_logits_op, (hidden.detach(), weight.detach(), None, ids, offsets, 1.0, False))
-    for rest in ((targets, values, ref_logits), (None, values[:, :0], None)):
-        torch.library.opcheck(op.restricted_logprobs_op, (hidden, weight, bias, ids, offsets, *rest, 1.0, False))
+    reference = hidden.detach() + 1, weight.detach(), None, None
+    for rest in (
+        (targets, values, None, None, None, ref_logits),
+        (None, values[:, :0], None, None, None, None),
+        (targets, None, *reference),
+    ):
+        arguments = hidden, weight, bias, ids, offsets, *rest, 1.0, "numba"
+        torch.library.opcheck(torch.ops.flexrec.restricted_logprobs.default, arguments)
 
 
 def test_compiles_to_one_graph_that_serves_every_size(weighted_sum):
@@ -213,7 +218,7 @@ def test_only_requested_gradients_are_computed(monkeypatch):
             leaf.requires_grad_(i == wanted)
         with monkeypatch.context() as patch:
             for name in others:
-                patch.delattr(op.restricted_logprobs_numba, name)
+                patch.delattr(kernels("numba", "restricted_logprobs"), name)
             out = restricted_logprobs(*arguments[:5], bias=leaves[2])
             torch.testing.assert_close(torch.autograd.grad(out.entropy.sum(), leaves[wanted]), want)
 
@@ -263,7 +268,7 @@ def test_what_is_forced_is_not_read():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_target_that_is_not_allowed_is_no_number_where_nobody_checks(backend, monkeypatch):
     hidden, weight, ids, offsets, targets, *_ = make_sets(5, [2, 3], vocab=6)
-    monkeypatch.setattr("flexrec.ops.allowed_sets.values_are_checked", lambda tensor: False)
+    monkeypatch.setattr("flexrec.ops.restricted_logprobs.values_are_checked", lambda tensor: False)
     targets[1] = next(token for token in range(6) if token not in ids[2:])
     out = restricted_logprobs(hidden, weight, ids, offsets, targets, backend=backend)
     assert out.logprobs.isnan().tolist() == [False, True]
@@ -365,7 +370,11 @@ WRONG = {
     "values": ({"values": [[1.0]]}, ValueError, r"values must have shape \(4, C\)"),
     "values NaN": ({"values": [[1.0], [math.nan], [1.0], [1.0]]}, ValueError, "values must be finite"),
     "temperature": ({"temperature": -1}, ValueError, "temperature must be positive"),
-    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'torch', 'triton'; got 'cuda'"),
+    "backend": (
+        {"backend": "cuda"},
+        ValueError,
+        "backend must be one of 'auto', 'triton', 'numba', 'torch'; got 'cuda'",
+    ),
     "way of the gradient": ({"weight_grad": "sparse"}, ValueError, "weight_grad must be one of 'dense', 'rows'"),
 }
 

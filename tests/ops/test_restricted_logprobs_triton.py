@@ -263,7 +263,7 @@ def test_operands_need_not_be_contiguous_nor_of_one_dtype(weighted_sum, device):
 
 
 def test_a_missing_target_is_no_number_where_nobody_checks(device, monkeypatch):
-    monkeypatch.setattr("flexrec.ops.allowed_sets.values_are_checked", lambda tensor: False)
+    monkeypatch.setattr("flexrec.ops.restricted_logprobs.values_are_checked", lambda tensor: False)
     case = make_case(8, [2, 3], vocab=6).to(torch.float32, device)
     case.targets[1] = next(token for token in range(6) if token not in case.ids[2:])
     assert case.run("triton").logprobs.isnan().tolist() == [False, True]
@@ -273,6 +273,6 @@ def test_what_it_cannot_do_is_said(monkeypatch):
     case = make_case(9, [2, 3])
     with pytest.raises(TypeError, match="float64"):
         case.to(torch.float64).run("triton")
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr("flexrec.ops.library.triton_interprets", lambda: False)
     with pytest.raises(ValueError, match="needs a GPU, or TRITON_INTERPRET=1"):
         case.run("triton")

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexrec.metrics import ranking_metric, register_metric
-from flexrec.ops.swap_rewards import swap_rewards, swap_rewards_op, swap_scores, swap_scores_op
+from flexrec.ops.ranking_metric import ranking_metric, register_metric
+from flexrec.ops.swap_rewards import swap_rewards, swap_rewards_with_variance, swap_scores
 
 CREDITS = ("swap", "noncausal", "independent", "rank", "sequence", "policy")
 FAMILIES = ("dcg", "ndcg", "dcg_burges", "ndcg_burges", "recall", "precision", "rbp.8", "hit_rate", "mrr", "map", "err")
@@ -378,19 +378,35 @@ def test_custom_metric_that_returns_nan_is_an_error():
 # ---------------------------------------------------------------------------------------------- custom ops and errors
 
 
+SWAP_REWARDS, SWAP_SCORES = torch.ops.flexrec.swap_rewards.default, torch.ops.flexrec.swap_scores.default
+
+
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_opcheck(backend):
     gains, counts = torch.rand(3, 5), torch.tensor([5, 3, 1])
     weights = torch.rand(3, 5, 5)
-    torch.library.opcheck(swap_rewards_op, (gains, "ndcg@3", "swap", counts, None, 5, None, backend))
-    torch.library.opcheck(swap_rewards_op, (gains.half(), "map", "policy", None, counts, 4, weights, backend))
-    torch.library.opcheck(swap_scores_op, (gains.double(), "err", counts, counts, 5, backend))
+    torch.library.opcheck(SWAP_REWARDS, (gains, "ndcg@3", "swap", counts, None, 5, None, backend))
+    torch.library.opcheck(SWAP_REWARDS, (gains.half(), "map", "policy", None, counts, 4, weights, backend))
+    variance = (gains, "ndcg@3", "swap", counts, None, 5, None, backend, gains)
+    torch.library.opcheck(SWAP_REWARDS, variance)
+    torch.library.opcheck(SWAP_SCORES, (gains.double(), "err", counts, counts, 5, backend))
 
 
 def test_fullgraph_compile_uses_the_registered_op():
     gains = torch.rand(4, 6)
     compiled = torch.compile(lambda g: swap_rewards(g, "ndcg@5", num_ranked=4) * 2, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(gains), swap_rewards(gains, "ndcg@5", num_ranked=4) * 2)
+
+
+@pytest.mark.parametrize("metric", ["ndcg@5", "err", "recall"])
+def test_fullgraph_compile_of_rewards_with_variance(metric):
+    torch._dynamo.reset()
+    gains, variance = torch.rand(4, 6), torch.rand(4, 6)
+    compiled = torch.compile(swap_rewards_with_variance, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(gains, variance, metric), swap_rewards_with_variance(gains, variance, metric))
+    for backend in ("numba", "torch"):
+        got = compiled(gains, variance, metric, backend=backend)
+        torch.testing.assert_close(got, swap_rewards_with_variance(gains, variance, metric))
 
 
 GAINS = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])

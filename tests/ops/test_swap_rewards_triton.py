@@ -9,11 +9,12 @@ import torch
 from flexrec.triton_kernels import swap_lists
 
 from flexrec import metrics
-from flexrec.metrics import FAMILIES, Lists, ingredients, parse_metric
+from flexrec.metrics import FAMILIES, parse_metric
+from flexrec.ops import library, ranking_metric
 from flexrec.ops import swap_rewards as module
-from flexrec.ops.swap_rewards import swap_rewards, swap_rewards_op, swap_scores
-from flexrec.ops.swap_rewards_torch import rewards_of
-from flexrec.uncertainty import swap_rewards_with_variance
+from flexrec.ops.ranking_metric import Lists, ingredients
+from flexrec.ops.swap_reference import rewards_of
+from flexrec.ops.swap_rewards import swap_rewards, swap_rewards_with_variance, swap_scores
 
 NAMES = [{"rbp": "rbp.8"}.get(name, name) for name in FAMILIES]
 LINEAR = [name for name in NAMES if parse_metric(name).definition.form == "linear"]
@@ -61,7 +62,7 @@ def torch_in_float32(monkeypatch: pytest.MonkeyPatch, gains: torch.Tensor, metri
     table = metrics.discount_table
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "double", torch.Tensor.float)
-        patch.setattr(metrics, "discount_table", lambda *key: table(*key).astype("float32"))
+        patch.setattr(ranking_metric, "discount_table", lambda *key: table(*key).astype("float32"))
         parts = ingredients(Lists(gains.float(), None, None, gains.shape[1]), parse_metric(metric))
         rewards = rewards_of(parts, parse_metric(metric), credit, None)
     assert rewards.dtype == torch.float32
@@ -278,7 +279,9 @@ def test_empty_batches(device):
 
 def test_opcheck(device):
     gains, counts = torch.rand(3, 5, device=device), torch.tensor([5, 3, 1], device=device)
-    torch.library.opcheck(swap_rewards_op, (gains, "ndcg@3", "swap", counts, None, 5, None, "triton"))
+    torch.library.opcheck(
+        torch.ops.flexrec.swap_rewards.default, (gains, "ndcg@3", "swap", counts, None, 5, None, "triton")
+    )
 
 
 def test_too_long_lists_are_refused(device):
@@ -287,7 +290,7 @@ def test_too_long_lists_are_refused(device):
 
 
 def test_without_interpreter_cpu_tensors_are_refused(monkeypatch):
-    monkeypatch.setattr(module, "_triton_interprets", lambda: False)
+    monkeypatch.setattr(library, "triton_interprets", lambda: False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         swap_rewards(torch.zeros(1, 3), "dcg", backend="triton")
 
@@ -296,4 +299,4 @@ def test_without_interpreter_cpu_tensors_are_refused(monkeypatch):
 def test_auto_chooses_the_kernel_on_a_gpu():
     gains = torch.rand(8, 30, device="cuda")
     for metric in NAMES:
-        assert module.resolve_backend("auto", parse_metric(metric), gains) == "triton"
+        assert module._choose_backend("auto", parse_metric(metric), gains) == "triton"

@@ -5,9 +5,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flexrec.metrics import ranking_metric
+from flexrec.ops.rank_order import rank_order
+from flexrec.ops.ranking_metric import ranking_metric
 from flexrec.policy.batch import make_batch
-from flexrec.policy.scores import all_actions, rank_order, ranking_scores, ranking_states, reasoning_logprobs
+from flexrec.policy.scores import all_actions, ranking_scores, ranking_states, reasoning_logprobs
 from flexrec.rankings import RankingState
 from flexrec.rankings.reasoning import ReasoningTokens
 

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from flexrec.decoding.sample import sample_rankings
-from flexrec.metrics import ranking_metric
+from flexrec.ops.ranking_metric import ranking_metric
 from flexrec.task.examples import Example
 from flexrec.trainer.flexrec import TRAINER_CREDITS, FlexRecConfig, FlexRecTrainer
 from flexrec.trainer.supervised import SupervisedTrainer

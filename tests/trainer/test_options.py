@@ -12,13 +12,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flexrec.advantages import item_advantages
-from flexrec.metrics import ranking_metric
-from flexrec.ops.swap_rewards import swap_rewards
+from flexrec.ops.advantages import item_advantages, uncertainty_weights
+from flexrec.ops.ranking_metric import ranking_metric
+from flexrec.ops.swap_rewards import swap_rewards, swap_rewards_with_variance
 from flexrec.task.examples import Example
 from flexrec.trainer import flexrec as module
 from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
-from flexrec.uncertainty import swap_rewards_with_variance, uncertainty_weights
 
 GENERATIONS, TEMPERATURE = 2, 0.3
 MARKER, EOS = 5, 31

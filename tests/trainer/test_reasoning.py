@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from flexrec.decoding.sample import sample_rankings
-from flexrec.metrics import ranking_metric
+from flexrec.ops.ranking_metric import ranking_metric
 from flexrec.policy.scores import ranking_scores, ranking_states, reasoning_logprobs
 from flexrec.task.examples import Example
 from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer

@@ -6,31 +6,13 @@ D = 4,096 in float32: 2.5 GB), so that the other two ways never make one.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
-from numba import njit, prange
 from torch import Tensor
 
-from flexrec.ops.numba_threads import follow_torch_threads
+from flexrec.checks import check_choice
+from flexrec.ops.library import kernels
 
 WEIGHT_GRADS = ("dense", "rows", "accumulate")
-
-
-@njit(cache=True, nogil=True, parallel=True)
-def _add_at_tokens(buffer: np.ndarray, tokens: np.ndarray, rows: np.ndarray) -> None:
-    """buffer[tokens[m]] += rows[m] for all m, in their order: (V, D), (M,), (M, D).
-
-    Threads share out the columns, so that tokens may repeat and no order of threads changes a bit.
-    """
-    columns = 64
-    for part in prange((buffer.shape[1] + columns - 1) // columns):
-        start, stop = part * columns, min((part + 1) * columns, buffer.shape[1])
-        for m in range(len(tokens)):
-            target, grad = buffer[tokens[m]][start:stop], rows[m][start:stop]
-            for d in range(len(grad)):
-                target[d] += grad[d]
 
 
 def accumulated_grad(weight: Tensor) -> Tensor:
@@ -52,9 +34,13 @@ def accumulated_grad(weight: Tensor) -> Tensor:
     return buffer
 
 
-def check_accumulates(weight: Tensor) -> None:
-    """Raise ValueError unless gradients can be added to ``weight``: no other tensor is to get a gradient through it."""
-    if not weight.is_leaf:
+def check_weight_grad(weight_grad: str, backend: str, weight: Tensor, traced: bool) -> None:
+    """Raise ValueError unless the gradient can be delivered like that."""
+    check_choice("weight_grad", weight_grad, WEIGHT_GRADS)
+    if weight_grad != "dense" and (traced or backend == "torch"):
+        where = "under torch.compile" if traced else "with backend='torch'"
+        raise ValueError(f"weight_grad={weight_grad!r} is not possible {where}; use 'dense'")
+    if weight_grad == "accumulate" and not weight.is_leaf:  # no other tensor is to get a gradient through it
         raise ValueError("weight_grad='accumulate' needs weight to be a leaf, got a tensor computed from others")
 
 
@@ -68,8 +54,7 @@ def add_rows_(buffer: Tensor, tokens: Tensor, rows: Tensor) -> None:
         tokens, rows = sum_by_token(tokens, rows)
         buffer.index_add_(0, tokens, rows.to(buffer.dtype))
     elif buffer.device.type == "cpu" and buffer.is_contiguous() and rows.is_contiguous():
-        follow_torch_threads()
-        _add_at_tokens(buffer.numpy(), tokens.numpy(), rows.numpy())
+        kernels("numba", "rows").add_at_tokens(buffer, tokens, rows)
     else:
         buffer.index_add_(0, tokens, rows)
 
@@ -94,15 +79,3 @@ def deliver(weight_grad: str, weight: Tensor, tokens: Tensor, rows: Tensor) -> T
     grad = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
     add_rows_(grad, tokens, rows)
     return grad
-
-
-class Final(torch.autograd.Function):
-    """A gradient that depends on other tensors by a formula that is not there: an error, not a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *_: Tensor | None) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> None:
-        raise RuntimeError("the kernels of restricted log-probs have no second derivatives; use backend='torch'")

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numba import njit, prange
 
-from flexrec.ops.list_tiles import AVERAGE_PRECISION, CASCADE, LINEAR, Plan
+from flexrec.metrics import Metric
+from flexrec.numba_kernels import OutOfRange
+from flexrec.numba_kernels.threads import follow_torch_threads
+from flexrec.numba_kernels.tiles import (
+    AVERAGE_PRECISION,
+    CASCADE,
+    LINEAR,
+    Plan,
+    arrays_of,
+    plan_of,
+    term_gains_and_norms,
+)
 
 
 @njit(cache=True)
@@ -92,7 +104,7 @@ def _mean(scores: np.ndarray, weights: np.ndarray) -> float:
 
 
 @njit(parallel=True, cache=True)
-def swap_scores(
+def _scores_of_lists(
     w: np.ndarray,  # (N, K) float64, term gains
     inverse_norms: np.ndarray,  # (N,) float64
     lengths: np.ndarray,  # (N,) int64
@@ -127,3 +139,31 @@ def swap_scores(
                 for j in range(k + 1, length):
                     out[i, k, j] = scores[j] * inverse
                     out[i, j, k] = scores[j] * inverse
+
+
+def swap_scores(
+    gains: torch.Tensor,
+    metric: Metric,
+    *,
+    lengths: torch.Tensor | None = None,
+    num_ranked: torch.Tensor | None = None,
+    max_ranked: int,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(N, K, K) swap scores of a built-in metric, or with ``weights`` (N, K, K) their means over j > k, (N, K).
+
+    Arguments, dtype and errors as of ``swap_rewards``.
+    """
+    array, length, ranked = arrays_of(gains, lengths, num_ranked, max_ranked)
+    rows, size = array.shape
+    plan = plan_of(metric, size)
+    is_good, w, inverse_norms = term_gains_and_norms(plan, array, length)
+    if not is_good:
+        raise OutOfRange
+    shares = np.empty((0, 0, 0), array.dtype)
+    if weights is not None:
+        shares = weights.to(torch.from_numpy(shares).dtype).contiguous().numpy()
+    out = np.zeros((rows, size, size if weights is None else 1), array.dtype)
+    follow_torch_threads()
+    _scores_of_lists(w, inverse_norms, length, ranked, plan, shares, out)
+    return torch.from_numpy(out if weights is None else out[..., 0])

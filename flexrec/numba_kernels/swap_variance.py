@@ -2,7 +2,7 @@
 
 Gains are independent, the normaliser and the exponent by which term gains are scaled are held fixed. v_i is the
 variance of the term gain at rank i: that of the gain times (d w_i / d g_i)^2. Names are those of the derivation in
-``flexrec/ops/swap_rewards_torch.py``.
+``flexrec/ops/swap_reference.py``.
 
 Linear metrics
 --------------
@@ -48,10 +48,24 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from flexrec.ops.lane_sort import padded_rows
-from flexrec.ops.lanes import LANES, any_lane, load, spread, store, where, widen
-from flexrec.ops.list_tiles import GAIN, LINEAR, Plan, counts, longest, prepare, read_lists, scaled_one, write_lists
-from flexrec.ops.swap_rewards_numba import INDEPENDENT, NONCAUSAL, SEQUENCE, SWAP, discount
+from flexrec.numba_kernels.lane_sort import padded_rows
+from flexrec.numba_kernels.lanes import LANES, any_lane, load, spread, store, where, widen
+from flexrec.numba_kernels.tiles import (
+    GAIN,
+    INDEPENDENT,
+    LINEAR,
+    NONCAUSAL,
+    SEQUENCE,
+    SWAP,
+    Plan,
+    counts,
+    discount,
+    longest,
+    prepare,
+    read_lists,
+    scaled_one,
+    write_lists,
+)
 
 LN2 = math.log(2.0)
 
@@ -271,7 +285,7 @@ def _read_variance(
 
 
 @njit(cache=True)
-def swap_variance(
+def variance_of_lists(
     gains: np.ndarray,  # (N, K) float64: one dtype, as compiling for another takes longer than converting
     variance: np.ndarray,  # (N, K) float64, of the gains
     lengths: np.ndarray,  # (N,) int64
@@ -314,7 +328,7 @@ def swap_variance(
 
 
 @njit(parallel=True, cache=True)
-def swap_variance_in_parallel(
+def variance_of_lists_in_parallel(
     gains: np.ndarray,
     variance: np.ndarray,
     lengths: np.ndarray,
@@ -324,8 +338,8 @@ def swap_variance_in_parallel(
     out: np.ndarray,
     is_good: np.ndarray,  # (pieces that threads share out among themselves,), what each returned
 ) -> None:
-    """``swap_variance`` of all lists."""
+    """``variance_of_lists`` of all lists."""
     pieces, tiles = len(is_good), (len(gains) + LANES - 1) // LANES
     for i in prange(pieces):
         begin, end = i * tiles // pieces, (i + 1) * tiles // pieces
-        is_good[i] = swap_variance(gains, variance, lengths, ranked, plan, credit, out, begin, end)
+        is_good[i] = variance_of_lists(gains, variance, lengths, ranked, plan, credit, out, begin, end)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexrec.advantages import BASELINES, SCALES, item_advantages
+from flexrec.ops.advantages import BASELINES, SCALES, item_advantages
 
 
 def members(where: str, prompt: int, rank: int, prompts: int, generations: int, ranks: int) -> list[tuple[int, int]]:

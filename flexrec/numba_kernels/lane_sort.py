@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from flexrec.ops.lanes import LANES, larger_and_smaller, load, store
+from flexrec.numba_kernels.lanes import LANES, larger_and_smaller, load, store
 
 
 @njit(cache=True)

@@ -1,6 +1,6 @@
 """Swap rewards on the CPU: parallel numba, eight lists side by side, accumulated in float64.
 
-The closed forms, with their derivation, stand in ``flexrec/ops/swap_rewards_torch.py``; names here are those of the
+The closed forms, with their derivation, stand in ``flexrec/ops/swap_reference.py``; names here are those of the
 derivation, and every variable of a recurrence is the lanes of eight lists. Each list is read once and written once:
 check, term gains, ideal DCG and rewards are computed while it lies in the cache.
 """
@@ -10,29 +10,35 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numba import njit, prange
 
-from flexrec.ops.lane_sort import padded_rows
-from flexrec.ops.lanes import LANES, load, spread, store, where
-from flexrec.ops.list_tiles import (
+from flexrec.metrics import Metric
+from flexrec.numba_kernels import OutOfRange
+from flexrec.numba_kernels.lane_sort import padded_rows
+from flexrec.numba_kernels.lanes import LANES, load, spread, store, where
+from flexrec.numba_kernels.swap_variance import variance_of_lists, variance_of_lists_in_parallel
+from flexrec.numba_kernels.tiles import (
     AVERAGE_PRECISION,
     CASCADE,
+    CREDITS,
     FIRST,
+    GAIN,
+    INDEPENDENT,
     LINEAR,
+    NONCAUSAL,
+    SEQUENCE,
+    SWAP,
     Plan,
+    arrays_of,
     counts,
+    discount,
     longest,
+    plan_of,
     prepare,
+    run_over_lists,
     write_lists,
 )
-
-SWAP, NONCAUSAL, INDEPENDENT, RANK, SEQUENCE = 0, 1, 2, 3, 4
-CREDITS = {"swap": SWAP, "noncausal": NONCAUSAL, "independent": INDEPENDENT, "rank": RANK, "sequence": SEQUENCE}
-
-
-@njit(cache=True)
-def discount(d: np.ndarray, k: int, depth: Any) -> Any:
-    return where(k < depth, d[k], 0.0)
 
 
 @njit(cache=True)
@@ -227,7 +233,7 @@ def _all_same(counts: np.ndarray, first: int) -> bool:
 
 
 @njit(cache=True)
-def swap_rewards(
+def rewards_of_lists(
     gains: np.ndarray,  # (N, K) float32 or float64
     lengths: np.ndarray,  # (N,) int64
     ranked: np.ndarray,  # (N,) int64, at most lengths
@@ -257,7 +263,7 @@ def swap_rewards(
 
 
 @njit(parallel=True, cache=True)
-def swap_rewards_in_parallel(
+def rewards_of_lists_in_parallel(
     gains: np.ndarray,
     lengths: np.ndarray,
     ranked: np.ndarray,
@@ -266,8 +272,49 @@ def swap_rewards_in_parallel(
     rewards: np.ndarray,
     is_good: np.ndarray,  # (pieces that threads share out among themselves,), what each returned
 ) -> None:
-    """``swap_rewards`` of all lists."""
+    """``rewards_of_lists`` of all lists."""
     pieces, tiles = len(is_good), (len(gains) + LANES - 1) // LANES
     for i in prange(pieces):
         begin, end = i * tiles // pieces, (i + 1) * tiles // pieces
-        is_good[i] = swap_rewards(gains, lengths, ranked, plan, credit, rewards, begin, end)
+        is_good[i] = rewards_of_lists(gains, lengths, ranked, plan, credit, rewards, begin, end)
+
+
+def swap_rewards(
+    gains: torch.Tensor,
+    metric: Metric,
+    credit: str,
+    *,
+    lengths: torch.Tensor | None = None,
+    num_ranked: torch.Tensor | None = None,
+    max_ranked: int,
+    variance: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rewards of a built-in metric, and their variance where that of the gains is given.
+
+    Args:
+        gains: (N, K) floating, rank order.
+        metric, credit: as for ``flexrec.swap_rewards``; no ``credit="policy"``.
+        lengths, num_ranked: (N,) int64 or None; ``max_ranked`` bounds both.
+        variance: (N, K) of the gains, for linear metrics and err; binary ones then read gains as probabilities.
+
+    Returns:
+        (N, K) rewards, float64 for float64 gains, else float32, and their variance (float64), or None.
+
+    Raises:
+        OutOfRange: a gain or variance inside its list's length is out of its range.
+    """
+    array, length, ranked = arrays_of(gains, lengths, num_ranked, max_ranked)
+    plan, variances = plan_of(metric, gains.shape[1]), None
+    if variance is not None and metric.definition.gain == "binary":
+        plan = plan._replace(gain=GAIN, high=1.0)
+    options = length, ranked, plan, CREDITS[credit]
+    rewards = np.empty_like(array)
+    is_good = run_over_lists(rewards_of_lists, rewards_of_lists_in_parallel, array, *options, rewards)
+    if variance is not None and is_good:
+        array, spots = (x.double().contiguous().numpy() for x in (gains, variance))
+        variances = np.empty_like(array)
+        both = variance_of_lists, variance_of_lists_in_parallel
+        is_good = run_over_lists(*both, array, spots, *options, variances)
+    if not is_good:
+        raise OutOfRange
+    return torch.from_numpy(rewards), None if variances is None else torch.from_numpy(variances)

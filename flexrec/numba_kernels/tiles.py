@@ -1,18 +1,22 @@
 """From the gains of eight lists to what the numba kernels of swap rewards start from: term gains and normalisers.
 
-The eight lists stand side by side in tiles (K, 8), see ``flexrec.ops.lanes``. A kernel gets a metric as plain numbers.
+The eight lists stand side by side in tiles (K, 8), see ``lanes``. A kernel gets a metric as plain numbers.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
+import torch
 from numba import njit
 
-from flexrec.ops.lane_sort import padded_rows, sort_columns_descending
-from flexrec.ops.lanes import (
+from flexrec.metrics import TINY, Metric, discount_table, largest_gain
+from flexrec.numba_kernels.lane_sort import padded_rows, sort_columns_descending
+from flexrec.numba_kernels.lanes import (
     LANES,
     any_lane,
     gather_columns,
@@ -25,6 +29,7 @@ from flexrec.ops.lanes import (
     where,
     widen,
 )
+from flexrec.numba_kernels.threads import follow_torch_threads
 
 LINEAR, FIRST, AVERAGE_PRECISION, CASCADE = 0, 1, 2, 3
 FORMS = {"linear": LINEAR, "first": FIRST, "average_precision": AVERAGE_PRECISION, "cascade": CASCADE}
@@ -32,8 +37,11 @@ GAIN, BURGES, SCALED, BINARY = 0, 1, 2, 3
 GAINS = {"gain": GAIN, "burges": BURGES, "burges_scaled": SCALED, "stop": SCALED, "binary": BINARY}
 ONE, IDEAL, RELEVANT, CUTOFF = 0, 1, 2, 3
 NORMALISERS = {"one": ONE, "ideal": IDEAL, "relevant": RELEVANT, "cutoff": CUTOFF}
+SWAP, NONCAUSAL, INDEPENDENT, RANK, SEQUENCE = 0, 1, 2, 3, 4
+CREDITS = {"swap": SWAP, "noncausal": NONCAUSAL, "independent": INDEPENDENT, "rank": RANK, "sequence": SEQUENCE}
 NO_CUTOFF = 2**62
-TINY = 1e-300  # normalisers below it count as "no positive gain"
+FEW = 2**14  # gains: they are rewarded before other threads are awake
+PIECES_PER_THREAD = 4
 
 
 class Plan(NamedTuple):
@@ -46,6 +54,57 @@ class Plan(NamedTuple):
     normaliser: int
     top: float  # the largest gain that the user gave; 0: the list's own
     high: float  # gains above it are an error
+
+
+@lru_cache(maxsize=256)
+def plan_of(metric: Metric, size: int) -> Plan:
+    """Of a built-in metric."""
+    definition = metric.definition
+    return Plan(
+        discounts=discount_table(metric, size),
+        cutoff=NO_CUTOFF if metric.cutoff is None else metric.cutoff,
+        form=FORMS[definition.form],
+        gain=GAINS[definition.gain],
+        normaliser=NORMALISERS[definition.normaliser],
+        top=metric.max_gain or 0.0,
+        high=largest_gain(metric),
+    )
+
+
+@lru_cache(maxsize=8)
+def _repeated(count: int, rows: int) -> np.ndarray:
+    return np.full(rows, count)
+
+
+def arrays_of(
+    gains: torch.Tensor, lengths: torch.Tensor | None, num_ranked: torch.Tensor | None, max_ranked: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gains (N, K) float32 or float64, lengths (N,) int64, shown ranks (N,) int64. None may be written to."""
+    if gains.dtype not in (torch.float32, torch.float64):
+        gains = gains.float()
+    rows, size = gains.shape
+    length = _repeated(size, rows) if lengths is None else lengths.numpy()
+    ranked = _repeated(max_ranked, rows)
+    if lengths is not None:
+        ranked = np.minimum(ranked, length)
+    if num_ranked is not None:
+        ranked = np.minimum(ranked, num_ranked.numpy())
+    return gains.contiguous().numpy(), length, ranked
+
+
+def run_over_lists(kernel: Any, parallel_kernel: Any, gains: np.ndarray, *arguments: Any) -> bool:
+    """Run a kernel over all lists, on one thread if they are few; whether it finds all values in order."""
+    if not gains.size:
+        return True
+    tiles, threads = -(-len(gains) // LANES), 1
+    if gains.size >= FEW:
+        follow_torch_threads()
+        threads = numba.get_num_threads()
+    if threads == 1 or tiles == 1:
+        return kernel(gains, *arguments, 0, tiles)
+    is_good = np.empty(min(tiles, PIECES_PER_THREAD * threads), dtype=np.bool_)
+    parallel_kernel(gains, *arguments, is_good)
+    return bool(is_good.all())
 
 
 # 2^f - 1 = f (c_0 + c_1 f + ..), c_k = (ln 2)^(k+1) / (k+1)!: for |f| <= 1/2 the first term left out is below 2e-18 f.
@@ -99,6 +158,12 @@ def term_gain(g: Any, kind: int, top: Any) -> Any:
     power = _power(i - t)
     exact = power - _power(0.0 - t)
     return (power * _exp2m1_small(g - i) + exact) * (_exp2m1_small(t - top) + 1.0)
+
+
+@njit(cache=True)
+def discount(d: np.ndarray, k: int, depth: Any) -> Any:
+    """Lanes: d[k], 0 where the list shows no more than k ranks."""
+    return where(k < depth, d[k], 0.0)
 
 
 @njit(cache=True)
@@ -233,16 +298,3 @@ def term_gains_and_norms(plan: Plan, gains: np.ndarray, lengths: np.ndarray) -> 
         write_lists(w, first, term_gains)
         write_lists(norms, first, inverse_norms)
     return all_good, term_gains, inverse_norms[:, 0]
-
-
-@njit(cache=True)
-def all_within(gains: np.ndarray, lengths: np.ndarray, high: float) -> bool:
-    """Whether every gain (N, K) inside its list's length is a number in [0, high]."""
-    for row in range(gains.shape[0]):
-        inside = gains[row, : lengths[row]]
-        outside = False
-        for k in range(len(inside)):
-            outside |= not (inside[k] >= 0.0 and inside[k] <= high)
-        if outside:
-            return False
-    return True

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from flexrec.metrics import FAMILIES, Metric, parse_metric, ranking_metric, register_metric
+from flexrec.metrics import FAMILIES, Metric, parse_metric
+from flexrec.ops.ranking_metric import ranking_metric, register_metric
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = Path(os.environ.get("FLEXREC_TEST_DATA", ROOT / "../shared/data")) / "trec_fixtures"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"no trec_eval fixtures in {FIXTURES}")
 

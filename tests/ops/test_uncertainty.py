@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from flexrec.ops.swap_rewards import swap_rewards
-from flexrec.uncertainty import WITH_VARIANCE, swap_rewards_with_variance, uncertainty_weights
+from flexrec.ops.advantages import uncertainty_weights
+from flexrec.ops.swap_rewards import WITH_VARIANCE, swap_rewards, swap_rewards_with_variance
 
 CREDITS = ("swap", "noncausal", "independent", "rank", "sequence", "policy")
 N, K = 3, 6

@@ -43,17 +43,33 @@ Cascade (err: d_k = 1/k, w = theta): let P_k be the product of (1 - theta_i) ove
     A^y_k = sum_{j<k} P_j y_j d_j,  B^y_k = sum_{j<k} P_j y_j M_jk,  C^y_k = sum_{j<k} P_j y_j Q_jk;
     B_{k+1} = B_k + C_k d_k theta_k,  C_{k+1} = (1 - theta_k) C_k + P_k y_k,
     earlier_k = (A^x - B^x - C^x d_k) - x_k (A^1 - B^1 - C^1 d_k).
+
+Variance: with independent gain variances v_i and the normaliser held fixed, a reward that is linear in the term gains,
+r_k = sum_i a_ki w_i, has Var[r_k] = sum_i a_ki^2 v_i. For causal swaps a_kk = mean over j > k of (d_k - d_j) and
+a_kj = -(d_k - d_j) / n, so that
+    Var[r_k] = a_kk^2 v_k + (d_k^2 V - 2 d_k V' + V'') / n^2,   V, V', V'' = sums over j > k of v_j, d_j v_j, d_j^2 v_j:
+  O(K) per list. The other credits change only which ranks the sums run over. err's R, with any two ranks exchanged too,
+  is linear in each theta_i while the others are held, so that its slope is the difference between theta_i = 1 and 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from flexrec import metrics
 from flexrec.checks import check_finite
-from flexrec.metrics import Ingredients, Lists, Metric, metric_terms
+from flexrec.metrics import LN2, TINY, Metric
+from flexrec.ops.ranking_metric import (
+    Ingredients,
+    Lists,
+    custom_prefix_values,
+    custom_swap_scores,
+    ingredients,
+    metric_terms,
+    reach,
+)
 
 
 def _before(x: torch.Tensor) -> torch.Tensor:
@@ -117,17 +133,17 @@ def _average_precision_sums(parts: Ingredients) -> tuple[torch.Tensor, torch.Ten
 def _cascade_sums(parts: Ingredients) -> tuple[torch.Tensor, torch.Tensor]:
     d, theta, one = parts.discount, parts.weight, parts.inside.double()  # (N, K)
     x = torch.where(parts.inside, theta - theta[:, :1], 0.0)  # (N, K)
-    go_on, reach = 1.0 - theta, metrics.reach(theta)  # (N, K)
+    go_on, reached = 1.0 - theta, reach(theta)  # (N, K)
 
     def gamma(y: torch.Tensor) -> torch.Tensor:
         added = y * d + d * theta * _behind(y)  # what rank k + 1 adds
         return _shift(_recur(added.flip(-1), go_on.flip(-1))).flip(-1)
 
     def lost(y: torch.Tensor) -> torch.Tensor:  # A - B - C d
-        c = _shift(_recur(reach * y, go_on))
-        return _before(reach * y * d) - _before(c * d * theta) - c * d
+        c = _shift(_recur(reached * y, go_on))
+        return _before(reached * y * d) - _before(c * d * theta) - c * d
 
-    later = reach * (d * (_behind(one) * x - _behind(x)) - x * gamma(one) + gamma(x))
+    later = reached * (d * (_behind(one) * x - _behind(x)) - x * gamma(one) + gamma(x))
     return later, lost(x) - x * lost(one)
 
 
@@ -149,7 +165,7 @@ def _scores_of_later(parts: Ingredients, metric: Metric) -> torch.Tensor:
         columns = []
         g = torch.zeros_like(d)  # (N, K): G_kj over j
         for k in range(d.shape[1] - 1, -1, -1):
-            columns.append(metrics.reach(w)[:, k, None] * (w[:, k, None] - w) * (d[:, k, None] - g))
+            columns.append(reach(w)[:, k, None] * (w[:, k, None] - w) * (d[:, k, None] - g))
             g = d[:, k, None] * w[:, k, None] + (1.0 - w[:, k, None]) * g
             g[:, k] = d[:, k]
         return torch.stack(columns[::-1], dim=1) if columns else d_k * d_j
@@ -198,11 +214,11 @@ def policy_shares(weights: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
     position = torch.arange(weights.shape[1], device=weights.device)  # (K,)
     behind = (position > position[:, None]) & (position < length[:, :, None])  # (N, K, K)
     weight = torch.where(behind, weights.double(), 0.0)
-    return weight / weight.sum(-1, keepdim=True).clamp(min=metrics.TINY)
+    return weight / weight.sum(-1, keepdim=True).clamp(min=TINY)
 
 
 def rewards_of(parts: Ingredients, metric: Metric, credit: str, weights: torch.Tensor | None) -> torch.Tensor:
-    """(N, K) float64: the rewards of a built-in metric; differentiable in ``parts.weight``."""
+    """(N, K) float64: the rewards of a built-in metric."""
     if credit in ("independent", "rank", "sequence"):
         terms = metric_terms(parts, metric)
         rewards = _credit_terms(terms, terms.sum(-1, keepdim=True), credit)
@@ -219,10 +235,10 @@ def custom_rewards(lists: Lists, metric: Metric, credit: str, weights: torch.Ten
     """(N, K) float64: the rewards of a registered metric."""
     length = lists.real_lengths[:, None]  # (N, 1)
     if credit in ("independent", "rank", "sequence"):
-        values = metrics.custom_prefix_values(lists, metric)  # (N, K + 1)
+        values = custom_prefix_values(lists, metric)  # (N, K + 1)
         rewards = _credit_terms(values.diff(dim=-1), values[:, -1:], credit)
     else:
-        scores = metrics.custom_swap_scores(lists, metric)  # (N, K, K)
+        scores = custom_swap_scores(lists, metric)  # (N, K, K)
         if credit == "policy":
             assert weights is not None
             rewards = _credit_scores(scores, policy_shares(weights, length))
@@ -235,3 +251,63 @@ def custom_rewards(lists: Lists, metric: Metric, credit: str, weights: torch.Ten
 def _only_ranked(rewards: torch.Tensor, num_ranked: torch.Tensor) -> torch.Tensor:
     position = torch.arange(rewards.shape[1], device=rewards.device)  # (K,)
     return torch.where(position < num_ranked, rewards, 0.0)
+
+
+def torch_rewards(
+    lists: Lists, metric: Metric, credit: str, weights: torch.Tensor | None, variance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(N, K) float64 rewards of a built-in metric and, where that of the gains is given, their variance."""
+    definition = metric.definition
+    parts = ingredients(lists, metric, probabilities=variance is not None)
+    rewards = rewards_of(parts, metric, credit, weights)
+    if variance is None:
+        return rewards, None
+    v = torch.where(parts.inside, variance.double(), 0.0)  # (N, K), of the gain ..
+    if definition.gain in ("burges", "burges_scaled", "stop"):
+        # .. and of the term gain: d/dg 2^g = ln 2 x 2^g, over 2^top where the term gains are.
+        g = torch.where(parts.inside, lists.gains.double(), 0.0)
+        if definition.gain != "burges" and g.shape[1]:
+            g = g - (g.amax(-1, keepdim=True) if metric.max_gain is None else metric.max_gain)
+        v = v * (LN2 * torch.exp2(g)) ** 2
+    if definition.form == "cascade":
+        spread = _first_order_variance(parts, v, metric, credit, weights)
+    else:
+        spread = _linear_variance(parts, v, credit, weights) * parts.inverse_norm**2
+    return rewards, _only_ranked(spread, parts.num_ranked)
+
+
+def _linear_variance(parts: Ingredients, v: torch.Tensor, credit: str, weights: torch.Tensor | None) -> torch.Tensor:
+    """(N, K) float64: Var[r_k] times the squared normaliser, from the variances v (N, K) of the term gains."""
+    d, inside = parts.discount, parts.inside.double()  # (N, K)
+    if credit == "policy":
+        assert weights is not None
+        effect = policy_shares(weights, parts.length) * (d[:, :, None] - d[:, None, :])  # (N, K, K)
+        return effect.sum(-1) ** 2 * v + (effect**2 * v[:, None, :]).sum(-1)
+    if credit == "independent":
+        return d**2 * v
+
+    def pool(x: torch.Tensor) -> torch.Tensor:  # (N, K): sum over the ranks that k is compared with
+        total = x.sum(-1, keepdim=True)
+        return total - x if credit == "noncausal" else x.flip(-1).cumsum(-1).flip(-1) - x
+
+    if credit == "rank":
+        return pool(d**2 * v) + d**2 * v
+    if credit == "sequence":
+        return (d**2 * v).sum(-1, keepdim=True).expand_as(v)
+    n = pool(inside).clamp(min=1)  # (N, K)
+    own = d * pool(inside) - pool(d)  # (N, K)
+    others = d**2 * pool(v) - 2 * d * pool(d * v) + pool(d**2 * v)  # (N, K)
+    return (own**2 * v + others.clamp(min=0)) / n**2
+
+
+def _first_order_variance(
+    parts: Ingredients, v: torch.Tensor, metric: Metric, credit: str, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """(N, K) float64: sum over i of (d r_k / d w_i)^2 v_i."""
+    spread = torch.zeros_like(v)
+    for i in range(v.shape[1]):
+        at_one, at_zero = parts.weight.clone(), parts.weight.clone()
+        at_one[:, i], at_zero[:, i] = 1.0, 0.0
+        high, low = (rewards_of(replace(parts, weight=w), metric, credit, weights) for w in (at_one, at_zero))
+        spread += (high - low) ** 2 * v[:, i, None]
+    return spread

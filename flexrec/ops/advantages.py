@@ -1,10 +1,13 @@
-"""Advantages: item rewards of a batch of rankings, centred, scaled and weighted."""
+"""Advantages: item rewards of a batch of rankings, centred, scaled, and weighted by how sure they are."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from flexrec.checks import check_choice, check_finite, check_range, check_tensor
+from flexrec.ops.ranking_metric import result_dtype
 
 BASELINES = ("none", "rank", "group")
 SCALES = ("rank", "group", "batch", "none")
@@ -102,3 +105,62 @@ def item_advantages(
 def _masked_mean(values: torch.Tensor, mask: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     """Mean over ``dims`` (kept) of ``values``, which are 0 where ``mask`` is False; 0 where nothing is left."""
     return values.sum(dims, keepdim=True) / mask.sum(dims, keepdim=True).clamp(min=1)
+
+
+def uncertainty_weights(
+    variance: torch.Tensor,
+    num_generations: int,
+    *,
+    level: str = "rollout",
+    eps: float = 1e-3,
+    max_ratio: float = 10.0,
+    item_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """c = 1 / (u + eps), divided by its mean over the group: the direction of an update kept, its strength scaled.
+
+    (Uncertainty-aware GRPO, arXiv 2603.11901.) The mean keeps the learning rate's meaning; weights are then clamped to
+    [1 / ``max_ratio``, ``max_ratio``], so that one certain rollout cannot silence the rest of its group.
+
+    Args:
+        variance: (N, K) floating, >= 0, of the item rewards; N = P * G, the G rollouts of one prompt adjacent.
+        num_generations: G >= 1.
+        level: "rollout": u is the rollout's variance summed over its items, the mean is over the group's rollouts (with
+            G = 1 all weights are 1). "item": u is each item's own, the mean is over all items of the group.
+        eps: > 0, in squared units of the reward: variances well below it make no difference.
+        max_ratio: >= 1.
+        item_mask: (N, K) bool, the items that count; all by default.
+
+    Returns:
+        (N, 1) for "rollout", (N, K) for "item", in the dtype of ``variance`` (float32 for half precision). 0 where
+        there is no item to weigh.
+
+    Raises:
+        ValueError, TypeError: a wrong shape or dtype, a negative or non-finite variance, N not a multiple of G.
+    """
+    check_tensor("variance", variance, ("N", "K"))
+    check_choice("level", level, ("rollout", "item"))
+    rows = variance.shape[0]
+    if not isinstance(num_generations, int) or num_generations < 1 or rows % num_generations:
+        raise ValueError(
+            f"num_generations must be an integer >= 1 that divides the {rows} rows of variance, got {num_generations}"
+        )
+    if not eps > 0:
+        raise ValueError(f"eps must be > 0, got {eps}")
+    if not max_ratio >= 1:
+        raise ValueError(f"max_ratio must be >= 1, got {max_ratio}")
+    if item_mask is None:
+        item_mask = torch.ones_like(variance, dtype=torch.bool)
+    check_tensor("item_mask", item_mask, tuple(variance.shape), "bool")
+    check_finite("variance", variance, item_mask)
+    check_range("variance", variance, 0.0, math.inf, item_mask)
+
+    u = torch.where(item_mask, variance.detach().double(), 0.0)  # (N, K)
+    counted = item_mask  # (N, K), or (N, 1) below
+    if level == "rollout":
+        u, counted = u.sum(-1, keepdim=True), item_mask.any(-1, keepdim=True)  # (N, 1)
+    c = torch.where(counted, 1.0 / (u + eps), 0.0)
+    grouped, size = c.view(-1, num_generations * c.shape[1]), counted.view(-1, num_generations * c.shape[1])
+    mean = grouped.sum(-1) / size.sum(-1).clamp(min=1)  # (P,)
+    mean = mean.repeat_interleave(num_generations)[:, None]  # (N, 1)
+    weight = (c / torch.where(mean > 0, mean, 1.0)).clamp(1.0 / max_ratio, max_ratio)
+    return torch.where(counted, weight, 0.0).to(result_dtype(variance))

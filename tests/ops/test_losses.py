@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexrec.losses import IMPORTANCE_LEVELS, LOSS_AGGREGATIONS, aggregate, policy_loss
+from flexrec.ops.losses import IMPORTANCE_LEVELS, LOSS_AGGREGATIONS, aggregate, policy_loss
 
 
 def loop_loss(logps, old, advantages, mask, item_ids, level, low, high, loss_agg):

@@ -1,0 +1,34 @@
+from .checks import set_value_checks as set_value_checks
+from .evaluation.statistics import Comparison as Comparison
+from .evaluation.statistics import bootstrap_interval as bootstrap_interval
+from .evaluation.statistics import rank_metrics as rank_metrics
+from .evaluation.statistics import relative_change as relative_change
+from .ops.advantages import item_advantages as item_advantages
+from .ops.advantages import uncertainty_weights as uncertainty_weights
+from .ops.all_actions import AllActions as AllActions
+from .ops.all_actions import all_actions_objective as all_actions_objective
+from .ops.losses import policy_loss as policy_loss
+from .ops.ranking_logprobs import ranking_kl as ranking_kl
+from .ops.ranking_logprobs import ranking_logprobs as ranking_logprobs
+from .ops.ranking_logprobs import ranking_logprobs_with_kl as ranking_logprobs_with_kl
+from .ops.ranking_logprobs import ranking_probs as ranking_probs
+from .ops.ranking_metric import ranking_metric as ranking_metric
+from .ops.ranking_metric import register_metric as register_metric
+from .ops.restricted_logprobs import RankingLogprobs as RankingLogprobs
+from .ops.restricted_logprobs import RankingLogprobsWithKL as RankingLogprobsWithKL
+from .ops.restricted_logprobs import restricted_kl as restricted_kl
+from .ops.restricted_logprobs import restricted_logprobs as restricted_logprobs
+from .ops.restricted_logprobs import restricted_logprobs_with_kl as restricted_logprobs_with_kl
+from .ops.swap_rewards import swap_rewards as swap_rewards
+from .ops.swap_rewards import swap_rewards_with_variance as swap_rewards_with_variance
+from .ops.swap_rewards import swap_scores as swap_scores
+from .rankings.state import CandidateTries as CandidateTries
+from .rankings.state import EncodedRankings as EncodedRankings
+from .rankings.state import ParsedRankings as ParsedRankings
+from .rankings.state import RankingState as RankingState
+from .rankings.state import encode_rankings as encode_rankings
+from .rankings.state import inverse_permutation as inverse_permutation
+from .rankings.state import parse_rankings as parse_rankings
+from .rankings.state import validate_rankings as validate_rankings
+
+__version__: str

@@ -1,0 +1,292 @@
+"""restricted_logprobs on the CPU: the steps of its forward and backward pass as parallel loops over ragged sets.
+
+Row m has the entries offsets[m] .. offsets[m + 1] of nnz; ``row`` (nnz,) says which row an entry belongs to. Threads
+get runs of rows, or of tokens, with about the same number of entries. Rows with one entry read no hidden state and no
+weight row.
+
+Cost: nnz D multiplications forward, and as many for each of the two gradients. Weight rows are read where they are, in
+their own dtype if that is the one computed in; of half precision, each token's row is converted once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from flexrec.numba_kernels.rows import NUMPY, REORDER, Array, array_of, embedding_rows, share, sum_rows
+from flexrec.numba_kernels.softmax import (
+    MISSING,
+    NO_TARGET,
+    Sets,
+    floored,
+    new_results,
+    results_of,
+    softmax,
+    softmax_gradient,
+)
+from flexrec.numba_kernels.threads import parts_for
+
+FINE, ENDS, DESCENDING, OUTSIDE, REPEATED, MISSING_TARGET = range(6)  # what check_entries finds
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@njit(cache=True, nogil=True)
+def check_entries(ids: Array, offsets: Array, targets: Array, vocab_size: int) -> tuple[int, int, int]:
+    """Look for what is wrong: FINE, or the first fault and the two numbers that name it.
+
+    ENDS: first and last offset. DESCENDING: index into the offsets. OUTSIDE: index into ids and the token. REPEATED:
+    row and the token that it has twice. MISSING_TARGET: row and its target, if ``targets`` is not of size 0.
+    """
+    rows = len(offsets) - 1
+    if offsets[0] != 0 or offsets[rows] != len(ids):
+        return ENDS, offsets[0], offsets[rows]
+    for m in range(rows):
+        if offsets[m + 1] < offsets[m]:
+            return DESCENDING, m, 0
+    for e in range(len(ids)):
+        if ids[e] < 0 or ids[e] >= vocab_size:
+            return OUTSIDE, e, ids[e]
+    last_row = np.full(vocab_size, -1, np.int64)  # the last row that had the token
+    for m in range(rows):
+        for e in range(offsets[m], offsets[m + 1]):
+            if last_row[ids[e]] == m:
+                return REPEATED, m, ids[e]
+            last_row[ids[e]] = m
+        if len(targets) and (targets[m] < 0 or targets[m] >= vocab_size or last_row[targets[m]] != m):
+            return MISSING_TARGET, m, targets[m]
+    return FINE, 0, 0
+
+
+@njit(cache=True, nogil=True)
+def _owners(offsets: Array, owner: Array) -> None:
+    """owner[e] = the segment that entry e belongs to."""
+    for s in range(len(offsets) - 1):
+        owner[offsets[s] : offsets[s + 1]] = s
+
+
+@njit(cache=True, nogil=True)
+def _target_entries(ids: Array, offsets: Array, targets: Array) -> Array:
+    """(M,): the entry of each row's target."""
+    entries = np.full(len(targets), MISSING)
+    for m in range(len(targets)):
+        for e in range(offsets[m], offsets[m + 1]):
+            if ids[e] == targets[m]:
+                entries[m] = e
+    return entries
+
+
+@njit(cache=True, nogil=True, parallel=True, fastmath=REORDER)
+def _logits(
+    hidden: Array,
+    rows: Array,
+    bias: Array,
+    ids: Array,
+    offsets: Array,
+    temperature: float,
+    parts: int,
+    logits: Array,
+) -> None:
+    """logits[e] = (hidden[m] . rows[ids[e]] + bias[ids[e]]) / temperature, four entries of a row at a time.
+
+    Args:
+        hidden: (M, D), rows: (R, D), bias: (R,) or (0,), logits: (nnz,) out, all of one dtype. ids: (nnz,) < R.
+    """
+    divisor = logits.dtype.type(temperature)
+    for part in prange(parts):
+        low, high = share(offsets[:-1], len(ids), part, parts)
+        for m in range(low, high):
+            begin, end = offsets[m], offsets[m + 1]
+            if end - begin == 1:
+                logits[begin] = 0.0
+                continue
+            h, last = hidden[m], end - 1
+            for e in range(begin, end, 4):
+                e1, e2, e3 = min(e + 1, last), min(e + 2, last), min(e + 3, last)
+                w0, w1, w2, w3 = rows[ids[e]], rows[ids[e1]], rows[ids[e2]], rows[ids[e3]]
+                z0 = z1 = z2 = z3 = logits.dtype.type(0)
+                for d in range(len(h)):
+                    z0 += h[d] * w0[d]
+                    z1 += h[d] * w1[d]
+                    z2 += h[d] * w2[d]
+                    z3 += h[d] * w3[d]
+                logits[e], logits[e1], logits[e2], logits[e3] = z0, z1, z2, z3
+            for e in range(begin, end):
+                z = logits[e]
+                if len(bias):
+                    z += bias[ids[e]]
+                z /= divisor
+                logits[e] = floored(z)
+
+
+@njit(cache=True, nogil=True)
+def _sort_by_token(
+    ids: Array,
+    row: Array,
+    coefficients: Array,
+    vocab_size: int,
+    tokens: Array,
+    starts: Array,
+    sorted_row: Array,
+    sorted_coefficients: Array,
+) -> int:
+    """Entries whose coefficient is not 0, by token and in order: the U tokens that have any and where each starts.
+
+    Returns U; tokens[:U], starts[:U + 1], and sorted_row and sorted_coefficients up to starts[U] are filled.
+    """
+    place = np.zeros(vocab_size + 1, np.int64)
+    for e in range(len(ids)):
+        place[ids[e] + 1] += coefficients[e] != 0.0
+    used = 0
+    starts[0] = 0
+    for token in range(vocab_size):
+        if place[token + 1]:
+            tokens[used] = token
+            used += 1
+            starts[used] = place[token] + place[token + 1]
+        place[token + 1] += place[token]
+    for e in range(len(ids)):
+        if coefficients[e] != 0.0:
+            at = place[ids[e]]
+            sorted_row[at], sorted_coefficients[at] = row[e], coefficients[e]
+            place[ids[e]] = at + 1
+    return used
+
+
+# --- on tensors -------------------------------------------------------------------------------------------------------
+
+
+def owners(offsets: Tensor, entries: int) -> Tensor:
+    """(entries,) int64, the row of every entry."""
+    owner = torch.empty(entries, dtype=torch.int64)
+    _owners(offsets.numpy(), owner.numpy())
+    return owner
+
+
+def sampled_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, offsets: Tensor, row: Tensor, temperature: float
+) -> Tensor:
+    """(nnz,) logits of every entry, float32 or, if an operand is, float64; 0 in rows of a single one."""
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    rows, row_bias, index = embedding_rows(weight, bias, ids, dtype)
+    logits = torch.empty(ids.shape, dtype=dtype)
+    states, parts = array_of(hidden, dtype, 2), parts_for(ids.numel() * hidden.shape[1])
+    _logits(states, rows, row_bias, index, offsets.numpy(), temperature, parts, logits.numpy())
+    return logits
+
+
+def _sets(ids: Tensor, offsets: Tensor, targets: Tensor | None) -> Sets:
+    bounds = offsets.numpy()
+    if targets is None:
+        entries = np.full(len(bounds) - 1, NO_TARGET)
+    else:
+        entries = _target_entries(ids.numpy(), bounds, targets.numpy())
+    return Sets(bounds[:-1], bounds[1:], entries, bounds[:-1])
+
+
+def set_softmax(
+    logits: Tensor, ref_logits: Tensor | None, values: Tensor, ids: Tensor, offsets: Tensor, targets: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What follows from the logits of every entry, in their dtype.
+
+    Args:
+        logits, ref_logits: (nnz,); the reference's up to a constant per row.
+        values: (nnz, C) floating; targets: (M,) int64.
+
+    Returns:
+        log-probs (M,), NaN where the target is not allowed and 0 without targets; entropy (M,); expectations (M, C);
+        KL (M,), (0,) without a reference; norm (M, 2 or 4), for the backward pass: m, log s and those of the reference.
+    """
+    out = new_results(len(offsets) - 1, values.shape[1], ref_logits is not None, NUMPY[logits.dtype])
+    softmax(_sets(ids, offsets, targets), *_entries(logits, values, ref_logits), parts_for(64 * len(logits)), out)
+    logprobs, entropy, expectations, kl, norm = (torch.from_numpy(x) for x in out)
+    return logprobs, entropy, expectations, kl, norm
+
+
+def set_softmax_backward(
+    upstream: tuple[Tensor, Tensor, Tensor, Tensor],
+    results: tuple[Tensor, Tensor, Tensor, Tensor],
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    values: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    row: Tensor,
+    targets: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """(nnz,): the gradient of (h . w + b), the logits before the division by the temperature.
+
+    Args:
+        upstream: gradients of log-probs (M,), entropy (M,), expectations (M, C) and KL (M,).
+        results: entropy, expectations, KL and norm as :func:`set_softmax` returned them.
+    """
+    dlogits = torch.empty_like(logits)
+    softmax_gradient(
+        _sets(ids, offsets, targets),
+        *_entries(logits, values, ref_logits),
+        results_of((None, *results), logits.dtype, 1),
+        results_of((*upstream, None), logits.dtype, 1),
+        temperature,
+        parts_for(64 * len(logits)),
+        dlogits.numpy(),
+    )
+    return dlogits
+
+
+def _entries(logits: Tensor, values: Tensor, ref_logits: Tensor | None) -> tuple[Array, Array, Array]:
+    dtype = logits.dtype
+    return array_of(logits, dtype, 1), array_of(values, dtype, 2), array_of(ref_logits, dtype, 1)
+
+
+def hidden_gradient(
+    dlogits: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor, offsets: Tensor, row: Tensor
+) -> Tensor:
+    """(M, D) in the dtype of ``hidden``; exactly 0 in rows without a choice."""
+    rows, _, index = embedding_rows(weight, None, ids, dlogits.dtype)
+    grad, begin = torch.zeros(hidden.shape, dtype=dlogits.dtype), offsets.numpy()[:-1]
+    parts = parts_for(grad.numel() + len(ids) * hidden.shape[1])
+    sum_rows(begin, offsets.numpy()[1:], begin, dlogits.numpy(), index, rows, _NOWHERE, 2, parts, grad.numpy())
+    return grad.to(hidden.dtype)
+
+
+def weight_gradient(
+    dlogits: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor, row: Tensor, into: Tensor | None = None
+) -> Tensor:
+    """(V, D): the gradient in the dtype of ``weight``, or ``into``, a contiguous (V, D) floating tensor, added to."""
+    out = torch.zeros_like(weight, memory_format=torch.contiguous_format) if into is None else into
+    if out.dtype == dlogits.dtype:
+        _sum_by_token(dlogits, hidden, ids, row, len(weight), out)
+    else:
+        tokens, rows = weight_gradient_rows(dlogits, hidden, weight, ids, row)
+        out.index_add_(0, tokens, rows.to(out.dtype))
+    return out
+
+
+def weight_gradient_rows(
+    dlogits: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor, row: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens (U,) int64, each once and ascending, and their gradients (U, D) in the dtype of ``weight``."""
+    tokens, rows = _sum_by_token(dlogits, hidden, ids, row, len(weight), None)
+    return tokens, rows.to(weight.dtype)
+
+
+def _sum_by_token(
+    dlogits: Tensor, hidden: Tensor, ids: Tensor, row: Tensor, vocab_size: int, into: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The U tokens with a gradient, ascending, and (U, D) their gradients, or ``into`` (V, D) with these added."""
+    most, kind = min(len(ids), vocab_size), NUMPY[dlogits.dtype]
+    tokens, starts = np.empty(most, np.int64), np.empty(most + 1, np.int64)
+    rows, grads = np.empty(len(ids), np.int64), np.empty(len(ids), kind)
+    used = _sort_by_token(ids.numpy(), row.numpy(), dlogits.numpy(), vocab_size, tokens, starts, rows, grads)
+    tokens, begin, end = tokens[:used], starts[:used], starts[1 : used + 1]
+    out = torch.zeros((used, hidden.shape[1]), dtype=dlogits.dtype) if into is None else into
+    states, parts = array_of(hidden, out.dtype, 2), parts_for(len(ids) * hidden.shape[1])
+    sum_rows(begin, end, begin, grads, rows, states, _NOWHERE if into is None else tokens, 1, parts, out.numpy())
+    return torch.from_numpy(tokens), out
+
+
+_NOWHERE = np.empty(0, np.int64)

@@ -1,0 +1,120 @@
+"""Sums of rows of a table: what logits, gradients of hidden states and gradients of embeddings are made of.
+
+Matrix products take eight rows at a time with the loop over D inside, which LLVM vectorises: each number loaded is used
+more than once, and a short edge is filled by repeating the last row. Every sum is added up by one thread in a fixed
+order: results are bitwise repeatable for any number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from flexrec.numba_kernels.threads import follow_torch_threads
+
+Array = np.ndarray
+REORDER = {"reassoc", "contract", "nsz"}  # sums may be reordered, products fused; infinities and NaN keep their meaning
+
+
+@njit(cache=True, fastmath=REORDER)
+def add_rows(out: Array, rows: Array, index: Array, coefficients: Array, start: int, stop: int) -> None:
+    """out (D,) += the sum of coefficients[i] * rows[index[i]] over start <= i < stop, eight rows at a time."""
+    last = stop - 1
+    c = np.empty(8, out.dtype)
+    for i in range(start, stop, 8):
+        for j in range(8):
+            c[j] = coefficients[i + j] if i + j < stop else 0
+        c0, c1, c2, c3, c4, c5, c6, c7 = c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]
+        r0, r1 = rows[index[i]], rows[index[min(i + 1, last)]]
+        r2, r3 = rows[index[min(i + 2, last)]], rows[index[min(i + 3, last)]]
+        r4, r5 = rows[index[min(i + 4, last)]], rows[index[min(i + 5, last)]]
+        r6, r7 = rows[index[min(i + 6, last)]], rows[index[min(i + 7, last)]]
+        for d in range(len(out)):
+            near = c0 * r0[d] + c1 * r1[d] + c2 * r2[d] + c3 * r3[d]
+            out[d] += near + (c4 * r4[d] + c5 * r5[d] + c6 * r6[d] + c7 * r7[d])
+
+
+@njit(cache=True)
+def share(begin: Array, entries: int, part: int, parts: int) -> tuple:
+    """First and last + 1 of the sets that begin in a part of all entries; trailing empty sets go last."""
+    low = np.searchsorted(begin, part * entries // parts) if part else 0
+    high = np.searchsorted(begin, (part + 1) * entries // parts) if part + 1 < parts else len(begin)
+    return low, high
+
+
+@njit(cache=True, nogil=True, parallel=True, fastmath=REORDER)
+def sum_rows(
+    begin: Array,
+    end: Array,
+    first: Array,
+    coefficients: Array,
+    index: Array,
+    table: Array,
+    place: Array,
+    least: int,
+    parts: int,
+    out: Array,
+) -> None:
+    """out[place[s]] += the sum over i < end[s] - begin[s] of coefficients[begin[s] + i] * table[index[first[s] + i]].
+
+    ``place`` may be of size 0: segment s goes to row s. Segments of fewer than ``least`` entries read nothing.
+    """
+    for part in prange(parts):
+        low, high = share(begin, len(coefficients), part, parts)
+        for s in range(low, high):
+            size = end[s] - begin[s]
+            if size >= least:
+                total = out[place[s] if len(place) else s]
+                add_rows(total, table, index[first[s] :], coefficients[begin[s] : end[s]], 0, size)
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _add_at_tokens(buffer: Array, tokens: Array, rows: Array) -> None:
+    """Threads share out the columns, so that tokens may repeat and no order of threads changes a bit."""
+    columns = 64
+    for part in prange((buffer.shape[1] + columns - 1) // columns):
+        start, stop = part * columns, min((part + 1) * columns, buffer.shape[1])
+        for m in range(len(tokens)):
+            target, grad = buffer[tokens[m]][start:stop], rows[m][start:stop]
+            for d in range(len(grad)):
+                target[d] += grad[d]
+
+
+def add_at_tokens(buffer: Tensor, tokens: Tensor, rows: Tensor) -> None:
+    """buffer[tokens[m]] += rows[m] for all m, in their order: contiguous (V, D), (M,), (M, D)."""
+    follow_torch_threads()
+    _add_at_tokens(buffer.numpy(), tokens.numpy(), rows.numpy())
+
+
+# --- arrays of tensors ------------------------------------------------------------------------------------------------
+
+NUMPY: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64}
+_EMPTY = {(dtype, dims): np.empty((0,) * dims, kind) for dtype, kind in NUMPY.items() for dims in (1, 2, 3)}
+
+
+def array_of(x: Tensor | None, dtype: torch.dtype, dims: int) -> Array:
+    """A contiguous array of this dtype; an empty one of so many dimensions for None, or a tensor that stands for it."""
+    if x is None or x.dim() != dims:
+        return _EMPTY[dtype, dims]
+    if x.dtype != dtype or not x.is_contiguous():
+        x = x.to(dtype).contiguous()
+    return x.detach().numpy()
+
+
+def embedding_rows(
+    weight: Tensor, bias: Tensor | None, tokens: Tensor, dtype: torch.dtype
+) -> tuple[Array, Array, Array]:
+    """rows (R, D), their bias (R,) or (0,), and which row is each token's, in the shape of ``tokens``.
+
+    The rows are the embedding itself, or where that has another dtype or layout, a copy of the tokens' rows.
+    """
+    index = tokens
+    if weight.dtype != dtype or not weight.is_contiguous():
+        used, index = tokens.unique(return_inverse=True)
+        weight = weight.index_select(0, used)
+        bias = None if bias is None else bias.index_select(0, used)
+    return array_of(weight, dtype, 2), array_of(bias, dtype, 1), index.contiguous().numpy()

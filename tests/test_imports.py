@@ -1,0 +1,41 @@
+"""What ``import flexrec`` loads: nothing heavy before it is used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+from flexrec import metrics
+
+HEAVY = ("numba", "llvmlite", "triton", "transformers", "accelerate", "torch.distributed.fsdp")
+
+
+def loaded_after(program: str) -> list[str]:
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{program}\nprint(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return found.stdout.split()
+
+
+def test_import_loads_nothing_heavy():
+    """Beside what torch and NumPy load themselves, the modules of this package and little more."""
+    bare, whole = loaded_after("import numpy, torch"), loaded_after("import flexrec")
+    assert not {name for name in HEAVY if name in whole and name not in bare}
+    assert len(set(whole) - set(bare)) < 100
+
+
+def test_numba_is_loaded_by_the_first_call_that_needs_it():
+    start = "import torch, flexrec; gains = torch.rand(2, 3)\n"
+    assert "numba" not in loaded_after(start + "flexrec.ranking_metric(gains, 'ndcg')")
+    assert "numba" not in loaded_after(start + "flexrec.swap_rewards(gains, 'ndcg', backend='torch')")
+    assert "numba" in loaded_after(start + "flexrec.swap_rewards(gains, 'ndcg')")
+
+
+def test_metrics_need_neither_torch_nor_numba():
+    tree = ast.parse(Path(metrics.__file__).read_text())
+    imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    imported += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert not {name.partition(".")[0] for name in imported} & {"torch", "numba", "flexrec"}
