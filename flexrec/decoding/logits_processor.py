@@ -30,8 +30,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from transformers import LogitsProcessor
 
-from flexrec.rankings import Candidates, CandidateTries, RankingState, TokenIds
 from flexrec.rankings.reasoning import ReasoningTokens, reasoning_rule
+from flexrec.rankings.state import Candidates, CandidateTries, RankingState, TokenIds
 
 
 class RankingLogitsProcessor(LogitsProcessor):

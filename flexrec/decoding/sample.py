@@ -16,12 +16,14 @@ import torch
 from numpy.typing import ArrayLike
 
 from flexrec.decoding.cache import Runs, SharedDecoder
+from flexrec.policy.lm_head import output_layer
 from flexrec.policy.lora import causal_lm
 from flexrec.policy.packing import sharing
-from flexrec.policy.scores import output_layer
 from flexrec.profiling import span
-from flexrec.rankings import Candidates, RankingState
 from flexrec.rankings.reasoning import ReasoningRule, ReasoningTokens, eos_token_ids, reasoning_rule
+from flexrec.rankings.state import Candidates, RankingState, Spelling
+
+_Output = tuple[torch.Tensor, torch.Tensor | None]  # weight (V, D) and bias (V,) of the output layer
 
 
 class Rollout(NamedTuple):
@@ -79,22 +81,17 @@ def sample_rankings(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
     sampling = _Sampling(temperature, top_p, greedy, generator)
-    state, share = _begin(
+    begun = _begun(
         model,
         prompts,
         candidates,
+        Spelling(separator, end, num_ranked),
         temperature,
-        separator=separator,
-        end=end,
-        num_ranked=num_ranked,
-        num_generations=num_generations,
+        num_generations,
+        pad_token_id,
         reasoning_length=0 if rule is None else rule.max_length,
     )
-    with _evaluating(model), span("bookkeeping"):
-        output = output_layer(model)
-        decoder = SharedDecoder(model, output[0].device, num_generations, share, pad_token_id)
-        with span("prefill"):
-            hidden = decoder.prefill(prompts)  # (N, D)
+    with begun as (state, decoder, output, hidden):
         reasoning = reasoning_logprobs = None
         if rule is not None:
             with span("decode"):
@@ -169,74 +166,63 @@ def search_rankings(
     """
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")
-    state, share = _begin(
-        model,
-        prompts,
-        candidates,
-        temperature,
-        separator=separator,
-        end=end,
-        num_ranked=num_ranked,
-        num_generations=num_beams,
-    )
-    share = num_beams if share > 1 else 1
-    with _evaluating(model), span("bookkeeping"):
-        output = output_layer(model)
-        decoder = SharedDecoder(model, output[0].device, num_beams, share, pad_token_id)
-        with span("prefill"):
-            hidden = decoder.prefill(prompts)
+    spelling = Spelling(separator, end, num_ranked)
+    begun = _begun(model, prompts, candidates, spelling, temperature, num_beams, pad_token_id, beams=True)
+    with begun as (state, decoder, output, hidden):
         totals, logprobs = _search(decoder, state, hidden, output, temperature)
         rankings, missing = state.rankings(), np.isneginf(totals)
         rankings[missing], logprobs[missing] = -1, -np.inf
         return Rollout(rankings, logprobs)
 
 
-def _begin(
+@contextmanager
+def _begun(
     model: Any,
     prompts: Sequence[Sequence[int]],
     candidates: Candidates,
+    spelling: Spelling,
     temperature: float,
-    *,
-    separator: Sequence[int],
-    end: Sequence[int],
-    num_ranked: int | None,
     num_generations: int,
+    pad_token_id: int,
+    *,
     reasoning_length: int = 0,
-) -> tuple[RankingState, int]:
-    """The state of the rankings before their first token, and how many share a row."""
+    beams: bool = False,
+) -> Iterator[tuple[RankingState, SharedDecoder, _Output, torch.Tensor]]:
+    """What every way of decoding begins with: rankings before their first token, the cache of encoded prompts, the
+    output layer and the states (N, D) after the prompts. Inside, the model is in evaluation mode.
+
+    ``beams`` go on from one another, for which all of a prompt's share a row, or none.
+    """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}: use greedy=True for the mode")
     if len(prompts) != len(candidates):
         raise ValueError(f"got {len(prompts)} prompts and {len(candidates)} lists of candidates")
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
-    if num_ranked is not None:
-        num_ranked = min(num_ranked, max(map(len, candidates), default=0))
+    options = spelling.of(candidates)
     share = 1
     if model.config._attn_implementation != "flex_attention":  # which would compile a mask for every step
         share = sharing(
             model,
             prompts,
             candidates,
-            separator=separator,
-            num_ranked=num_ranked,
+            separator=spelling.separator,
+            num_ranked=options["num_ranked"],
             num_generations=num_generations,
             reasoning_length=reasoning_length,
         )
-    with span("bookkeeping"):
-        state = RankingState(
-            candidates, separator=separator, end=end, num_ranked=num_ranked, num_generations=num_generations
-        )
-    return state, share
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode; afterwards in the mode that it was in."""
+    if beams and share > 1:
+        share = num_generations
     training = model.training
     model.eval()
     try:
-        yield
+        with span("bookkeeping"):
+            state = RankingState(candidates, **options, num_generations=num_generations)
+            output = output_layer(model)
+            decoder = SharedDecoder(model, output[0].device, num_generations, share, pad_token_id)
+            with span("prefill"):
+                hidden = decoder.prefill(prompts)
+            yield state, decoder, output, hidden
     finally:
         model.train(training)
 
@@ -255,9 +241,6 @@ class _Sampling(NamedTuple):
         else:
             column = torch.multinomial(_nucleus(logprobs.exp(), self.top_p), 1, generator=self.generator)
         return column, logprobs.gather(1, column)
-
-
-_Output = tuple[torch.Tensor, torch.Tensor | None]  # weight (V, D) and bias (V,) of the output layer
 
 
 def _think(

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from flexrec.checks import check_choice
-from flexrec.integrations.responses import GroundTruth, score_responses, score_texts
-from flexrec.integrations.verl import score_of
+from flexrec.integrations.responses import GroundTruth, score_of, score_responses, score_texts
 from flexrec.ops.advantages import item_advantages, uncertainty_weights
 from flexrec.rankings.text import item_values_to_tokens
 

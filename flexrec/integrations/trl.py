@@ -39,7 +39,7 @@ from flexrec.integrations.token_logprobs import (
 from flexrec.integrations.trl_vllm import per_prompt
 from flexrec.metrics import parse_metric
 from flexrec.ops.advantages import BASELINES, SCALES, item_advantages, uncertainty_weights
-from flexrec.rankings import RankingState, Spelling, encode_rankings
+from flexrec.rankings.state import RankingState, Spelling, encode_rankings
 from flexrec.rankings.text import ScoredCompletions, item_values_to_tokens, score_completions
 
 __all__ = ["FlexRecGRPOConfig", "FlexRecGRPOTrainer", "RankingReward"]

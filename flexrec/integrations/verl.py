@@ -24,7 +24,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from flexrec.checks import check_finite, check_tensor, values_are_checked
-from flexrec.integrations.responses import GroundTruth, score_texts
+from flexrec.integrations.responses import GroundTruth, score_of, score_texts
 from flexrec.ops.advantages import item_advantages, uncertainty_weights
 from flexrec.ops.losses import policy_loss
 from flexrec.rankings.text import item_values_to_tokens
@@ -78,13 +78,6 @@ def compute_score(
         ValueError, TypeError: as ``score_texts``.
     """
     return score_of(score_texts([solution_str], [ground_truth], **options), 0)
-
-
-def score_of(scored: Any, row: int) -> dict[str, float]:
-    """What :func:`compute_score` returns, from one row of :class:`flexrec.rankings.text.ScoredCompletions`."""
-    value, parsed = float(scored.metric[row]), scored.parsed
-    counts = {name: float(getattr(parsed, name)[row]) for name in ("valid", "repeated", "missing", "unknown")}
-    return {"score": value, "acc": value, **counts}
 
 
 def pack_token_rewards(

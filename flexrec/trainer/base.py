@@ -13,9 +13,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from flexrec.policy.batch import RankingBatch, make_batch
 from flexrec.policy.distributed import whole_model
 from flexrec.policy.lora import ADAPTER_FILE, has_adapters
-from flexrec.policy.scores import RankingBatch, make_batch
 from flexrec.profiling import active_profile, span
 from flexrec.rankings.reasoning import ReasoningTokens
 from flexrec.task.examples import Example, prompts_and_candidates

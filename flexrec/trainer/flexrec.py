@@ -24,12 +24,12 @@ from flexrec.ops.rank_order import rank_order
 from flexrec.ops.ranking_logprobs import ranking_probs
 from flexrec.ops.ranking_metric import ranking_metric
 from flexrec.ops.swap_rewards import swap_rewards, swap_rewards_with_variance
+from flexrec.policy.batch import RankingBatch
 from flexrec.policy.distributed import place_reference
 from flexrec.policy.lora import causal_lm, has_adapters, keep_reference, reference_policy
 from flexrec.policy.packing import can_pack, sharing
 from flexrec.policy.scores import (
     ActionScores,
-    RankingBatch,
     RankingStates,
     all_actions,
     completed_rankings,

@@ -10,7 +10,9 @@ import torch
 
 from flexrec.checks import check_choice
 from flexrec.ops.vocabulary_logprobs import vocabulary_logprobs
-from flexrec.policy.scores import RankingBatch, decision_states, final_hidden, output_layer, ranking_scores
+from flexrec.policy.batch import RankingBatch
+from flexrec.policy.lm_head import hidden_of_rows, output_layer
+from flexrec.policy.scores import decision_states, ranking_scores
 from flexrec.task.examples import Example
 from flexrec.trainer.base import LossAndMetrics, RankingTrainer, pad_rows
 
@@ -37,7 +39,7 @@ class SupervisedTrainer(RankingTrainer):
         # Ranks that are not imitated are not spelled either.
         targets = [_best_first(e.gains, rng) if listwise else rng.permutation(len(e.gains)) for e in examples]
         batch = self._batch(examples, pad_rows(targets, -1))
-        hidden = final_hidden(model, batch.tokens)
+        hidden = hidden_of_rows(model, batch.tokens)
         logprobs = ranking_scores(decision_states(model, batch, hidden), batch).logprobs
         placed = batch.rankings >= 0
         loss = -logprobs[placed].mean() * self.share(placed.sum())
