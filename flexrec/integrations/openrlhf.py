@@ -125,7 +125,7 @@ def set_item_advantages(
     item_mask = torch.arange(rewards.shape[1]) < counts[:, None]  # (N, K)
     weights = None
     if variance is not None and uncertainty == "rollout":
-        weights = uncertainty_weights(variance, n_samples_per_prompt, item_mask=item_mask)
+        weights = uncertainty_weights(variance, n_samples_per_prompt, rewards=rewards, item_mask=item_mask)
     advantages = item_advantages(
         rewards, n_samples_per_prompt, baseline=baseline, scale=scale, item_mask=item_mask, weights=weights
     )

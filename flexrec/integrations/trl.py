@@ -260,12 +260,17 @@ class FlexRecGRPOTrainer(GRPOTrainer):
         args = self.args
         mask = torch.arange(scored.gains.shape[1]) < scored.num_ranked[:, None]  # (B, K)
         item_mask = self._gathered(mask.float()) > 0
-        weights = None
+        rewards, weights = self._gathered(scored.item_rewards), None
         if scored.variance is not None:
-            variance = self._gathered(scored.variance)
-            weights = uncertainty_weights(variance, self._group_size, level=args.uncertainty, item_mask=item_mask)
+            weights = uncertainty_weights(
+                self._gathered(scored.variance),
+                self._group_size,
+                level=args.uncertainty,
+                rewards=rewards,
+                item_mask=item_mask,
+            )
         advantages = item_advantages(
-            self._gathered(scored.item_rewards),
+            rewards,
             self._group_size,
             baseline=args.baseline,
             scale=args.scale,

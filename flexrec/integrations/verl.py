@@ -195,13 +195,15 @@ def item_advantage_estimator(
         return values.new_zeros(num_slots, values.shape[1]).index_copy(0, at, values)
 
     item_mask = grouped(found.item_mask)
-    weights = None
+    rewards, weights = grouped(found.rewards.float()), None
     if options.pop("uncertainty", "rollout") == "rollout":
-        has_items = item_mask.any(1, keepdim=True)
-        weights = uncertainty_weights(grouped(found.variance[:, None]), num_generations, item_mask=has_items)
-    advantages = item_advantages(
-        grouped(found.rewards.float()), num_generations, item_mask=item_mask, weights=weights, **options
-    )
+        size = (
+            torch.where(item_mask, rewards, 0.0).square().sum(1, keepdim=True).sqrt()
+        )  # as a rollout's variance adds up
+        weights = uncertainty_weights(
+            grouped(found.variance[:, None]), num_generations, rewards=size, item_mask=item_mask.any(1, keepdim=True)
+        )
+    advantages = item_advantages(rewards, num_generations, item_mask=item_mask, weights=weights, **options)
     per_token = item_values_to_tokens(_with_parity(advantages[at]), found.item_ids)
     per_token = per_token.where(response_mask.bool(), 0.0)
     return per_token, per_token

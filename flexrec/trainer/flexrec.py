@@ -131,7 +131,12 @@ class FlexRecTrainer(RankingTrainer):
             rewards, reward_variance = self._rewards(states, batch, gains, variance)  # (N, T) both
             if args.uncertainty != "none" and reward_variance is not None:
                 weights = uncertainty_weights(
-                    reward_variance, args.num_generations, level=args.uncertainty, item_mask=item_mask
+                    reward_variance,
+                    args.num_generations,
+                    level=args.uncertainty,
+                    rewards=rewards,
+                    item_mask=item_mask,
+                    reduce=self.accelerator.reduce,
                 )
 
         metrics: Mapping[str, float | torch.Tensor]

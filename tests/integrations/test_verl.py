@@ -106,7 +106,7 @@ def test_advantages_are_those_of_item_advantages(options, sure):
     weights = None
     if not sure:
         total = (variance * named).sum(1, keepdim=True)
-        weights = flexrec.uncertainty_weights(total, 4)
+        weights = flexrec.uncertainty_weights(total, 4, rewards=(rewards * named).norm(dim=1, keepdim=True))
     expected = flexrec.item_advantages(rewards, 4, item_mask=named, weights=weights, **options)
     token_rewards = as_verl(rewards, item_ids, response_mask, None if sure else variance)
     advantages, returns = item_advantage_estimator(token_rewards, response_mask, {"flexrec": options}, index)
