@@ -1,5 +1,8 @@
 """Argument checks shared by the public functions: every message names the argument, what was got and what was expected.
 
+Options are checked by what stands beside them: :func:`option` gives a dataclass's field its help, choices and range,
+of which command lines are made, too. Torch is loaded by the first check of a tensor.
+
 Shape and dtype checks are free and always on. Checks of *values* (a NaN gain, an index out of range) read the data,
 which on a GPU waits for the stream. They are on for CPU tensors always, and for tensors on an accelerator only while
 ``set_value_checks(True)`` or the environment variable ``FLEXREC_VALUE_CHECKS=1`` is in force: switch them on while
@@ -8,11 +11,17 @@ developing, leave them off in hot loops.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import field, fields
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+MIN_TEMPERATURE = 1e-10
 
 _value_checks = os.environ.get("FLEXREC_VALUE_CHECKS", "0") not in ("", "0")
 
@@ -24,10 +33,19 @@ def set_value_checks(enabled: bool) -> None:
 
 
 def values_are_checked(tensor: torch.Tensor) -> bool:
-    """Whether the values of ``tensor`` may be read for a check; never while it is traced or fake."""
-    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
+    """Whether the values of ``tensor`` may be read for a check; never while it is traced, transformed or fake."""
+    import torch
+
+    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor) or is_transformed(tensor):
         return False
     return _value_checks or tensor.device.type == "cpu"
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is what torch.func's vmap, grad or jvp hand to the function that they transform."""
+    import torch
+
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_tensor(
@@ -44,8 +62,13 @@ def check_tensor(
         shape: one entry per dimension: an int for a size that must match, a letter (or None) for any size.
         kind: "floating", "integer" or "bool".
     """
+    import torch
+
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    is_plain = value.layout is torch.strided and not value.is_meta
+    if not is_plain or (not torch.compiler.is_compiling() and value.is_neg()):
+        raise TypeError(f"{name} must be a dense tensor with values of its own, got {_kind_of(value)}")
     fits = value.dim() == len(shape)
     if fits:
         for have, want in zip(value.shape, shape, strict=True):
@@ -67,6 +90,14 @@ def check_tensor(
     return value
 
 
+def _kind_of(value: torch.Tensor) -> str:
+    import torch
+
+    if value.layout != torch.strided:
+        return f"layout {value.layout}; use to_dense()"
+    return "a meta tensor" if value.is_meta else "a lazily negated view; use resolve_neg()"
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     """Return ``value`` if it is one of ``choices``, else raise a ValueError that lists them."""
     if not isinstance(value, str) or value not in choices:
@@ -74,11 +105,59 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     return value
 
 
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    metavar: str | None = None,
+    flag: str | None = None,
+) -> Any:
+    """A dataclass's field that says of itself what it is for and which values it takes; None is one where it is the
+    default.
+
+    Args:
+        default: MISSING where there is none.
+        choices: the only values.
+        low, above, high: the least value, what values lie above, the largest one. Numbers are finite in any case.
+        metavar: what stands for the value on a command line.
+        flag: its name there, if it is not the field's.
+    """
+    about = {"choices": choices, "low": low, "above": above, "high": high, "metavar": metavar, "flag": flag}
+    return field(default=default, metadata={"help": help, **{k: v for k, v in about.items() if v is not None}})
+
+
+def check_options(options: Any) -> None:
+    """Raise a ValueError for the first field of a dataclass whose value its :func:`option` does not allow."""
+    for one in fields(options):
+        value = getattr(options, one.name)
+        if "help" in one.metadata and not (value is None and one.default is None):
+            _check_option(one.name, value, one.metadata)
+
+
+def _check_option(name: str, value: Any, about: Any) -> None:
+    if "choices" in about:
+        check_choice(name, value, about["choices"])
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    low, above, high = (about.get(end) for end in ("low", "above", "high"))
+    inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+    if not inside:
+        if high is not None:
+            expected = f"lie in {f'[{low}' if above is None else f'({above}'}, {high}]"
+        else:
+            expected = f"be at least {low}" if above is None else "be positive" if above == 0 else f"exceed {above}"
+        raise ValueError(f"{name} must {expected}, got {value}")
+
+
 def check_finite(name: str, tensor: torch.Tensor, mask: torch.Tensor | None = None) -> None:
     """Raise ValueError at the first entry of ``tensor`` (where ``mask``, if given) that is NaN or infinite."""
     if not values_are_checked(tensor) or lies_within(tensor, -sys.float_info.max, sys.float_info.max):
         return
-    bad = ~torch.isfinite(tensor)
+    bad = ~tensor.isfinite()
     if mask is not None:
         bad &= mask
     if bool(bad.any()):
@@ -104,3 +183,14 @@ def lies_within(tensor: torch.Tensor, low: float, high: float) -> bool:
         return True
     smallest, largest = tensor.aminmax()
     return low <= smallest.item() and largest.item() <= high
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise unless ``temperature`` is a number that logits can be divided by."""
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+    if not MIN_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(
+            f"temperature must be positive and finite, and at least {MIN_TEMPERATURE:g}, below which logits leave "
+            f"float32's range; got {temperature}"
+        )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from flexrec.checks import check_choice
+from flexrec.checks import check_choice, is_transformed
 from flexrec.metrics import Metric
 
 BACKENDS = ("auto", "triton", "numba", "torch")
@@ -91,6 +91,16 @@ def is_traced(*arguments: object) -> bool:
     return torch.compiler.is_compiling() or any(issubclass(kind, Tensor) for kind in others)
 
 
+def _refuse_transforms(arguments: Sequence[object]) -> None:
+    if torch._C._functorch.peek_interpreter_stack() is None:  # the usual case: nothing is being transformed
+        return
+    if any(isinstance(x, Tensor) and is_transformed(x) for x in arguments):
+        raise TypeError(
+            "the kernels cannot be transformed by torch.func (vmap, grad, jvp): use backend='torch', or "
+            "torch.autograd.grad for gradients"
+        )
+
+
 class Operation:
     """A function of tensors without gradient: called as it is, or by its registered name where it is traced.
 
@@ -108,6 +118,7 @@ class Operation:
     def __call__(self, *arguments: Any) -> Any:
         if is_traced(*arguments):
             return self.registered(*(str(x) if isinstance(x, Metric) else x for x in arguments))
+        _refuse_transforms(arguments)
         return self.run(*arguments)
 
 
@@ -176,6 +187,7 @@ class LogprobsOperation:
         """The results; ``weight_grad`` as of ``flexrec.ops.weight_grad``."""
         if is_traced(*inputs):  # where weight_grad is "dense"
             return self.registered(*inputs)[:RESULTS]
+        _refuse_transforms(inputs)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3]):
             return _Eager.apply(self, inputs, weight_grad, *inputs[:3])
         return self.forward(inputs, False)[:RESULTS]

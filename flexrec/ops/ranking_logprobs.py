@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexrec.checks import check_finite, check_range, check_tensor
+from flexrec.checks import check_finite, check_range, check_temperature, check_tensor
 from flexrec.ops.library import LogprobsOperation, accumulation_dtype, is_traced, kernels, without_autocast
 from flexrec.ops.rank_order import by_candidate, checked_positions, in_rank_order, lengths_per_ranking, pools
 from flexrec.ops.restricted_logprobs import (
@@ -29,8 +29,8 @@ from flexrec.ops.restricted_logprobs import (
     Results,
     check_bias,
     check_reference,
-    check_temperature,
     choose_kernels,
+    finite_or_nan,
     log_probs_of,
     results_of,
 )
@@ -328,7 +328,7 @@ def step_log_probs(lists: RankedLists) -> tuple[Tensor, Tensor]:
     hidden = hidden.reshape(p, n // max(p, 1) * t, d)  # (P, G T, D)
     rows = lists.weight.index_select(0, lists.candidates.flatten()).to(dtype).view(p, k, d)
     with without_autocast(hidden):
-        logits = hidden @ rows.transpose(1, 2)  # (P, G T, K)
+        logits = finite_or_nan(hidden @ rows.transpose(1, 2))  # (P, G T, K)
     if lists.bias is not None:
         logits = logits + lists.bias.to(dtype)[lists.candidates][:, None]
     return log_probs_of((logits / lists.temperature).view(n, t, k), pool), pool

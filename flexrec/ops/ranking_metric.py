@@ -178,7 +178,7 @@ def term_gains(gains: torch.Tensor, metric: Metric, *, probabilities: bool = Fal
     if kind == "binary":
         return gains if probabilities else (gains > 0).double()
     if kind == "burges":
-        return torch.exp2(gains) - 1.0
+        return torch.where(gains < 1.0, torch.expm1(gains * LN2), torch.exp2(gains) - 1.0)  # no digit lost near 0
     if kind == "gain":
         return gains
     # (2^g - 1) / 2^top = 2^(g - top) (1 - 2^-g): no overflow, whatever the gain. Where top is the list's largest gain

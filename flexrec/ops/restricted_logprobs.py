@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexrec.checks import check_finite, check_range, check_tensor, values_are_checked
+from flexrec.checks import check_finite, check_range, check_temperature, check_tensor, values_are_checked
 from flexrec.numba_kernels import FLOOR, IMPOSSIBLE
 from flexrec.ops.library import (
     LogprobsOperation,
@@ -224,14 +224,6 @@ def check_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
         check_range(name, bias, -math.inf, torch.finfo(bias.dtype).max)
 
 
-def check_temperature(temperature: float) -> None:
-    """Raise unless ``temperature`` is a positive finite number."""
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-
-
 def choose_kernels(backend: str, hidden: Tensor, weight: Tensor) -> str:
     """The backend that will run, see :func:`flexrec.ops.library.choose_backend`."""
     obstacle = None
@@ -240,12 +232,18 @@ def choose_kernels(backend: str, hidden: Tensor, weight: Tensor) -> str:
     return choose_backend(backend, "hidden", hidden, obstacle)
 
 
+def finite_or_nan(products: Tensor) -> Tensor:
+    """Only a bias makes a candidate impossible: a product that is not finite is a fault, and gives NaN."""
+    return products + 0 * products.detach()
+
+
 def log_probs_of(logits: Tensor, pool: Tensor) -> Tensor:
     """(N, T, K): a differentiable log-softmax over the entries that are in the pool, (N, T, K) bool.
 
     Finite everywhere: below ``IMPOSSIBLE`` for impossible entries, meaningless outside the pool.
     """
-    return torch.where(pool, logits.clamp(min=FLOOR), 2 * FLOOR).log_softmax(-1)
+    floored = torch.where(logits < FLOOR, FLOOR, logits)  # a NaN stays and has a gradient, which clamp would take away
+    return torch.where(pool, floored, 2 * FLOOR).log_softmax(-1)
 
 
 def results_of(
@@ -402,7 +400,7 @@ def _torch_results(sets: AllowedSets) -> Results:
         return entries.new_zeros((m, size, *entries.shape[1:])).index_put((row, column), entries)
 
     def log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        logits = (hidden.to(dtype)[row] * weight.index_select(0, ids).to(dtype)).sum(-1)  # (nnz,)
+        logits = finite_or_nan((hidden.to(dtype)[row] * weight.index_select(0, ids).to(dtype)).sum(-1))  # (nnz,)
         if bias is not None:
             logits = logits + bias.to(dtype)[ids]
         return log_probs_of(padded(logits / sets.temperature)[:, None], pool)
