@@ -41,7 +41,14 @@ Candidates = Sequence[Sequence[TokenIds]]  # P lists of K token-id sequences, ra
 
 
 class Spelling(NamedTuple):
-    """How rankings are spelled in tokens: the arguments of the functions below that are not candidates."""
+    """How rankings are spelled in tokens: the arguments of the functions below that are not candidates.
+
+    Example:
+        >>> from flexrec.rankings import RankingState, Spelling
+        >>> spelling = Spelling(separator=(30,), end=(31,), num_ranked=2)
+        >>> RankingState([[[10], [11], [12]]], **spelling._asdict()).max_length  # two items, a separator, an end
+        4
+    """
 
     separator: TokenIds = ()
     """Between items."""
@@ -65,6 +72,12 @@ class CandidateTries:
     Raises:
         ValueError: a list or a sequence is empty, or a token id is negative or beyond int32; the message says where.
         TypeError: something is not a sequence of token ids.
+
+    Example:
+        >>> candidates = [[[10, 20], [10, 21], [11]]]  # one list of three candidates, as token ids
+        >>> tries = flexrec.CandidateTries(candidates)  # read once ..
+        >>> flexrec.RankingState(tries).allowed()[0]  # .. and used as often as one likes
+        array([10, 11], dtype=int32)
     """
 
     def __init__(self, candidates: Candidates) -> None:
@@ -98,7 +111,14 @@ class CandidateTries:
 
 
 class ParsedRankings(NamedTuple):
-    """What completions say, from `parse_rankings`; N rows, T the largest number of ranked items, L the longest row."""
+    """What completions say, from `parse_rankings`; N rows, T the largest number of ranked items, L the longest row.
+
+    Example:
+        >>> candidates = [[[10, 20], [10, 21], [11]]]  # one list of three candidates, as token ids
+        >>> parsed = flexrec.parse_rankings([[11, 30, 11, 31]], candidates, separator=[30], end=[31])
+        >>> parsed.valid, parsed.repeated, parsed.missing
+        (array([False]), array([1], dtype=int32), array([2], dtype=int32))
+    """
 
     ranking: NDArray[np.int32]
     """(N, T) int32: candidate index by rank, always a full ranking; -1 beyond a row's own T."""
@@ -120,6 +140,12 @@ class EncodedRankings(NamedTuple):
     N rows with `total` tokens, M decisions (tokens that had an alternative) with `nnz` allowed tokens. Ragged arrays
     come with offsets: part i is ``values[offsets[i]:offsets[i + 1]]``. Tokens that are not among the decisions were
     forced: their log-probability is exactly 0.
+
+    Example:
+        >>> candidates = [[[10, 20], [10, 21], [11]]]  # one list of three candidates, as token ids
+        >>> encoded = flexrec.encode_rankings(candidates, np.array([[2, 0, 1]]), separator=[30], end=[31])
+        >>> encoded.decision_positions, encoded.targets  # where there was a choice, and what was chosen
+        (array([0, 3], dtype=int32), array([11, 20], dtype=int32))
     """
 
     tokens: NDArray[np.int32]
@@ -185,6 +211,18 @@ class RankingState:
         ValueError: a list or sequence is empty, a token id is negative, it cannot be told whether a ranking is
             finished, or counts are out of range; the message says where.
         TypeError: something is not a sequence of token ids.
+
+    Example:
+        >>> candidates = [[[10, 20], [10, 21], [11]]]  # one list of three candidates, as token ids
+        >>> state = flexrec.RankingState(candidates, separator=[30], end=[31])
+        >>> state.allowed()[0]
+        array([10, 11], dtype=int32)
+        >>> state.advance([10])
+        >>> state.allowed()[0]
+        array([20, 21], dtype=int32)
+        >>> state.advance([21])
+        >>> state.forced()[0]  # the separator: nothing else may follow
+        array([30], dtype=int32)
     """
 
     def __init__(
@@ -304,6 +342,13 @@ def step_states(
     Returns:
         ids (nnz,) int32 and offsets (N + 1,) int64 as from `RankingState.allowed`, and done (N,) bool. A row that
         allows nothing and is not done is lost.
+
+    Example:
+        >>> from flexrec.rankings import RankingState, step_states
+        >>> states = [RankingState([[[10], [11]]]), RankingState([[[12], [13]]])]
+        >>> ids, offsets, done = step_states(states, [10], [0, 1, 1])  # the first read 10, the second nothing
+        >>> ids, offsets
+        (array([11, 12, 13], dtype=int32), array([0, 1, 3]))
     """
     token_array = _integers("tokens", tokens, 1)
     offset_array = _run_offsets(offsets, sum(len(state) for state in states), len(token_array))
@@ -339,6 +384,12 @@ def parse_rankings(
 
     Raises:
         ValueError, TypeError: as `RankingState`, and for shapes that do not fit; never for what the tokens say.
+
+    Example:
+        >>> candidates = [[[10, 20], [10, 21], [11]]]  # one list of three candidates, as token ids
+        >>> parsed = flexrec.parse_rankings([[11, 30, 10, 20, 30, 10, 21, 31]], candidates, separator=[30], end=[31])
+        >>> parsed.ranking, parsed.valid
+        (array([[2, 0, 1]], dtype=int32), array([ True]))
     """
     grammar = _grammar(candidates, separator, end, num_ranked, num_generations)
     if hasattr(completions, "shape"):
@@ -390,6 +441,12 @@ def encode_rankings(
     Raises:
         ValueError: as `RankingState`, or for a ranking that repeats a candidate, is out of range, has not T items, or
             is spelled as another one is.
+
+    Example:
+        >>> candidates = [[[10, 20], [10, 21], [11]]]  # one list of three candidates, as token ids
+        >>> encoded = flexrec.encode_rankings(candidates, np.array([[2, 0, 1]]), separator=[30], end=[31])
+        >>> encoded.tokens
+        array([11, 30, 10, 20, 30, 10, 21, 31], dtype=int32)
     """
     grammar = _grammar(candidates, separator, end, num_ranked, num_generations)
     ranking_array = _integers("rankings", rankings, 2)
@@ -410,6 +467,10 @@ def inverse_permutation(rankings: ArrayLike, num_candidates: int | ArrayLike) ->
 
     Raises:
         ValueError: a candidate out of range, ranked twice, or after a -1; the message names row and rank.
+
+    Example:
+        >>> flexrec.inverse_permutation([[2, 0, 1]], 3)  # candidate 0 is at rank 1, ..
+        array([[1, 2, 0]], dtype=int32)
     """
     ranking_array = _integers("rankings", rankings, 2)
     if np.ndim(num_candidates) == 0:
@@ -424,7 +485,15 @@ def inverse_permutation(rankings: ArrayLike, num_candidates: int | ArrayLike) ->
 
 
 def validate_rankings(rankings: ArrayLike, num_candidates: int | ArrayLike) -> None:
-    """Raise what `inverse_permutation` raises."""
+    """Raise what `inverse_permutation` raises.
+
+    Example:
+        >>> flexrec.validate_rankings([[2, 0, 1]], 3)
+        >>> flexrec.validate_rankings([[1, 1, 0]], 3)
+        Traceback (most recent call last):
+            ...
+        ValueError: rankings: row 0, rank 1: candidate 1 is already at rank 0
+    """
     inverse_permutation(rankings, num_candidates)
 
 
