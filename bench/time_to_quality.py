@@ -27,9 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.peer_trl import grpo_trainer
+from flexrec.evaluation.evaluate import rank_examples
 from flexrec.evaluation.statistics import rank_metrics
+from flexrec.experiment.run_folder import RunInfo
 from flexrec.experiment.stages import load_dataset
-from flexrec.ranker import RunInfo, rank_examples
 from flexrec.task.critic import Critic
 from flexrec.task.examples import RankingTask, TrainingExamples
 from flexrec.task.needs import get_need

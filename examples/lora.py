@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from flexrec.data import simulate
-from flexrec.experiment.run_folder import Evaluation
+from flexrec.evaluation.evaluate import Evaluation
 from flexrec.policy.lora import BACKBONE, add_lora
 from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors
 from flexrec.task import PromptBuilder, RankingTask, TrainingExamples, get_need, item_token

@@ -1,5 +1,8 @@
 """Argument checks shared by the public functions: every message names the argument, what was got and what was expected.
 
+Options are checked by what stands beside them: :func:`option` gives a dataclass's field its help, choices and range,
+of which command lines are made, too. Torch is loaded by the first check of a tensor.
+
 Shape and dtype checks are free and always on. Checks of *values* (a NaN gain, an index out of range) read the data,
 which on a GPU waits for the stream. They are on for CPU tensors always, and for tensors on an accelerator only while
 ``set_value_checks(True)`` or the environment variable ``FLEXREC_VALUE_CHECKS=1`` is in force: switch them on while
@@ -8,11 +11,15 @@ developing, leave them off in hot loops.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import field, fields
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _value_checks = os.environ.get("FLEXREC_VALUE_CHECKS", "0") not in ("", "0")
 
@@ -30,6 +37,8 @@ def set_value_checks(enabled: bool) -> None:
 
 def values_are_checked(tensor: torch.Tensor) -> bool:
     """Whether the values of ``tensor`` may be read for a check; never while it is traced or fake."""
+    import torch
+
     if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
         return False
     return _value_checks or tensor.device.type == "cpu"
@@ -49,6 +58,8 @@ def check_tensor(
         shape: one entry per dimension: an int for a size that must match, a letter (or None) for any size.
         kind: "floating", "integer" or "bool".
     """
+    import torch
+
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     fits = value.dim() == len(shape)
@@ -79,11 +90,59 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     return value
 
 
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    metavar: str | None = None,
+    flag: str | None = None,
+) -> Any:
+    """A dataclass's field that says of itself what it is for and which values it takes; None is one where it is the
+    default.
+
+    Args:
+        default: MISSING where there is none.
+        choices: the only values.
+        low, above, high: the least value, what values lie above, the largest one. Numbers are finite in any case.
+        metavar: what stands for the value on a command line.
+        flag: its name there, if it is not the field's.
+    """
+    about = {"choices": choices, "low": low, "above": above, "high": high, "metavar": metavar, "flag": flag}
+    return field(default=default, metadata={"help": help, **{k: v for k, v in about.items() if v is not None}})
+
+
+def check_options(options: Any) -> None:
+    """Raise a ValueError for the first field of a dataclass whose value its :func:`option` does not allow."""
+    for one in fields(options):
+        value = getattr(options, one.name)
+        if "help" in one.metadata and not (value is None and one.default is None):
+            _check_option(one.name, value, one.metadata)
+
+
+def _check_option(name: str, value: Any, about: Any) -> None:
+    if "choices" in about:
+        check_choice(name, value, about["choices"])
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    low, above, high = (about.get(end) for end in ("low", "above", "high"))
+    inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+    if not inside:
+        if high is not None:
+            expected = f"lie in {f'[{low}' if above is None else f'({above}'}, {high}]"
+        else:
+            expected = f"be at least {low}" if above is None else "be positive" if above == 0 else f"exceed {above}"
+        raise ValueError(f"{name} must {expected}, got {value}")
+
+
 def check_finite(name: str, tensor: torch.Tensor, mask: torch.Tensor | None = None) -> None:
     """Raise ValueError at the first entry of ``tensor`` (where ``mask``, if given) that is NaN or infinite."""
     if not values_are_checked(tensor) or lies_within(tensor, -sys.float_info.max, sys.float_info.max):
         return
-    bad = ~torch.isfinite(tensor)
+    bad = ~tensor.isfinite()
     if mask is not None:
         bad &= mask
     if bool(bad.any()):

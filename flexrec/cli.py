@@ -8,18 +8,22 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import MISSING, Field, fields
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from types import UnionType
+from typing import IO, Any, get_args, get_origin, get_type_hints
 
-DATASETS = ("simulated", "movielens")
+from flexrec.decoding.options import Decoding
+from flexrec.experiment.config import ExperimentConfig
 
 TRAIN_EXAMPLES = """examples:
   flexrec train --output runs/first
   flexrec train --dataset movielens --data ml-latest-small --need interest --output runs/interest
   flexrec train --model Qwen/Qwen2.5-0.5B-Instruct --encoding index --prompts-per-step 8 --learning-rate 1e-6 \\
       --num-generations 4 --output runs/qwen
-  flexrec train --model Qwen/Qwen2.5-0.5B-Instruct --encoding index --lora 16 --lora-save adapter \
+  flexrec train --model Qwen/Qwen2.5-0.5B-Instruct --encoding index --lora 16 --lora-save adapter \\
       --prompts-per-step 8 --num-generations 4 --learning-rate 1e-5 --warmup-learning-rate 1e-4 --output runs/qwen-lora
 """
 EVALUATE_EXAMPLES = """examples:
@@ -47,137 +51,83 @@ def build_parser() -> argparse.ArgumentParser:
         prog="flexrec",
         description="Post-train a language model as a recommender, with a reward for every ranked item.",
     )
+    parser.add_argument("--version", action="version", version=f"flexrec {version('flexrec')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,rank}")
 
     train = _command(commands, "train", "train a model and compare it with its base and with baselines", TRAIN_EXAMPLES)
-    _add_data_options(train, default_dataset="simulated")
-    train.add_argument("--output", required=True, metavar="DIR", help="folder for the model, the log and metrics.json")
-    train.add_argument(
-        "--model",
-        default="embedded",
-        metavar="NAME_OR_DIR",
-        help="a causal language model by hub name or folder; default: a small one made from the catalogue",
-    )
-    train.add_argument(
-        "--encoding",
-        choices=("index", "title", "item_token"),
-        help="how an answer names a candidate; default: item_token for the embedded model, else index",
-    )
-    train.add_argument(
-        "--credit",
-        default="all_actions",
-        choices=("all_actions", "swap", "noncausal", "independent", "rank", "sequence", "policy"),
-        help="how the metric's value is credited to ranked items (default: %(default)s)",
-    )
-    train.add_argument(
-        "--metric",
-        default="ndcg@10",
-        help="the metric to maximise; ranks beyond its cutoff are not trained (%(default)s)",
-    )
-    train.add_argument(
-        "--warmup",
-        default="listwise",
-        choices=("format", "listwise"),
-        help="start from the format stage alone, or from listwise supervision after it (default: %(default)s)",
-    )
-    train.add_argument("--steps", type=_positive, metavar="N", help="steps of reinforcement")
-    train.add_argument("--warmup-steps", type=_positive, metavar="N", help="steps of the format stage")
-    train.add_argument("--listwise-steps", type=_positive, metavar="N", help="steps of the listwise warm start")
-    train.add_argument("--prompts-per-step", type=_positive, metavar="N", help="prompts in a step")
-    train.add_argument("--num-generations", type=_positive, metavar="G", help="rankings sampled per prompt")
-    train.add_argument("--num-iterations", type=_positive, metavar="N", help="updates made with the same rankings")
-    train.add_argument("--num-ranked", type=_positive, metavar="T", help="rank only the best T candidates")
-    train.add_argument("--baseline", choices=("none", "rank", "group"), help="what rewards are compared with")
-    train.add_argument("--scale", choices=("none", "rank", "group", "batch"), help="what advantages are divided by")
-    train.add_argument("--uncertainty", choices=("none", "rollout", "item"), help="weight rewards by their certainty")
-    train.add_argument("--learning-rate", type=float, metavar="X", help="of reinforcement")
-    train.add_argument("--warmup-learning-rate", type=float, metavar="X", help="of the supervised stages")
-    train.add_argument("--tilt", type=float, metavar="X", help="of all_actions: temperature of an exponential utility")
-    train.add_argument("--temperature", type=float, metavar="X", help="of the policy while it is trained")
-    train.add_argument(
-        "--beta",
-        type=float,
-        metavar="X",
-        help="weight of the exact KL to the policy that reinforcement starts from (paper: 0.01)",
-    )
-    train.add_argument("--entropy-coef", type=float, metavar="X", help="weight of the entropy bonus (paper: 0.005)")
-    train.add_argument(
-        "--bf16",
-        action="store_true",
-        help="compute in bfloat16, for GPUs; what is trained stays in float32",
-    )
-    train.add_argument(
-        "--lora",
-        type=_positive,
-        metavar="RANK",
-        help="train LoRA of this rank instead of the whole model, in all stages",
-    )
-    train.add_argument("--lora-alpha", type=_positive, metavar="N", help="LoRA counts alpha / RANK (default: 2 RANK)")
-    train.add_argument(
-        "--lora-targets",
-        nargs="+",
-        action="extend",
-        metavar="NAME",
-        help="linear layers that get LoRA, such as q_proj v_proj (default: all but the output layer)",
-    )
-    train.add_argument(
-        "--lora-save",
-        default="merged",
-        choices=("merged", "adapter"),
-        help="save a whole model, or adapters and the name of the model they belong to (default: %(default)s)",
-    )
-    train.add_argument(
-        "--critic",
-        action=argparse.BooleanOptionalAction,
-        help="fill in missing feedback by a critic; default: as the data set needs it",
-    )
-    train.add_argument(
-        "--no-listwise-baseline",
-        dest="listwise_baseline",
-        action="store_false",
-        default=True,
-        help="do not train the listwise baseline, which takes as long as the reinforcement",
-    )
-    train.add_argument(
-        "--profile",
-        action="store_true",
-        help="show where the seconds of a step of reinforcement go; also in log.jsonl, by step",
-    )
-    train.add_argument("--eval-every", type=_positive, metavar="N", help="log test metrics every N steps")
-    train.add_argument("--save-every", type=_positive, metavar="N", help="checkpoint every N steps")
-    train.add_argument("--resume", action="store_true", help="continue the interrupted run in --output")
-    train.add_argument("--seed", type=int, default=0, metavar="S", help="of data, model and sampling (default: 0)")
+    add_options(train, ExperimentConfig)
     train.set_defaults(run=_train)
 
     evaluate = _command(commands, "evaluate", "measure a trained run on a data set's test users", EVALUATE_EXAMPLES)
     evaluate.add_argument("--run", dest="folder", required=True, metavar="DIR", help="folder of a finished run")
-    _add_data_options(evaluate, default_dataset=None)
-    evaluate.add_argument("--json", metavar="FILE", help="write the figures here as well")
+    add_options(evaluate, ExperimentConfig, ("dataset", "data", "needs"), default="that of the run")
+    evaluate.add_argument("--json", metavar="FILE", help="write the figures here as well (default: only show them)")
     evaluate.set_defaults(run=_evaluate)
 
     rank = _command(commands, "rank", "rank the candidates of requests", RANK_EXAMPLES)
     rank.add_argument("--run", dest="folder", required=True, metavar="DIR", help="folder of a finished run")
     rank.add_argument("--input", required=True, metavar="FILE", help="requests, one JSON object a line; - for stdin")
     rank.add_argument("--output", metavar="FILE", help="where the answers go (default: standard output)")
-    rank.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="requests ranked together")
     rank.add_argument(
-        "--num-ranked", type=_positive, metavar="T", help="rank the best T only (default: as in training)"
+        "--batch-size", type=_positive, default=64, metavar="N", help="requests ranked together (default: %(default)s)"
     )
-    rank.add_argument(
-        "--num-beams", type=_positive, default=1, metavar="B", help="search for the most probable ranking with B beams"
-    )
-    rank.add_argument(
-        "--best-of", type=_positive, default=1, metavar="N", help="sample N rankings, answer with the most probable"
-    )
-    rank.add_argument(
-        "--temperature", type=float, metavar="X", help="sample at this temperature (default: that of training)"
-    )
-    rank.add_argument(
-        "--top-p", type=float, metavar="P", help="sample among the most probable items that reach P together"
-    )
-    rank.add_argument("--seed", type=int, default=0, metavar="S", help="of samples (default: 0)")
+    add_options(rank, Decoding)
+    rank.add_argument("--seed", type=int, default=0, metavar="S", help="of samples (default: %(default)s)")
     rank.set_defaults(run=_rank)
     return parser
+
+
+def add_options(
+    parser: argparse.ArgumentParser, options: type, names: Sequence[str] | None = None, *, default: str | None = None
+) -> None:
+    """An argument for every field of a dataclass made with ``flexrec.checks.option``; what is not given is not set.
+
+    Args:
+        names: these fields only.
+        default: what their defaults are, if not those of the dataclass.
+    """
+    types = get_type_hints(options)
+    # What a class has of its own comes before what it inherits.
+    for one in sorted(fields(options), key=lambda one: one.name not in options.__annotations__):
+        if "help" not in one.metadata or (names is not None and one.name not in names):
+            continue
+        kind = _without_none(types[one.name])
+        settings: dict[str, Any] = {"dest": one.name, "default": argparse.SUPPRESS, "help": _help(one, default)}
+        if one.default is MISSING:
+            settings["required"] = True
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        elif "choices" in one.metadata:
+            settings["choices"] = one.metadata["choices"]
+        else:
+            settings["metavar"] = one.metadata.get("metavar", {int: "N", float: "X"}.get(kind, "NAME"))
+            settings |= {"nargs": "+", "action": "extend"} if get_origin(kind) is tuple else {"type": kind}
+        argument = parser.add_argument("--" + one.metadata.get("flag", one.name).replace("_", "-"), **settings)
+        argument.help = settings["help"]  # Python 3.10 adds a default of its own to switches
+
+
+def _without_none(annotation: Any) -> Any:
+    """``T`` of ``T | None``, and any other type as it is."""
+    if get_origin(annotation) is UnionType:
+        (annotation,) = (kind for kind in get_args(annotation) if kind is not type(None))
+    return annotation
+
+
+def _help(one: Field[Any], default: str | None) -> str:
+    """What an option is for, and its default, which the text names itself where it is None."""
+    text = str(one.metadata["help"])
+    if default is not None:
+        text = f"{text.partition('; default:')[0]} (default: {default})"
+    elif one.default is not None and one.default is not MISSING:
+        value = {True: "yes", False: "no"}[one.default] if isinstance(one.default, bool) else one.default
+        text += f" (default: {' '.join(value) if isinstance(value, tuple) else value})"
+    return text.replace("%", "%%")
+
+
+def given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
+    """The fields of a dataclass that stand on the command line."""
+    found = {one.name: getattr(arguments, one.name) for one in fields(options) if one.name in arguments}
+    return {name: tuple(dict.fromkeys(v)) if isinstance(v, list) else v for name, v in found.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,23 +157,6 @@ def _command(commands: Any, name: str, summary: str, examples: str) -> argparse.
     )
 
 
-def _add_data_options(parser: argparse.ArgumentParser, default_dataset: str | None) -> None:
-    parser.add_argument(
-        "--dataset",
-        choices=DATASETS,
-        default=default_dataset,
-        help=f"default: {default_dataset or 'the one of the run'}",
-    )
-    parser.add_argument("--data", metavar="DIR", help="the data set's folder, in its published format")
-    parser.add_argument(
-        "--need",
-        nargs="+",
-        action="extend",
-        metavar="NAME",
-        help="interest, explore, trend (default: all)" if default_dataset else "default: those of the run",
-    )
-
-
 def _positive(text: str) -> int:
     try:
         value = int(text)
@@ -238,15 +171,10 @@ def _train(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from flexrec.evaluation.statistics import comparison_table
-    from flexrec.experiment.stages import ExperimentConfig, run_experiment
+    from flexrec.experiment.stages import run_experiment
     from flexrec.policy.distributed import process_index
 
-    options = {k: v for k, v in vars(arguments).items() if v is not None and k not in ("command", "run", "need")}
-    if arguments.need:
-        options["needs"] = tuple(dict.fromkeys(arguments.need))
-    if arguments.lora_targets:
-        options["lora_targets"] = tuple(arguments.lora_targets)
-    config = ExperimentConfig(**options)
+    config = ExperimentConfig(**given(arguments, ExperimentConfig))
     console = Console()
     results = run_experiment(config, say=console.print)
     if process_index() > 0:
@@ -264,7 +192,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from flexrec.experiment.stages import evaluate_run
 
-    scores = evaluate_run(Path(arguments.folder), arguments.dataset, arguments.data, arguments.need)
+    scores = evaluate_run(Path(arguments.folder), **given(arguments, ExperimentConfig))
     table = Table(title=f"{arguments.folder}: mean over test lists [95 % interval over users]")
     table.add_column("need")
     for name in next(iter(scores.values())):
@@ -280,10 +208,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _rank(arguments: argparse.Namespace) -> int:
     import torch
 
-    from flexrec.ranker import Decoding, Ranker
+    from flexrec.ranker import Ranker
 
-    names = ("num_ranked", "num_beams", "best_of", "temperature", "top_p")
-    decoding = Decoding(**{name: getattr(arguments, name) for name in names})
+    decoding = Decoding(**given(arguments, Decoding))
     if arguments.input != "-" and not Path(arguments.input).is_file():
         raise FileNotFoundError(f"--input {arguments.input}: there is no such file")
     if arguments.output and Path(arguments.output).exists():

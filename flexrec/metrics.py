@@ -72,6 +72,8 @@ TINY = 1e-300
 LN2 = math.log(2.0)
 
 CREDITS = ("swap", "noncausal", "independent", "rank", "sequence", "policy")  # see ``flexrec.swap_rewards``
+BASELINES, SCALES = ("none", "rank", "group"), ("rank", "group", "batch", "none")  # see ``flexrec.item_advantages``
+IMPORTANCE_LEVELS = ("item", "token", "sequence")  # see ``flexrec.policy_loss``
 
 custom_metrics: dict[str, Any] = {}  # name -> numba-compiled f(gains float64[:], num_ranked int64) -> float64
 _NAME = re.compile(r"(?P<family>[a-z][a-z0-9_]*)(?:\.(?P<parameter>[0-9]+(?:\.[0-9]+)?))?(?:@(?P<cutoff>[0-9]+))?")

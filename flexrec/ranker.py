@@ -1,118 +1,19 @@
-"""Ranking with a model: greedy rankings of examples, and a trained run that answers requests."""
+"""A trained run that answers requests."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
-from transformers import AutoTokenizer
 
+from flexrec.decoding.options import Decoding
 from flexrec.decoding.sample import Rollout, best_of, sample_rankings, search_rankings
-from flexrec.policy.lora import load_model
-from flexrec.task.examples import Example
+from flexrec.experiment.run_folder import RunFolder
 from flexrec.task.needs import get_need
-from flexrec.task.prompts import Item, PromptBuilder, strongest_risers
-
-RUN_FILE = "flexrec.json"
-
-
-def rank_examples(
-    model: Any,
-    examples: Sequence[Example],
-    builder: PromptBuilder,
-    *,
-    num_ranked: int | None = None,
-    batch_size: int = 128,
-    description: str | None = None,
-) -> list[np.ndarray]:
-    """The most probable item at every rank, greedily: one array of candidate indices per example.
-
-    Args:
-        description: shown beside a progress bar; None shows none.
-    """
-    rankings: list[np.ndarray] = []
-    starts = range(0, len(examples), batch_size)
-    for start in tqdm(starts, desc=description, disable=description is None, leave=False):
-        part = examples[start : start + batch_size]
-        rollout = sample_rankings(
-            model,
-            [example.prompt for example in part],
-            [example.candidates for example in part],
-            separator=builder.separator,
-            end=builder.end,
-            num_ranked=num_ranked,
-            greedy=True,
-        )
-        rankings += [row[row >= 0] for row in rollout.rankings]
-    return rankings
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How a policy's answer is found. By default greedily: at every rank the most probable item.
-
-    Attributes:
-        num_beams: with more than one, beam search for the most probable ranking.
-        best_of: sample so many rankings and answer with the most probable of them.
-        temperature, top_p: sample at this temperature (default: that of training), and among the most probable tokens
-            that reach ``top_p`` together. Either makes an answer a sample.
-        num_ranked: rank the first so many only (default: as in training).
-    """
-
-    num_beams: int = 1
-    best_of: int = 1
-    temperature: float | None = None
-    top_p: float | None = None
-    num_ranked: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("num_beams", "best_of", "num_ranked"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.num_beams > 1 and self.samples:
-            raise ValueError("num_beams searches and best_of, temperature and top_p sample: choose one of the two")
-
-    @property
-    def samples(self) -> bool:
-        """Whether chance has a part in the answer."""
-        return self.best_of > 1 or self.temperature is not None or self.top_p is not None
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What a run's folder says about how its model is to be prompted, and what it was trained on."""
-
-    encoding: str
-    show_titles: bool
-    show_rising: bool
-    max_history: int
-    num_ranked: int | None
-    temperature: float
-    dataset: str
-    data: str | None
-    needs: list[str]
-    seed: int
-
-    def save(self, folder: Path) -> None:
-        (folder / RUN_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> RunInfo:
-        path = folder / RUN_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} is not the folder of a finished run: it has no {RUN_FILE}")
-        return cls(**json.loads(path.read_text()))
+from flexrec.task.prompts import Item, strongest_risers
 
 
 class Ranker:
@@ -124,27 +25,15 @@ class Ranker:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        self.info = RunInfo.load(folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = load_model(folder, self.tokenizer).eval()
-        if torch.cuda.is_available():
-            self.model.to("cuda")
-        self.builder = PromptBuilder(
-            self.tokenizer,
-            encoding=self.info.encoding,
-            show_titles=self.info.show_titles,
-            show_rising=self.info.show_rising,
-        )
-        catalogue = json.loads((folder / "catalogue.json").read_text())
-        self._titles: dict[str, str] = dict(zip(catalogue["ids"], catalogue["titles"], strict=True))
-        self._trend: dict[str, float] = catalogue["trend"]
-        self._histories: dict[str, list[str]] = json.loads((folder / "histories.json").read_text())
+        run = RunFolder(folder)
+        self.info, self.model, self.builder = run.load()
+        self._titles, self._trend = run.read_catalogue()
+        self._histories = run.read_histories()
 
     def rank(
         self,
         requests: Sequence[dict[str, Any]],
-        decoding: Decoding = Decoding(),
+        decoding: Decoding | None = None,
         *,
         generator: torch.Generator | None = None,
     ) -> list[dict[str, Any]]:
@@ -154,8 +43,10 @@ class Ranker:
         of training, or of ``decoding``. A malformed request gets ``{"error": why}``; the others are answered.
 
         Args:
+            decoding: how answers are found; default: greedily.
             generator: randomness of samples, on the model's device.
         """
+        decoding = decoding or Decoding()
         answers: list[dict[str, Any]] = [{} for _ in requests]
         prompts, candidates, readable = [], [], []
         for i, request in enumerate(requests):

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexrec import ranker
-from flexrec.cli import main
+from flexrec.cli import build_parser, main
 from flexrec.data import simulate
 from flexrec.experiment import stages as experiment
-from flexrec.experiment.run_folder import Results
+from flexrec.experiment.run_folder import Results, RunFolder
 from flexrec.profiling import PARTS
 
 SMALL = ["--steps", "4", "--warmup-steps", "3", "--listwise-steps", "2", "--prompts-per-step", "16"]
@@ -263,7 +263,7 @@ def test_interrupted_run_resumes(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "_save_run", stop)
+        patch.setattr(RunFolder, "save", stop)
         assert main(["train", "--output", str(folder), *options]) == 130
     assert "--resume" in capsys.readouterr().err
     assert not (folder / "metrics.json").exists()
@@ -317,11 +317,12 @@ def test_every_option_of_rank_reaches_the_ranker(tmp_path, monkeypatch):
 def test_every_option_of_evaluate_reaches_the_run(tmp_path, monkeypatch, capsys):
     asked = []
     scores = {"trend": {"ndcg@5": {"mean": 0.25, "low": 0.125, "high": 0.5}}}
-    monkeypatch.setattr(experiment, "evaluate_run", lambda *arguments: asked.append(arguments) or scores)
+    monkeypatch.setattr(experiment, "evaluate_run", lambda folder, **given: asked.append((folder, given)) or scores)
     options = ["--dataset", "movielens", "--data", "there", "--need", "trend", "--need", "interest"]
     assert main(["evaluate", "--run", str(tmp_path), *options, "--json", str(tmp_path / "scores.json")]) == 0
     assert main(["evaluate", "--run", str(tmp_path)]) == 0
-    assert asked == [(tmp_path, "movielens", "there", ["trend", "interest"]), (tmp_path, None, None, None)]
+    given = {"dataset": "movielens", "data": "there", "needs": ("trend", "interest")}
+    assert asked == [(tmp_path, given), (tmp_path, {})]
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
     assert "0.250 [0.125, 0.500]" in capsys.readouterr().out
 
@@ -353,6 +354,13 @@ def test_help_has_examples(options, capsys):
     assert "usage: flexrec" in text
     if len(options) > 1:
         assert "examples:" in text
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "rank"])
+def test_every_option_shows_its_default(command):
+    (commands,) = (action for action in build_parser()._actions if action.dest == "command")
+    for action in commands.choices[command]._actions:
+        assert action.required or action.dest == "help" or "default" in action.help, action.option_strings
 
 
 def test_title_and_index_answers(tmp_path):

@@ -10,10 +10,10 @@ import torch
 from flexrec import ranker as module
 from flexrec.data import simulate
 from flexrec.decoding.sample import Rollout
-from flexrec.experiment import stages as experiment
 from flexrec.experiment.config import ExperimentConfig
+from flexrec.experiment.run_folder import RunFolder, RunInfo
 from flexrec.policy.small_model import build_model, build_tokenizer
-from flexrec.ranker import Decoding, Ranker, rank_examples
+from flexrec.ranker import Decoding, Ranker
 from flexrec.task.examples import RankingTask
 from flexrec.task.needs import get_need
 from flexrec.task.prompts import PromptBuilder
@@ -37,8 +37,8 @@ def run(request, tmp_path_factory, dataset):
     builder = PromptBuilder(
         tokenizer, encoding=request.param, show_titles=request.param != "item_token", show_rising=True
     )
-    config = ExperimentConfig(str(folder), num_ranked=6, temperature=0.6)
-    experiment._save_run(folder, model, tokenizer, config, builder, dataset)
+    config = ExperimentConfig(output=str(folder), num_ranked=6, temperature=0.6)
+    RunFolder(folder).save(model, tokenizer, RunInfo.of(config, builder, dataset), dataset)
     return folder, builder
 
 
@@ -204,27 +204,6 @@ def test_the_best_of_beams_and_of_samples_is_the_answer(run, dataset, decoded):
     # Beams come best first; of samples the last has the largest probabilities.
     assert ranker.rank(requests, Decoding(num_beams=3)) == [answer(0, 0), answer(1, 3)]
     assert ranker.rank(requests, Decoding(best_of=3)) == [answer(0, 2), answer(1, 5)]
-
-
-def test_examples_are_ranked_greedily_as_asked(dataset, monkeypatch):
-    calls = []
-
-    def sample(model, prompts, candidates, **options):
-        calls.append((prompts, candidates, options))
-        return Rollout(np.array([[1, 0, -1]] * len(prompts)), np.zeros((len(prompts), 3)))
-
-    monkeypatch.setattr(module, "sample_rankings", sample)
-    tokenizer = build_tokenizer(dataset.catalogue, [])
-    builder = PromptBuilder(tokenizer, encoding="index")
-    task = RankingTask(dataset.catalogue, [get_need("interest")], builder)
-    examples = [task.test_example(lst, get_need("interest")) for lst in dataset.test[:5]]
-    rankings = rank_examples("model", examples, builder, num_ranked=2, batch_size=3)
-    assert [ranking.tolist() for ranking in rankings] == [[1, 0]] * 5
-    assert [len(prompts) for prompts, _, _ in calls] == [3, 2]
-    assert [p for prompts, _, _ in calls for p in prompts] == [example.prompt for example in examples]
-    assert [c for _, candidates, _ in calls for c in candidates] == [example.candidates for example in examples]
-    for _, _, options in calls:
-        assert options == {"separator": builder.separator, "end": builder.end, "num_ranked": 2, "greedy": True}
 
 
 def test_the_model_of_the_folder_answers(run):

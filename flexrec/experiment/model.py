@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexrec.data import RankingDataset
+from flexrec.data.lists import RankingDataset
 from flexrec.experiment.config import EMBEDDED, ExperimentConfig
-from flexrec.policy.distributed import on_main_process
-from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, add_lora, has_adapters, load_model
+from flexrec.experiment.run_folder import RunFolder
+from flexrec.policy.lora import ADAPTER_FILE, add_lora, has_adapters
 from flexrec.policy.small_model import HIDDEN_SIZE, build_model, build_tokenizer, item_vectors
-from flexrec.ranker import RUN_FILE
 from flexrec.task.needs import Need
 from flexrec.task.prompts import PromptBuilder, add_item_tokens, item_token
-
-
-def has_base(config: ExperimentConfig) -> bool:
-    """Whether a run to be resumed had finished its format stage."""
-    return config.resume and (Path(config.output) / "base" / RUN_FILE).is_file()
 
 
 def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Need]) -> tuple[Any, Any, PromptBuilder]:
     """Model, tokenizer and prompt builder: the embedded default, one from a hub or a folder, or a resumed run's."""
     encoding = config.encoding or ("item_token" if config.model == EMBEDDED else "index")
-    if has_base(config):
-        tokenizer: Any = AutoTokenizer.from_pretrained(Path(config.output) / "base")
-        model: Any = load_base(config, tokenizer)
+    folder = RunFolder(config.output)
+    if config.resume and folder.has_base():
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder.base)
+        model: Any = folder.load_base(tokenizer, config.lora)
     elif config.model == EMBEDDED:
         tokenizer = build_tokenizer(dataset.catalogue, [wording for need in needs for wording in need.wordings])
         ids, size = dataset.catalogue.ids, HIDDEN_SIZE
         vectors = item_vectors(dataset.log, len(ids), size, seed=config.seed)
         model = build_model(tokenizer, hidden_size=size, item_ids=ids, vectors=vectors, seed=config.seed)
     else:
-        folder = Path(config.model)
-        if (folder / ADAPTER_FILE).is_file():
+        given = Path(config.model)
+        if (given / ADAPTER_FILE).is_file():
             raise ValueError(
                 f"--model {config.model!r} holds adapters: give a whole model, such as a run with --lora-save merged"
             )
-        name = str(folder.absolute()) if folder.is_dir() else config.model  # adapters remember it
+        name = str(given.absolute()) if given.is_dir() else config.model  # adapters remember it
         # What is trained is kept in float32: in bfloat16 a parameter of 0.02 does not change by steps of 5e-5. What
         # LoRA leaves alone may stay as it was saved.
         dtype = torch.float32 if config.lora is None else "auto"
@@ -70,21 +64,3 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
         show_rising=any(need.name == "trend" for need in needs),
     )
     return model, tokenizer, builder
-
-
-def load_base(config: ExperimentConfig, tokenizer: Any) -> Any:
-    """The model as it was after the format stage, with the adapters that the other stages train."""
-    folder = Path(config.output) / "base"
-    if (folder / ADAPTER_FILE).is_file() != (config.lora is not None):
-        raise ValueError(f"{folder} was made {'without' if config.lora else 'with'} --lora: resume the run as it began")
-    model = load_model(folder, tokenizer, backbone=Path(config.output) / BACKBONE, trainable=True)
-    if config.lora is not None and model.active_peft_config.r != config.lora:
-        raise ValueError(f"{folder} holds LoRA of rank {model.active_peft_config.r}, got --lora {config.lora}")
-    return model.to("cuda") if torch.cuda.is_available() else model
-
-
-def save_backbone(config: ExperimentConfig, model: Any) -> None:
-    """Write the embedded model, which has no name to load it by, without its adapters, which refer to it."""
-    folder = Path(config.output) / BACKBONE
-    on_main_process(lambda: copy.deepcopy(model).unload().save_pretrained(folder))
-    model.active_peft_config.base_model_name_or_path = str(folder.absolute())

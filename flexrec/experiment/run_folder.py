@@ -1,19 +1,33 @@
-"""What an experiment measured: every metric of every test list, and the files that it is written to."""
+"""The folder of a run: the one place that knows its files and their formats.
+
+    flexrec.json      how the model is to be prompted and what it was trained on (:class:`RunInfo`)
+    catalogue.json    titles of the items, and how strongly they rise at the end of the log
+    histories.json    the last items of every logged user
+    metrics.json      means, changes, configuration, seconds          per_list.npz   every metric of every test list
+    log.jsonl         a line per step                                 checkpoints/   of reinforcement, by step
+    base/             the model after the format stage                reference/     the one that the KL refers to
+    backbone/         the embedded model, which adapters belong to
+
+and the model and the tokenizer as transformers writes them, adapters as PEFT does.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexrec.evaluation.statistics import METRICS, Comparison, rank_metrics, relative_change
-from flexrec.policy.distributed import map_over_processes, process_index
-from flexrec.ranker import rank_examples
-from flexrec.task.examples import Example
+from flexrec.data.lists import RankingDataset
+from flexrec.evaluation.statistics import Comparison, relative_change
+from flexrec.experiment.config import ExperimentConfig
+from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, has_adapters, load_model, save_adapters
 from flexrec.task.prompts import PromptBuilder
 
 
@@ -37,62 +51,178 @@ class Results:
         return relative_change(values[new][need][metric], values[base][need][metric], clusters=self.users)
 
 
-def write_results(folder: Path, config: Mapping[str, Any], results: Results) -> None:
-    """Write metrics.json (means, changes, configuration, seconds) and per_list.npz (every value, for paired tests)."""
-    baselines = [name for name in results.per_list if name not in ("base", "trained")]
-    changes = {
-        need: {base: asdict(results.compare("trained", base, need)) for base in ("base", *baselines)}
-        for need in results.per_list["base"]
-    }
-    metrics = {
-        "base": results.means("base"),
-        "trained": results.means("trained"),
-        "baselines": {name: results.means(name) for name in baselines},
-        "changes_ndcg@5": changes,
-        "config": config,
-        "seconds": {name: round(seconds, 2) for name, seconds in results.seconds.items()},
-    }
-    arrays: dict[str, Any] = {
-        f"{system}/{need}/{metric}": values
-        for system, needs in results.per_list.items()
-        for need, per_metric in needs.items()
-        for metric, values in per_metric.items()
-    }
-    np.savez_compressed(folder / "per_list.npz", users=results.users, **arrays)
-    partial = folder / "metrics.json.partial"
-    partial.write_text(json.dumps(metrics, indent=2) + "\n")
-    partial.replace(folder / "metrics.json")
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run's folder says about how its model is to be prompted, and what it was trained on."""
+
+    encoding: str
+    show_titles: bool
+    show_rising: bool
+    max_history: int
+    num_ranked: int | None
+    temperature: float
+    dataset: str
+    data: str | None
+    needs: list[str]
+    seed: int
+
+    @classmethod
+    def of(cls, config: ExperimentConfig, builder: PromptBuilder, dataset: RankingDataset) -> RunInfo:
+        return cls(
+            encoding=builder.encoding,
+            show_titles=builder.show_titles,
+            show_rising=builder.show_rising,
+            max_history=max(len(lst.history) for lst in dataset.train),
+            num_ranked=config.num_ranked,
+            temperature=config.temperature,
+            dataset=config.dataset,
+            data=config.data,
+            needs=list(config.needs),
+            seed=config.seed,
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> RunInfo:
+        path = folder / "flexrec.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is not the folder of a finished run: it has no {path.name}")
+        return cls(**json.loads(path.read_text()))
 
 
-class Evaluation:
-    """Greedy rankings of the test examples of every need, shared out among the processes, and their metrics."""
+class RunFolder:
+    """Reads and writes the folder of a run."""
 
-    def __init__(self, tests: dict[str, list[Example]], builder: PromptBuilder, num_ranked: int | None) -> None:
-        self.tests = tests
-        self.builder = builder
-        self.num_ranked = num_ranked
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.base = self.path / "base"
+        self.reference = self.path / "reference"
+        self.backbone = self.path / BACKBONE
+        self.log = self.path / "log.jsonl"
 
-    def __call__(self, model: Any, name: str) -> dict[str, dict[str, np.ndarray]]:
-        def rank(examples: Sequence[Example]) -> list[np.ndarray]:
-            return rank_examples(
-                model,
-                examples,
-                self.builder,
-                num_ranked=self.num_ranked,
-                description=f"Evaluating {name}, {examples[0].need}" if examples and process_index() == 0 else None,
+    def check_usable(self, resume: bool) -> None:
+        """Refuse a folder whose contents a run would touch."""
+        folder = self.path
+        if folder.exists() and not folder.is_dir():
+            raise FileExistsError(f"--output {folder} exists and is no folder")
+        if folder.is_dir() and any(folder.iterdir()) and not resume:
+            raise FileExistsError(
+                f"--output {folder} exists and is not empty: choose another folder, or continue that run with --resume"
             )
+        if resume and (folder / "metrics.json").is_file():
+            raise FileExistsError(f"--output {folder} holds a finished run: there is nothing to resume")
 
-        return self.of_rankings({need: map_over_processes(rank, examples) for need, examples in self.tests.items()})
+    def has_base(self) -> bool:
+        """Whether the format stage was finished."""
+        return (self.base / "flexrec.json").is_file()
 
-    def of_rankings(self, rankings: dict[str, list[np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
-        """need -> metric -> (L,) values of rankings given as candidate indices, best first."""
-        results = {}
-        for need, examples in self.tests.items():
-            lengths = np.array([len(example.gains) for example in examples])
-            gains = np.zeros((len(examples), lengths.max()), dtype=np.float64)
-            ranked = np.array([len(ranking) for ranking in rankings[need]])
-            for n, (example, ranking) in enumerate(zip(examples, rankings[need], strict=True)):
-                rest = np.setdiff1d(np.arange(lengths[n]), ranking)
-                gains[n, : lengths[n]] = example.gains[np.concatenate([ranking, rest])]
-            results[need] = rank_metrics(gains, METRICS, lengths=lengths, num_ranked=ranked)
-        return results
+    def latest_checkpoint(self) -> tuple[int, Path] | None:
+        """The step and the folder of the latest checkpoint of reinforcement."""
+        found = {int(path.name.rpartition("-")[2]): path for path in self.checkpoints.glob("checkpoint-*")}
+        return max(found.items(), default=None)
+
+    def save_base(self, model: Any, tokenizer: Any, info: RunInfo) -> None:
+        """Write the model as it is after the format stage."""
+        _save_model(self.base, model, tokenizer, info)
+
+    def load_base(self, tokenizer: Any, lora: int | None) -> Any:
+        """The model as it was after the format stage, with the adapters, of rank ``lora``, that other stages train."""
+        if (self.base / ADAPTER_FILE).is_file() != (lora is not None):
+            raise ValueError(f"{self.base} was made {'without' if lora else 'with'} --lora: resume the run as it began")
+        model = load_model(self.base, tokenizer, backbone=self.backbone, trainable=True)
+        if lora is not None and model.active_peft_config.r != lora:
+            raise ValueError(f"{self.base} holds LoRA of rank {model.active_peft_config.r}, got --lora {lora}")
+        return model.to("cuda") if torch.cuda.is_available() else model
+
+    def save_backbone(self, model: Any) -> None:
+        """Write the embedded model, which has no name to load it by, without its adapters."""
+        copy.deepcopy(model).unload().save_pretrained(self.backbone)
+
+    def save_reference(self, model: Any) -> None:
+        """Write the policy that reinforcement starts from, for a resumed run."""
+        model.save_pretrained(self.reference)
+
+    def load_reference(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.reference)
+
+    def save(self, model: Any, tokenizer: Any, info: RunInfo, dataset: RankingDataset) -> None:
+        """Write the trained model and what is needed to answer requests: the catalogue, what rises, histories."""
+        catalogue, log = dataset.catalogue, dataset.log
+        trend = np.zeros(len(catalogue)) if dataset.trend is None else dataset.trend
+        rises = {catalogue.ids[i]: round(float(trend[i]), 4) for i in np.flatnonzero(trend)}
+        self._write("catalogue.json", {"ids": catalogue.ids, "titles": catalogue.titles, "trend": rises})
+        histories: dict[str, list[dict[str, Any]]] = {}
+        for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
+            histories.setdefault(str(user), []).append({"id": catalogue.ids[item], "liked": interest >= 0.5})
+        latest = {user: events[-info.max_history :] for user, events in histories.items()}
+        self._write("histories.json", latest)
+        _save_model(self.path, model, tokenizer, info)
+
+    def load(self) -> tuple[RunInfo, Any, PromptBuilder]:
+        """The trained model, to be used, with how it is to be prompted."""
+        info = RunInfo.load(self.path)
+        tokenizer = AutoTokenizer.from_pretrained(self.path)
+        model = load_model(self.path, tokenizer).eval()
+        if torch.cuda.is_available():
+            model.to("cuda")
+        builder = PromptBuilder(
+            tokenizer, encoding=info.encoding, show_titles=info.show_titles, show_rising=info.show_rising
+        )
+        return info, model, builder
+
+    def read_catalogue(self) -> tuple[dict[str, str], dict[str, float]]:
+        """Titles, and the trend of what rises, by id."""
+        catalogue = json.loads((self.path / "catalogue.json").read_text())
+        return dict(zip(catalogue["ids"], catalogue["titles"], strict=True)), catalogue["trend"]
+
+    def read_histories(self) -> dict[str, list[dict[str, Any]]]:
+        """The last items of every logged user, ``{"id", "liked"}`` each, oldest first."""
+        return json.loads((self.path / "histories.json").read_text())
+
+    def write_results(self, config: Mapping[str, Any], results: Results) -> None:
+        """Write metrics.json (means, changes, configuration, seconds) and per_list.npz (every value, for paired
+        tests)."""
+        baselines = [name for name in results.per_list if name not in ("base", "trained")]
+        changes = {
+            need: {base: asdict(results.compare("trained", base, need)) for base in ("base", *baselines)}
+            for need in results.per_list["base"]
+        }
+        arrays: dict[str, Any] = {
+            f"{system}/{need}/{metric}": values
+            for system, needs in results.per_list.items()
+            for need, per_metric in needs.items()
+            for metric, values in per_metric.items()
+        }
+        np.savez_compressed(self.path / "per_list.npz", users=results.users, **arrays)
+        metrics = {
+            "base": results.means("base"),
+            "trained": results.means("trained"),
+            "baselines": {name: results.means(name) for name in baselines},
+            "changes_ndcg@5": changes,
+            "config": config,
+            "seconds": {name: round(seconds, 2) for name, seconds in results.seconds.items()},
+        }
+        self._write("metrics.json", metrics, indent=2)
+
+    def _write(self, name: str, content: Any, indent: int | None = None) -> None:
+        """Write a JSON file, whole or not at all."""
+        partial = self.path / f"{name}.partial"
+        partial.write_text(json.dumps(content, indent=indent) + "\n")
+        partial.replace(self.path / name)
+
+
+def load_checkpoint(model: Any, checkpoint: Path) -> None:
+    """Give ``model`` the weights of a checkpoint."""
+    if has_adapters(model):
+        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+    else:
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(checkpoint).state_dict())
+
+
+def _save_model(folder: Path, model: Any, tokenizer: Any, info: RunInfo) -> None:
+    if has_adapters(model):
+        save_adapters(model, folder)
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "flexrec.json").write_text(json.dumps(asdict(info), indent=2) + "\n")

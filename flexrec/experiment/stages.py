@@ -7,8 +7,7 @@ the :class:`flexrec.experiment.run_folder.Results` it fills.
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -17,20 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import (
-    AutoModelForCausalLM,
-    PrinterCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 
-from flexrec.data import RankingDataset, load_movielens, simulate
+from flexrec.data.lists import RankingDataset
+from flexrec.data.movielens import load_movielens
+from flexrec.data.simulator import simulate
 from flexrec.evaluation.baselines import BASELINES
+from flexrec.evaluation.evaluate import Evaluation
 from flexrec.evaluation.statistics import bootstrap_interval
-from flexrec.experiment.config import EMBEDDED, ExperimentConfig, check_lora
-from flexrec.experiment.model import has_base, load_base, make_model, save_backbone
-from flexrec.experiment.run_folder import Evaluation, Results, write_results
+from flexrec.experiment.config import EMBEDDED, ExperimentConfig
+from flexrec.experiment.model import make_model
+from flexrec.experiment.run_folder import Results, RunFolder, RunInfo, load_checkpoint
 from flexrec.metrics import parse_metric
 from flexrec.policy.distributed import (
     num_processes,
@@ -40,9 +37,8 @@ from flexrec.policy.distributed import (
     spreads_parameters,
     whole_state_dict,
 )
-from flexrec.policy.lora import has_adapters, save_adapters
+from flexrec.policy.lora import require_peft
 from flexrec.profiling import profile_steps
-from flexrec.ranker import Ranker, RunInfo
 from flexrec.task.critic import Critic
 from flexrec.task.examples import RankingTask, TrainingExamples
 from flexrec.task.needs import get_need
@@ -75,12 +71,13 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
     PartialState()  # where there are several processes, they meet
     if process_index() > 0:
         say = _say_nothing
-    folder = Path(config.output)
-    on_main_process(lambda: _check_folder(folder, config.resume))
+    folder = RunFolder(config.output)
+    on_main_process(lambda: folder.check_usable(config.resume))
     needs = [get_need(name) for name in config.needs]
     _reinforcement_arguments(config)  # options that contradict each other are an error before anything is loaded
     parse_metric(config.metric)
-    check_lora(config)
+    if config.lora is not None:
+        require_peft()
     set_seed(config.seed)
     clock = Clock()
 
@@ -112,16 +109,18 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
     evaluate = Evaluation(tests, builder, config.num_ranked)
 
     # From here on the folder is written to; mistakes that can be seen before have left no trace.
-    folder.mkdir(parents=True, exist_ok=True)
-    log = StepLog(folder / "log.jsonl", append=config.resume)
-    if not has_base(config):
+    folder.path.mkdir(parents=True, exist_ok=True)
+    log = StepLog(folder.log, append=config.resume)
+    info = RunInfo.of(config, builder, dataset)
+    if not (config.resume and folder.has_base()):
         if config.lora is not None and config.model == EMBEDDED:
-            save_backbone(config, model)
+            on_main_process(lambda: folder.save_backbone(model))
+            model.active_peft_config.base_model_name_or_path = str(folder.backbone.absolute())
         with clock.stage("format"):
             _supervise(model, "format", config.warmup_steps, config, examples, builder, log)
-        on_main_process(lambda: _save_model(folder / "base", model, tokenizer, config, builder, dataset))
+        on_main_process(lambda: folder.save_base(model, tokenizer, info))
     results.per_list["base"] = evaluate(model, "base")
-    if config.warmup == "listwise" and not _checkpoints(config):
+    if config.warmup == "listwise" and not _checkpoint(config):
         with clock.stage("listwise warm-up"):
             _supervise(model, "listwise", config.listwise_steps, config, labels, builder, log)
 
@@ -133,11 +132,11 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
     if config.lora is not None and config.lora_save == "merged":
         model = model.merge_and_unload()  # before the evaluation, which is of what is saved
     results.per_list["trained"] = evaluate(model, "trained")
-    on_main_process(lambda: _save_run(folder, model, tokenizer, config, builder, dataset))
+    on_main_process(lambda: folder.save(model, tokenizer, info, dataset))
 
     if config.listwise_baseline:
         del model  # there is room for one
-        start = load_base(config, tokenizer)
+        start = folder.load_base(tokenizer, config.lora)
         steps = of_main_process(_equal_time_steps(clock, config))
         with clock.stage("listwise"):
             _supervise(start, "listwise", steps, config, labels, builder, log)
@@ -147,27 +146,26 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
         orders = [np.argsort(-baseline.scores(lst), kind="stable") for lst in dataset.test]
         results.per_list[name] = evaluate.of_rankings({need.name: orders for need in needs})
     clock.seconds["total"] = clock.elapsed()
-    on_main_process(lambda: write_results(folder, asdict(config), results))
+    on_main_process(lambda: folder.write_results(asdict(config), results))
     return results
 
 
 def evaluate_run(
-    folder: Path, dataset_name: str | None, data: str | None, needs: list[str] | None
+    folder: Path, dataset: str | None = None, data: str | None = None, needs: Sequence[str] | None = None
 ) -> dict[str, dict[str, dict[str, float]]]:
     """need -> metric -> mean, low and high (95 % interval over users) of a finished run on a data set's test users.
 
     Arguments that are None are those that the run was trained with.
     """
-    ranker = Ranker(folder)
-    trained_with = ranker.info
-    name = dataset_name or trained_with.dataset
-    dataset = load_dataset(
+    trained_with, model, builder = RunFolder(folder).load()
+    name = dataset or trained_with.dataset
+    loaded = load_dataset(
         name, data or (trained_with.data if name == trained_with.dataset else None), trained_with.seed
     )
-    task = RankingTask(dataset.catalogue, [get_need(need) for need in needs or trained_with.needs], ranker.builder)
-    tests = {need.name: [task.test_example(lst, need) for lst in dataset.test] for need in task.needs}
-    values = Evaluation(tests, ranker.builder, trained_with.num_ranked)(ranker.model, str(folder))
-    users = np.array([lst.user for lst in dataset.test])
+    task = RankingTask(loaded.catalogue, [get_need(need) for need in needs or trained_with.needs], builder)
+    tests = {need.name: [task.test_example(lst, need) for lst in loaded.test] for need in task.needs}
+    values = Evaluation(tests, builder, trained_with.num_ranked)(model, str(folder))
+    users = np.array([lst.user for lst in loaded.test])
 
     def summary(of_lists: np.ndarray) -> dict[str, float]:
         low, high = bootstrap_interval(of_lists, clusters=users)
@@ -180,26 +178,9 @@ def _say_nothing(text: str) -> None:
     """What the other processes say."""
 
 
-def _check_folder(folder: Path, resume: bool) -> None:
-    """Refuse a folder whose contents a run would touch."""
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"--output {folder} exists and is no folder")
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
-        raise FileExistsError(
-            f"--output {folder} exists and is not empty: choose another folder, or continue that run with --resume"
-        )
-    if resume and (folder / "metrics.json").is_file():
-        raise FileExistsError(f"--output {folder} holds a finished run: there is nothing to resume")
-
-
-def _checkpoints(config: ExperimentConfig) -> list[Path]:
-    """Checkpoints of a run to be resumed, the latest last."""
-    folder = Path(config.output) / "checkpoints"
-    return sorted(folder.glob("checkpoint-*"), key=_step_of) if config.resume else []
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def _checkpoint(config: ExperimentConfig) -> tuple[int, Path] | None:
+    """Step and folder of the checkpoint that a resumed run goes on from."""
+    return RunFolder(config.output).latest_checkpoint() if config.resume else None
 
 
 def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, learning_rate: float) -> dict[str, Any]:
@@ -209,7 +190,7 @@ def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, lear
             f"--prompts-per-step {config.prompts_per_step} cannot be split evenly among {num_processes()} processes"
         )
     return {
-        "output_dir": str(Path(config.output) / "checkpoints"),
+        "output_dir": str(RunFolder(config.output).checkpoints),
         "max_steps": steps,
         "per_device_train_batch_size": per_process,
         "learning_rate": learning_rate,
@@ -274,31 +255,17 @@ def _reinforcement_arguments(config: ExperimentConfig) -> FlexRecConfig:
     common = _training_arguments(config, config.steps, config.prompts_per_step, config.learning_rate)
     if config.save_every:
         common |= {"save_strategy": "steps", "save_steps": config.save_every, "save_total_limit": 2}
-    return FlexRecConfig(
-        **common,
-        num_generations=config.num_generations,
-        num_iterations=config.num_iterations,
-        temperature=config.temperature,
-        metric=config.metric,
-        num_ranked=config.num_ranked,
-        credit=config.credit,
-        tilt=config.tilt if config.credit == "all_actions" else None,
-        baseline=config.baseline,
-        scale=config.scale,
-        uncertainty=config.uncertainty,
-        entropy_coef=config.entropy_coef,
-        beta=config.beta,
-    )
+    return FlexRecConfig(**common, **config.of_trainer())
 
 
 def _reference(model: Any, config: ExperimentConfig) -> Any:
     """A copy of the policy that reinforcement starts from, where the KL needs one; adapters need none."""
     if config.beta == 0 or config.lora is not None:
         return None
-    folder = Path(config.output) / "reference"
-    if _checkpoints(config):  # the policy has moved on
-        return AutoModelForCausalLM.from_pretrained(folder)
-    on_main_process(lambda: model.save_pretrained(folder))
+    folder = RunFolder(config.output)
+    if _checkpoint(config):  # the policy has moved on
+        return folder.load_reference()
+    on_main_process(lambda: folder.save_reference(model))
     return copy.deepcopy(model)
 
 
@@ -311,12 +278,9 @@ def _reinforce(
     evaluate: Evaluation,
     stage: Stage,
 ) -> None:
-    checkpoints = _checkpoints(config)
-    if checkpoints and _step_of(checkpoints[-1]) >= config.steps:  # interrupted after the last step
-        if config.lora is not None:
-            model.load_adapter(str(checkpoints[-1]), model.active_adapter, is_trainable=True)
-        else:
-            model.load_state_dict(AutoModelForCausalLM.from_pretrained(checkpoints[-1]).state_dict())
+    step, checkpoint = _checkpoint(config) or (0, None)
+    if checkpoint is not None and step >= config.steps:  # interrupted after the last step
+        load_checkpoint(model, checkpoint)
         return
     reference = _reference(model, config)  # before there are arguments, by which DeepSpeed would spread it
     trainer = FlexRecTrainer(
@@ -335,7 +299,7 @@ def _reinforce(
                 return evaluate(whole, name)
 
         trainer.add_callback(Curve(evaluate_whole, log, config.eval_every, stage))
-    _train(trainer, model, checkpoints[-1] if checkpoints else None)
+    _train(trainer, model, checkpoint)
 
 
 def _equal_time_steps(clock: Clock, config: ExperimentConfig) -> int:
@@ -349,44 +313,3 @@ def _equal_time_steps(clock: Clock, config: ExperimentConfig) -> int:
     else:  # a resumed run did not time its supervised stages
         return config.listwise_steps + config.steps
     return max(1, round(spent / pace))
-
-
-def _save_model(
-    folder: Path, model: Any, tokenizer: Any, config: ExperimentConfig, builder: PromptBuilder, dataset: RankingDataset
-) -> None:
-    if has_adapters(model):
-        save_adapters(model, folder)
-    else:
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    RunInfo(
-        encoding=builder.encoding,
-        show_titles=builder.show_titles,
-        show_rising=builder.show_rising,
-        max_history=max(len(lst.history) for lst in dataset.train),
-        num_ranked=config.num_ranked,
-        temperature=config.temperature,
-        dataset=config.dataset,
-        data=config.data,
-        needs=list(config.needs),
-        seed=config.seed,
-    ).save(folder)
-
-
-def _save_run(
-    folder: Path, model: Any, tokenizer: Any, config: ExperimentConfig, builder: PromptBuilder, dataset: RankingDataset
-) -> None:
-    """The trained model with what is needed to answer requests: the catalogue, what rises, users' last items."""
-    catalogue, log = dataset.catalogue, dataset.log
-    trend = np.zeros(len(catalogue)) if dataset.trend is None else dataset.trend
-    rises = {catalogue.ids[i]: round(float(trend[i]), 4) for i in np.flatnonzero(trend)}
-    shown = {"ids": catalogue.ids, "titles": catalogue.titles, "trend": rises}
-    (folder / "catalogue.json").write_text(json.dumps(shown) + "\n")
-    most = max(len(lst.history) for lst in dataset.train)
-    histories: dict[str, list[dict[str, Any]]] = {}
-    for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
-        histories.setdefault(str(user), []).append({"id": catalogue.ids[item], "liked": interest >= 0.5})
-    (folder / "histories.json").write_text(
-        json.dumps({user: events[-most:] for user, events in histories.items()}) + "\n"
-    )
-    _save_model(folder, model, tokenizer, config, builder, dataset)

@@ -7,10 +7,8 @@ import math
 import torch
 
 from flexrec.checks import check_choice, check_finite, check_range, check_tensor
+from flexrec.metrics import BASELINES, SCALES
 from flexrec.ops.ranking_metric import result_dtype
-
-BASELINES = ("none", "rank", "group")
-SCALES = ("rank", "group", "batch", "none")
 
 # Which dimensions of (P, G, K) = (prompts, generations, ranks) a statistic runs over.
 _DIMENSIONS = {"rank": (1,), "group": (1, 2), "batch": (0, 1, 2)}

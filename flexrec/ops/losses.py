@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 from flexrec.checks import check_choice, check_finite, check_tensor, values_are_checked
+from flexrec.metrics import IMPORTANCE_LEVELS
 
-IMPORTANCE_LEVELS = ("item", "token", "sequence")
 LOSS_AGGREGATIONS = ("item-mean", "token-mean", "seq-mean-item-mean", "seq-mean-item-sum", "sum")
 
 # exp(20) = 5e8: far beyond any clip range, far from the end of float32.

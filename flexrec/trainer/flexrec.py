@@ -15,10 +15,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from flexrec.checks import check_choice
+from flexrec.checks import option
 from flexrec.decoding.sample import Rollout, sample_rankings
-from flexrec.metrics import CREDITS, parse_metric
-from flexrec.ops.advantages import BASELINES, SCALES, item_advantages, uncertainty_weights
+from flexrec.metrics import parse_metric
+from flexrec.ops.advantages import item_advantages, uncertainty_weights
 from flexrec.ops.losses import policy_loss
 from flexrec.ops.rank_order import rank_order
 from flexrec.ops.ranking_logprobs import ranking_probs
@@ -41,13 +41,12 @@ from flexrec.profiling import span
 from flexrec.rankings.reasoning import eos_token_ids, reasoning_rule
 from flexrec.task.examples import Example, prompts_and_candidates
 from flexrec.trainer.base import EpochOrder, LossAndMetrics, RankingTrainer, pad_rows
-
-TRAINER_CREDITS = ("all_actions", *CREDITS)
+from flexrec.trainer.options import TrainerOptions
 
 
 @dataclass
-class FlexRecConfig(TrainingArguments):
-    """Arguments of :class:`FlexRecTrainer` beyond those of transformers; names as in TRL's ``GRPOConfig``.
+class FlexRecConfig(TrainerOptions, TrainingArguments):
+    """Arguments of :class:`FlexRecTrainer`: those of transformers and :class:`TrainerOptions`.
 
     ``per_device_train_batch_size`` counts prompts; each gives ``num_generations`` rankings.
 
@@ -58,54 +57,15 @@ class FlexRecConfig(TrainingArguments):
         ('batch', 'rollout')
     """
 
-    num_generations: int = field(default=1, metadata={"help": "Rankings sampled per prompt."})
-    num_iterations: int = field(default=1, metadata={"help": "Updates made with one batch of rankings."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the policy, in sampling and in log-probs."})
-    metric: str = field(default="ndcg", metadata={"help": "The ranking metric that is maximised."})
-    num_ranked: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rank only so many candidates; never more than the metric's cutoff, beyond which none earns."
-        },
+    max_reasoning_tokens: int | None = option(
+        None, "reason before the ranking, in so many tokens at most; default: do not", low=1
     )
-    max_reasoning_tokens: int | None = field(
-        default=None, metadata={"help": "Reason before the ranking, in so many tokens at most; default: do not."}
-    )
-    credit: str = field(default="all_actions", metadata={"help": f"One of {', '.join(TRAINER_CREDITS)}."})
-    tilt: float | None = field(
-        default=None, metadata={"help": "Of all_actions: exponential utility with this temperature, in metric units."}
-    )
-    baseline: str = field(default="none", metadata={"help": f"One of {', '.join(BASELINES)}."})
-    scale: str = field(default="batch", metadata={"help": f"One of {', '.join(SCALES)}."})
-    uncertainty: str = field(default="rollout", metadata={"help": "Weight by certainty per rollout, item, or none."})
-    epsilon_low: float = field(default=0.2, metadata={"help": "Lower clip range of the importance ratio."})
-    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range; default as the lower."})
-    importance_level: str = field(default="item", metadata={"help": "Importance ratios per item, token or sequence."})
-    beta: float = field(default=0.0, metadata={"help": "Weight of the exact KL to the reference (paper: 0.01)."})
-    share_prompts: bool = field(
-        default=True,
-        metadata={"help": "Train on the rankings of one prompt in rows that hold it once, where the model allows it."},
-    )
-    entropy_coef: float = field(default=0.005, metadata={"help": "Weight of the entropy bonus (paper: 0.005)."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Examples carry no columns to remove."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "A batch is whole, or it is not trained on."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("credit", self.credit, TRAINER_CREDITS)
-        check_choice("baseline", self.baseline, BASELINES)
-        check_choice("scale", self.scale, SCALES)
-        check_choice("uncertainty", self.uncertainty, ("none", "rollout", "item"))
-        for name in ("num_generations", "num_iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.baseline == "rank" and self.num_generations == 1:
-            raise ValueError("baseline='rank' compares the rollouts of one prompt: it needs num_generations > 1")
-        if self.credit == "all_actions" and (self.baseline != "none" or self.scale not in ("batch", "none")):
-            raise ValueError(
-                f"credit='all_actions' is its own baseline: it takes baseline='none' and scale='batch' or 'none', "
-                f"got baseline={self.baseline!r}, scale={self.scale!r}"
-            )
+        TrainingArguments.__post_init__(self)
+        TrainerOptions.__post_init__(self)
 
 
 class _Sampled(NamedTuple):

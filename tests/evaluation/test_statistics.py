@@ -182,7 +182,10 @@ def test_seed_decides_everything():
     rng = np.random.default_rng(8)
     new, base = rng.uniform(size=(2, 60))
     assert relative_change(new, base, seed=3) == relative_change(new, base, seed=3)
-    assert relative_change(new, base, seed=3) != relative_change(new, base, seed=4)
+    one, other = (relative_change(new, base, seed=seed) for seed in (3, 4))
+    for name in ("difference_low", "percent_high", "p_value"):
+        assert getattr(one, name) != getattr(other, name), name
+    assert bootstrap_interval(new, seed=3) == bootstrap_interval(new, seed=3) != bootstrap_interval(new, seed=4)
 
 
 def test_chunks_do_not_change_the_result(monkeypatch):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from flexrec.cli import main
 from flexrec.data import Catalogue, simulate
 from flexrec.experiment import stages as experiment
+from flexrec.experiment.run_folder import RunFolder
 from flexrec.policy.lora import add_lora, save_adapters
 from flexrec.policy.small_model import build_model, build_tokenizer
 from flexrec.task.prompts import item_token
@@ -35,7 +36,7 @@ def interrupt_at_the_end(monkeypatch, command):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "_save_run", stop)
+        patch.setattr(RunFolder, "save", stop)
         assert main(command) == 130
 
 

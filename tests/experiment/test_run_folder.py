@@ -1,4 +1,4 @@
-"""What an experiment measured: metrics of whole rankings, comparisons over users, and the files they are written to."""
+"""The folder of a run: comparisons over users, and what its files hold."""
 
 import dataclasses
 import json
@@ -6,63 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from flexrec.evaluation.statistics import METRICS, relative_change
-from flexrec.experiment import run_folder as module
-from flexrec.experiment.run_folder import Evaluation, Results, write_results
-from flexrec.task.examples import Example
-
-
-def example(gains, user=0, need="interest"):
-    gains = np.array(gains, dtype=np.float32)
-    return Example([1], [[10 + i] for i in range(len(gains))], gains, np.zeros_like(gains), (0, 0), need, user)
-
-
-def ndcg(in_order, cutoff, shown=None, ideal=None):
-    ideal = np.sort(in_order if ideal is None else ideal)[::-1]
-    discount = 1 / np.log2(np.arange(2, len(in_order) + 2))
-    seen = np.where(np.arange(len(in_order)) < (len(in_order) if shown is None else shown), in_order, 0.0)
-    return (seen * discount)[:cutoff].sum() / (ideal * discount)[:cutoff].sum()
-
-
-def test_rankings_are_scored_item_by_item():
-    tests = {"interest": [example([0.1, 0.9, 0.0, 0.4, 0.2, 0.7, 0.3]), example([0.5, 0.0, 1.0])]}
-    rankings = [np.array([3, 0, 5, 1, 2, 6, 4]), np.array([1, 2, 0])]
-    values = Evaluation(tests, None, None).of_rankings({"interest": rankings})["interest"]
-    assert set(values) == set(METRICS)
-    in_order = [e.gains[ranking] for e, ranking in zip(tests["interest"], rankings, strict=True)]
-    np.testing.assert_allclose(values["ndcg@5"], [ndcg(gains, 5) for gains in in_order], rtol=1e-6)
-    np.testing.assert_allclose(values["ndcg@30"], [ndcg(gains, 30) for gains in in_order], rtol=1e-6)
-    assert values["ndcg@5"][0] != pytest.approx(values["ndcg@30"][0])
-
-
-def test_items_that_were_not_ranked_count_in_the_ideal_and_nowhere_else():
-    tests = {"interest": [example([0.1, 0.9, 0.0, 0.4, 1.0]), example([0.5, 0.0, 1.0])]}
-    rankings = [np.array([3, 0]), np.array([1, 2])]
-    values = Evaluation(tests, None, 2).of_rankings({"interest": rankings})["interest"]
-    expected = [
-        ndcg(np.array([0.4, 0.1, 0.9, 0.0, 1.0]), 5, shown=2),
-        ndcg(np.array([0.0, 1.0, 0.5]), 5, shown=2),
-    ]
-    np.testing.assert_allclose(values["ndcg@5"], expected, rtol=1e-6)
-    np.testing.assert_allclose(values["recall@5"], [2 / 4, 1 / 2], rtol=1e-6)
-
-
-def test_every_need_is_ranked_with_the_prompt_builder_and_length_given(monkeypatch):
-    asked = []
-
-    def rank(model, examples, builder, *, num_ranked, description):
-        asked.append((model, [e.need for e in examples], builder, num_ranked, description))
-        return [np.arange(num_ranked)[::-1] for _ in examples]
-
-    monkeypatch.setattr(module, "rank_examples", rank)
-    tests = {"interest": [example([0.1, 0.2, 1.0])], "trend": [example([0.3, 0.5, 1.0], need="trend")] * 2}
-    values = Evaluation(tests, "builder", 2)("model", "step 5")
-    assert asked == [
-        ("model", ["interest"], "builder", 2, "Evaluating step 5, interest"),
-        ("model", ["trend", "trend"], "builder", 2, "Evaluating step 5, trend"),
-    ]
-    np.testing.assert_allclose(values["interest"]["ndcg@5"], [ndcg(np.array([0.2, 0.1, 1.0]), 5, shown=2)], rtol=1e-6)
-    np.testing.assert_allclose(values["trend"]["ndcg@5"], [ndcg(np.array([0.5, 0.3, 1.0]), 5, shown=2)] * 2, rtol=1e-6)
+from flexrec.evaluation.statistics import relative_change
+from flexrec.experiment.config import ExperimentConfig
+from flexrec.experiment.run_folder import Results, RunFolder
 
 
 @pytest.fixture
@@ -92,7 +38,7 @@ def test_comparisons_resample_users(results):
 
 
 def test_files_hold_every_value_and_every_comparison(tmp_path, results):
-    write_results(tmp_path, {"seed": 3}, results)
+    RunFolder(tmp_path).write_results({"seed": 3}, results)
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "per_list.npz"}
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["config"] == {"seed": 3}
@@ -112,3 +58,79 @@ def test_files_hold_every_value_and_every_comparison(tmp_path, results):
         for need, values in needs.items():
             for metric, v in values.items():
                 np.testing.assert_array_equal(saved[f"{name}/{need}/{metric}"], v)
+
+
+def test_histories_are_the_latest_events_with_what_was_liked(tmp_path, recorded, dataset):
+    recorded.run(tmp_path / "run", listwise_baseline=False)
+    histories = json.loads((tmp_path / "run" / "histories.json").read_text())
+    log, ids = dataset.log, dataset.catalogue.ids
+    assert set(histories) == {str(user) for user in np.unique(log.users)}
+    liked = set()
+    for user, events in histories.items():
+        rows = np.flatnonzero(log.users == int(user))
+        assert len(rows) > 5
+        latest = rows[np.argsort(log.times[rows], kind="stable")][-5:]
+        assert [event["id"] for event in events] == [ids[log.items[row]] for row in latest]
+        assert [event["liked"] for event in events] == [bool(log.interest[row] >= 0.5) for row in latest]
+        liked |= {event["liked"] for event in events}
+    assert liked == {True, False}
+
+
+def test_the_catalogue_is_saved_with_titles_and_what_rises(tmp_path, recorded, dataset):
+    recorded.run(tmp_path / "run", listwise_baseline=False)
+    saved = json.loads((tmp_path / "run" / "catalogue.json").read_text())
+    assert (tuple(saved["ids"]), tuple(saved["titles"])) == (dataset.catalogue.ids, dataset.catalogue.titles)
+    trend = dict(zip(dataset.catalogue.ids, dataset.trend.tolist(), strict=True))
+    assert saved["trend"] == {i: pytest.approx(t, abs=1e-4) for i, t in trend.items() if t > 0}
+    assert len(saved["trend"]) > 3
+
+
+def test_the_run_says_how_it_is_to_be_asked(tmp_path, recorded):
+    options = {"num_ranked": 5, "temperature": 0.6, "seed": 13, "listwise_baseline": False}
+    recorded.run(tmp_path / "run", **options)
+    expected = {
+        "encoding": "item_token",
+        "show_titles": False,
+        "show_rising": False,
+        "max_history": 5,
+        "num_ranked": 5,
+        "temperature": 0.6,
+        "dataset": "simulated",
+        "data": None,
+        "needs": ["interest"],
+        "seed": 13,
+    }
+    for folder in (tmp_path / "run", tmp_path / "run" / "base"):
+        assert json.loads((folder / "flexrec.json").read_text()) == expected
+    assert recorded.saved_mark(tmp_path / "run") == 112.0
+    assert recorded.saved_mark(tmp_path / "run" / "base") == 2.0
+    recorded.run(tmp_path / "index", encoding="index", needs=("explore", "trend"), listwise_baseline=False)
+    found = json.loads((tmp_path / "index" / "flexrec.json").read_text())
+    assert (found["encoding"], found["show_titles"], found["show_rising"]) == ("index", True, True)
+    assert (found["needs"], found["num_ranked"], found["temperature"]) == (["explore", "trend"], None, 0.3)
+
+
+def test_metrics_compare_users_and_state_the_configuration(tmp_path, recorded):
+    folder = tmp_path / "run"
+    results = recorded.run(folder, seed=13, metric="recall@3")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["config"] == json.loads(
+        json.dumps(
+            dataclasses.asdict(
+                ExperimentConfig(
+                    output=str(folder),
+                    steps=4,
+                    warmup_steps=3,
+                    listwise_steps=2,
+                    prompts_per_step=4,
+                    needs=("interest",),
+                    seed=13,
+                    metric="recall@3",
+                )
+            )
+        )
+    )
+    changes = metrics["changes_ndcg@5"]["interest"]
+    assert set(changes) == set(results.per_list) - {"trained"}
+    for base, change in changes.items():
+        assert change == pytest.approx(dataclasses.asdict(results.compare("trained", base, "interest")), nan_ok=True)

@@ -42,9 +42,13 @@ def test_liked_items_have_longer_vectors():
     users, items = np.repeat(np.arange(6), 2), np.tile([0, 1], 6)
     interest = np.tile([0.0, 1.0], 6).astype(np.float32)
     log = Interactions(users, items, interest, np.arange(12, dtype=np.float64))
-    lengths = item_vectors(log, 2, 4).norm(dim=1)
+    vectors = item_vectors(log, 2, 4)
+    lengths = vectors.norm(dim=1)
     # Of rank one: the column c of equal entries a has the norm a sqrt(6), divided by its root.
     torch.testing.assert_close(lengths[1] / lengths[0], torch.tensor(2.0**0.5))
+    # All on one line, which the seed turns to another place.
+    torch.testing.assert_close(vectors[1] / lengths[1], vectors[0] / lengths[0], rtol=0.01, atol=1e-3)
+    assert not torch.allclose(item_vectors(log, 2, 4, seed=1).abs(), vectors.abs(), rtol=0.05)
 
 
 def test_model_starts_from_the_vectors_at_the_usual_spread():

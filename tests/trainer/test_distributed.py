@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from flexrec.experiment import stages as experiment
-from flexrec.experiment.stages import ExperimentConfig, run_experiment
+from flexrec.experiment.config import ExperimentConfig
+from flexrec.experiment.stages import run_experiment
 from flexrec.policy import distributed
 from flexrec.policy.distributed import map_over_processes
 
@@ -154,7 +155,7 @@ def test_command_line_writes_and_prints_once(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         world = {"num_users": 80, "num_items": 90, "num_topics": 4, "num_test_users": 11, "num_candidates": 8}
         patch.setattr(experiment, "simulate", partial(experiment.simulate, **world))
-        again = experiment.evaluate_run(run, None, None, None)
+        again = experiment.evaluate_run(run)
     assert again["interest"]["ndcg@5"]["mean"] == pytest.approx(metrics["trained"]["interest"]["ndcg@5"])
 
 

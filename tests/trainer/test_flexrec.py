@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, Trainin
 from flexrec.decoding.sample import sample_rankings
 from flexrec.ops.ranking_metric import ranking_metric
 from flexrec.task.examples import Example
-from flexrec.trainer.flexrec import TRAINER_CREDITS, FlexRecConfig, FlexRecTrainer
+from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
+from flexrec.trainer.options import TRAINER_CREDITS
 from flexrec.trainer.supervised import SupervisedTrainer
 
 GAINS = np.array([0.0, 1.0, 0.25, 0.0, 0.5], dtype=np.float32)

@@ -1,0 +1,9 @@
+from .build import ListBuilder as ListBuilder
+from .build import build_dataset as build_dataset
+from .lists import Catalogue as Catalogue
+from .lists import Interactions as Interactions
+from .lists import RankingDataset as RankingDataset
+from .lists import RankingList as RankingList
+from .movielens import load_movielens as load_movielens
+from .movielens import read_movielens as read_movielens
+from .simulator import simulate as simulate

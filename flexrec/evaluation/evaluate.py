@@ -1,0 +1,80 @@
+"""Greedy rankings of examples by a model, and the metrics of all that were ranked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from flexrec.decoding.sample import sample_rankings
+from flexrec.evaluation.statistics import METRICS, rank_metrics
+from flexrec.policy.distributed import map_over_processes, process_index
+from flexrec.task.examples import Example
+from flexrec.task.prompts import PromptBuilder
+
+
+def rank_examples(
+    model: Any,
+    examples: Sequence[Example],
+    builder: PromptBuilder,
+    *,
+    num_ranked: int | None = None,
+    batch_size: int = 128,
+    description: str | None = None,
+) -> list[np.ndarray]:
+    """The most probable item at every rank, greedily: one array of candidate indices per example.
+
+    Args:
+        description: shown beside a progress bar; None shows none.
+    """
+    rankings: list[np.ndarray] = []
+    starts = range(0, len(examples), batch_size)
+    for start in tqdm(starts, desc=description, disable=description is None, leave=False):
+        part = examples[start : start + batch_size]
+        rollout = sample_rankings(
+            model,
+            [example.prompt for example in part],
+            [example.candidates for example in part],
+            separator=builder.separator,
+            end=builder.end,
+            num_ranked=num_ranked,
+            greedy=True,
+        )
+        rankings += [row[row >= 0] for row in rollout.rankings]
+    return rankings
+
+
+class Evaluation:
+    """Greedy rankings of the test examples of every need, shared out among the processes, and their metrics."""
+
+    def __init__(self, tests: dict[str, list[Example]], builder: PromptBuilder, num_ranked: int | None) -> None:
+        self.tests = tests
+        self.builder = builder
+        self.num_ranked = num_ranked
+
+    def __call__(self, model: Any, name: str) -> dict[str, dict[str, np.ndarray]]:
+        def rank(examples: Sequence[Example]) -> list[np.ndarray]:
+            return rank_examples(
+                model,
+                examples,
+                self.builder,
+                num_ranked=self.num_ranked,
+                description=f"Evaluating {name}, {examples[0].need}" if examples and process_index() == 0 else None,
+            )
+
+        return self.of_rankings({need: map_over_processes(rank, examples) for need, examples in self.tests.items()})
+
+    def of_rankings(self, rankings: dict[str, list[np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+        """need -> metric -> (L,) values of rankings given as candidate indices, best first."""
+        results = {}
+        for need, examples in self.tests.items():
+            lengths = np.array([len(example.gains) for example in examples])
+            gains = np.zeros((len(examples), lengths.max()), dtype=np.float64)
+            ranked = np.array([len(ranking) for ranking in rankings[need]])
+            for n, (example, ranking) in enumerate(zip(examples, rankings[need], strict=True)):
+                rest = np.setdiff1d(np.arange(lengths[n]), ranking)
+                gains[n, : lengths[n]] = example.gains[np.concatenate([ranking, rest])]
+            results[need] = rank_metrics(gains, METRICS, lengths=lengths, num_ranked=ranked)
+        return results

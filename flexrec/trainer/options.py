@@ -1,0 +1,59 @@
+"""What reinforcement is configured with, said once: the trainer's arguments, the command line and the run's folder are
+made from it. Nothing heavy is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexrec.checks import check_options, option
+from flexrec.metrics import BASELINES, CREDITS, IMPORTANCE_LEVELS, SCALES
+
+TRAINER_CREDITS = ("all_actions", *CREDITS)
+
+
+@dataclass
+class TrainerOptions:
+    """Options of :class:`flexrec.trainer.FlexRecTrainer`; names as in TRL's ``GRPOConfig``.
+
+    Raises:
+        ValueError: an option outside of its choices or its range, or options that contradict each other.
+    """
+
+    credit: str = option("all_actions", "how the metric's value is credited to ranked items", choices=TRAINER_CREDITS)
+    tilt: float | None = option(
+        None,
+        "of all_actions: exponential utility with this temperature, in metric units; default: the expected value",
+        above=0,
+    )
+    metric: str = option("ndcg", "the metric to maximise; ranks beyond its cutoff are not trained")
+    num_generations: int = option(1, "rankings sampled per prompt", low=1, metavar="G")
+    num_iterations: int = option(1, "updates made with the same rankings", low=1)
+    num_ranked: int | None = option(
+        None, "rank only the best T candidates; default: up to the metric's cutoff, or all", low=1, metavar="T"
+    )
+    temperature: float = option(1.0, "of the policy, in sampling and in log-probs", above=0)
+    baseline: str = option("none", "what rewards are compared with", choices=BASELINES)
+    scale: str = option("batch", "what advantages are divided by", choices=SCALES)
+    uncertainty: str = option(
+        "rollout", "weight rewards by their certainty, per rollout or item", choices=("none", "rollout", "item")
+    )
+    epsilon_low: float = option(0.2, "lower clip range of the importance ratio", low=0)
+    epsilon_high: float | None = option(None, "upper clip range; default: as the lower", low=0)
+    importance_level: str = option("item", "importance ratios per item, token or sequence", choices=IMPORTANCE_LEVELS)
+    beta: float = option(
+        0.0, "weight of the exact KL to the policy that reinforcement starts from (paper: 0.01)", low=0
+    )
+    entropy_coef: float = option(0.005, "weight of the entropy bonus (paper: 0.005)", low=0)
+    share_prompts: bool = option(
+        True, "train on the rankings of one prompt in rows that hold it once, where the model allows it"
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.baseline == "rank" and self.num_generations == 1:
+            raise ValueError("baseline='rank' compares the rollouts of one prompt: it needs num_generations > 1")
+        if self.credit == "all_actions" and (self.baseline != "none" or self.scale not in ("batch", "none")):
+            raise ValueError(
+                f"credit='all_actions' is its own baseline: it takes baseline='none' and scale='batch' or 'none', "
+                f"got baseline={self.baseline!r}, scale={self.scale!r}"
+            )

@@ -1,0 +1,214 @@
+"""Every option of an experiment arrives where it belongs: in the configuration, the trainers, the model, every seed."""
+
+import dataclasses
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from flexrec import cli
+from flexrec.data import Catalogue
+from flexrec.experiment import model as model_module
+from flexrec.experiment import stages
+from flexrec.experiment.config import ExperimentConfig
+from flexrec.policy.small_model import build_model, build_tokenizer
+from flexrec.trainer.options import TrainerOptions
+
+
+def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, monkeypatch):
+    given = {
+        "output": str(tmp_path / "run"),
+        "dataset": "movielens",
+        "data": "somewhere",
+        "model": "some/model",
+        "encoding": "title",
+        "needs": ("trend", "interest"),
+        "credit": "noncausal",
+        "tilt": 0.7,
+        "metric": "recall@3",
+        "warmup": "format",
+        "steps": 7,
+        "warmup_steps": 5,
+        "listwise_steps": 6,
+        "prompts_per_step": 12,
+        "num_generations": 3,
+        "num_iterations": 2,
+        "baseline": "group",
+        "scale": "rank",
+        "uncertainty": "item",
+        "learning_rate": 0.125,
+        "warmup_learning_rate": 0.25,
+        "entropy_coef": 0.75,
+        "beta": 0.375,
+        "epsilon_low": 0.15,
+        "epsilon_high": 0.35,
+        "importance_level": "token",
+        "share_prompts": False,
+        "temperature": 0.6,
+        "num_ranked": 8,
+        "listwise_baseline": False,
+        "bf16": True,
+        "lora": 9,
+        "lora_alpha": 10,
+        "lora_targets": ("q_proj", "v_proj"),
+        "lora_save": "adapter",
+        "profile": True,
+        "critic": False,
+        "eval_every": 14,
+        "save_every": 11,
+        "resume": True,
+        "seed": 13,
+    }
+    fields = dataclasses.fields(ExperimentConfig)
+    assert set(given) == {field.name for field in fields}
+    for field in fields:
+        assert given[field.name] != field.default, f"{field.name} is to differ from its default"
+    arguments = []
+    for name, value in given.items():
+        option = "--" + {"needs": "need"}.get(name, name).replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(option if value else "--no-" + name.replace("_", "-"))
+        else:
+            arguments += [option, *([str(v) for v in value] if isinstance(value, tuple) else [str(value)])]
+    configs = []
+
+    def stop(config, say):
+        configs.append(config)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(stages, "run_experiment", stop)
+    assert cli.main(["train", *arguments]) == 2
+    assert cli.main(["train", "--output", given["output"]]) == 2
+    assert cli.main(["train", "--output", "x", "--critic", "--need", "trend", "--need", "explore", "trend"]) == 2
+    full, default, twice = configs
+    assert dataclasses.asdict(full) == given
+    assert default == ExperimentConfig(output=given["output"])
+    assert twice == ExperimentConfig(output="x", critic=True, needs=("trend", "explore"))
+
+
+def test_every_option_reaches_the_trainers(tmp_path, recorded):
+    options = {
+        "num_generations": 3,
+        "num_iterations": 2,
+        "temperature": 0.6,
+        "metric": "recall@3",
+        "num_ranked": 5,
+        "credit": "swap",
+        "baseline": "rank",
+        "scale": "rank",
+        "uncertainty": "item",
+        "entropy_coef": 0.75,
+        "beta": 0.375,
+        "epsilon_low": 0.15,
+        "epsilon_high": 0.35,
+        "importance_level": "token",
+        "share_prompts": False,
+        "bf16": True,
+        "seed": 13,
+    }
+    for one in dataclasses.fields(TrainerOptions):
+        assert one.name == "tilt" or options[one.name] != one.default, one.name
+    rates = {"learning_rate": 0.125, "warmup_learning_rate": 0.25}
+    recorded.run(tmp_path / "run", **options, **rates, save_every=3, steps=7, listwise_baseline=False)
+    format_stage, listwise, reinforcement = recorded.stages
+    args = reinforcement.args
+    assert {name: getattr(args, name) for name in options} == options
+    assert (args.max_steps, args.per_device_train_batch_size, args.learning_rate) == (7, 4, 0.125)
+    assert (args.save_strategy, args.save_steps, args.save_total_limit) == ("steps", 3, 2)
+    assert args.output_dir == str(tmp_path / "run" / "checkpoints")
+    for stage, steps in ((format_stage, 3), (listwise, 2)):
+        args = stage.args
+        # As many rankings as reinforcement's 4 prompts with 3 generations each.
+        assert (args.max_steps, args.per_device_train_batch_size, args.learning_rate) == (steps, 12, 0.25)
+        assert (args.bf16, args.seed, args.save_strategy) == (True, 13, "no")
+    for stage in recorded.stages:
+        assert (stage.args.weight_decay, stage.args.max_grad_norm, stage.args.logging_steps) == (0.01, 1.0, 1)
+        assert (stage.args.lr_scheduler_type, stage.args.warmup_steps) == ("cosine", stage.args.max_steps // 4)
+        assert stage.args.dataloader_drop_last
+        assert not stage.args.remove_unused_columns
+
+
+def test_the_seed_reaches_everything_that_draws(tmp_path, recorded):
+    recorded.run(tmp_path / "run", seed=13)
+    names = ("simulate", "item_vectors", "build_model", "critic", "set_seed")
+    assert recorded.seeds == dict.fromkeys(names, 13)
+    for stage in recorded.stages:
+        assert (stage.args.seed, stage.examples.seed) == (13, 13)
+
+
+def test_the_tilt_reaches_the_trainer(tmp_path, recorded):
+    recorded.run(tmp_path / "run", tilt=0.7, listwise_baseline=False)
+    assert recorded.of("reinforcement")[0].args.tilt == 0.7
+
+
+def test_data_sets_are_loaded_with_their_folder_and_seed(monkeypatch, dataset):
+    asked = []
+    monkeypatch.setattr(stages, "load_movielens", lambda folder, *, seed: asked.append((folder, seed)) or dataset)
+    assert stages.load_dataset("movielens", "somewhere", 13) is dataset
+    assert asked == [("somewhere", 13)]
+
+
+def test_separator_and_end_reach_the_trainers(tmp_path, recorded):
+    recorded.run(tmp_path / "run", encoding="index")
+    for stage in recorded.stages:
+        assert len(stage.options["separator"]) >= 1
+        assert len(stage.options["end"]) == 1
+        assert stage.options["separator"] == stage.examples.task.builder.separator
+        assert stage.options["end"] == stage.examples.task.builder.end
+
+
+def test_too_few_examples_for_a_step_are_told_before_anything_is_written(tmp_path, recorded, dataset):
+    available = len(dataset.train)
+    with pytest.raises(ValueError, match=f"a step takes {available + 1} rankings, and there are {available}"):
+        recorded.run(tmp_path / "run", prompts_per_step=available + 1)
+    with pytest.raises(ValueError, match=f"a step takes {2 * available} rankings"):
+        recorded.run(tmp_path / "run", prompts_per_step=available, num_generations=2)
+    assert not (tmp_path / "run").exists()
+    recorded.run(tmp_path / "run", prompts_per_step=available)
+
+
+def test_what_the_prompts_of_a_run_show(recorded, dataset):
+    def builder(needs=("interest",), **changes):
+        config = ExperimentConfig(output="unused", needs=needs, **changes)
+        return model_module.make_model(config, dataset, [stages.get_need(need) for need in needs])[2]
+
+    assert builder().encoding == "item_token"
+    assert not builder().show_titles
+    assert not builder().show_rising
+    assert builder(("interest", "trend")).show_rising
+    assert builder(encoding="index").show_titles
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory):
+    """The folder of a model that is not the embedded one."""
+    folder = tmp_path_factory.mktemp("models") / "other"
+    tokenizer = build_tokenizer(Catalogue(ids=("none",), titles=("Of another world",), topics=((),)), ["Rank"])
+    model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+    LlamaForCausalLM(model.config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_another_model_shows_titles_and_answers_by_index(recorded, dataset, other_model):
+    interest = [stages.get_need("interest")]
+    _, _, builder = model_module.make_model(
+        ExperimentConfig(output="unused", model=str(other_model)), dataset, interest
+    )
+    assert (builder.encoding, builder.show_titles) == ("index", True)
+    config = ExperimentConfig(output="unused", model=str(other_model), encoding="item_token")
+    model, tokenizer, builder = model_module.make_model(config, dataset, interest)
+    assert (builder.encoding, builder.show_titles) == ("item_token", True)
+    assert model.get_input_embeddings().weight.shape[0] >= len(tokenizer)
+
+
+def test_options_of_lora_reach_the_adapters(recorded, dataset):
+    pytest.importorskip("peft")
+    config = ExperimentConfig(output="unused", lora=3, lora_alpha=7, lora_targets=("q_proj", "v_proj"))
+    model, tokenizer, _ = model_module.make_model(config, dataset, [stages.get_need("interest")])
+    lora = model.active_peft_config
+    assert (lora.r, lora.lora_alpha, set(lora.target_modules)) == (3, 7, {"q_proj", "v_proj"})
+    items = tokenizer.convert_tokens_to_ids([model_module.item_token(i) for i in dataset.catalogue.ids])
+    assert [sorted(ids) for ids in lora.trainable_token_indices.values()] == [sorted(items)]
+    index = ExperimentConfig(output="unused", lora=3, encoding="index")
+    model, _, _ = model_module.make_model(index, dataset, [stages.get_need("interest")])
+    assert not model.active_peft_config.trainable_token_indices, "items have no tokens of their own"
