@@ -29,13 +29,14 @@ FRONTS = (
 
 
 def public_objects() -> dict[str, Any]:
-    """Functions and classes of the fronts by name, each once."""
+    """Functions and classes of the fronts by name, each once; what functions return is shown by the functions."""
     found: dict[str, Any] = {}
     for front in FRONTS:
         module = importlib.import_module(front)
         for name in module.__all__:
             thing = getattr(module, name)
-            if (inspect.isfunction(thing) or inspect.isclass(thing)) and thing not in found.values():
+            is_class = inspect.isclass(thing) and not issubclass(thing, tuple)
+            if (inspect.isfunction(thing) or is_class) and thing not in found.values():
                 found[f"{front}.{name}"] = thing
     return found
 

@@ -28,12 +28,6 @@ class Rollout(NamedTuple):
     """Sampled rankings: ``rankings`` (N, T) int32 candidate indices, -1 beyond a row's own; ``logprobs`` (N, T) float32
     of the items as they were sampled (0 where nothing was left to choose). Where reasoning came before them:
     ``reasoning``, and ``reasoning_logprobs`` (N, R) float32 of its sampled tokens, 0 behind a row's own.
-
-    Example:
-        >>> from flexrec.decoding import Rollout
-        >>> rollout = Rollout(rankings=np.array([[0, 1]]), logprobs=np.array([[-0.7, 0.0]]))
-        >>> rollout.reasoning is None
-        True
     """
 
     rankings: np.ndarray

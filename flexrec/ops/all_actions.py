@@ -56,16 +56,7 @@ from flexrec.ops.swap_rewards import swap_scores
 
 
 class AllActions(NamedTuple):
-    """Per step: the objective to maximise, log-probability of the chosen candidate, and entropy.
-
-    Example:
-        >>> hidden, weight = torch.zeros(1, 3, 4), torch.zeros(9, 4)  # every token is equally likely
-        >>> candidates, ranking = torch.tensor([[5, 6, 7]]), torch.tensor([[2, 0, 1]])  # 7, then 5, then 6
-        >>> gains = torch.tensor([[0.0, 1.0, 0.0]])  # of 7, 5 and 6
-        >>> found = flexrec.all_actions_objective(hidden, weight, candidates, ranking, gains, "dcg")
-        >>> found.objective.shape == found.logprobs.shape == found.entropy.shape
-        True
-    """
+    """Per step: the objective to maximise, log-probability of the chosen candidate, and entropy."""
 
     objective: Tensor
     logprobs: Tensor

@@ -42,15 +42,7 @@ from flexrec.ops.weight_grad import accumulated_grad, check_weight_grad
 
 
 class RankingLogprobs(NamedTuple):
-    """Log-probability of what was chosen, entropy, and expectations of the values (None without any).
-
-    Example:
-        >>> hidden, weight = torch.zeros(1, 3, 4), torch.zeros(9, 4)  # every token is equally likely
-        >>> candidates, ranking = torch.tensor([[5, 6, 7]]), torch.tensor([[2, 0, 1]])  # 7, then 5, then 6
-        >>> logprobs, entropy, expectations = flexrec.ranking_logprobs(hidden, weight, candidates, ranking)
-        >>> expectations is None  # no values were given
-        True
-    """
+    """Log-probability of what was chosen, entropy, and expectations of the values (None without any)."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -58,15 +50,7 @@ class RankingLogprobs(NamedTuple):
 
 
 class RankingLogprobsWithKL(NamedTuple):
-    """:class:`RankingLogprobs`, and KL(policy || reference).
-
-    Example:
-        >>> hidden, weight = torch.zeros(1, 3, 4), torch.zeros(9, 4)  # every token is equally likely
-        >>> candidates, ranking = torch.tensor([[5, 6, 7]]), torch.tensor([[2, 0, 1]])  # 7, then 5, then 6
-        >>> reference = {"ref_hidden": hidden, "ref_weight": weight}
-        >>> flexrec.ranking_logprobs_with_kl(hidden, weight, candidates, ranking, **reference).kl
-        tensor([[0., 0., 0.]])
-    """
+    """:class:`RankingLogprobs`, and KL(policy || reference)."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -122,8 +106,7 @@ def restricted_logprobs(
     Example:
         >>> hidden, weight = torch.zeros(2, 4), torch.zeros(9, 4)  # all tokens are alike
         >>> allowed, offsets = torch.tensor([5, 6, 7, 3, 4]), torch.tensor([0, 3, 5])  # {5, 6, 7}, then {3, 4}
-        >>> targets = torch.tensor([6, 3])
-        >>> flexrec.restricted_logprobs(hidden, weight, allowed, offsets, targets).logprobs.exp()
+        >>> flexrec.restricted_logprobs(hidden, weight, allowed, offsets, torch.tensor([6, 3])).logprobs.exp()
         tensor([0.3333, 0.5000])
     """
     sets = _check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, targets, temperature)
@@ -168,9 +151,8 @@ def restricted_logprobs_with_kl(
     Example:
         >>> hidden, weight = torch.zeros(2, 4), torch.zeros(9, 4)  # all tokens are alike
         >>> allowed, offsets = torch.tensor([5, 6, 7, 3, 4]), torch.tensor([0, 3, 5])  # {5, 6, 7}, then {3, 4}
-        >>> targets = torch.tensor([6, 3])
-        >>> reference = {"ref_hidden": hidden, "ref_weight": weight}
-        >>> flexrec.restricted_logprobs_with_kl(hidden, weight, allowed, offsets, targets, **reference).kl
+        >>> given = hidden, weight, allowed, offsets, torch.tensor([6, 3])
+        >>> flexrec.restricted_logprobs_with_kl(*given, ref_hidden=hidden, ref_weight=weight).kl
         tensor([0., 0.])
     """
     sets = _check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, targets, temperature)
