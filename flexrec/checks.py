@@ -27,7 +27,12 @@ _value_checks = os.environ.get("FLEXREC_VALUE_CHECKS", "0") not in ("", "0")
 
 
 def set_value_checks(enabled: bool) -> None:
-    """Switch the value checks of tensors on an accelerator on or off (CPU tensors are always checked)."""
+    """Switch the value checks of tensors on an accelerator on or off (CPU tensors are always checked).
+
+    Example:
+        >>> flexrec.set_value_checks(True)  # of tensors on a GPU, too, which waits for it
+        >>> flexrec.set_value_checks(False)
+    """
     global _value_checks
     _value_checks = bool(enabled)
 

@@ -29,7 +29,8 @@ _Output = tuple[torch.Tensor, torch.Tensor | None]  # weight (V, D) and bias (V,
 class Rollout(NamedTuple):
     """Sampled rankings: ``rankings`` (N, T) int32 candidate indices, -1 beyond a row's own; ``logprobs`` (N, T) float32
     of the items as they were sampled (0 where nothing was left to choose). Where reasoning came before them:
-    ``reasoning``, and ``reasoning_logprobs`` (N, R) float32 of its sampled tokens, 0 behind a row's own."""
+    ``reasoning``, and ``reasoning_logprobs`` (N, R) float32 of its sampled tokens, 0 behind a row's own.
+    """
 
     rankings: np.ndarray
     logprobs: np.ndarray
@@ -75,6 +76,20 @@ def sample_rankings(
 
     Returns:
         N = P * num_generations rankings, those of one prompt adjacent.
+
+    Example:
+        >>> from flexrec.data import Catalogue
+        >>> from flexrec.decoding import sample_rankings
+        >>> from flexrec.policy.small_model import build_model, build_tokenizer
+        >>> tokenizer = build_tokenizer(Catalogue(("a",), ("a",), ((),)), [])
+        >>> model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+        >>> prompts, candidates = [[5, 6, 7]], [[[10, 20], [10, 21], [11]]]  # one prompt, three candidates
+        >>> rollout = sample_rankings(model, prompts, candidates, num_generations=4)
+        >>> np.sort(rollout.rankings, axis=1)
+        array([[0, 1, 2],
+               [0, 1, 2],
+               [0, 1, 2],
+               [0, 1, 2]], dtype=int32)
     """
     never = () if reasoning_end is None else eos_token_ids(causal_lm(model))
     rule = reasoning_rule(reasoning_end, max_reasoning_tokens, never)
@@ -109,6 +124,14 @@ def best_of(rollout: Rollout, num_generations: int, scores: ArrayLike | None = N
 
     Returns:
         P rankings; of equally good ones the first.
+
+    Example:
+        >>> from flexrec.decoding import Rollout, best_of
+        >>> rankings, logprobs = np.array([[0, 1], [1, 0]]), np.array([[-0.7, 0.0], [-0.6, 0.0]])
+        >>> best_of(Rollout(rankings, logprobs), 2).rankings
+        array([[1, 0]])
+        >>> best_of(Rollout(rankings, logprobs), 2, scores=[0.9, 0.3]).rankings
+        array([[0, 1]])
     """
     rows = len(rollout.rankings)
     if num_generations < 1 or rows % num_generations:
@@ -163,6 +186,17 @@ def search_rankings(
     Returns:
         N = P * num_beams rankings, those of one prompt adjacent, the most probable first. Where a prompt has fewer
         rankings than beams, the rows behind them hold -1, with log-prob -inf.
+
+    Example:
+        >>> from flexrec.data import Catalogue
+        >>> from flexrec.decoding import search_rankings
+        >>> from flexrec.policy.small_model import build_model, build_tokenizer
+        >>> tokenizer = build_tokenizer(Catalogue(("a",), ("a",), ((),)), [])
+        >>> model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+        >>> prompts, candidates = [[5, 6, 7]], [[[10, 20], [10, 21], [11]]]  # one prompt, three candidates
+        >>> beams = search_rankings(model, prompts, candidates, num_beams=6)
+        >>> beams.rankings.shape, bool((np.diff(beams.logprobs.sum(axis=1)) <= 0).all())  # the likeliest first
+        ((6, 3), True)
     """
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")

@@ -53,6 +53,12 @@ def item_advantages(
         ValueError: a wrong shape or choice, a reward that is not finite, a negative weight, N that is no multiple of
             G, and ``baseline="rank"`` with one rollout per prompt, where every advantage would be 0.
         TypeError: a wrong type or dtype.
+
+    Example:
+        >>> rewards = torch.tensor([[1.0, 0.0], [3.0, 0.0]])  # two rollouts of one prompt
+        >>> flexrec.item_advantages(rewards, 2, baseline="rank", scale="none")
+        tensor([[-1.,  0.],
+                [ 1.,  0.]])
     """
     check_tensor("item_rewards", item_rewards, ("N", "K"))
     check_choice("baseline", baseline, BASELINES)
@@ -148,6 +154,12 @@ def uncertainty_weights(
     Raises:
         ValueError, TypeError: a wrong shape or dtype, a negative or non-finite variance, a reward that is not finite,
             N not a multiple of G.
+
+    Example:
+        >>> variance = torch.tensor([[0.0, 0.1], [0.1, 0.2]])  # of the rewards of two rollouts of one prompt
+        >>> flexrec.uncertainty_weights(variance, 2).round(decimals=2)
+        tensor([[1.5000],
+                [0.5000]])
     """
     check_tensor("variance", variance, ("N", "K"))
     check_choice("level", level, ("rollout", "item"))

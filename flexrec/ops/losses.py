@@ -84,6 +84,16 @@ def policy_loss(
     Raises:
         ValueError, TypeError: wrong shape, dtype or choice; NaN or infinite values at tokens that count; ``beta``
             without ``kl`` or reference; ``entropy_coef`` without ``entropy``.
+
+    Example:
+        >>> logprobs = torch.log(torch.tensor([[0.5, 0.25]])).requires_grad_()
+        >>> old, advantages = torch.log(torch.tensor([[0.25, 0.25]])), torch.tensor([[1.0, -1.0]])
+        >>> loss, metrics = flexrec.policy_loss(logprobs, old, advantages, torch.ones(1, 2), epsilon_high=0.5)
+        >>> round(loss.item(), 3)  # the first ratio is 2, of which 1.5 counts; the second is 1
+        -0.25
+        >>> loss.backward()
+        >>> logprobs.grad  # nothing for what was held back
+        tensor([[-0.0000, 0.5000]])
     """
     check_choice("importance_level", importance_level, IMPORTANCE_LEVELS)
     check_choice("loss_agg", loss_agg, LOSS_AGGREGATIONS)

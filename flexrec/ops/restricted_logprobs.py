@@ -102,6 +102,12 @@ def restricted_logprobs(
     Raises:
         TypeError, ValueError: wrong types or shapes, offsets that do not ascend, a token out of range or twice in a
             set, a target that is not among its row's allowed tokens, a backend that cannot do what is asked.
+
+    Example:
+        >>> hidden, weight = torch.zeros(2, 4), torch.zeros(9, 4)  # all tokens are alike
+        >>> allowed, offsets = torch.tensor([5, 6, 7, 3, 4]), torch.tensor([0, 3, 5])  # {5, 6, 7}, then {3, 4}
+        >>> flexrec.restricted_logprobs(hidden, weight, allowed, offsets, torch.tensor([6, 3])).logprobs.exp()
+        tensor([0.3333, 0.5000])
     """
     sets = _check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, targets, temperature)
     logprobs, entropy, expectations, _ = _evaluate(sets, values, weight_grad, backend)
@@ -141,6 +147,13 @@ def restricted_logprobs_with_kl(
         ``RankingLogprobsWithKL(logprobs (M,), entropy (M,), expectations (M, C) or None, kl (M,))``. kl is >= 0 up
         to rounding, exactly 0 where the two agree bit by bit and where one token is allowed, or none; infinite, and
         without a gradient, where the policy allows what the reference's bias makes impossible.
+
+    Example:
+        >>> hidden, weight = torch.zeros(2, 4), torch.zeros(9, 4)  # all tokens are alike
+        >>> allowed, offsets = torch.tensor([5, 6, 7, 3, 4]), torch.tensor([0, 3, 5])  # {5, 6, 7}, then {3, 4}
+        >>> given = hidden, weight, allowed, offsets, torch.tensor([6, 3])
+        >>> flexrec.restricted_logprobs_with_kl(*given, ref_hidden=hidden, ref_weight=weight).kl
+        tensor([0., 0.])
     """
     sets = _check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, targets, temperature)
     sets = _add_reference(sets, ref_hidden, ref_weight, ref_bias, ref_logits)
@@ -173,6 +186,12 @@ def restricted_kl(
     Returns:
         (M,) float32 (float64 if the policy's inputs are), as of :func:`restricted_logprobs_with_kl`, which gives the
         log-probabilities as well at no further cost.
+
+    Example:
+        >>> hidden, other, weight = torch.zeros(2, 4), torch.ones(2, 4), torch.zeros(9, 4)
+        >>> allowed, offsets = torch.tensor([5, 6, 7, 3, 4]), torch.tensor([0, 3, 5])  # {5, 6, 7}, then {3, 4}
+        >>> flexrec.restricted_kl(hidden, weight, other, weight, allowed, offsets)  # to both, all tokens are alike
+        tensor([0., 0.])
     """
     sets = _check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, None, temperature)
     kl = _evaluate(_add_reference(sets, ref_hidden, ref_weight, ref_bias, None), None, weight_grad, backend).kl

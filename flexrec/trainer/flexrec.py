@@ -49,6 +49,12 @@ class FlexRecConfig(TrainerOptions, TrainingArguments):
     """Arguments of :class:`FlexRecTrainer`: those of transformers and :class:`TrainerOptions`.
 
     ``per_device_train_batch_size`` counts prompts; each gives ``num_generations`` rankings.
+
+    Example:
+        >>> from flexrec.trainer import FlexRecConfig
+        >>> args = FlexRecConfig(output_dir="out", metric="ndcg@10", num_generations=8, credit="swap", use_cpu=True)
+        >>> args.scale, args.uncertainty
+        ('batch', 'rollout')
     """
 
     max_reasoning_tokens: int | None = option(
@@ -85,6 +91,22 @@ class FlexRecTrainer(RankingTrainer):
         reasoning_end: token ids of the marker between reasoning and ranking, where ``max_reasoning_tokens`` asks for
             reasoning. It is trained by the metric of the ranking that it leads to, against the mean of its prompt's:
             with ``num_generations`` = 1 there is nothing to compare with, and no gradient through it.
+
+    Example:
+        >>> from flexrec.data import simulate
+        >>> from flexrec.policy.small_model import build_model, build_tokenizer
+        >>> from flexrec.task import PromptBuilder, RankingTask, TrainingExamples, get_need
+        >>> from flexrec.trainer import FlexRecConfig, FlexRecTrainer
+        >>> data = simulate(num_users=8, num_items=80, num_topics=4, num_test_users=2, num_candidates=6)
+        >>> need = get_need("interest")
+        >>> tokenizer = build_tokenizer(data.catalogue, need.wordings)
+        >>> task = RankingTask(data.catalogue, [need], PromptBuilder(tokenizer, encoding="item_token"))
+        >>> examples = TrainingExamples(task, data.train)
+        >>> model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+        >>> args = FlexRecConfig(output_dir="out", max_steps=1, num_generations=4, save_strategy="no", report_to="none")
+        >>> FlexRecTrainer(model, args, examples).train().global_step
+        {'...
+        1
     """
 
     args: FlexRecConfig

@@ -27,6 +27,15 @@ class SupervisedTrainer(RankingTrainer):
             answer are learnt, nothing of what is good. "listwise" is ListMLE (Xia et al. 2008) towards the order of
             the gains: the log-likelihood of placing the candidates with a gain best first, each among all that are
             left. Ties are broken at random; candidates without a gain have no order and are not imitated.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> from flexrec.trainer import SupervisedTrainer
+        >>> args = TrainingArguments(output_dir="out", max_steps=1, save_strategy="no", report_to="none")
+        >>> trainer = SupervisedTrainer(model, args, examples, stage="listwise")  # those of FlexRecTrainer's example
+        >>> trainer.train().global_step
+        {'...
+        1
     """
 
     def __init__(self, *args: Any, stage: str, **kwargs: Any) -> None:
