@@ -11,7 +11,7 @@ from tqdm import tqdm
 from flexrec.decoding.sample import sample_rankings
 from flexrec.evaluation.statistics import METRICS, rank_metrics
 from flexrec.policy.distributed import map_over_processes, process_index
-from flexrec.task.examples import Example
+from flexrec.task.examples import Example, marks_of, prompts_and_candidates
 from flexrec.task.prompts import PromptBuilder
 
 
@@ -35,8 +35,8 @@ def rank_examples(
         part = examples[start : start + batch_size]
         rollout = sample_rankings(
             model,
-            [example.prompt for example in part],
-            [example.candidates for example in part],
+            *prompts_and_candidates(part),
+            marks=marks_of(part),
             separator=builder.separator,
             end=builder.end,
             num_ranked=num_ranked,

@@ -21,6 +21,7 @@ from flexrec.ops.swap_rewards import swap_scores
 from flexrec.ops.vocabulary_logprobs import vocabulary_logprobs
 from flexrec.policy.distributed import gather_layer
 from flexrec.policy.lora import causal_lm, weight_and_bias
+from flexrec.policy.output_rows import Marks, RowTokens, row_tokens
 from flexrec.policy.packing import TokenRows, attention_mask, pack_rankings
 from flexrec.profiling import span
 from flexrec.rankings import Candidates, EncodedRankings, encode_rankings
@@ -41,6 +42,7 @@ class RankingBatch:
     candidate_ids: torch.Tensor | None  # (P, K) int64 token ids, where every candidate is a single token
     num_generations: int
     reasoning: ReasoningTokens | None = None
+    row_tokens: RowTokens | None = None  # what each candidate's output row is the sum of, where it has marks
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,6 +63,7 @@ def make_batch(
     candidates: Candidates,
     rankings: np.ndarray,
     *,
+    marks: Marks | None = None,
     separator: Sequence[int] = (),
     end: Sequence[int] = (),
     num_generations: int = 1,
@@ -74,8 +77,11 @@ def make_batch(
 
     With ``rankings_per_row`` > 1 the rankings of a prompt share it: see :mod:`flexrec.policy.packing`. ``reasoning``,
     that of a rollout, stands between a prompt and its ranking, and :func:`reasoning_logprobs` scores it. With
-    ``by_token`` candidates of a single token are treated as those of several are.
+    ``by_token`` candidates of a single token are treated as those of several are. ``marks`` describe such candidates
+    further (:mod:`flexrec.policy.output_rows`).
     """
+    if marks is not None and (by_token or separator):
+        raise ValueError("marks describe candidates of a single token each, with nothing between two of them")
     candidate_ids = None if by_token else _single_tokens(candidates, separator, device)
     encoded = encode_rankings(
         candidates,
@@ -108,6 +114,7 @@ def make_batch(
         candidate_ids=candidate_ids,
         num_generations=num_generations,
         reasoning=reasoning,
+        row_tokens=None if marks is None else row_tokens(candidates, marks, device),
     )
 
 
@@ -257,12 +264,15 @@ def ranking_scores(
     if batch.candidate_ids is None:
         decisions = _decisions(batch)
         return _sum_scores(_at_decisions(states, decisions, temperature, reference), decisions, batch)
-    arguments = _list_arguments(states, batch)
-    options: dict[str, Any] = {"bias": states.bias, "temperature": temperature, "lengths": batch.lengths}
+    rows = output_rows(states, batch)
+    arguments = (states.hidden, rows.weight, rows.candidates, completed_rankings(batch))
+    options: dict[str, Any] = {"bias": rows.bias, "temperature": temperature, "lengths": batch.lengths}
     if reference is None:
         logprobs, entropy, _ = ranking_logprobs(*arguments, **options)
         return RankingScores(_of_ranked(logprobs, batch), _of_ranked(entropy, batch), None)
-    logprobs, entropy, _, kl = ranking_logprobs_with_kl(*arguments, **options | _reference_arguments(reference))
+    logprobs, entropy, _, kl = ranking_logprobs_with_kl(
+        *arguments, **options | _reference_arguments(reference, output_rows(reference, batch))
+    )
     return RankingScores(*(_of_ranked(values, batch) for values in (logprobs, entropy, kl)))
 
 
@@ -285,14 +295,17 @@ def all_actions(
     """
     if batch.candidate_ids is None:
         return _all_actions_over_branches(states, batch, gains, metric, temperature, num_ranked, tilt, reference)
-    arguments = (*_list_arguments(states, batch), gains, metric)
-    options: dict[str, Any] = {"bias": states.bias, "temperature": temperature, "lengths": batch.lengths}
+    rows = output_rows(states, batch)
+    arguments = (states.hidden, rows.weight, rows.candidates, completed_rankings(batch), gains, metric)
+    options: dict[str, Any] = {"bias": rows.bias, "temperature": temperature, "lengths": batch.lengths}
     options |= {"num_ranked": num_ranked, "tilt": tilt}
     if reference is None:
         found = all_actions_objective(*arguments, **options)
         objective, logprobs, entropy = (_of_ranked(values, batch) for values in found)
         return ActionScores(objective, logprobs, entropy, None)
-    found_with_kl = all_actions_objective_with_kl(*arguments, **options | _reference_arguments(reference))
+    found_with_kl = all_actions_objective_with_kl(
+        *arguments, **options | _reference_arguments(reference, output_rows(reference, batch))
+    )
     return ActionScores(*(_of_ranked(values, batch) for values in found_with_kl))
 
 
@@ -322,16 +335,25 @@ def _all_actions_over_branches(
     return ActionScores(_sum_per_rank(objective, decisions, batch), *_sum_scores(found, decisions, batch))
 
 
-def _list_arguments(
-    states: RankingStates, batch: RankingBatch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """hidden, weight, candidates and ranking of the operations on lists."""
+class OutputRows(NamedTuple):
+    """What candidates of a single token are scored by: rows of ``weight`` (R, D) and ``bias`` (R,) or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    candidates: torch.Tensor  # (P, K) int64, each candidate's row
+
+
+def output_rows(states: RankingStates, batch: RankingBatch) -> OutputRows:
+    """The vocabulary's rows, or, where the batch has marks, a row for each candidate of each list."""
     assert batch.candidate_ids is not None
-    return states.hidden, states.weight, batch.candidate_ids, completed_rankings(batch)
+    if batch.row_tokens is None:
+        return OutputRows(states.weight, states.bias, batch.candidate_ids)
+    numbers = torch.arange(batch.candidate_ids.numel(), device=batch.candidate_ids.device)
+    return OutputRows(*batch.row_tokens.summed(states.weight, states.bias), numbers.view_as(batch.candidate_ids))
 
 
-def _reference_arguments(reference: RankingStates) -> dict[str, Any]:
-    return {"ref_hidden": reference.hidden, "ref_weight": reference.weight, "ref_bias": reference.bias}
+def _reference_arguments(reference: RankingStates, rows: OutputRows | RankingStates) -> dict[str, Any]:
+    return {"ref_hidden": reference.hidden, "ref_weight": rows.weight, "ref_bias": rows.bias}
 
 
 def _at_decisions(
@@ -346,7 +368,7 @@ def _at_decisions(
     options: dict[str, Any] = {"values": values, "bias": states.bias, "temperature": temperature}
     if reference is None:
         return Results(*restricted_logprobs(*arguments, **options), None)
-    return Results(*restricted_logprobs_with_kl(*arguments, **options | _reference_arguments(reference)))
+    return Results(*restricted_logprobs_with_kl(*arguments, **options | _reference_arguments(reference, reference)))
 
 
 def completed_rankings(batch: RankingBatch) -> torch.Tensor:
