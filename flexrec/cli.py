@@ -171,6 +171,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from flexrec.evaluation.statistics import comparison_table
+    from flexrec.evaluation.summary import summary
     from flexrec.experiment.stages import run_experiment
     from flexrec.policy.distributed import process_index
 
@@ -182,6 +183,8 @@ def _train(arguments: argparse.Namespace) -> int:
     users = len(set(results.users.tolist()))
     title = f"{len(results.users)} lists of {users} test users never trained on; changes in ndcg@5 against the base"
     console.print(comparison_table(results.per_list, clusters=results.users, title=title))
+    for sentence in summary(results.per_list, results.users):
+        console.print(sentence)
     console.print(f"{results.seconds['total']:.0f} seconds in all; model, log and metrics.json are in {config.output}")
     return 0
 

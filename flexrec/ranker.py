@@ -12,7 +12,7 @@ import torch
 from flexrec.decoding.options import Decoding
 from flexrec.decoding.sample import Rollout, best_of, sample_rankings, search_rankings
 from flexrec.experiment.run_folder import RunFolder
-from flexrec.task.needs import get_need
+from flexrec.task.needs import get_need, novelty_of
 from flexrec.task.prompts import Item, strongest_risers
 
 
@@ -27,7 +27,7 @@ class Ranker:
     def __init__(self, folder: str | Path) -> None:
         run = RunFolder(folder)
         self.info, self.model, self.builder = run.load()
-        self._titles, self._trend = run.read_catalogue()
+        self._catalogue, self._trend = run.read_catalogue()
         self._histories = run.read_histories()
 
     def rank(
@@ -48,7 +48,7 @@ class Ranker:
         """
         decoding = decoding or Decoding()
         answers: list[dict[str, Any]] = [{} for _ in requests]
-        prompts, candidates, readable = [], [], []
+        prompts, candidates, marks, readable = [], [], [], []
         for i, request in enumerate(requests):
             try:
                 items = self._candidates(request)
@@ -57,14 +57,16 @@ class Ranker:
                 history, liked = self._history(request)
                 prompt, _ = self.builder.prompt(self._wording(request), history, items, liked=liked, rising=rising)
                 tokens = self.builder.candidate_tokens(items)
+                described = self._marks(items, history, trend)
             except ValueError as error:
                 answers[i] = {"error": str(error)}
                 continue
             prompts.append(prompt)
             candidates.append(tokens)
+            marks.append(described)
             readable.append((i, items))
         if prompts:
-            rollout = self._decode(prompts, candidates, decoding, generator)
+            rollout = self._decode(prompts, candidates, marks if self.builder.marked else None, decoding, generator)
             for (i, items), ranking, logprobs in zip(readable, rollout.rankings, rollout.logprobs, strict=True):
                 answers[i] = {
                     "ranking": [
@@ -79,11 +81,13 @@ class Ranker:
         self,
         prompts: list[list[int]],
         candidates: list[list[list[int]]],
+        marks: Any,
         decoding: Decoding,
         generator: torch.Generator | None,
     ) -> Rollout:
         """One ranking per prompt."""
         common: dict[str, Any] = {
+            "marks": marks,
             "separator": self.builder.separator,
             "end": self.builder.end,
             "num_ranked": decoding.num_ranked or self.info.num_ranked,
@@ -103,6 +107,15 @@ class Ranker:
             **common,
         )
         return best_of(sampled, decoding.best_of)
+
+    def _marks(self, items: list[Item], history: list[Item], trend: np.ndarray) -> list[list[int]] | None:
+        """What describes each candidate; items that have marks are all in the catalogue."""
+        if not self.builder.marked:
+            return None
+        shown, ranked = (
+            np.array([self._catalogue.index[item.id] for item in group], dtype=np.int64) for group in (history, items)
+        )
+        return self.builder.marks_of(trend, novelty_of(shown, ranked, self._catalogue))
 
     def _wording(self, request: dict[str, Any]) -> str:
         need = request.get("need")
@@ -149,7 +162,8 @@ class Ranker:
         else:
             raise ValueError(f"'{where}' must be an id or {{'id': .., 'title': ..}}, got {type(entry).__name__}")
         if title is None:
-            title = self._titles.get(item_id)
+            index = self._catalogue.index.get(item_id)
+            title = None if index is None else self._catalogue.titles[index]
         if title is None:
             raise ValueError(f"'{where}' has no 'title', and the id {item_id!r} is not in the run's catalogue")
         if not isinstance(title, str):

@@ -14,7 +14,7 @@ from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.run_folder import RunFolder, RunInfo
 from flexrec.policy.small_model import build_model, build_tokenizer
 from flexrec.ranker import Decoding, Ranker
-from flexrec.task.examples import RankingTask
+from flexrec.task.examples import RankingTask, marks_of
 from flexrec.task.needs import get_need
 from flexrec.task.prompts import PromptBuilder
 
@@ -27,15 +27,17 @@ def dataset():
     return simulate(**SIZES, observed_share=0.6, history_length=MAX_HISTORY)
 
 
-@pytest.fixture(scope="module", params=["item_token", "index", "title"])
+@pytest.fixture(scope="module", params=["item_token", "marks", "index", "title"])
 def run(request, tmp_path_factory, dataset):
     """The folder of a run with an untrained model, and the prompt builder that it was trained with."""
     folder = tmp_path_factory.mktemp("runs") / request.param
     folder.mkdir()
     tokenizer = build_tokenizer(dataset.catalogue, get_need("trend").wordings)
     model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+    marked = request.param == "marks"
+    encoding = "item_token" if marked else request.param
     builder = PromptBuilder(
-        tokenizer, encoding=request.param, show_titles=request.param != "item_token", show_rising=True
+        tokenizer, encoding=encoding, show_titles=encoding != "item_token", show_rising=True, marked=marked
     )
     config = ExperimentConfig(output=str(folder), num_ranked=6, temperature=0.6)
     RunFolder(folder).save(model, tokenizer, RunInfo.of(config, builder, dataset), dataset)
@@ -92,6 +94,8 @@ def test_served_prompts_are_those_that_were_trained(run, dataset, decoded):
     ((prompts, candidates, options),) = decoded["sample"].calls
     assert prompts == [example.prompt for example in examples]
     assert candidates == [example.candidates for example in examples]
+    assert options["marks"] == marks_of(examples)
+    assert (options["marks"] is not None) == builder.marked
     assert (options["separator"], options["end"]) == (builder.separator, builder.end)
     liked = [lst.history_liked for lst in lists]
     assert any(marks.any() and not marks.all() for marks in liked)
@@ -163,7 +167,7 @@ def test_ids_alone_were_liked_and_words_are_taken_as_they_are(run, dataset, deco
 
 
 def test_a_run_is_decoded_as_it_was_trained_unless_told_otherwise(run, dataset, decoded):
-    folder, _ = run
+    folder, builder = run
     ranker = Ranker(folder)
     request = as_request(dataset.test[0], dataset)
     generator = torch.Generator()
@@ -171,7 +175,8 @@ def test_a_run_is_decoded_as_it_was_trained_unless_told_otherwise(run, dataset, 
     def options(which="sample", **asked):
         ranker.rank([request], Decoding(**asked), generator=generator)
         found = decoded[which].calls[-1][2]
-        return {name: value for name, value in found.items() if name not in ("separator", "end")}
+        assert (found["marks"] is not None) == builder.marked
+        return {name: value for name, value in found.items() if name not in ("separator", "end", "marks")}
 
     common = {"num_ranked": 6, "temperature": 0.6}
     sampled = {"num_generations": 1, "greedy": True, "top_p": 1.0, "generator": generator}

@@ -44,6 +44,10 @@ class Runs(NamedTuple):
         tokens[at], tokens[rest] = first, self.tokens
         return Runs(tokens, counts)
 
+    def spelled(self, tokens: np.ndarray | None) -> Runs:
+        """The same runs, where what they hold are numbers of ``tokens`` (R,); None: they hold tokens."""
+        return self if tokens is None else Runs(tokens[self.tokens], self.counts)
+
 
 class SharedDecoder:
     """The model and its cache: B = N / share rows, each a prompt and ``share`` of its rollouts.

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from flexrec.decoding.cache import Runs, SharedDecoder
 from flexrec.policy.lm_head import output_layer
 from flexrec.policy.lora import causal_lm
+from flexrec.policy.output_rows import Marks, numbered, row_tokens
 from flexrec.policy.packing import sharing
 from flexrec.profiling import span
 from flexrec.rankings.reasoning import ReasoningRule, ReasoningTokens, eos_token_ids, reasoning_rule
@@ -44,6 +45,7 @@ def sample_rankings(
     prompts: Sequence[Sequence[int]],
     candidates: Candidates,
     *,
+    marks: Marks | None = None,
     separator: Sequence[int] = (),
     end: Sequence[int] = (),
     num_generations: int = 1,
@@ -62,6 +64,8 @@ def sample_rankings(
         model: a causal language model; it is used in evaluation mode.
         prompts: P rows of token ids.
         candidates: P lists of token-id sequences.
+        marks: token ids that describe each candidate further, whose output rows are added to that of its token
+            (:mod:`flexrec.policy.output_rows`); candidates are single tokens then, with no separator.
         separator, end: token ids between two items and after the last.
         num_ranked: rank the first T only, or all where a list has fewer (default: all).
         temperature: of the sampling distribution; ``greedy`` takes the most probable token instead.
@@ -99,7 +103,7 @@ def sample_rankings(
     begun = _begun(
         model,
         prompts,
-        candidates,
+        candidates if marks is None else numbered(candidates)[0],
         Spelling(separator, end, num_ranked),
         temperature,
         num_generations,
@@ -107,11 +111,12 @@ def sample_rankings(
         reasoning_length=0 if rule is None else rule.max_length,
     )
     with begun as (state, decoder, output, hidden):
+        rows, tokens = _rows(output, candidates, marks, separator)
         reasoning = reasoning_logprobs = None
         if rule is not None:
             with span("decode"):
                 reasoning, reasoning_logprobs = _think(decoder, rule, hidden, output, sampling)
-        logprobs = _rank(decoder, state, hidden, output, sampling)
+        logprobs = _rank(decoder, state, hidden, rows, tokens, sampling)
         return Rollout(state.rankings(), logprobs, reasoning, reasoning_logprobs)
 
 
@@ -163,6 +168,7 @@ def search_rankings(
     candidates: Candidates,
     *,
     num_beams: int,
+    marks: Marks | None = None,
     separator: Sequence[int] = (),
     end: Sequence[int] = (),
     num_ranked: int | None = None,
@@ -201,9 +207,11 @@ def search_rankings(
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")
     spelling = Spelling(separator, end, num_ranked)
-    begun = _begun(model, prompts, candidates, spelling, temperature, num_beams, pad_token_id, beams=True)
+    numbers = candidates if marks is None else numbered(candidates)[0]
+    begun = _begun(model, prompts, numbers, spelling, temperature, num_beams, pad_token_id, beams=True)
     with begun as (state, decoder, output, hidden):
-        totals, logprobs = _search(decoder, state, hidden, output, temperature)
+        rows, tokens = _rows(output, candidates, marks, separator)
+        totals, logprobs = _search(decoder, state, hidden, rows, tokens, temperature)
         rankings, missing = state.rankings(), np.isneginf(totals)
         rankings[missing], logprobs[missing] = -1, -np.inf
         return Rollout(rankings, logprobs)
@@ -277,6 +285,18 @@ class _Sampling(NamedTuple):
         return column, logprobs.gather(1, column)
 
 
+def _rows(
+    output: _Output, candidates: Candidates, marks: Marks | None, separator: Sequence[int]
+) -> tuple[_Output, np.ndarray | None]:
+    """What rankings are scored by: the layer, or with marks a row for each candidate, and the token of each row."""
+    if marks is None:
+        return output, None
+    if separator:
+        raise ValueError("marks describe candidates of a single token each, with nothing between two of them")
+    rows = row_tokens(candidates, marks, output[0].device)
+    return rows.summed(*output), numbered(candidates)[1]
+
+
 def _think(
     decoder: SharedDecoder, rule: ReasoningRule, hidden: torch.Tensor, output: _Output, sampling: _Sampling
 ) -> tuple[ReasoningTokens, np.ndarray]:
@@ -314,7 +334,12 @@ def _think(
 
 
 def _rank(
-    decoder: SharedDecoder, state: RankingState, hidden: torch.Tensor, output: _Output, sampling: _Sampling
+    decoder: SharedDecoder,
+    state: RankingState,
+    hidden: torch.Tensor,
+    output: _Output,
+    tokens_of: np.ndarray | None,
+    sampling: _Sampling,
 ) -> np.ndarray:
     """Sample the rankings into ``state``; returns their items' log-probs (N, T)."""
     logprobs = np.zeros(state.rankings().shape, dtype=np.float32)
@@ -326,7 +351,7 @@ def _rank(
         runs = runs.keep(~done)
         if len(runs.tokens):
             with span("decode"):
-                decoder.extend(runs, hidden)
+                decoder.extend(runs.spelled(tokens_of), hidden)
         active = np.flatnonzero(~done)
         allowed = _padded(*state.allowed(), active)
         with span("decode"):
@@ -345,7 +370,12 @@ def _rank(
 
 
 def _search(
-    decoder: SharedDecoder, state: RankingState, hidden: torch.Tensor, output: _Output, temperature: float
+    decoder: SharedDecoder,
+    state: RankingState,
+    hidden: torch.Tensor,
+    output: _Output,
+    tokens_of: np.ndarray | None,
+    temperature: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Search into ``state``; returns log-probs (N,) of rankings, best first in each prompt, and (N, T) of items.
 
@@ -371,7 +401,7 @@ def _search(
         runs = runs.keep(~done)
         if len(runs.tokens):
             with span("decode"):
-                decoder.extend(runs, hidden)
+                decoder.extend(runs.spelled(tokens_of), hidden)
         # A beam that is an item ahead waits: two beams are compared when they have ranked as many.
         ranked = np.where(done, np.iinfo(np.int64).max, (state.rankings() >= 0).sum(axis=1)).reshape(-1, beams)
         choosing = ~done & (ranked == ranked.min(axis=1, keepdims=True)).reshape(-1)

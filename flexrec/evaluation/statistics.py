@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from rich.table import Table
 from flexrec.ops.ranking_metric import ranking_metric
 
 METRICS = ("ndcg@5", "ndcg@10", "ndcg@30", "recall@5", "mrr@5")
+
+# ranker -> need -> metric -> (N,) values per list
+_Results: TypeAlias = Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]
 
 # Resampled values held in memory at once (float64: 16 MB).
 _CHUNK = 2_000_000
@@ -188,7 +192,7 @@ def relative_change(
 
 
 def comparison_table(
-    results: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
+    results: _Results,
     *,
     base: str = "base",
     headline: str = "ndcg@5",
@@ -199,6 +203,9 @@ def comparison_table(
     title: str | None = None,
 ) -> Table:
     """A table for the terminal: rankers per need, their means, and the change of ``headline`` against ``base``.
+
+    A metric that is the same for every ranker tells them apart nowhere: it has no column, or an empty cell where that
+    holds of one need only.
 
     Args:
         results: ranker -> need -> metric -> (N,) values per list, as ``rank_metrics`` gives them; all rankers have
@@ -239,7 +246,7 @@ def comparison_table(
 
 
 def comparison_markdown(
-    results: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
+    results: _Results,
     *,
     base: str = "base",
     headline: str = "ndcg@5",
@@ -265,7 +272,7 @@ def comparison_markdown(
 
 
 def _table_cells(
-    results: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
+    results: _Results,
     base: str,
     headline: str,
     clusters: np.ndarray | None,
@@ -275,7 +282,8 @@ def _table_cells(
 ) -> tuple[list[str], list[list[str]]]:
     if base not in results:
         raise ValueError(f"results must hold {base!r} to compare with, got {', '.join(results)}")
-    metrics = list(next(iter(results[base].values()), {}))
+    constant = _constant_metrics(results, base)
+    metrics = [m for m in next(iter(results[base].values()), {}) if any(m not in same for same in constant.values())]
     header = ["need", "ranker", *metrics, f"{headline} against {base}", f"{100 * level:g} % interval", "p"]
     rows = []
     for need, base_values in results[base].items():
@@ -284,7 +292,7 @@ def _table_cells(
             missing = [metric for metric in dict.fromkeys([*metrics, headline]) if metric not in values]
             if missing:
                 raise ValueError(f"results[{name!r}][{need!r}] has no {', '.join(missing)}")
-            row = [need, name, *(f"{np.mean(values[metric]):.3f}" for metric in metrics)]
+            row = [need, name, *("" if m in constant[need] else f"{np.mean(values[m]):.3f}" for m in metrics)]
             if name == base:
                 rows.append([*row, "", "", ""])
                 continue
@@ -300,6 +308,19 @@ def _table_cells(
             interval = f"{change.percent_low:+.1f}, {change.percent_high:+.1f}"
             rows.append([*row, f"{change.percent:+.1f} %", interval, p_value])
     return header, rows
+
+
+def _constant_metrics(results: _Results, base: str) -> dict[str, set[str]]:
+    """Of each need the metrics that are, list by list, the same for every ranker, of which there are several."""
+    rankers = [name for name in results if name != base]
+    return {
+        need: {
+            metric
+            for metric, values in of_base.items()
+            if rankers and all(np.array_equal(results[name].get(need, {}).get(metric, ()), values) for name in rankers)
+        }
+        for need, of_base in results[base].items()
+    }
 
 
 def _values(name: str, values: np.ndarray) -> np.ndarray:

@@ -12,14 +12,15 @@ from flexrec.data.lists import RankingDataset
 from flexrec.experiment.config import EMBEDDED, ExperimentConfig
 from flexrec.experiment.run_folder import RunFolder
 from flexrec.policy.lora import ADAPTER_FILE, add_lora, has_adapters
-from flexrec.policy.small_model import HIDDEN_SIZE, build_model, build_tokenizer, item_vectors
+from flexrec.policy.small_model import HIDDEN_SIZE, build_model, build_tokenizer, item_vectors, topic_vectors
 from flexrec.task.needs import Need
-from flexrec.task.prompts import PromptBuilder, add_item_tokens, item_token
+from flexrec.task.prompts import NOVELTY_MARKS, RISE_MARKS, PromptBuilder, add_item_tokens, item_token
 
 
 def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Need]) -> tuple[Any, Any, PromptBuilder]:
     """Model, tokenizer and prompt builder: the embedded default, one from a hub or a folder, or a resumed run's."""
     encoding = config.encoding or ("item_token" if config.model == EMBEDDED else "index")
+    marked = config.model == EMBEDDED and encoding == "item_token"
     folder = RunFolder(config.output)
     if config.resume and folder.has_base():
         tokenizer: Any = AutoTokenizer.from_pretrained(folder.base)
@@ -28,6 +29,9 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
         tokenizer = build_tokenizer(dataset.catalogue, [wording for need in needs for wording in need.wordings])
         ids, size = dataset.catalogue.ids, HIDDEN_SIZE
         vectors = item_vectors(dataset.log, len(ids), size, seed=config.seed)
+        if dataset.catalogue.topic_names:  # items are alike by who had them and by their topics, as much by either
+            topics = topic_vectors(dataset.catalogue, size, seed=config.seed)
+            vectors = vectors / vectors.square().mean().sqrt() + topics / topics.square().mean().sqrt()
         model = build_model(tokenizer, hidden_size=size, item_ids=ids, vectors=vectors, seed=config.seed)
     else:
         given = Path(config.model)
@@ -48,6 +52,7 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
             add_item_tokens(model, tokenizer, dataset.catalogue)
     if config.lora is not None and not has_adapters(model):
         tokens = [item_token(item_id) for item_id in dataset.catalogue.ids] if encoding == "item_token" else []
+        tokens += [*RISE_MARKS, *NOVELTY_MARKS] if marked else []
         model = add_lora(
             model,
             config.lora,
@@ -61,6 +66,7 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
         tokenizer,
         encoding=encoding,
         show_titles=config.model != EMBEDDED or encoding != "item_token",
-        show_rising=any(need.name == "trend" for need in needs),
+        show_rising=not marked and any(need.name == "trend" for need in needs),  # which marks say better
+        marked=marked,
     )
     return model, tokenizer, builder

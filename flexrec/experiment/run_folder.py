@@ -1,9 +1,10 @@
 """The folder of a run: the one place that knows its files and their formats.
 
     flexrec.json      how the model is to be prompted and what it was trained on (:class:`RunInfo`)
-    catalogue.json    titles of the items, and how strongly they rise at the end of the log
+    catalogue.json    titles and topics of the items, and how strongly they rise at the end of the log
     histories.json    the last items of every logged user
     metrics.json      means, changes, configuration, seconds          per_list.npz   every metric of every test list
+    warm_start.npz    the same of the warm start, for a run that is resumed after it
     log.jsonl         a line per step                                 checkpoints/   of reinforcement, by step
     base/             the model after the format stage                reference/     the one that the KL refers to
     backbone/         the embedded model, which adapters belong to
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexrec.data.lists import RankingDataset
+from flexrec.data.lists import Catalogue, RankingDataset
 from flexrec.evaluation.statistics import Comparison, relative_change
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, has_adapters, load_model, save_adapters
 from flexrec.task.prompts import PromptBuilder
+
+WARM_START = "warm start"  # what the policy that reinforcement starts from is called, where it is not the base
 
 
 @dataclass
@@ -65,6 +68,7 @@ class RunInfo:
     data: str | None
     needs: list[str]
     seed: int
+    marked: bool = False
 
     @classmethod
     def of(cls, config: ExperimentConfig, builder: PromptBuilder, dataset: RankingDataset) -> RunInfo:
@@ -79,6 +83,7 @@ class RunInfo:
             data=config.data,
             needs=list(config.needs),
             seed=config.seed,
+            marked=builder.marked,
         )
 
     @classmethod
@@ -150,7 +155,8 @@ class RunFolder:
         catalogue, log = dataset.catalogue, dataset.log
         trend = np.zeros(len(catalogue)) if dataset.trend is None else dataset.trend
         rises = {catalogue.ids[i]: round(float(trend[i]), 4) for i in np.flatnonzero(trend)}
-        self._write("catalogue.json", {"ids": catalogue.ids, "titles": catalogue.titles, "trend": rises})
+        items = {"ids": catalogue.ids, "titles": catalogue.titles, "topics": catalogue.topics}
+        self._write("catalogue.json", {**items, "trend": rises})
         histories: dict[str, list[dict[str, Any]]] = {}
         for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
             histories.setdefault(str(user), []).append({"id": catalogue.ids[item], "liked": interest >= 0.5})
@@ -166,14 +172,20 @@ class RunFolder:
         if torch.cuda.is_available():
             model.to("cuda")
         builder = PromptBuilder(
-            tokenizer, encoding=info.encoding, show_titles=info.show_titles, show_rising=info.show_rising
+            tokenizer,
+            encoding=info.encoding,
+            show_titles=info.show_titles,
+            show_rising=info.show_rising,
+            marked=info.marked,
         )
         return info, model, builder
 
-    def read_catalogue(self) -> tuple[dict[str, str], dict[str, float]]:
-        """Titles, and the trend of what rises, by id."""
-        catalogue = json.loads((self.path / "catalogue.json").read_text())
-        return dict(zip(catalogue["ids"], catalogue["titles"], strict=True)), catalogue["trend"]
+    def read_catalogue(self) -> tuple[Catalogue, dict[str, float]]:
+        """The items, and the trend of what rises, by id."""
+        saved = json.loads((self.path / "catalogue.json").read_text())
+        topics = saved.get("topics", [[] for _ in saved["ids"]])  # which were not written while nothing was marked
+        catalogue = Catalogue(tuple(saved["ids"]), tuple(saved["titles"]), tuple(map(tuple, topics)))
+        return catalogue, saved["trend"]
 
     def read_histories(self) -> dict[str, list[dict[str, Any]]]:
         """The last items of every logged user, ``{"id", "liked"}`` each, oldest first."""
@@ -182,21 +194,15 @@ class RunFolder:
     def write_results(self, config: Mapping[str, Any], results: Results) -> None:
         """Write metrics.json (means, changes, configuration, seconds) and per_list.npz (every value, for paired
         tests)."""
-        baselines = [name for name in results.per_list if name not in ("base", "trained")]
+        stages = [name for name in ("base", WARM_START) if name in results.per_list]
+        baselines = [name for name in results.per_list if name not in (*stages, "trained")]
         changes = {
-            need: {base: asdict(results.compare("trained", base, need)) for base in ("base", *baselines)}
+            need: {other: asdict(results.compare("trained", other, need)) for other in (*stages, *baselines)}
             for need in results.per_list["base"]
         }
-        arrays: dict[str, Any] = {
-            f"{system}/{need}/{metric}": values
-            for system, needs in results.per_list.items()
-            for need, per_metric in needs.items()
-            for metric, values in per_metric.items()
-        }
-        np.savez_compressed(self.path / "per_list.npz", users=results.users, **arrays)
+        np.savez_compressed(self.path / "per_list.npz", users=results.users, **_arrays(results, results.per_list))
         metrics = {
-            "base": results.means("base"),
-            "trained": results.means("trained"),
+            **{name: results.means(name) for name in (*stages, "trained")},
             "baselines": {name: results.means(name) for name in baselines},
             "changes_ndcg@5": changes,
             "config": config,
@@ -204,11 +210,36 @@ class RunFolder:
         }
         self._write("metrics.json", metrics, indent=2)
 
+    def save_warm_start(self, results: Results) -> None:
+        """Write what the warm start is worth, which nobody can measure any more once it is trained on."""
+        np.savez_compressed(self.path / "warm_start.npz", **_arrays(results, [WARM_START]))
+
+    def load_warm_start(self, results: Results) -> None:
+        """Read it into ``results``, where it was written."""
+        path = self.path / "warm_start.npz"
+        if not path.is_file():
+            return
+        of_needs = results.per_list.setdefault(WARM_START, {})
+        with np.load(path) as saved:
+            for name in saved.files:
+                _, need, metric = name.split("/")
+                of_needs.setdefault(need, {})[metric] = saved[name]
+
     def _write(self, name: str, content: Any, indent: int | None = None) -> None:
         """Write a JSON file, whole or not at all."""
         partial = self.path / f"{name}.partial"
         partial.write_text(json.dumps(content, indent=indent) + "\n")
         partial.replace(self.path / name)
+
+
+def _arrays(results: Results, systems: Iterable[str]) -> dict[str, Any]:
+    """The values of systems by "system/need/metric"."""
+    return {
+        f"{system}/{need}/{metric}": values
+        for system in systems
+        for need, per_metric in results.per_list[system].items()
+        for metric, values in per_metric.items()
+    }
 
 
 def load_checkpoint(model: Any, checkpoint: Path) -> None:

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 
-from flexrec.data.lists import RankingDataset
+from flexrec.data.lists import RankingDataset, RankingList
 from flexrec.data.movielens import load_movielens
 from flexrec.data.simulator import simulate
 from flexrec.evaluation.baselines import BASELINES
@@ -27,7 +27,7 @@ from flexrec.evaluation.evaluate import Evaluation
 from flexrec.evaluation.statistics import bootstrap_interval
 from flexrec.experiment.config import EMBEDDED, ExperimentConfig
 from flexrec.experiment.model import make_model
-from flexrec.experiment.run_folder import Results, RunFolder, RunInfo, load_checkpoint
+from flexrec.experiment.run_folder import WARM_START, Results, RunFolder, RunInfo, load_checkpoint
 from flexrec.metrics import parse_metric
 from flexrec.policy.distributed import (
     num_processes,
@@ -98,12 +98,15 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
     critic = None
     if config.critic or (config.critic is None and dataset.unobserved == "critic"):
         with clock.stage("critic"):
-            critic = Critic.fit(dataset.log, dataset.catalogue, seed=config.seed, progress=process_index() == 0)
+            critic = Critic.fit(
+                dataset.log,
+                dataset.catalogue,
+                lists=dataset.train if dataset.unobserved == "critic" else (),
+                seed=config.seed,
+                progress=process_index() == 0,
+            )
     task = RankingTask(dataset.catalogue, needs, builder, critic)
     examples = TrainingExamples(task, dataset.train, resample=dataset.resample, seed=config.seed)
-    # Supervision imitates the order of what was observed; a guess of the critic is no label.
-    observed = RankingTask(dataset.catalogue, needs, builder)
-    labels = TrainingExamples(observed, dataset.train, resample=dataset.resample, seed=config.seed)
     tests = {need.name: [task.test_example(lst, need) for lst in dataset.test] for need in needs}
     results = Results(np.array([lst.user for lst in dataset.test]), seconds=clock.seconds)
     evaluate = Evaluation(tests, builder, config.num_ranked)
@@ -122,7 +125,11 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
     results.per_list["base"] = evaluate(model, "base")
     if config.warmup == "listwise" and not _checkpoint(config):
         with clock.stage("listwise warm-up"):
-            _supervise(model, "listwise", config.listwise_steps, config, labels, builder, log)
+            _supervise(model, "listwise", config.listwise_steps, config, examples, builder, log)
+        results.per_list[WARM_START] = evaluate(model, WARM_START)
+        on_main_process(lambda: folder.save_warm_start(results))
+    elif config.warmup == "listwise":
+        folder.load_warm_start(results)
 
     with clock.stage("reinforcement") as stage, ExitStack() as listening:
         profile = listening.enter_context(profile_steps()) if config.profile else None
@@ -139,15 +146,29 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
         start = folder.load_base(tokenizer, config.lora)
         steps = of_main_process(_equal_time_steps(clock, config))
         with clock.stage("listwise"):
-            _supervise(start, "listwise", steps, config, labels, builder, log)
+            _supervise(start, "listwise", steps, config, examples, builder, log)
         results.per_list["listwise"] = evaluate(start, "listwise")
     for name, make in BASELINES.items():
         baseline = make(dataset)
         orders = [np.argsort(-baseline.scores(lst), kind="stable") for lst in dataset.test]
         results.per_list[name] = evaluate.of_rankings({need.name: orders for need in needs})
+    if critic is not None:
+        results.per_list["critic"] = evaluate.of_rankings(critic_rankings(critic, task, dataset.test))
     clock.seconds["total"] = clock.elapsed()
     on_main_process(lambda: folder.write_results(asdict(config), results))
     return results
+
+
+def critic_rankings(critic: Critic, task: RankingTask, lists: Sequence[RankingList]) -> dict[str, list[np.ndarray]]:
+    """need -> the order of every list's candidates by the gains that the critic expects, as any baseline is ranked."""
+    expected = critic.predict_many(lists)
+    return {
+        need.name: [
+            np.argsort(-need.gains(lst, task.catalogue, *of_list)[0], kind="stable")
+            for lst, of_list in zip(lists, expected, strict=True)
+        ]
+        for need in task.needs
+    }
 
 
 def evaluate_run(
@@ -229,6 +250,7 @@ def _supervise(
         TrainingArguments(**_training_arguments(config, steps, rankings, config.warmup_learning_rate)),
         examples,
         stage=stage,
+        num_imitated=min((n for n in (config.num_ranked, parse_metric(config.metric).cutoff) if n), default=None),
         separator=builder.separator,
         end=builder.end,
         callbacks=[log.of_stage(stage), ProgressBar(stage)],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from flexrec.policy.output_rows import Marks, RowTokens, row_tokens
 from flexrec.policy.packing import TokenRows, pack_rankings
 from flexrec.rankings.reasoning import ReasoningTokens
 from flexrec.rankings.state import Candidates, EncodedRankings, encode_rankings
@@ -27,6 +28,7 @@ class RankingBatch:
     candidate_ids: torch.Tensor | None  # (P, K) int64 token ids, where every candidate is a single token
     num_generations: int
     reasoning: ReasoningTokens | None = None
+    row_tokens: RowTokens | None = None  # what each candidate's output row is the sum of, where it has marks
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,6 +49,7 @@ def make_batch(
     candidates: Candidates,
     rankings: np.ndarray,
     *,
+    marks: Marks | None = None,
     separator: Sequence[int] = (),
     end: Sequence[int] = (),
     num_generations: int = 1,
@@ -60,8 +63,11 @@ def make_batch(
 
     With ``rankings_per_row`` > 1 the rankings of a prompt share it: see :mod:`flexrec.policy.packing`. ``reasoning``,
     that of a rollout, stands between a prompt and its ranking, and :func:`reasoning_logprobs` scores it. With
-    ``by_token`` candidates of a single token are treated as those of several are.
+    ``by_token`` candidates of a single token are treated as those of several are. ``marks`` describe such candidates
+    further (:mod:`flexrec.policy.output_rows`).
     """
+    if marks is not None and (by_token or separator):
+        raise ValueError("marks describe candidates of a single token each, with nothing between two of them")
     candidate_ids = None if by_token else _single_tokens(candidates, separator, device)
     encoded = encode_rankings(
         candidates,
@@ -94,6 +100,7 @@ def make_batch(
         candidate_ids=candidate_ids,
         num_generations=num_generations,
         reasoning=reasoning,
+        row_tokens=None if marks is None else row_tokens(candidates, marks, device),
     )
 
 

@@ -109,12 +109,15 @@ def ranking_scores(
     """
     if batch.candidate_ids is None:
         return _sum_scores(decision_scores(states, batch, temperature=temperature, reference=reference), batch)
-    arguments = _list_arguments(states, batch)
-    options: dict[str, Any] = {"bias": states.bias, "temperature": temperature, "lengths": batch.lengths}
+    rows = output_rows(states, batch)
+    arguments = (states.hidden, rows.weight, rows.candidates, completed_rankings(batch))
+    options: dict[str, Any] = {"bias": rows.bias, "temperature": temperature, "lengths": batch.lengths}
     if reference is None:
         logprobs, entropy, _ = ranking_logprobs(*arguments, **options)
         return RankingScores(_of_ranked(logprobs, batch), _of_ranked(entropy, batch), None)
-    logprobs, entropy, _, kl = ranking_logprobs_with_kl(*arguments, **options | _reference_arguments(reference))
+    logprobs, entropy, _, kl = ranking_logprobs_with_kl(
+        *arguments, **options | _reference_arguments(reference, output_rows(reference, batch))
+    )
     return RankingScores(*(_of_ranked(values, batch) for values in (logprobs, entropy, kl)))
 
 
@@ -137,14 +140,17 @@ def all_actions(
     """
     if batch.candidate_ids is None:
         return _all_actions_over_branches(states, batch, gains, metric, temperature, num_ranked, tilt, reference)
-    arguments = (*_list_arguments(states, batch), gains, metric)
-    options: dict[str, Any] = {"bias": states.bias, "temperature": temperature, "lengths": batch.lengths}
+    rows = output_rows(states, batch)
+    arguments = (states.hidden, rows.weight, rows.candidates, completed_rankings(batch), gains, metric)
+    options: dict[str, Any] = {"bias": rows.bias, "temperature": temperature, "lengths": batch.lengths}
     options |= {"num_ranked": num_ranked, "tilt": tilt}
     if reference is None:
         found = all_actions_objective(*arguments, **options)
         objective, logprobs, entropy = (_of_ranked(values, batch) for values in found)
         return ActionScores(objective, logprobs, entropy, None)
-    found_with_kl = all_actions_objective_with_kl(*arguments, **options | _reference_arguments(reference))
+    found_with_kl = all_actions_objective_with_kl(
+        *arguments, **options | _reference_arguments(reference, output_rows(reference, batch))
+    )
     return ActionScores(*(_of_ranked(values, batch) for values in found_with_kl))
 
 
@@ -193,19 +199,28 @@ def decision_scores(
     options: dict[str, Any] = {"values": values, "bias": states.bias, "temperature": temperature}
     if reference is None:
         return Results(*restricted_logprobs(*arguments, **options), None)
-    return Results(*restricted_logprobs_with_kl(*arguments, **options | _reference_arguments(reference)))
+    return Results(*restricted_logprobs_with_kl(*arguments, **options | _reference_arguments(reference, reference)))
 
 
-def _list_arguments(
-    states: RankingStates, batch: RankingBatch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """hidden, weight, candidates and ranking of the operations on lists."""
+class OutputRows(NamedTuple):
+    """What candidates of a single token are scored by: rows of ``weight`` (R, D) and ``bias`` (R,) or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    candidates: torch.Tensor  # (P, K) int64, each candidate's row
+
+
+def output_rows(states: RankingStates, batch: RankingBatch) -> OutputRows:
+    """The vocabulary's rows, or, where the batch has marks, a row for each candidate of each list."""
     assert batch.candidate_ids is not None
-    return states.hidden, states.weight, batch.candidate_ids, completed_rankings(batch)
+    if batch.row_tokens is None:
+        return OutputRows(states.weight, states.bias, batch.candidate_ids)
+    numbers = torch.arange(batch.candidate_ids.numel(), device=batch.candidate_ids.device)
+    return OutputRows(*batch.row_tokens.summed(states.weight, states.bias), numbers.view_as(batch.candidate_ids))
 
 
-def _reference_arguments(reference: RankingStates) -> dict[str, Any]:
-    return {"ref_hidden": reference.hidden, "ref_weight": reference.weight, "ref_bias": reference.bias}
+def _reference_arguments(reference: RankingStates, rows: OutputRows | RankingStates) -> dict[str, Any]:
+    return {"ref_hidden": reference.hidden, "ref_weight": rows.weight, "ref_bias": rows.bias}
 
 
 def completed_rankings(batch: RankingBatch) -> torch.Tensor:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flexrec.data.lists import Catalogue, Interactions
-from flexrec.task.prompts import CANDIDATES, LIKED, RANKING, RISING, SEEN, item_token
+from flexrec.task.prompts import CANDIDATES, LIKED, NOVELTY_MARKS, RANKING, RISE_MARKS, RISING, SEEN, item_token
 
 HIDDEN_SIZE = 128
 
@@ -35,6 +35,7 @@ def build_tokenizer(catalogue: Catalogue, texts: Iterable[str], *, vocab_size: i
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
     )
     fast.add_tokens([LIKED, SEEN, RISING, CANDIDATES, RANKING])  # what stands in every prompt: one token each
+    fast.add_tokens([*RISE_MARKS, *NOVELTY_MARKS], special_tokens=True)
     fast.add_tokens([item_token(item_id) for item_id in catalogue.ids], special_tokens=True)
     return fast
 
@@ -61,13 +62,27 @@ def item_vectors(log: Interactions, num_items: int, size: int, *, seed: int = 0)
     return vectors @ rotation
 
 
+def topic_vectors(catalogue: Catalogue, size: int, *, seed: int = 0) -> torch.Tensor:
+    """(items, size) float32: where items stand to each other by their topics, each topic a direction of its own.
+
+    An item of n topics is the sum of their directions, divided by the root of n. Of more topics than ``size`` the
+    directions are random instead of orthogonal.
+    """
+    topics = torch.from_numpy(catalogue.topic_matrix)
+    shares = topics / topics.sum(1, keepdim=True).clamp(min=1.0).sqrt()
+    directions = torch.randn(size, shares.shape[1], generator=torch.Generator().manual_seed(seed))
+    if shares.shape[1] <= size:
+        directions, _ = torch.linalg.qr(directions)
+    return shares @ directions.T
+
+
 def build_model(
     tokenizer: Any,
     *,
     item_ids: Sequence[str] = (),
     vectors: torch.Tensor | None = None,
     hidden_size: int = HIDDEN_SIZE,
-    num_layers: int = 3,
+    num_layers: int = 2,
     num_heads: int = 4,
     max_length: int = 4096,
     seed: int = 0,

@@ -7,13 +7,17 @@ Each member predicts mean m_e and noise variance s_e^2 of a pair's feedback; the
 
 what the feedback scatters by plus what the members disagree on. A user is known to the networks by interactions alone,
 never by number, so a user who came after the fit is served like any other.
+
+Where there are lists of training users, two things are learnt from them: to read a history of which no interest is
+known, which is all there is of a user who came after the fit, and by how much the means are wrong where feedback was
+not chosen by the user (:mod:`flexrec.task.calibration`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +25,8 @@ from rich.progress import track
 from torch import nn
 
 from flexrec.data.lists import Catalogue, Interactions, RankingList
+from flexrec.task.calibration import UNCHANGED, calibrated, fit_calibration
+from flexrec.task.needs import novelty
 
 _EMBEDDING = 16
 _HIDDEN = 32
@@ -123,6 +129,9 @@ class _Ensemble(nn.Module):
 class Critic:
     """Predicts mean and variance of the interest in unobserved user-item pairs; made by ``Critic.fit``.
 
+    Attributes:
+        calibration: (5,) the coefficients of :mod:`flexrec.task.calibration`, for means; (0, 1, 0, 0, 0) for none.
+
     Example:
         >>> from flexrec.data import simulate
         >>> from flexrec.task import Critic
@@ -137,6 +146,8 @@ class Critic:
         self._network = network
         self._num_items = num_items
         self._variance_scale = variance_scale
+        self._catalogue: Catalogue | None = None  # of which the calibration reads topics
+        self.calibration = UNCHANGED
         # The log by user: items of user u are self._items[self._starts[u] : self._starts[u + 1]].
         self._items, self._interest = log.items, log.interest
         self._starts = _starts(log.users)
@@ -147,6 +158,7 @@ class Critic:
         log: Interactions,
         catalogue: Catalogue,
         *,
+        lists: Sequence[RankingList] = (),
         seed: int = 0,
         ensemble: int = 5,
         epochs: int | None = None,
@@ -163,6 +175,9 @@ class Critic:
         Args:
             log: feedback of training users, interest in [0, 1]. Repeated pairs are averaged.
             catalogue: the items, whose topics are used as features.
+            lists: lists of training users, whose feedback, where there is some, was collected whether they liked an
+                item or not (``RankingDataset.unobserved == "critic"``; never sampled negatives). Their histories are
+                shown in training too, of interest unknown, and means are calibrated on their feedback.
             seed: of initial weights, batches and the held-out tenth; the same seed gives the same critic.
             ensemble: number of networks.
             epochs: passes over the log. None: 8 to 30, about a million interactions in all; more of them help a little.
@@ -190,6 +205,7 @@ class Critic:
         network = _Ensemble(ensemble, _topic_shares(catalogue), mean, variance, generator)
         optimizer = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
         best_error, best_state = np.inf, copy.deepcopy(network.state_dict())
+        watched = _watched(lists, seen, len(catalogue))
         batches = _user_batches(seen, rng)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, _LEARNING_RATE, total_steps=epochs * len(batches), pct_start=0.1
@@ -197,6 +213,8 @@ class Critic:
         for _ in track(range(epochs), description="Fitting the critic", disable=not progress):
             for rows in _user_batches(seen, rng):
                 pairs, interest = _training_pairs(seen, rows, ensemble, generator)
+                if len(watched):
+                    pairs = _with_watched(pairs, watched, rows, ensemble, generator)
                 predicted, log_variance = network(pairs)
                 loss = _beta_nll(predicted, log_variance, interest)
                 optimizer.zero_grad()
@@ -211,7 +229,21 @@ class Critic:
         predicted_mean, predicted_variance = _mixture(network, validation)
         squared_error = (predicted_mean - target).square().mean().item()
         scale = squared_error / max(predicted_variance.mean().item(), 1e-12)
-        return cls(network, log, len(catalogue), scale)
+        critic = cls(network, log, len(catalogue), scale)
+        critic._calibrate(lists, catalogue)
+        return critic
+
+    def _calibrate(self, lists: Sequence[RankingList], catalogue: Catalogue) -> None:
+        """Fit the calibration on the feedback of lists, each pair predicted without itself."""
+        observed = [lst for lst in lists if not np.isnan(lst.interest).all()]
+        if not observed:
+            return
+        mean = np.concatenate([mean for mean, _ in self.predict_many(observed)])
+        interest = np.concatenate([lst.interest for lst in observed])
+        new = np.concatenate([novelty(lst, catalogue) for lst in observed])
+        known = ~np.isnan(interest)
+        self._catalogue = catalogue
+        self.calibration = fit_calibration(mean[known], new[known], interest[known])
 
     def predict(self, lst: RankingList) -> tuple[np.ndarray, np.ndarray]:
         """Mean (K,) float32 in [0, 1] and variance (K,) float32 >= 0 of the interest in each candidate.
@@ -229,6 +261,9 @@ class Critic:
             mean, variance = _mixture(self._network, self._list_pairs(chunk))
             ends = np.cumsum([len(lst.candidates) for lst in chunk])[:-1]
             means = np.split(mean.numpy(), ends)
+            if self._catalogue is not None:
+                new = [novelty(lst, self._catalogue) for lst in chunk]
+                means = [calibrated(m, n, self.calibration) for m, n in zip(means, new, strict=True)]
             variances = np.split((self._variance_scale * variance).numpy(), ends)
             results += zip(means, variances, strict=True)
         return results
@@ -326,6 +361,36 @@ def _training_pairs(
         target_context=torch.arange(len(items)),
     )
     return pairs, interest
+
+
+def _watched(lists: Sequence[RankingList], log: Interactions, num_items: int) -> np.ndarray:
+    """(W, 2) user and item of what histories hold and the log does not, each once, sorted; users of the log alone."""
+    rows = [lst.user * num_items + lst.history for lst in lists if lst.user >= 0]
+    pairs = np.setdiff1d(np.concatenate(rows) if rows else np.zeros(0, np.int64), log.users * num_items + log.items)
+    users, items = np.divmod(pairs, num_items)
+    return np.stack([users, items], axis=1)[np.isin(users, log.users)]
+
+
+def _with_watched(
+    pairs: _Pairs, watched: np.ndarray, users: np.ndarray, members: int, generator: torch.Generator
+) -> _Pairs:
+    """The pairs of ``users``, whose context holds what they watched too, of interest unknown; each member sees a share
+    of its own."""
+    row_of = np.full(int(max(users.max(), watched[:, 0].max())) + 1, -1)
+    row_of[users] = np.arange(len(users))
+    chosen = watched[row_of[watched[:, 0]] >= 0]
+    rows = torch.from_numpy(row_of[chosen[:, 0]])
+    items = torch.from_numpy(chosen[:, 1])
+    share = torch.rand(members, len(users), generator=generator).mul_(1.5).clamp_(max=1.0)[:, rows]
+    shown = (torch.rand(members, len(items), generator=generator) < share).float()
+    return replace(
+        pairs,
+        context_rows=torch.cat([pairs.context_rows, rows]),
+        context_items=torch.cat([pairs.context_items, items]),
+        context_interest=torch.cat([pairs.context_interest, torch.zeros(len(items))]),
+        context_known=torch.cat([pairs.context_known, torch.zeros(members, len(items))], dim=1),
+        context_present=torch.cat([pairs.context_present, shown], dim=1),
+    )
 
 
 def _leave_out_pairs(log: Interactions, held_out: np.ndarray) -> _Pairs:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from flexrec.data.lists import Catalogue, RankingList
 from flexrec.profiling import span
 from flexrec.task.critic import Critic
-from flexrec.task.needs import Need, evaluation_gains, observed_interest
+from flexrec.task.needs import Need, evaluation_gains, novelty, observed_interest
 from flexrec.task.prompts import PromptBuilder
 
 
@@ -34,11 +34,20 @@ class Example:
     history_span: tuple[int, int]  # the history's tokens are prompt[start:end]
     need: str
     user: int
+    marks: list[list[int]] | None = None  # K lists of token ids that describe a candidate in this list
 
 
 def prompts_and_candidates(examples: Sequence[Example]) -> tuple[list[list[int]], list[list[list[int]]]]:
     """The two columns of examples that models see."""
     return [example.prompt for example in examples], [example.candidates for example in examples]
+
+
+def marks_of(examples: Sequence[Example]) -> list[list[list[int]]] | None:
+    """The marks of the examples' candidates; None where they have none. Some with and some without is a ValueError."""
+    marks = [example.marks for example in examples if example.marks is not None]
+    if marks and len(marks) < len(examples):
+        raise ValueError(f"{len(marks)} of {len(examples)} examples have marks: give them to all, or to none")
+    return marks or None
 
 
 class RankingTask:
@@ -89,7 +98,8 @@ class RankingTask:
     def _example(self, lst: RankingList, need: Need, wording: str, gains: np.ndarray, variance: np.ndarray) -> Example:
         prompt, history_span = self.builder.prompt_of(lst, self.catalogue, wording)
         candidates = self.builder.candidate_tokens_of(lst, self.catalogue)
-        return Example(prompt, candidates, gains, variance, history_span, need.name, lst.user)
+        marks = self.builder.marks_of(lst.trend, novelty(lst, self.catalogue)) if self.builder.marked else None
+        return Example(prompt, candidates, gains, variance, history_span, need.name, lst.user, marks)
 
 
 class TrainingExamples(Dataset):

@@ -71,10 +71,15 @@ def novelty(lst: RankingList, catalogue: Catalogue) -> np.ndarray:
     1 where the history has none of its topics, 0 where every one of them is at least as frequent as s. Of an empty
     history everything is new; an item without topics cannot be said to be new and has novelty 0.
     """
+    return novelty_of(lst.history, lst.candidates, catalogue)
+
+
+def novelty_of(history: np.ndarray, candidates: np.ndarray, catalogue: Catalogue) -> np.ndarray:
+    """:func:`novelty` of candidates (K,) to a history (H,), both items of the catalogue."""
     topics = catalogue.topic_matrix
-    share = topics[lst.history].mean(axis=0) if len(lst.history) else np.zeros(topics.shape[1], dtype=np.float32)
+    share = topics[history].mean(axis=0) if len(history) else np.zeros(topics.shape[1], dtype=np.float32)
     topic_novelty = np.maximum(0.0, 1.0 - share / RARE_TOPIC_SHARE)
-    of_candidates = topics[lst.candidates]
+    of_candidates = topics[candidates]
     return (of_candidates @ topic_novelty / np.maximum(of_candidates.sum(axis=1), 1.0)).astype(np.float32)
 
 

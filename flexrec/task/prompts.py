@@ -24,6 +24,12 @@ MAX_RISING = 8
 LIKED, SEEN = "\nLiked before:\n", "Seen before:\n"
 RISING, CANDIDATES, RANKING = "Rising now:\n", "Candidates:\n", "Ranking, best first:\n"
 
+# Marks say what a candidate is in this list only: how strongly it rises, how new its topics are to the history.
+RISE_LEVELS = np.array([0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], dtype=np.float32)  # a trend from here on is the next
+NOVELTY_LEVELS = 5
+RISE_MARKS = tuple(f"<rise {level}>" for level in range(1, len(RISE_LEVELS) + 2))  # what does not rise has none
+NOVELTY_MARKS = tuple(f"<new {level}>" for level in range(NOVELTY_LEVELS + 1))
+
 
 @dataclass(frozen=True)
 class Item:
@@ -82,9 +88,14 @@ class PromptBuilder:
         show_titles: write titles in the prompt. Always so for "index" and "title"; with "item_token" a pretrained
             model needs them to know what an item is, while a model trained on the catalogue does not.
         show_rising: name the candidates that rise at the moment of the request (needs about trends read them).
+        marked: describe candidates by marks too (:meth:`marks_of`), vocabulary entries of the embedded model's
+            tokenizer whose output rows are added to an item's own. For "item_token" only.
 
     Attributes:
         separator, end: token ids between two items of an answer and after the last.
+
+    Raises:
+        ValueError: no eos token, or marks with another encoding or by a tokenizer that has none.
 
     Example:
         >>> from flexrec.data import Catalogue
@@ -108,12 +119,24 @@ class PromptBuilder:
     """
 
     def __init__(
-        self, tokenizer: Any, *, encoding: str = "index", show_titles: bool = True, show_rising: bool = True
+        self,
+        tokenizer: Any,
+        *,
+        encoding: str = "index",
+        show_titles: bool = True,
+        show_rising: bool = True,
+        marked: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.encoding = check_choice("encoding", encoding, ENCODINGS)
         self.show_titles = show_titles or encoding != "item_token"
         self.show_rising = show_rising
+        self.marked = marked
+        if marked and encoding != "item_token":
+            raise ValueError(f"marks are added to the rows of item tokens: use encoding 'item_token', got {encoding!r}")
+        self._rise_ids, self._novelty_ids = (
+            [_token_id(tokenizer, text) for text in texts] if marked else [] for texts in (RISE_MARKS, NOVELTY_MARKS)
+        )
         self._pieces: dict[str, list[int]] = {}
         self._item_tokens: dict[str, int] = {}
         self._frame = self._chat_frame()
@@ -186,6 +209,23 @@ class PromptBuilder:
         """:meth:`candidate_tokens` for a list of a data set."""
         return self.candidate_tokens([Item(catalogue.ids[i], catalogue.titles[i]) for i in lst.candidates])
 
+    def marks_of(self, trend: np.ndarray, novelty: np.ndarray) -> list[list[int]] | None:
+        """What describes each candidate in its list, as token ids; None for a builder without marks.
+
+        Args:
+            trend: (K,) in [0, 1], how strongly each candidate rises.
+            novelty: (K,) in [0, 1], how new its topics are to the history (:func:`flexrec.task.needs.novelty`).
+        """
+        if not self.marked:
+            return None
+        trend, novelty = np.asarray(trend, dtype=np.float32), np.asarray(novelty, dtype=np.float32)
+        rise = np.digitize(trend, RISE_LEVELS)
+        new = np.ceil(NOVELTY_LEVELS * novelty).astype(np.int64)
+        return [
+            [*([self._rise_ids[r]] if rises else []), self._novelty_ids[n]]
+            for r, n, rises in zip(rise, new, trend > 0, strict=True)
+        ]
+
     def _listing(self, items: Sequence[Item], numbered: bool = False) -> list[int]:
         ids: list[int] = []
         for i, item in enumerate(items, start=1):
@@ -200,13 +240,13 @@ class PromptBuilder:
     def _item_token_id(self, item: Item) -> int:
         token_id = self._item_tokens.get(item.id)
         if token_id is None:
-            text = item_token(item.id)
-            token_id = self.tokenizer.convert_tokens_to_ids(text)
-            if token_id is None or self.tokenizer.convert_ids_to_tokens(token_id) != text:
+            try:
+                token_id = _token_id(self.tokenizer, item_token(item.id))
+            except ValueError:
                 raise ValueError(
                     f"item {item.id!r} has no token of its own: it was not in the catalogue that the model was "
                     f"trained with (encoding 'item_token')"
-                )
+                ) from None
             self._item_tokens[item.id] = token_id
         return token_id
 
@@ -240,6 +280,14 @@ def strongest_risers(trend: np.ndarray) -> np.ndarray:
     """Positions of the candidates that a prompt names as rising, the strongest first: ``trend`` (K,) in [0, 1]."""
     order = np.argsort(-trend, kind="stable")[:MAX_RISING]
     return order[trend[order] > 0]
+
+
+def _token_id(tokenizer: Any, text: str) -> int:
+    """The vocabulary entry that is spelled so."""
+    token_id = tokenizer.convert_tokens_to_ids(text)
+    if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != text:
+        raise ValueError(f"the tokenizer has no token {text!r}")
+    return int(token_id)
 
 
 def _one_line(title: str) -> str:

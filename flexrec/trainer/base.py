@@ -18,7 +18,7 @@ from flexrec.policy.distributed import whole_model
 from flexrec.policy.lora import ADAPTER_FILE, has_adapters
 from flexrec.profiling import active_profile, span
 from flexrec.rankings.reasoning import ReasoningTokens
-from flexrec.task.examples import Example, prompts_and_candidates
+from flexrec.task.examples import Example, marks_of, prompts_and_candidates
 from flexrec.trainer.callbacks import ProfileSteps
 
 LossAndMetrics = tuple[torch.Tensor, Mapping[str, float | torch.Tensor]]
@@ -163,6 +163,7 @@ class RankingTrainer(Trainer):
         return make_batch(
             *prompts_and_candidates(examples),
             rankings,
+            marks=marks_of(examples),
             separator=self.separator,
             end=self.end,
             num_generations=num_generations,

@@ -33,13 +33,14 @@ from flexrec.policy.scores import (
     RankingStates,
     all_actions,
     completed_rankings,
+    output_rows,
     ranking_scores,
     ranking_states,
     reasoning_logprobs,
 )
 from flexrec.profiling import span
 from flexrec.rankings.reasoning import eos_token_ids, reasoning_rule
-from flexrec.task.examples import Example, prompts_and_candidates
+from flexrec.task.examples import Example, marks_of, prompts_and_candidates
 from flexrec.trainer.base import EpochOrder, LossAndMetrics, RankingTrainer, pad_rows
 from flexrec.trainer.options import TrainerOptions
 
@@ -241,6 +242,7 @@ class FlexRecTrainer(RankingTrainer):
             return sample_rankings(
                 model,
                 *prompts_and_candidates(examples),
+                marks=marks_of(examples),
                 separator=self.separator,
                 end=self.end,
                 num_generations=self.args.num_generations,
@@ -285,12 +287,13 @@ class FlexRecTrainer(RankingTrainer):
             if batch.candidate_ids is None:
                 raise ValueError("credit='policy' needs the probability of whole items: use encoding 'item_token'")
             with torch.no_grad():
+                rows = output_rows(states, batch)
                 probs = ranking_probs(  # (N, T, K)
                     states.hidden,
-                    states.weight,
-                    batch.candidate_ids,
+                    rows.weight,
+                    rows.candidates,
                     completed_rankings(batch),
-                    bias=states.bias,
+                    bias=rows.bias,
                     temperature=args.temperature,
                     lengths=batch.lengths,
                 )

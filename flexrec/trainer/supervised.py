@@ -27,6 +27,7 @@ class SupervisedTrainer(RankingTrainer):
             answer are learnt, nothing of what is good. "listwise" is ListMLE (Xia et al. 2008) towards the order of
             the gains: the log-likelihood of placing the candidates with a gain best first, each among all that are
             left. Ties are broken at random; candidates without a gain have no order and are not imitated.
+        num_imitated: "listwise" imitates so many ranks at most; default: all that have a gain.
 
     Example:
         >>> from transformers import TrainingArguments
@@ -38,15 +39,19 @@ class SupervisedTrainer(RankingTrainer):
         1
     """
 
-    def __init__(self, *args: Any, stage: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, stage: str, num_imitated: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stage = check_choice("stage", stage, STAGES)
+        if num_imitated is not None and num_imitated < 1:
+            raise ValueError(f"num_imitated must be at least 1, got {num_imitated}")
+        self.num_imitated = num_imitated
 
     def ranking_loss(self, model: Any, examples: list[Example]) -> LossAndMetrics:
         listwise = self.stage == "listwise"
         rng = np.random.default_rng(self._randomness())
         # Ranks that are not imitated are not spelled either.
-        targets = [_best_first(e.gains, rng) if listwise else rng.permutation(len(e.gains)) for e in examples]
+        best = slice(self.num_imitated)
+        targets = [_best_first(e.gains, rng)[best] if listwise else rng.permutation(len(e.gains)) for e in examples]
         batch = self._batch(examples, pad_rows(targets, -1))
         hidden = hidden_of_rows(model, batch.tokens)
         logprobs = ranking_scores(decision_states(model, batch, hidden), batch).logprobs

@@ -1,5 +1,6 @@
 """Resuming an interrupted run: from where, with which weights, with which reference."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -73,3 +74,17 @@ def test_resuming_after_the_last_step_takes_the_checkpoints_weights(tmp_path, re
     if not lora:
         assert recorded.saved_mark(folder) == 0.375
         assert recorded.marks()["base"] == 2.0
+
+
+def test_a_resumed_run_keeps_what_the_warm_start_was_worth(tmp_path, recorded):
+    folder = tmp_path / "run"
+    recorded.interrupt(folder, steps=12, listwise_baseline=False)
+    with np.load(folder / "warm_start.npz") as saved:
+        expected = {name: saved[name] for name in saved.files}
+    (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    results = recorded.run(folder, steps=12, listwise_baseline=False, resume=True)
+    found = results.per_list["warm start"]["interest"]
+    assert len(found) > 3
+    for metric, values in found.items():
+        np.testing.assert_array_equal(values, expected[f"warm start/interest/{metric}"])
+    assert list(results.per_list)[:3] == ["base", "warm start", "trained"]

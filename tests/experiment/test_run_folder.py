@@ -80,6 +80,7 @@ def test_the_catalogue_is_saved_with_titles_and_what_rises(tmp_path, recorded, d
     recorded.run(tmp_path / "run", listwise_baseline=False)
     saved = json.loads((tmp_path / "run" / "catalogue.json").read_text())
     assert (tuple(saved["ids"]), tuple(saved["titles"])) == (dataset.catalogue.ids, dataset.catalogue.titles)
+    assert tuple(map(tuple, saved["topics"])) == dataset.catalogue.topics
     trend = dict(zip(dataset.catalogue.ids, dataset.trend.tolist(), strict=True))
     assert saved["trend"] == {i: pytest.approx(t, abs=1e-4) for i, t in trend.items() if t > 0}
     assert len(saved["trend"]) > 3
@@ -99,6 +100,7 @@ def test_the_run_says_how_it_is_to_be_asked(tmp_path, recorded):
         "data": None,
         "needs": ["interest"],
         "seed": 13,
+        "marked": True,
     }
     for folder in (tmp_path / "run", tmp_path / "run" / "base"):
         assert json.loads((folder / "flexrec.json").read_text()) == expected

@@ -11,20 +11,51 @@ from flexrec.experiment import stages
 from flexrec.trainer.callbacks import Curve
 
 
-def test_supervision_imitates_feedback_and_reinforcement_reads_the_critic(tmp_path, recorded, dataset):
+def test_every_stage_learns_from_what_the_critic_filled(tmp_path, recorded, dataset):
     recorded.run(tmp_path / "run")
-    warm_up, baseline = recorded.of("listwise")
     unknown = [np.isnan(lst.interest).sum() for lst in dataset.train]
     assert sum(unknown) > len(unknown)
-    for stage in (warm_up, baseline):
+    for stage in (*recorded.of("listwise"), *recorded.of("reinforcement")):
+        for i, lst in enumerate(dataset.train):
+            example = stage.examples[i]
+            filled = np.where(np.isnan(lst.interest), np.float32(recorded.guess), lst.interest)
+            np.testing.assert_array_equal(np.sort(example.gains), np.sort(filled))
+            assert (example.variance > 0).sum() == unknown[i]
+
+
+def test_without_a_critic_supervision_imitates_the_feedback(tmp_path, recorded, dataset):
+    recorded.run(tmp_path / "run", critic=False)
+    for stage in recorded.of("listwise"):
         for i, lst in enumerate(dataset.train):
             np.testing.assert_array_equal(np.sort(stage.examples[i].gains), np.sort(np.nan_to_num(lst.interest)))
             assert not stage.examples[i].variance.any()
-    for i, lst in enumerate(dataset.train):
-        example = recorded.of("reinforcement")[0].examples[i]
-        filled = np.where(np.isnan(lst.interest), np.float32(recorded.guess), lst.interest)
-        np.testing.assert_array_equal(np.sort(example.gains), np.sort(filled))
-        assert (example.variance > 0).sum() == unknown[i]
+
+
+@pytest.mark.parametrize(
+    ("metric", "num_ranked", "expected"),
+    [("ndcg@4", None, 4), ("ndcg@4", 3, 3), ("ndcg@4", 6, 4), ("ndcg", None, None)],
+)
+def test_supervision_imitates_the_ranks_that_earn(tmp_path, recorded, metric, num_ranked, expected):
+    recorded.run(tmp_path / "run", metric=metric, num_ranked=num_ranked, listwise_baseline=False)
+    assert [stage.options["num_imitated"] for stage in recorded.of("listwise")] == [expected]
+
+
+def test_the_warm_start_and_the_critic_are_rows(tmp_path, recorded, dataset):
+    results = recorded.run(tmp_path / "run", needs=("interest", "trend"), listwise_baseline=False)
+    assert recorded.marks()["warm start"] == 12.0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["warm start"]["trend"] == pytest.approx(results.means("warm start")["trend"])
+    assert "warm start" not in metrics["baselines"]
+    of_start = dataclasses.asdict(results.compare("trained", "warm start", "trend"))
+    assert metrics["changes_ndcg@5"]["trend"]["warm start"] == pytest.approx(of_start, nan_ok=True)
+    for need, factor in (("interest", lambda lst: 1.0), ("trend", lambda lst: lst.trend)):
+        expected = []
+        for lst in dataset.test:
+            gains = (lst.truth * factor(lst)).astype(np.float64)
+            order = np.argsort(-lst.candidates.astype(np.float32) * factor(lst), kind="stable")
+            expected.append(ndcg_at_5(gains[order]) if gains.any() else 0.0)
+        np.testing.assert_allclose(results.per_list["critic"][need]["ndcg@5"], expected, rtol=1e-5)
+    assert "critic" in metrics["baselines"]
 
 
 @pytest.mark.parametrize(
@@ -39,6 +70,8 @@ def test_the_critic_is_fitted_as_asked_or_as_the_data_need_it(
     assert ("critic" in recorded.seeds) == fitted
     task = recorded.of("reinforcement")[0].examples.task
     assert (task.critic is not None) == fitted
+    if fitted:  # only feedback that was not chosen by what was liked
+        assert len(recorded.lists_of_critic) == (len(dataset.train) if unobserved == "critic" else 0)
 
 
 def test_lists_are_drawn_anew_for_every_stage(tmp_path, recorded, monkeypatch, dataset):
@@ -49,7 +82,7 @@ def test_lists_are_drawn_anew_for_every_stage(tmp_path, recorded, monkeypatch, d
     recorded.run(tmp_path / "run", seed=13)
     for stage in recorded.stages:
         stage.examples.set_epoch(2)
-    assert drawn == [15, 15], "the three supervised stages and reinforcement share two sets of examples"
+    assert drawn == [15], "all stages share one set of examples"
 
 
 def test_systems_are_measured_on_the_test_users_after_their_stages(tmp_path, recorded, dataset):
@@ -57,7 +90,7 @@ def test_systems_are_measured_on_the_test_users_after_their_stages(tmp_path, rec
     # The base after the format stage; the trained model after the warm-up too; the baseline from the base again.
     assert [stage.stage for stage in recorded.stages] == ["format", "listwise", "reinforcement", "listwise"]
     assert [stage.mark_before for stage in recorded.stages] == [1.0, 2.0, 12.0, 2.0]
-    assert recorded.marks() == {"base": 2.0, "trained": 112.0, "listwise": 12.0}
+    assert recorded.marks() == {"base": 2.0, "warm start": 12.0, "trained": 112.0, "listwise": 12.0}
     assert recorded.num_ranked == {5}
     np.testing.assert_array_equal(results.users, [lst.user for lst in dataset.test])
     for values in results.per_list.values():

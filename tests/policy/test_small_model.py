@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from flexrec.data import Catalogue, Interactions
-from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors
+from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, topic_vectors
 from flexrec.task.prompts import CANDIDATES, LIKED, RANKING, RISING, SEEN, item_token
 
 CATALOGUE = Catalogue(ids=("a", "b", "c", "d"), titles=("Alien", "Ça va", "Night 3", "東京"), topics=((), (), (), ()))
@@ -91,3 +91,15 @@ def test_texts_that_stand_in_many_prompts_take_few_tokens():
     with_them = build_tokenizer(CATALOGUE, texts, vocab_size=400)
     without = build_tokenizer(CATALOGUE, [], vocab_size=400)
     assert len(with_them.encode(texts[0])) < len(without.encode(texts[0])) / 2
+
+
+def test_topic_vectors_are_sums_of_directions():
+    topics = (("x",), ("x", "y"), ("y",), ("z",), ())
+    catalogue = Catalogue(ids=tuple("abcde"), titles=tuple("abcde"), topics=topics)
+    vectors = topic_vectors(catalogue, 8, seed=1)
+    cosines = vectors @ vectors.T
+    half = 0.5**0.5
+    expected = [[1, half, 0, 0, 0], [half, 1, half, 0, 0], [0, half, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]]
+    torch.testing.assert_close(cosines, torch.tensor(expected), atol=1e-5, rtol=0)
+    assert not torch.allclose(vectors, topic_vectors(catalogue, 8, seed=2))
+    assert topic_vectors(catalogue, 2).shape == (5, 2), "more topics than dimensions"

@@ -20,7 +20,7 @@ from flexrec.policy.batch import make_batch
 from flexrec.policy.scores import ranking_scores, ranking_states, reasoning_logprobs
 from flexrec.policy.small_model import build_model, build_tokenizer
 from flexrec.rankings import RankingState
-from flexrec.task.needs import get_need
+from flexrec.task.needs import get_need, novelty
 from flexrec.task.prompts import ENCODINGS, PromptBuilder
 
 GENERATIONS, TEMPERATURE = 4, 1.3
@@ -32,9 +32,10 @@ class World(NamedTuple):
     prompts: list[list[int]]
     candidates: list[list[list[int]]]
     spelling: dict[str, Any]
+    marks: list[list[list[int]]] | None
 
 
-@pytest.fixture(scope="module", params=ENCODINGS)
+@pytest.fixture(scope="module", params=[*ENCODINGS, "item_token and marks"])
 def world(request: pytest.FixtureRequest) -> World:
     """The embedded model and lists of unequal lengths, spelled in one of the encodings."""
     data = simulate(num_users=10, num_items=90, num_topics=4, num_test_users=3, num_candidates=12, seed=0)
@@ -43,14 +44,32 @@ def world(request: pytest.FixtureRequest) -> World:
     model = build_model(tokenizer, hidden_size=32, num_layers=2).eval()
     with torch.no_grad():  # far from uniform, so that a wrong distribution shows
         model.get_output_embeddings().weight.mul_(10.0)
-    builder = PromptBuilder(tokenizer, encoding=request.param)
-    prompts, candidates = [], []
+    encoding, _, marked = request.param.partition(" and ")
+    builder = PromptBuilder(tokenizer, encoding=encoding, marked=bool(marked))
+    prompts, candidates, marks = [], [], []
     for lst, size in zip(data.test, (12, 5, 9), strict=False):
         some = lst.reordered(np.arange(size))
         prompts.append(builder.prompt_of(some, data.catalogue, wording)[0])
         candidates.append(builder.candidate_tokens_of(some, data.catalogue))
+        marks.append(builder.marks_of(some.trend, novelty(some, data.catalogue)))
     assert len({len(prompt) for prompt in prompts}) > 1
-    return World(model, tokenizer, prompts, candidates, {"separator": builder.separator, "end": builder.end})
+    spelling = {"separator": builder.separator, "end": builder.end}
+    return World(model, tokenizer, prompts, candidates, spelling, marks if marked else None)
+
+
+class AddMarks:
+    """For generate, before what restricts it: the logits of a candidate's marks are added to that of its token."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        summed = scores.clone()
+        for n in range(len(scores)):
+            p = n // GENERATIONS
+            for (token,), marks in zip(self.world.candidates[p], self.world.marks[p], strict=True):
+                summed[n, token] += scores[n, marks].sum()
+        return summed
 
 
 def by_rollout(world: World, **reasoning: Any) -> Rollout:
@@ -58,6 +77,7 @@ def by_rollout(world: World, **reasoning: Any) -> Rollout:
         world.model,
         world.prompts,
         world.candidates,
+        marks=world.marks,
         num_generations=GENERATIONS,
         temperature=TEMPERATURE,
         generator=torch.Generator().manual_seed(3),
@@ -75,7 +95,7 @@ def by_generate(world: World, **reasoning: Any) -> Rollout:
     out = world.model.generate(
         input_ids=torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in world.prompts]),
         attention_mask=torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in world.prompts]),
-        logits_processor=[processor],
+        logits_processor=[processor] if world.marks is None else [AddMarks(world), processor],
         max_new_tokens=processor.max_new_tokens,
         do_sample=True,
         top_k=0,
@@ -112,6 +132,8 @@ def by_generate(world: World, **reasoning: Any) -> Rollout:
 @pytest.mark.parametrize("reasons", [False, True], ids=["ranking", "reasoning"])
 @pytest.mark.parametrize("sampler", ["rollout, rows of their own", "rollout, shared rows", "generate"])
 def test_ratios_are_one(world: World, sampler: str, reasons: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if sampler == "generate" and reasons and world.marks is not None:
+        pytest.skip("marks belong to rankings: a processor that adds them would have to know where reasoning ends")
     share = GENERATIONS if "shared" in sampler else 1
     monkeypatch.setattr(rollouts, "sharing", lambda *args, **kwargs: share)
     reasoning = {}
@@ -128,6 +150,7 @@ def test_ratios_are_one(world: World, sampler: str, reasons: bool, monkeypatch: 
             world.prompts,
             world.candidates,
             rollout.rankings,
+            marks=world.marks,
             num_generations=GENERATIONS,
             rankings_per_row=per_row,
             reasoning=rollout.reasoning,

@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 
 from flexrec.data import simulate
 from flexrec.policy.small_model import build_model, build_tokenizer
-from flexrec.task.examples import RankingTask, TrainingExamples
-from flexrec.task.needs import NEEDS, get_need
+from flexrec.task.examples import RankingTask, TrainingExamples, marks_of
+from flexrec.task.needs import NEEDS, get_need, novelty
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
 
@@ -70,6 +70,35 @@ def test_gains_follow_the_candidates_when_their_order_changes(world):
             assert example.prompt == examples[index].prompt, "an example is the same whenever it is asked for"
             orders.add(tuple(map(tuple, example.candidates)))
     assert len(orders) > 3
+
+
+def test_marks_follow_the_candidates_and_say_the_list_s_trend_and_novelty(world):
+    dataset, _ = world
+    tokenizer = build_tokenizer(dataset.catalogue, [])
+    builder = PromptBuilder(tokenizer, encoding="item_token", show_titles=False, marked=True)
+    task = RankingTask(dataset.catalogue, [get_need("trend")], builder)
+    examples = TrainingExamples(task, dataset.train, seed=3)
+    seen = set()
+    for index, lst in enumerate(dataset.train[:20]):
+        expected = builder.marks_of(lst.trend, novelty(lst, dataset.catalogue))
+        tokens = builder.candidate_tokens_of(lst, dataset.catalogue)
+        example = examples[index]
+        assert example.marks == [expected[tokens.index(candidate)] for candidate in example.candidates]
+        assert task.test_example(lst, get_need("trend")).marks == expected
+        seen |= {token for row in expected for token in row}
+    assert len(seen) > 6, "levels of both kinds"
+    assert marks_of([examples[0], examples[1]]) == [examples[0].marks, examples[1].marks]
+
+
+def test_examples_have_marks_all_or_none(world):
+    dataset, builder = world
+    task = RankingTask(dataset.catalogue, [get_need("trend")], builder)
+    plain = task.test_example(dataset.test[0], get_need("trend"))
+    assert plain.marks is None
+    assert marks_of([plain, plain]) is None
+    marked = replace(plain, marks=[[1]] * len(plain.candidates))
+    with pytest.raises(ValueError, match="1 of 2 examples have marks"):
+        marks_of([plain, marked])
 
 
 def test_test_examples_ask_in_the_first_wording_and_are_not_guessed(world):

@@ -163,3 +163,32 @@ def test_add_item_tokens_resizes_the_model():
     assert add_item_tokens(model, tokenizer, more) == 1
     assert model.get_input_embeddings().weight.shape[0] >= len(tokenizer)
     assert add_item_tokens(model, tokenizer, more) == 0
+
+
+def test_marks_say_how_a_candidate_rises_and_how_new_it_is(tokenizer):
+    """Levels begin at their bounds; what does not rise has no mark of it."""
+    builder = PromptBuilder(tokenizer, encoding="item_token", marked=True)
+    trend = np.array([0.0, 0.001, 0.02, 0.0999, 0.1, 0.45, 0.7, 1.0], dtype=np.float32)
+    novelty = np.array([0.0, 0.01, 0.2, 0.21, 0.6, 0.79, 0.81, 1.0], dtype=np.float32)
+    marks = builder.marks_of(trend, novelty)
+    assert [tokenizer.convert_ids_to_tokens(row) for row in marks] == [
+        ["<new 0>"],
+        ["<rise 1>", "<new 1>"],
+        ["<rise 2>", "<new 1>"],
+        ["<rise 2>", "<new 2>"],
+        ["<rise 3>", "<new 3>"],
+        ["<rise 6>", "<new 4>"],
+        ["<rise 9>", "<new 5>"],
+        ["<rise 9>", "<new 5>"],
+    ]
+    assert builder.marks_of(trend.astype(np.float64).round(4), novelty) == marks, "as a catalogue keeps trends"
+    assert PromptBuilder(tokenizer, encoding="item_token").marks_of(trend, novelty) is None
+
+
+def test_marks_need_item_tokens_and_tokens_of_their_own(tokenizer):
+    with pytest.raises(ValueError, match="use encoding 'item_token', got 'index'"):
+        PromptBuilder(tokenizer, encoding="index", marked=True)
+    strange = build_tokenizer(CATALOGUE, [])
+    strange.convert_tokens_to_ids = lambda text: None
+    with pytest.raises(ValueError, match="no token '<rise 1>'"):
+        PromptBuilder(strange, encoding="item_token", marked=True)

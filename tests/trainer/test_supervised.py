@@ -190,3 +190,12 @@ def test_stages_by_name(tmp_path):
     assert module.STAGES == ("format", "listwise")
     with pytest.raises(ValueError, match="stage must be one of 'format', 'listwise'; got 'pairwise'"):
         trainer_of(tmp_path, "pairwise")
+
+
+def test_no_more_ranks_are_imitated_than_asked(tmp_path, monkeypatch):
+    """The best of those with a gain; the format stage shows whole rankings all the same."""
+    assert targets_of(trainer_of(tmp_path, "listwise", num_imitated=2), monkeypatch, examples_of())[0] == [1, 4]
+    assert len(targets_of(trainer_of(tmp_path, "listwise", num_imitated=9), monkeypatch, examples_of())[0]) == 3
+    assert len(targets_of(trainer_of(tmp_path, "format", num_imitated=2), monkeypatch, examples_of())[0]) == 5
+    with pytest.raises(ValueError, match="num_imitated must be at least 1, got 0"):
+        trainer_of(tmp_path, "listwise", num_imitated=0)

@@ -1,0 +1,61 @@
+"""What a table of rankers says, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from flexrec.evaluation.statistics import Comparison, relative_change
+
+Values = Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]  # ranker -> need -> metric -> (N,) values per list
+
+
+def summary(
+    results: Values,
+    users: np.ndarray,
+    *,
+    trained: str = "trained",
+    warm_start: str = "warm start",
+    stages: Iterable[str] = ("base",),
+    metric: str = "ndcg@5",
+) -> list[str]:
+    """A few sentences: whether what was trained is above everything else, and what reinforcement added.
+
+    A difference counts where its 95 % interval, over users, excludes 0.
+
+    Args:
+        users: (N,) the user of each list.
+        warm_start: what reinforcement started from, where it was evaluated.
+        stages: rankers that are no rivals, as the policy began as them.
+    """
+    rivals = [name for name in results if name not in (trained, warm_start, *stages)]
+
+    def against(need: str, other: str) -> Comparison:
+        return relative_change(results[trained][need][metric], results[other][need][metric], clusters=users)
+
+    found = {(need, rival): against(need, rival) for need in results[trained] for rival in rivals}
+    behind = [(key, c) for key, c in found.items() if c.difference_high < 0]
+    open_ = [(key, c) for key, c in found.items() if c.difference_low <= 0 <= c.difference_high]
+    sentences = []
+    if found and not behind and not open_:
+        need, rival = min(found, key=lambda key: found[key].difference)
+        sentences.append(
+            f"{trained} is above every baseline on every need by {metric}; the closest is {rival} on {need}, "
+            f"{_change(found[need, rival])}."
+        )
+    for (need, rival), change in behind:
+        sentences.append(f"On {need}, {rival} is above {trained}: {_change(change)}.")
+    for (need, rival), change in open_:
+        sentences.append(f"On {need}, {trained} and {rival} cannot be told apart: {_change(change)}.")
+    if behind or open_:
+        sentences.append("Try more supervision (--listwise-steps) first, then more reinforcement (--steps).")
+    if warm_start in results:
+        changes = {need: against(need, warm_start) for need in results[trained]}
+        listed = ", ".join(f"{_change(change)}, p = {change.p_value:.3f} on {need}" for need, change in changes.items())
+        sentences.append(f"Reinforcement changed the warm start's {metric} by {listed}.")
+    return sentences
+
+
+def _change(change: Comparison) -> str:
+    return f"{change.difference:+.3f} [{change.difference_low:+.3f}, {change.difference_high:+.3f}]"
