@@ -199,3 +199,12 @@ def check_temperature(temperature: float) -> None:
             f"temperature must be positive and finite, and at least {MIN_TEMPERATURE:g}, below which logits leave "
             f"float32's range; got {temperature}"
         )
+
+
+def check_bias(name: str, bias: torch.Tensor | None, weight: torch.Tensor) -> None:
+    """Raise unless ``bias`` is None or (V,), numbers or -inf."""
+    import torch
+
+    if bias is not None:
+        check_tensor(name, bias, (weight.shape[0],))
+        check_range(name, bias, -math.inf, torch.finfo(bias.dtype).max)

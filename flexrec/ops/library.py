@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from flexrec.checks import check_choice, is_transformed
 from flexrec.metrics import Metric
+from flexrec.numba_kernels import FLOOR
 
 BACKENDS = ("auto", "triton", "numba", "torch")
 
@@ -77,6 +78,14 @@ def choose_backend(backend: str, name: str, tensor: Tensor, obstacle: Exception 
                 f"got {name} on {device}"
             )
     return backend
+
+
+def choose_kernels(backend: str, hidden: Tensor, weight: Tensor) -> str:
+    """The backend that will run, see :func:`choose_backend`, for log-probs."""
+    obstacle = None
+    if accumulation_dtype(hidden, weight) == torch.float64:
+        obstacle = TypeError("backend='triton' computes in float32, got float64 operands; use 'auto' or 'torch'")
+    return choose_backend(backend, "hidden", hidden, obstacle)
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
@@ -277,3 +286,17 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """A context in which operands are taken as they are: autocast has no say inside these operations."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def finite_or_nan(products: Tensor) -> Tensor:
+    """Only a bias makes a candidate impossible: a product that is not finite is a fault, and gives NaN."""
+    return products + 0 * products.detach()
+
+
+def log_probs_of(logits: Tensor, pool: Tensor) -> Tensor:
+    """(N, T, K): a differentiable log-softmax over the entries that are in the pool, (N, T, K) bool.
+
+    Finite everywhere: below ``IMPOSSIBLE`` for impossible entries, meaningless outside the pool.
+    """
+    floored = torch.where(logits < FLOOR, FLOOR, logits)  # a NaN stays and has a gradient, which clamp would take away
+    return torch.where(pool, floored, 2 * FLOOR).log_softmax(-1)

@@ -20,18 +20,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexrec.checks import check_finite, check_range, check_temperature, check_tensor
-from flexrec.ops.library import LogprobsOperation, accumulation_dtype, is_traced, kernels, without_autocast
+from flexrec.checks import check_bias, check_finite, check_range, check_temperature, check_tensor
+from flexrec.ops.library import (
+    LogprobsOperation,
+    accumulation_dtype,
+    choose_kernels,
+    finite_or_nan,
+    is_traced,
+    kernels,
+    log_probs_of,
+    without_autocast,
+)
 from flexrec.ops.rank_order import by_candidate, checked_positions, in_rank_order, lengths_per_ranking, pools
 from flexrec.ops.restricted_logprobs import (
     RankingLogprobs,
     RankingLogprobsWithKL,
     Results,
-    check_bias,
     check_reference,
-    choose_kernels,
-    finite_or_nan,
-    log_probs_of,
     results_of,
 )
 from flexrec.ops.weight_grad import accumulated_grad, check_weight_grad, deliver

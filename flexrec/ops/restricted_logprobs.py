@@ -28,14 +28,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexrec.checks import check_finite, check_range, check_temperature, check_tensor, values_are_checked
+from flexrec.checks import check_bias, check_finite, check_range, check_temperature, check_tensor, values_are_checked
 from flexrec.numba_kernels import FLOOR, IMPOSSIBLE
 from flexrec.ops.library import (
     LogprobsOperation,
     accumulation_dtype,
-    choose_backend,
+    choose_kernels,
+    finite_or_nan,
     is_traced,
     kernels,
+    log_probs_of,
     without_autocast,
 )
 from flexrec.ops.weight_grad import accumulated_grad, check_weight_grad
@@ -234,35 +236,6 @@ def check_reference(
         check_bias("ref_bias", bias, weight)
     hidden, weight, bias, logits = (None if x is None else x.detach() for x in reference)
     return hidden, weight, bias, logits
-
-
-def check_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
-    """Raise unless ``bias`` is None or (V,), numbers or -inf."""
-    if bias is not None:
-        check_tensor(name, bias, (weight.shape[0],))
-        check_range(name, bias, -math.inf, torch.finfo(bias.dtype).max)
-
-
-def choose_kernels(backend: str, hidden: Tensor, weight: Tensor) -> str:
-    """The backend that will run, see :func:`flexrec.ops.library.choose_backend`."""
-    obstacle = None
-    if accumulation_dtype(hidden, weight) == torch.float64:
-        obstacle = TypeError("backend='triton' computes in float32, got float64 operands; use 'auto' or 'torch'")
-    return choose_backend(backend, "hidden", hidden, obstacle)
-
-
-def finite_or_nan(products: Tensor) -> Tensor:
-    """Only a bias makes a candidate impossible: a product that is not finite is a fault, and gives NaN."""
-    return products + 0 * products.detach()
-
-
-def log_probs_of(logits: Tensor, pool: Tensor) -> Tensor:
-    """(N, T, K): a differentiable log-softmax over the entries that are in the pool, (N, T, K) bool.
-
-    Finite everywhere: below ``IMPOSSIBLE`` for impossible entries, meaningless outside the pool.
-    """
-    floored = torch.where(logits < FLOOR, FLOOR, logits)  # a NaN stays and has a gradient, which clamp would take away
-    return torch.where(pool, floored, 2 * FLOOR).log_softmax(-1)
 
 
 def results_of(
