@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     rank.add_argument("--input", required=True, metavar="FILE", help="requests, one JSON object a line; - for stdin")
     rank.add_argument("--output", metavar="FILE", help="where the answers go (default: standard output)")
     rank.add_argument(
-        "--batch-size", type=_positive, default=64, metavar="N", help="requests ranked together (%(default)s)"
+        "--batch-size", type=_positive, default=64, metavar="N", help="requests ranked together (default: %(default)s)"
     )
     add_options(rank, Decoding)
     rank.add_argument("--seed", type=int, default=0, metavar="S", help="of samples (default: %(default)s)")

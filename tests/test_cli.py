@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexrec import ranker
-from flexrec.cli import main
+from flexrec.cli import build_parser, main
 from flexrec.data import simulate
 from flexrec.experiment import stages as experiment
 from flexrec.experiment.run_folder import Results, RunFolder
@@ -354,6 +354,13 @@ def test_help_has_examples(options, capsys):
     assert "usage: flexrec" in text
     if len(options) > 1:
         assert "examples:" in text
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "rank"])
+def test_every_option_shows_its_default(command):
+    (commands,) = (action for action in build_parser()._actions if action.dest == "command")
+    for action in commands.choices[command]._actions:
+        assert action.required or action.dest == "help" or "default" in action.help, action.option_strings
 
 
 def test_title_and_index_answers(tmp_path):

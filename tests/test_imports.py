@@ -5,7 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flexrec import metrics
+import pytest
+
+import flexrec
+from flexrec import cli, metrics
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with pytest
 
 HEAVY = ("numba", "llvmlite", "triton", "transformers", "accelerate", "torch.distributed.fsdp")
 
@@ -17,7 +25,7 @@ def loaded_after(program: str) -> list[str]:
         text=True,
         check=True,
     )
-    return found.stdout.split()
+    return found.stdout.splitlines()[-1].split()
 
 
 def test_import_loads_nothing_heavy():
@@ -25,6 +33,27 @@ def test_import_loads_nothing_heavy():
     bare, whole = loaded_after("import numpy, torch"), loaded_after("import flexrec")
     assert not {name for name in HEAVY if name in whole and name not in bare}
     assert len(set(whole) - set(bare)) < 100
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["rank", "--help"], ["--version"], ["train"]])
+def test_the_command_line_is_read_without_torch(arguments):
+    """Help, the version and a mistake in the options: nothing heavy stands in the way of an answer."""
+    program = f"""
+from flexrec.cli import main
+try:
+    main({arguments!r})
+except SystemExit:
+    pass"""
+    whole = loaded_after(program)
+    assert not {"torch", "rich", *HEAVY} & set(whole)
+    assert len(set(whole) - set(loaded_after("import numpy"))) < 150
+
+
+def test_the_version_is_that_of_the_installed_package(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    written = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
+    assert capsys.readouterr().out.split() == ["flexrec", flexrec.__version__] == ["flexrec", written]
 
 
 def test_numba_is_loaded_by_the_first_call_that_needs_it():

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flexrec.decoding.sample import sample_rankings, search_rankings
 from flexrec.ops.rank_order import rank_order
 from flexrec.ops.ranking_metric import ranking_metric
+from flexrec.policy.batch import make_batch
 from flexrec.policy.output_rows import numbered, row_tokens
-from flexrec.policy.scores import all_actions, make_batch, output_rows, ranking_scores, ranking_states
+from flexrec.policy.scores import all_actions, output_rows, ranking_scores, ranking_states
 
 PROMPTS = [[1, 2, 3], [4, 5]]
 CANDIDATES = [[[10], [11], [12], [13]], [[12], [21], [10]]]
