@@ -140,6 +140,8 @@ class RankingDataset:
             ``train``; None where the lists are given by the data.
         trend: (items,) float32 in [0, 1], how strongly each item rises at the end of ``log``, for requests that come
             after it; None where that is not known.
+        noise: variance of a logged interest around the true one where that is known or was estimated from repeats; 0
+            takes what was logged for the truth.
         time_boundary: with a split in time, the moment before which everything in ``log`` and ``train`` lies and at or
             after which every test list lies; None otherwise.
 
@@ -159,3 +161,4 @@ class RankingDataset:
     resample: Callable[[int], list[RankingList]] | None = None
     trend: np.ndarray | None = None
     time_boundary: float | None = None
+    noise: float = 0.0

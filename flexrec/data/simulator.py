@@ -127,6 +127,7 @@ def simulate(
         test=_to_lists(test, log, num_items, history_length, first_user=num_users),
         unobserved="critic",
         trend=trend_after(log, num_items, trend_window=_TREND_WINDOW),
+        noise=float(np.mean(train.truth * (1 - train.truth))) / (_WATCH_PRECISION + 1),  # of the Beta distribution
     )
 
 

@@ -207,8 +207,8 @@ def search_rankings(
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")
     spelling = Spelling(separator, end, num_ranked)
-    numbers = candidates if marks is None else numbered(candidates)[0]
-    begun = _begun(model, prompts, numbers, spelling, temperature, num_beams, pad_token_id, beams=True)
+    choices = candidates if marks is None else numbered(candidates)[0]
+    begun = _begun(model, prompts, choices, spelling, temperature, num_beams, pad_token_id, beams=True)
     with begun as (state, decoder, output, hidden):
         rows, tokens = _rows(output, candidates, marks, separator)
         totals, logprobs = _search(decoder, state, hidden, rows, tokens, temperature)

@@ -102,6 +102,7 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
                 dataset.log,
                 dataset.catalogue,
                 lists=dataset.train if dataset.unobserved == "critic" else (),
+                noise=dataset.noise,
                 seed=config.seed,
                 progress=process_index() == 0,
             )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn.functional import embedding_bag
 
-from flexrec.rankings import Candidates
+from flexrec.rankings.state import Candidates
 
 Marks = Sequence[Sequence[Sequence[int]]]  # P lists of K rows of token ids, any number of them
 

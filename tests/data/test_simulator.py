@@ -299,3 +299,9 @@ def test_errors_name_the_argument(arguments, message):
 def test_short_lists(num_candidates):
     dataset = simulate(**SMALL, num_candidates=num_candidates)
     assert {lst.candidates.shape for lst in dataset.train} == {(num_candidates,)}
+
+
+def test_the_noise_is_the_variance_of_feedback_around_the_truth():
+    data = simulate(num_users=300, num_items=100, num_topics=4, num_test_users=2, observed_share=1.0)
+    interest, truth = (np.concatenate([getattr(lst, n) for lst in data.train]) for n in ("interest", "truth"))
+    assert data.noise == pytest.approx(float(np.mean((interest - truth) ** 2)), rel=0.05)

@@ -92,6 +92,26 @@ def test_what_was_watched_and_not_logged():
     assert module._watched([], log, 10).shape == (0, 2)
 
 
+def test_observed_feedback_and_prediction_are_fused_by_precision(world):
+    """The variance of the prediction counts the noise of feedback in, which is no ignorance."""
+    certain, noisy = (
+        Critic.fit(world.log, world.catalogue, epochs=2, ensemble=2, noise=noise) for noise in (0.0, 0.03)
+    )
+    lst = world.train[0]
+    observed = ~np.isnan(lst.interest)
+    assert observed.any()
+    assert not observed.all()
+    mean, variance = certain.predict(lst)
+    interest, doubt = noisy.fill(lst)
+    ignorance = variance - 0.03
+    assert ignorance.min() > 0.1 * variance.max()
+    expected = (ignorance * lst.interest + 0.03 * mean) / (ignorance + 0.03)
+    np.testing.assert_allclose(interest, np.where(observed, expected, mean), rtol=1e-5)
+    np.testing.assert_allclose(doubt, np.where(observed, ignorance * 0.03 / (ignorance + 0.03), variance), rtol=1e-5)
+    certainly, _ = certain.fill(lst)
+    np.testing.assert_array_equal(certainly[observed], lst.interest[observed])
+
+
 def make(user, history):
     from flexrec.data.lists import RankingList
 
