@@ -18,42 +18,92 @@ namespace {
 // Enough rows to repay a thread, few enough for many threads.
 constexpr std::int64_t kRowsPerChunk = 128;
 
-// Writes the decision that `walk` stands before, if it is one.
-void append_decision(const RowWalk& walk, const Trie& trie, const bits::Word* remaining, EncodedBatch& out) {
-  walk.for_each_allowed([&](std::int32_t id, std::int32_t low, std::int32_t high) {
-    const auto first_below = static_cast<std::ptrdiff_t>(out.below_items.size());
-    bits::for_each(remaining, low, high, [&](std::int32_t leaf) { out.below_items.push_back(trie.candidate(leaf)); });
-    if (high - low > 1) std::sort(out.below_items.begin() + first_below, out.below_items.end());
+// Writes the decision that `walk` stands before; `left`: the leaves that the ranks before the decision's leave.
+void append_decision(const RowWalk& walk, const Trie& trie, const bits::Word* left, EncodedBatch& out) {
+  std::int32_t last = Trie::kNone;
+  const auto close_branch = [&] {
+    if (last == Trie::kNone) return;
+    const auto size = static_cast<std::int64_t>(out.below_items.size());
+    if (size - out.below_offsets.back() > 1) {
+      const auto begin = out.below_items.begin() + static_cast<std::ptrdiff_t>(out.below_offsets.back());
+      std::sort(begin, out.below_items.end());
+      out.below_items.erase(std::unique(begin, out.below_items.end()), out.below_items.end());
+    }
     out.below_offsets.push_back(static_cast<std::int64_t>(out.below_items.size()));
-    out.allowed_ids.push_back(id);
+  };
+  walk.for_each_branch([&](std::int32_t id, std::int32_t low, std::int32_t high) {
+    if (id != last) {
+      close_branch();
+      out.allowed_ids.push_back(id);
+      last = id;
+    }
+    bits::for_each(left, low, high, [&](std::int32_t leaf) { out.below_items.push_back(trie.candidate(leaf)); });
     return true;
   });
+  close_branch();
   out.allowed_offsets.push_back(static_cast<std::int64_t>(out.allowed_ids.size()));
 }
 
+[[noreturn]] void throw_misread(std::int64_t row, std::int32_t rank) {
+  throw std::invalid_argument("rankings: row " + std::to_string(row) +
+                              " is spelled as another ranking is, which has a longer candidate at rank " +
+                              std::to_string(rank) + " and is what its tokens are read as: choose another separator");
+}
+
+// What spelling a row needs, used again for the next.
+struct Scratch {
+  explicit Scratch(const RankingGrammar& grammar)
+      : remaining(static_cast<std::size_t>(bits::words_for(grammar.max_num_candidates()))),
+        left(remaining),
+        placed(static_cast<std::size_t>(grammar.max_num_ranked())) {}
+
+  std::vector<bits::Word> remaining;
+  std::vector<bits::Word> left;
+  std::vector<std::int32_t> placed;
+  std::vector<Reading> others;
+};
+
 // Spells one row at the end of `out`.
 void append_row(const RankingGrammar& grammar, std::int64_t row, const std::int64_t* ranking, bool with_allowed,
-                bits::Word* remaining, EncodedBatch& out) {
+                Scratch& scratch, EncodedBatch& out) {
   const Trie& trie = grammar.trie(row);
+  const std::int32_t num_ranked = grammar.num_ranked(row);
   Cursor cursor;
-  RowWalk walk(grammar, row, cursor, remaining);
+  RowWalk walk(grammar, row, cursor, scratch.remaining.data(), scratch.placed.data(), scratch.others);
   walk.restart();
-  while (!walk.done()) {
-    const std::int32_t rank = cursor.rank;
-    // Once all items are placed only the end is left to spell.
-    const std::int32_t leaf =
-        rank < grammar.num_ranked(row) ? trie.leaf(static_cast<std::int32_t>(ranking[rank])) : Trie::kNone;
-    const std::int32_t token = walk.token_towards(leaf);
-    if (walk.only_token() == Trie::kNone) {
-      if (with_allowed) append_decision(walk, trie, remaining, out);
-      out.decision_rows.push_back(static_cast<std::int32_t>(row));
-      out.decision_positions.push_back(cursor.step);
-      out.decision_ranks.push_back(rank);
-      out.targets.push_back(token);
+  // Of equal candidates the walk places the first, `ranking` any of them: `left` goes by the ranking.
+  bits::Word* const left = scratch.left.data();
+  bits::insert_all(left, trie.num_candidates());
+  std::int32_t num_certain = 0;
+  const auto leaf_at = [&](std::int32_t rank) { return trie.leaf(static_cast<std::int32_t>(ranking[rank])); };
+  const auto spell = [&](const std::int32_t* begin, const std::int32_t* end, std::int32_t item_id) {
+    for (const std::int32_t* token = begin; token != end; ++token) {
+      if (walk.only_token() == Trie::kNone) {
+        for (; num_certain < walk.num_certain(); ++num_certain) bits::erase(left, leaf_at(num_certain));
+        if (with_allowed) append_decision(walk, trie, left, out);
+        out.decision_rows.push_back(static_cast<std::int32_t>(row));
+        out.decision_positions.push_back(cursor.step);
+        out.decision_ranks.push_back(num_certain);
+        out.targets.push_back(*token);
+      }
+      if (!walk.advance(*token)) throw_misread(row, walk.num_certain());
+      out.tokens.push_back(*token);
+      out.item_ids.push_back(item_id);
     }
-    const RowWalk::Step step = walk.advance(token, nullptr, leaf);
-    out.tokens.push_back(token);
-    out.item_ids.push_back(step == RowWalk::Step::kItem ? rank : -1);
+  };
+  const CandidateTokens& candidates = grammar.tries().candidates();
+  const std::int64_t* offsets = candidates.offsets_of(grammar.list(row));
+  for (std::int32_t rank = 0; rank < num_ranked; ++rank) {
+    const std::int32_t* const tokens = candidates.tokens.data();
+    spell(tokens + offsets[ranking[rank]], tokens + offsets[ranking[rank] + 1], rank);
+    const std::vector<std::int32_t>& tail = rank + 1 < num_ranked ? grammar.separator() : grammar.end();
+    spell(tail.data(), tail.data() + tail.size(), -1);
+  }
+  walk.finish();
+  for (std::int32_t rank = 0; rank < num_ranked; ++rank) {
+    const std::int32_t leaf = leaf_at(rank);
+    const std::int32_t read = scratch.placed[static_cast<std::size_t>(rank)];
+    if (read != leaf && trie.equal_leaves(read) != trie.equal_leaves(leaf)) throw_misread(row, rank);
   }
   out.offsets.push_back(static_cast<std::int64_t>(out.tokens.size()));
 }
@@ -109,17 +159,18 @@ void check_rankings(const RankingGrammar& grammar, const std::int64_t* rankings,
 
 EncodedBatch encode_rankings(const RankingGrammar& grammar, const std::int64_t* rankings, std::int64_t width,
                              bool with_allowed) {
+  grammar.check_end_is_certain();
   check_rankings(grammar, rankings, width);
   const std::int64_t num_rows = grammar.num_rows();
   const std::int64_t num_chunks = std::max<std::int64_t>(1, (num_rows + kRowsPerChunk - 1) / kRowsPerChunk);
   const std::int64_t cost = num_rows * grammar.max_num_ranked() * (50 + 2 * grammar.max_num_candidates());
   std::vector<EncodedBatch> chunks(static_cast<std::size_t>(num_chunks));
   parallel_for(num_chunks, cost, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<bits::Word> remaining(static_cast<std::size_t>(bits::words_for(grammar.max_num_candidates())));
+    Scratch scratch(grammar);
     for (std::int64_t chunk = begin; chunk < end; ++chunk) {
       const std::int64_t last_row = std::min(num_rows, (chunk + 1) * kRowsPerChunk);
       for (std::int64_t row = chunk * kRowsPerChunk; row < last_row; ++row) {
-        append_row(grammar, row, rankings + row * width, with_allowed, remaining.data(),
+        append_row(grammar, row, rankings + row * width, with_allowed, scratch,
                    chunks[static_cast<std::size_t>(chunk)]);
       }
     }

@@ -42,13 +42,13 @@ std::optional<Ambiguity> find_ambiguity(const Trie& trie, const std::vector<std:
   return std::nullopt;
 }
 
-[[noreturn]] void throw_ambiguous(std::int64_t list, const Ambiguity& found, const std::string& name, bool empty) {
-  throw std::invalid_argument("candidates[" + text(list) + "]: candidate " + text(found.shorter) +
-                              " is a prefix of candidate " + text(found.longer) + ", which goes on with token " +
-                              text(found.next_token) + "; " +
-                              (empty ? "without " + std::string(name == "end" ? "an " : "a ") + name
-                                     : "as that is also the first token of the " + name) +
-                              " the two cannot be told apart: choose another " + name);
+// Whether `token` stands in one of the list's candidates.
+bool occurs(const CandidateTries& tries, std::int64_t list, std::int32_t token) {
+  const CandidateTokens& candidates = tries.candidates();
+  const std::int64_t* offsets = candidates.offsets_of(list);
+  const std::int32_t* tokens = candidates.tokens.data();
+  const std::int32_t* end = tokens + offsets[tries.trie(list).num_candidates()];
+  return std::find(tokens + offsets[0], end, token) != end;
 }
 
 }  // namespace
@@ -69,7 +69,6 @@ RankingGrammar::RankingGrammar(std::shared_ptr<const CandidateTries> tries, std:
   for (const std::int32_t token : separator_) max_token_ = std::max(max_token_, token);
   for (const std::int32_t token : end_) max_token_ = std::max(max_token_, token);
   set_num_ranked(num_ranked);
-  check_ambiguity();
 }
 
 void RankingGrammar::set_num_ranked(const NumRanked& num_ranked) {
@@ -102,25 +101,34 @@ void RankingGrammar::set_num_ranked(const NumRanked& num_ranked) {
   }
 }
 
-void RankingGrammar::check_ambiguity() const {
+// Rankings of all candidates are spelled with equally many tokens, so that none begins another. Of the others, one may
+// where the last item is a prefix of a candidate that goes on as the end begins; and where items are ambiguous in their
+// midst, unless the end begins with a token that stands nowhere else.
+void RankingGrammar::check_end_is_certain() const {
   for (std::int64_t list = 0; list < tries_->num_lists(); ++list) {
     const Trie& trie = tries_->trie(list);
-    // A separator follows wherever a second item does; where the last item is chosen, at least two candidates must be
-    // left for any doubt.
-    bool has_separator = false;
-    bool last_is_chosen = false;
+    if (!trie.has_prefixes()) continue;
+    std::int32_t most = 0;  // ranked by a row that leaves some out
     for (std::int64_t row = list * num_generations_; row < (list + 1) * num_generations_; ++row) {
-      has_separator |= num_ranked(row) >= 2;
-      last_is_chosen |= num_ranked(row) < trie.num_candidates();
+      if (num_ranked(row) < trie.num_candidates()) most = std::max(most, num_ranked(row));
     }
-    if (has_separator) {
-      if (const auto found = find_ambiguity(trie, separator_)) {
-        throw_ambiguous(list, *found, "separator", separator_.empty());
+    if (most == 0) continue;
+    std::optional<Ambiguity> found = find_ambiguity(trie, end_);
+    std::string because = end_.empty() ? "without an end" : "as that is also the first token of the end,";
+    if (!found && most >= 2) {
+      found = find_ambiguity(trie, separator_);
+      if (found && std::count(separator_.begin(), separator_.end(), end_.front()) == 0 &&
+          !occurs(*tries_, list, end_.front())) {
+        continue;
       }
+      because = separator_.empty() ? "without a separator" : "as that is also the first token of the separator,";
     }
-    if (last_is_chosen) {
-      if (const auto found = find_ambiguity(trie, end_)) throw_ambiguous(list, *found, "end", end_.empty());
-    }
+    if (!found) continue;
+    throw std::invalid_argument("candidates[" + text(list) + "]: candidate " + text(found->shorter) +
+                                " is a prefix of candidate " + text(found->longer) + ", which goes on with token " +
+                                text(found->next_token) + "; " + because +
+                                " it cannot be told whether a ranking of not all candidates is finished: choose an end "
+                                "that begins with a token of its own");
   }
 }
 

@@ -29,15 +29,25 @@ struct ParsedRow {
 };
 
 // Whether the completion is exactly a well-formed ranking; if so it has been read.
-bool read_by_grammar(Tokens completion, RowWalk walk, const Cursor& cursor, ParsedRow& out) {
+bool read_by_grammar(Tokens completion, const RankingGrammar& grammar, std::int64_t row, bits::Word* remaining,
+                     ParsedRow& out) {
+  Cursor cursor;
+  std::vector<Reading> others;
+  RowWalk walk(grammar, row, cursor, remaining, out.ranking, others);
   walk.restart();
   for (std::int64_t i = 0; i < completion.size; ++i) {
-    const std::int32_t rank = cursor.rank;
-    const RowWalk::Step step = walk.advance(completion.data[i], out.ranking);
-    if (step == RowWalk::Step::kRejected) return false;
-    out.item_ids[i] = step == RowWalk::Step::kItem ? rank : -1;
+    if (!walk.advance(completion.data[i])) return false;
   }
-  return walk.done();
+  if (!walk.finish()) return false;
+  const std::int64_t* offsets = grammar.tries().candidates().offsets_of(grammar.list(row));
+  std::fill_n(out.item_ids, completion.size, -1);
+  std::int32_t* item_ids = out.item_ids;
+  for (std::int32_t rank = 0; rank < grammar.num_ranked(row); ++rank) {
+    const std::int32_t candidate = grammar.trie(row).candidate(out.ranking[rank]);
+    item_ids = std::fill_n(item_ids, offsets[candidate + 1] - offsets[candidate], rank);
+    if (rank + 1 < grammar.num_ranked(row)) item_ids += grammar.separator().size();
+  }
+  return true;
 }
 
 // The longest of a set of phrases at each position of a text, tried position by position while that is cheap:
@@ -104,53 +114,104 @@ struct Tails {
       offsets.push_back(static_cast<std::int64_t>(tokens.size()));
     }
     trie = Trie(tokens.data(), offsets.data(), static_cast<std::int32_t>(offsets.size()) - 1);
+    has_separator = !grammar.separator().empty();
   }
+
+  bool is_separator(std::int32_t node) const { return has_separator && trie.candidate(trie.node(node).low) == 0; }
 
   std::vector<std::int32_t> tokens;
   std::vector<std::int64_t> offsets{0};
   Trie trie;
+  bool has_separator = false;
 };
 
-// Places first mentions, which leave `remaining`, as leaves of the row's trie; returns how many ranks they filled.
-std::int32_t read_mentions(Tokens completion, const RankingGrammar& grammar, std::int64_t row, PhraseFinder& items,
-                           PhraseFinder& tails, bits::Word* remaining, ParsedRow& out) {
-  const Trie& trie = grammar.trie(row);
-  bits::insert_all(remaining, trie.num_candidates());
-  std::fill_n(out.item_ids, completion.size, -1);
-  items.read(completion);
-  tails.read(completion);
-  std::int32_t num_placed = 0;
-  bool after_mention = false;
-  bool in_unknown = false;
-  for (std::int64_t i = 0; i < completion.size;) {
-    const PhraseFinder::Match tail = tails.longest(i);
-    const PhraseFinder::Match mention = after_mention && tail.length > 0 ? PhraseFinder::Match{} : items.longest(i);
-    after_mention = mention.length > 0;
-    if (mention.length > 0) {
+struct Mention {
+  std::int64_t begin;
+  std::int64_t length;
+  std::int32_t node;
+};
+
+// What a completion mentions, and which of it is its ranking.
+class MentionReader {
+ public:
+  explicit MentionReader(const RankingGrammar& grammar)
+      : grammar_(grammar), tails_(grammar), tail_finder_(tails_.trie, tails_.tokens.data(), tails_.offsets.data()) {}
+
+  // Places first mentions, which leave `remaining`, as leaves of the row's trie; returns how many ranks they filled.
+  std::int32_t read(Tokens completion, std::int64_t row, PhraseFinder& items, bits::Word* remaining, ParsedRow& out) {
+    out.unknown = find(completion, items);
+    const Trie& trie = grammar_.trie(row);
+    bits::insert_all(remaining, trie.num_candidates());
+    std::fill_n(out.item_ids, completion.size, -1);
+    std::int32_t num_placed = 0;
+    for (std::size_t i = first_; i < last_; ++i) {
+      const Mention& mention = mentions_[i];
       const Trie::Node& node = trie.node(mention.node);
       const std::int32_t leaf = bits::first(remaining, node.low, node.end_high);
       if (leaf < 0) {
         ++out.repeated;
-      } else {
-        bits::erase(remaining, leaf);
-        if (num_placed < grammar.num_ranked(row)) {
-          std::fill_n(out.item_ids + i, mention.length, num_placed);
-          out.ranking[num_placed++] = leaf;
-        }
+        continue;
       }
-      i += mention.length;
-      in_unknown = false;
-    } else if (tail.length > 0) {
-      i += tail.length;
-      in_unknown = false;
-    } else {
-      if (!in_unknown) ++out.unknown;
-      in_unknown = true;
-      ++i;
+      bits::erase(remaining, leaf);
+      if (num_placed == grammar_.num_ranked(row)) continue;
+      std::fill_n(out.item_ids + mention.begin, mention.length, num_placed);
+      out.ranking[num_placed++] = leaf;
     }
+    return num_placed;
   }
-  return num_placed;
-}
+
+ private:
+  // Finds the mentions, of which those from `first_` to `last_` are the ranking; returns the number of unknown
+  // stretches. Two mentions are joined where a separator follows the first and another, or the same, precedes the
+  // second: one of an unknown item may stand between them.
+  std::int32_t find(Tokens completion, PhraseFinder& items) {
+    mentions_.clear();
+    first_ = last_ = 0;
+    items.read(completion);
+    tail_finder_.read(completion);
+    enum class Kind { kStart, kMention, kSeparator, kEnd, kUnknown };
+    Kind before = Kind::kStart;
+    bool separator_follows = false;  // the last mention
+    std::size_t run = 0;             // the first mention of the run
+    std::int32_t num_unknown = 0;
+    const auto end_run = [&] {
+      const std::size_t size = mentions_.size() - run;
+      if (size > 1 && size >= last_ - first_) first_ = run, last_ = mentions_.size();
+      run = mentions_.size();
+    };
+    for (std::int64_t i = 0; i < completion.size;) {
+      const PhraseFinder::Match tail = tail_finder_.longest(i);
+      const bool tail_first = before == Kind::kMention && tail.length > 0;
+      const PhraseFinder::Match mention = tail_first ? PhraseFinder::Match{} : items.longest(i);
+      if (mention.length > 0) {
+        if (before != Kind::kSeparator || !separator_follows) end_run();
+        separator_follows = false;
+        mentions_.push_back({i, mention.length, mention.node});
+        before = Kind::kMention;
+        i += mention.length;
+      } else if (tail.length > 0) {
+        const bool is_separator = tails_.is_separator(tail.node);
+        if (before == Kind::kMention) separator_follows = is_separator;
+        before = is_separator ? Kind::kSeparator : Kind::kEnd;
+        i += tail.length;
+      } else {
+        if (before != Kind::kUnknown) ++num_unknown;
+        before = Kind::kUnknown;
+        ++i;
+      }
+    }
+    end_run();
+    if (last_ == 0 || grammar_.separator().empty()) first_ = 0, last_ = mentions_.size();
+    return num_unknown;
+  }
+
+  const RankingGrammar& grammar_;
+  const Tails tails_;
+  PhraseFinder tail_finder_;
+  std::vector<Mention> mentions_;
+  std::size_t first_ = 0;
+  std::size_t last_ = 0;
+};
 
 }  // namespace
 
@@ -166,11 +227,10 @@ ParsedBatch parse_rankings(const RankingGrammar& grammar, const std::int64_t* to
   result.unknown.resize(size);
   result.item_ids.resize(static_cast<std::size_t>(offsets[num_rows]));
 
-  const Tails tails(grammar);
   const CandidateTokens& candidates = grammar.tries().candidates();
   parallel_for(num_rows, offsets[num_rows] * kOperationsPerToken, [&](std::int64_t begin, std::int64_t end) {
     std::vector<bits::Word> remaining(static_cast<std::size_t>(bits::words_for(grammar.max_num_candidates())));
-    PhraseFinder tail_finder(tails.trie, tails.tokens.data(), tails.offsets.data());
+    MentionReader mentions(grammar);
     std::optional<PhraseFinder> item_finder;  // shared by the rows of a list
     for (std::int64_t row = begin; row < end; ++row) {
       const Trie& trie = grammar.trie(row);
@@ -180,11 +240,9 @@ ParsedBatch parse_rankings(const RankingGrammar& grammar, const std::int64_t* to
       const std::int32_t num_ranked = grammar.num_ranked(row);
       const Tokens completion{tokens + offsets[row], offsets[row + 1] - offsets[row]};
       ParsedRow out{result.ranking.data() + row * width, result.item_ids.data() + offsets[row]};
-      Cursor cursor;
-      const bool valid = read_by_grammar(completion, {grammar, row, cursor, remaining.data()}, cursor, out);
+      const bool valid = read_by_grammar(completion, grammar, row, remaining.data(), out);
       const std::int32_t num_placed =
-          valid ? num_ranked
-                : read_mentions(completion, grammar, row, *item_finder, tail_finder, remaining.data(), out);
+          valid ? num_ranked : mentions.read(completion, row, *item_finder, remaining.data(), out);
 
       std::transform(out.ranking, out.ranking + num_placed, out.ranking,
                      [&](std::int32_t leaf) { return trie.candidate(leaf); });

@@ -16,7 +16,7 @@ constexpr int kTokensInMessage = 8;
 [[noreturn]] void throw_rejected(std::int64_t row, std::int32_t step, std::int64_t token, const RowWalk& walk) {
   std::string allowed;
   int count = 0;
-  walk.for_each_allowed([&](std::int32_t id, std::int32_t, std::int32_t) {
+  walk.for_each_allowed([&](std::int32_t id) {
     if (count < kTokensInMessage) allowed += (count == 0 ? "" : ", ") + std::to_string(id);
     ++count;
     return true;
@@ -33,7 +33,9 @@ RankingState::RankingState(std::shared_ptr<const RankingGrammar> grammar)
       cursors_(static_cast<std::size_t>(num_rows())),
       words_per_row_(bits::words_for(grammar_->max_num_candidates())),
       remaining_(static_cast<std::size_t>(num_rows() * words_per_row_)),
-      placed_(static_cast<std::size_t>(num_rows() * max_num_ranked())) {
+      placed_(static_cast<std::size_t>(num_rows() * max_num_ranked())),
+      others_(static_cast<std::size_t>(num_rows())) {
+  grammar_->check_end_is_certain();
   restart(nullptr);
 }
 
@@ -44,7 +46,8 @@ void RankingState::restart(const std::uint8_t* chosen) {
 }
 
 RowWalk RankingState::walk(std::int64_t row) {
-  return {*grammar_, row, cursors_[static_cast<std::size_t>(row)], remaining_.data() + row * words_per_row_};
+  const auto i = static_cast<std::size_t>(row);
+  return {*grammar_, row, cursors_[i], remaining_.data() + row * words_per_row_, placed(row), others_[i]};
 }
 
 Csr RankingState::allowed() const {
@@ -54,7 +57,7 @@ Csr RankingState::allowed() const {
   parallel_for(num_rows(), cost, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
       std::int64_t count = 0;
-      reader(row).for_each_allowed([&](std::int32_t, std::int32_t, std::int32_t) { return ++count, true; });
+      reader(row).for_each_allowed([&](std::int32_t) { return ++count, true; });
       counts[static_cast<std::size_t>(row)] = count;
     }
   });
@@ -64,7 +67,7 @@ Csr RankingState::allowed() const {
   parallel_for(num_rows(), cost, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
       std::int32_t* out = result.ids.data() + result.offsets[static_cast<std::size_t>(row)];
-      reader(row).for_each_allowed([&](std::int32_t id, std::int32_t, std::int32_t) { return *out++ = id, true; });
+      reader(row).for_each_allowed([&](std::int32_t id) { return *out++ = id, true; });
     }
   });
   return result;
@@ -96,7 +99,9 @@ void RankingState::allowed_bitmask(std::int64_t vocab_size, std::int32_t* words,
 
 void RankingState::advance(const std::int64_t* tokens, const std::int64_t* offsets, OnRejected on_rejected) {
   // Only an error is ever taken back.
-  const std::vector<Cursor> before = on_rejected == OnRejected::kThrow ? cursors_ : std::vector<Cursor>{};
+  const bool throws = on_rejected == OnRejected::kThrow;
+  const std::vector<Cursor> before = throws ? cursors_ : std::vector<Cursor>{};
+  std::vector<std::vector<Reading>> forked(throws ? cursors_.size() : 0);  // the readings of rows before they forked
   const std::int64_t num_tokens = offsets == nullptr ? num_rows() : offsets[num_rows()] - offsets[0];
   try {
     parallel_for(num_rows(), num_tokens * 20, [&](std::int64_t begin, std::int64_t end) {
@@ -105,8 +110,11 @@ void RankingState::advance(const std::int64_t* tokens, const std::int64_t* offse
         const std::int64_t last = offsets == nullptr ? row + 1 : offsets[row + 1];
         RowWalk row_walk = walk(row);
         for (std::int64_t i = first; i < last && !row_walk.done() && !row_walk.lost(); ++i) {
-          if (row_walk.advance(tokens[i], placed(row)) != RowWalk::Step::kRejected) continue;
-          if (on_rejected == OnRejected::kThrow) {
+          if (throws && forked[static_cast<std::size_t>(row)].empty() && row_walk.forks(tokens[i])) {
+            forked[static_cast<std::size_t>(row)] = row_walk.readings();
+          }
+          if (row_walk.advance(tokens[i])) continue;
+          if (throws) {
             throw_rejected(row, cursors_[static_cast<std::size_t>(row)].step, tokens[i], row_walk);
           }
           row_walk.lose();
@@ -114,14 +122,15 @@ void RankingState::advance(const std::int64_t* tokens, const std::int64_t* offse
       }
     });
   } catch (...) {
-    if (on_rejected == OnRejected::kThrow) undo(before);
+    if (throws) undo(before, std::move(forked));
     throw;
   }
 }
 
-void RankingState::undo(const std::vector<Cursor>& before) {
+void RankingState::undo(const std::vector<Cursor>& before, std::vector<std::vector<Reading>>&& forked) {
   for (std::int64_t row = 0; row < num_rows(); ++row) {
     const auto i = static_cast<std::size_t>(row);
+    if (!forked[i].empty()) walk(row).restore(std::move(forked[i]));
     for (std::int32_t rank = before[i].rank; rank < cursors_[i].rank; ++rank) {
       bits::insert(remaining_.data() + row * words_per_row_, placed(row)[rank]);
     }
@@ -132,18 +141,26 @@ void RankingState::undo(const std::vector<Cursor>& before) {
 Csr RankingState::forced() const {
   std::vector<std::int64_t> counts(cursors_.size(), 0);
   // The runs are walked on copies, once to count and once to write.
-  const auto for_each_forced = [&](std::int64_t row, std::vector<bits::Word>& scratch, auto&& visit) {
-    Cursor cursor = cursors_[static_cast<std::size_t>(row)];
-    std::copy_n(remaining_.data() + row * words_per_row_, words_per_row_, scratch.data());
-    RowWalk copy(*grammar_, row, cursor, scratch.data());
+  const auto for_each_forced = [&](std::int64_t row, Reading& scratch, auto&& visit) {
+    const auto i = static_cast<std::size_t>(row);
+    scratch.cursor = cursors_[i];
+    std::copy_n(remaining_.data() + row * words_per_row_, words_per_row_, scratch.remaining.data());
+    std::copy_n(placed(row), max_num_ranked(), scratch.placed.data());
+    std::vector<Reading> others = others_[i];
+    RowWalk copy(*grammar_, row, scratch.cursor, scratch.remaining.data(), scratch.placed.data(), others);
     for (std::int32_t id = copy.only_token(); id != Trie::kNone; id = copy.only_token()) {
       visit(id);
-      copy.advance(id, nullptr);
+      copy.advance(id);
     }
+  };
+  const auto make_scratch = [&] {
+    return Reading{{},
+                   std::vector<bits::Word>(static_cast<std::size_t>(words_per_row_)),
+                   std::vector<std::int32_t>(static_cast<std::size_t>(max_num_ranked()))};
   };
   const std::int64_t cost = num_rows() * 40;
   parallel_for(num_rows(), cost, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<bits::Word> scratch(static_cast<std::size_t>(words_per_row_));
+    Reading scratch = make_scratch();
     for (std::int64_t row = begin; row < end; ++row) {
       for_each_forced(row, scratch, [&](std::int32_t) { ++counts[static_cast<std::size_t>(row)]; });
     }
@@ -152,7 +169,7 @@ Csr RankingState::forced() const {
   result.offsets = offsets_from_counts(counts);
   result.ids.resize(static_cast<std::size_t>(result.offsets.back()));
   parallel_for(num_rows(), cost, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<bits::Word> scratch(static_cast<std::size_t>(words_per_row_));
+    Reading scratch = make_scratch();
     for (std::int64_t row = begin; row < end; ++row) {
       std::int32_t* out = result.ids.data() + result.offsets[static_cast<std::size_t>(row)];
       for_each_forced(row, scratch, [&](std::int32_t id) { *out++ = id; });
@@ -171,7 +188,8 @@ std::vector<std::int32_t> RankingState::rankings() const {
   std::vector<std::int32_t> result(placed_.size(), -1);
   for (std::int64_t row = 0; row < num_rows(); ++row) {
     std::int32_t* out = result.data() + row * max_num_ranked();
-    for (std::int32_t rank = 0; rank < cursors_[static_cast<std::size_t>(row)].rank; ++rank) {
+    const std::int32_t num_certain = reader(row).num_certain();
+    for (std::int32_t rank = 0; rank < num_certain; ++rank) {
       out[rank] = grammar_->trie(row).candidate(placed(row)[rank]);
     }
   }

@@ -72,8 +72,15 @@ Trie::Trie(const std::int32_t* tokens, const std::int64_t* offsets, std::int32_t
       nodes_.push_back({token(low), 0, 0, low, low, leaf});
     }
     updated.num_children = num_nodes() - updated.first_child;
+    has_prefixes_ |= updated.low < updated.end_high && updated.num_children > 0;
     nodes_[static_cast<std::size_t>(parent)] = updated;
   }
+}
+
+std::pair<std::int32_t, std::int32_t> Trie::equal_leaves(std::int32_t leaf) const {
+  std::int32_t index = kRoot;
+  while (leaf >= node(index).end_high) index = child_by_leaf(index, leaf);
+  return {node(index).low, node(index).end_high};
 }
 
 std::int32_t Trie::child_by_token(std::int32_t parent, std::int64_t token) const {

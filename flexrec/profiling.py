@@ -10,10 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 # In the order of a step. "rewards" are item rewards, uncertainty weights and advantages; "bookkeeping" is what C++ does
 # and the laying out of rows; "log-probs and loss" all from the states to the loss.
@@ -114,19 +112,3 @@ def span(part: str) -> Iterator[None]:
         yield
     finally:
         profile.leave()
-
-
-class ProfileSteps(TrainerCallback):
-    """Counts the steps, and charges the optimiser, whose step is not ours to wrap."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if profile := _active.get():
-            profile.enter("optimizer")
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if profile := _active.get():
-            profile.leave()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if profile := _active.get():
-            profile.steps += 1

@@ -1,18 +1,17 @@
 """Ahead-of-time compilation of every kernel configuration a launcher can choose, on a machine without a GPU.
 
-``python -m flexrec.triton_kernels.aot`` compiles the ``variants()`` of every kernel file for every target and prints
-what each takes of the GPU; ``--write docs/kernels.md`` keeps it. Registers and spills are what the assembler reports
-for the binary, the tensor-core instruction is read from the disassembly.
+``python -m flexrec.triton_kernels.aot`` records what the calls of ``examples`` launch, compiles it for every target and
+prints what each takes of the GPU; ``--write docs/kernels.md`` keeps it. Registers and spills are what the assembler
+reports for the binary, the tensor-core instruction is read from the disassembly.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import functools
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -23,32 +22,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+
+from flexrec.triton_kernels.examples import examples
+from flexrec.triton_kernels.launch import FP_FUSION, Launch, recorded
 
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes one program may take
 TARGETS = tuple(SHARED_LIMIT)
 COMMAND = "python -m flexrec.triton_kernels.aot --write docs/kernels.md"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One configuration of one kernel, as its launcher would compile it.
-
-    Args:
-        name: unique and short, "ranking_logprobs forward bf16 32x64".
-        kernel: the ``@triton.jit`` function.
-        types: Triton type of each argument that is not constexpr: "*bf16", "*i64", "i32", "fp32". Pointers are taken as
-            aligned to 16 bytes, which PyTorch's are; an integer that is a multiple of 16, as most widths are, "i32:16".
-        constants: values of the constexpr arguments, and None for pointers that are not given.
-        num_warps, num_stages: launch options; without stages the target's own default, as at a launch.
-    """
-
-    name: str
-    kernel: Any
-    types: dict[str, str]
-    constants: dict[str, object]
-    num_warps: int = 4
-    num_stages: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,48 +51,68 @@ class Resources:
     instruction: str
 
 
+class Variant(NamedTuple):
+    """What is compiled: the kernel's file, a unique name ("swap_rewards ndcg swap fp32 16x128"), and the launch."""
+
+    module: str
+    name: str
+    launch: Launch
+
+
 @dataclass(frozen=True)
 class Row:
     """One variant compiled for one target."""
 
     module: str
     variant: str
-    launch: str
+    num_warps: int
     target: str
     resources: Resources
     seconds: float
 
 
-def compile_variant(variant: Variant, target: str) -> Resources:
-    """Compile for one of TARGETS; the caller must not have Triton's interpreter on.
+@functools.cache
+def variants() -> tuple[Variant, ...]:
+    """Everything different that the examples launch, file by file."""
+    found: list[Variant] = []
+    for label, call in examples():
+        with recorded() as launches:
+            call()
+        for launch in launches:
+            if all(launch != variant.launch for variant in found):
+                found.append(Variant(launch.kernel.__module__.rpartition(".")[2], _name(launch, label), launch))
+    repeated = [name for name, count in Counter(variant.name for variant in found).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"different launches need different names, by the labels of their examples; got twice {repeated}"
+        )
+    return tuple(sorted(found, key=lambda variant: variant.module))
 
-    Raises:
-        ValueError: an argument of the kernel has neither a type nor a constant, or one that it does not have is given.
-    """
+
+def _name(launch: Launch, label: str) -> str:
+    blocks = [name for name in launch.constants if name.startswith("BLOCK")]
+    tiles = [launch.constants[name] for name in blocks if name != "BLOCK_C" or "C" not in launch.constants]
+    if launch.constants.get("TILES", 1) != 1:
+        tiles.append(launch.constants["TILES"])
+    kernel = launch.kernel.__name__.removesuffix("_kernel")
+    return " ".join(filter(None, (kernel, label, "x".join(map(str, tiles)))))
+
+
+def compile_launch(launch: Launch, target: str) -> Resources:
+    """Compile for one of TARGETS; the caller must not have Triton's interpreter on."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = variant.kernel.arg_names
-    given = set(variant.types) | set(variant.constants)
-    if given != set(names) or len(given) != len(variant.types) + len(variant.constants):
-        raise ValueError(
-            f"{variant.name}: types and constants must name each argument of {variant.kernel.__name__} once; "
-            f"missing {sorted(set(names) - given)}, unknown {sorted(given - set(names))}, "
-            f"named twice {sorted(set(variant.types) & set(variant.constants))}"
-        )
-    signature = {name: variant.types.get(name, "constexpr").removesuffix(":16") for name in names}
-    aligned = [name for name, kind in variant.types.items() if kind.startswith("*") or kind.endswith(":16")]
+    names = launch.kernel.arg_names
+    signature = {name: launch.types.get(name, "constexpr").removesuffix(":16") for name in names}
     source = ASTSource(
-        variant.kernel,
+        launch.kernel,
         signature,
-        {(names.index(name),): value for name, value in variant.constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        {(names.index(name),): value for name, value in launch.constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name, kind in launch.types.items() if ":16" in kind},
     )
-    # Contracting multiply and add is the default at launch; newer versions warn unless it is said.
-    options = {"num_warps": variant.num_warps, "enable_fp_fusion": True}
-    if variant.num_stages is not None:
-        options["num_stages"] = variant.num_stages
+    options = {"num_warps": launch.num_warps, "enable_fp_fusion": FP_FUSION}
     cuda = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
     compiled = triton.compile(source, target=gpu, options=options)
@@ -168,59 +169,34 @@ def _most_common(pattern: str, text: str) -> str:
     return found[0][0] if found else ""
 
 
-def kernel_variants() -> Iterator[tuple[str, Variant]]:
-    """(module name, variant) of every kernel file of this package: those that have a function ``variants``.
-
-    Raises:
-        ValueError: two variants have one name.
-    """
-    package = importlib.import_module("flexrec.triton_kernels")
-    seen: set[str] = set()
-    for name in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
-        module = importlib.import_module(f"flexrec.triton_kernels.{name}")
-        if hasattr(module, "variants"):
-            for variant in module.variants():
-                if variant.name in seen:
-                    raise ValueError(f"{name}.variants() names two variants {variant.name!r}")
-                seen.add(variant.name)
-                yield name, variant
-
-
 def _compile_numbered(task: tuple[int, str]) -> Row:
     # By number, because a @triton.jit function cannot be pickled into another process.
     number, target = task
-    module, variant = list(kernel_variants())[number]
+    module, name, launch = variants()[number]
     start = time.perf_counter()
     try:
-        resources = compile_variant(variant, target)
+        resources = compile_launch(launch, target)
     except Exception as error:
-        raise RuntimeError(f"{variant.name} does not compile for {target}: {error}") from error
-    launch = f"{variant.num_warps} x {variant.num_stages or 'default'}"
-    return Row(module, variant.name, launch, target, resources, time.perf_counter() - start)
+        raise RuntimeError(f"{name} does not compile for {target}: {error}") from error
+    return Row(module, name, launch.num_warps, target, resources, time.perf_counter() - start)
 
 
 def compile_all(matching: str = "", processes: int | None = None) -> Iterator[Row]:
-    """Every variant whose name contains ``matching``, for every target, in the order of ``kernel_variants``.
+    """Every variant whose name contains ``matching``, for every target, in the order of :func:`variants`.
 
     Args:
         processes: how many compile at once, the number of processors unless given.
     """
-    tasks = [
-        (number, target)
-        for number, (_, variant) in enumerate(kernel_variants())
-        if matching in variant.name
-        for target in TARGETS
-    ]
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes or os.cpu_count(), context) as pool:
-        yield from pool.map(_compile_numbered, tasks)
+    numbers = [number for number, variant in enumerate(variants()) if matching in variant.name]
+    with ProcessPoolExecutor(processes or os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_compile_numbered, [(number, target) for number in numbers for target in TARGETS])
 
 
 def table(rows: Iterable[Row], triton_version: str) -> str:
     """Markdown: one table per kernel file, one line per variant, one column per target."""
-    cells: dict[str, dict[tuple[str, str], dict[str, Resources]]] = {}
+    cells: dict[str, dict[tuple[str, int], dict[str, Resources]]] = {}
     for row in rows:
-        cells.setdefault(row.module, {}).setdefault((row.variant, row.launch), {})[row.target] = row.resources
+        cells.setdefault(row.module, {}).setdefault((row.variant, row.num_warps), {})[row.target] = row.resources
     lines = [
         "# What the Triton kernels take of a GPU",
         "",
@@ -231,9 +207,9 @@ def table(rows: Iterable[Row], triton_version: str) -> str:
         "instruction. `+n` beside AMD's registers: n scalar registers are kept in lanes of vector registers.",
     ]
     for module, variants in cells.items():
-        lines += ["", f"## {module}", "", f"| kernel | warps x stages | {' | '.join(TARGETS)} |", "|---" * 5 + "|"]
-        for (name, launch), found in variants.items():
-            lines.append(f"| {name} | {launch} | {' | '.join(_cell(found[target]) for target in TARGETS)} |")
+        lines += ["", f"## {module}", "", f"| kernel | warps | {' | '.join(TARGETS)} |", "|---" * 5 + "|"]
+        for (name, warps), found in variants.items():
+            lines.append(f"| {name} | {warps} | {' | '.join(_cell(found[target]) for target in TARGETS)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,27 +1,13 @@
 """Log-probs, entropy, expectations and KL of rankings, each step over the candidates that remain: forward, backward.
 
-Derivation. Of N = P * G rankings, G share the K candidates of one list. With z_j = (h . w_j + b_j) / temperature and
-the pool {j : position[j] >= t} of step t, one pass over tiles of candidates keeps, relative to the running maximum m,
+Of N = P * G rankings, G share the K candidates of one list. The entries of step t are its pool {j : position[j] >= t},
+with the logits z_j = (h . w_j + b_j) / temperature; what follows from these, and the slopes dz_j, is derived in
+softmax.py. Then
 
-    s = sum e^(z_j - m),    u = sum e^(z_j - m) (z_j - m),    x_c = sum e^(z_j - m) v_jc;
+    dh = sum_j dz_j w_j / temperature,    dw_j = sum over the list's G T steps of dz_j h / temperature,
 
-when m grows to m', with a = e^(m - m'):  u <- a (u + s (m - m')),  s <- a s,  x <- a x.  At the end
-
-    log p_y = (z_y - m) - log s,    H = log s - u / s  (two positive terms: nothing cancels),    E_c = x_c / s.
-
-A reference q with logits r, maximum n and sum s' over the same pool adds w = sum e^(z_j - m) [(z_j - m) - (r_j - n)],
-w <- a (w + s [(m - m') - (n - n')]), and KL(p || q) = w / s + log s' - log s: exactly 0 where r = z, infinite where q
-makes impossible what p allows.
-
-Backward, with log p_j = (z_j - m) - log s from m and log s, kept apart because their sum would round:
-
-    dz_j = [g_lp (y_j - p_j) - g_H p_j (log p_j + H) + p_j sum_c g_c (v_jc - E_c)
-            + g_KL p_j (log p_j - log q_j - KL)] / temperature        (an infinite KL has no gradient)
-    dh = sum_j dz_j w_j,    dw_j = sum over the list's G T steps of dz_j h,    db_j = the same sum of dz_j.
-
-dz is rounded to the operands' dtype before the products, as torch does. (float16 ends at 6e-8: scale the loss, as with
-torch.) A logit of -inf is replaced by the finite FLOOR: probability exactly 0, no NaN from 0 * inf, uniform where
-nothing else remains; such logits pass no gradient.
+and db_j is the same sum of the dz_j. These are rounded to the operands' dtype before the products, as torch does.
+(float16 ends at 6e-8: scale the loss, as with torch.)
 
 Orders (`choose_order`). Canonical: candidates as given, the G T steps of a list are the rows of one problem, so that a
 weight row is read once per tile of steps of a list, and its gradient added to memory once per list; the pool comes from
@@ -44,45 +30,32 @@ candidates is asked for). No (N, K, D), no (N, T, V), no gathered copy of hidden
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
-from flexrec.triton_kernels.aot import Variant
+from torch import Tensor
+
+from flexrec.triton_kernels.launch import INTERPRETED, ceil_div, launch
 from flexrec.triton_kernels.ranking_logprobs_backward import (
     ranking_logprobs_dlogits_kernel,
     ranking_logprobs_hidden_grad_kernel,
     ranking_logprobs_weight_grad_kernel,
 )
-from flexrec.triton_kernels.ranking_logprobs_forward import (
-    order_kernel,
-    rank_positions_kernel,
-    ranking_logprobs_forward_kernel,
-)
+from flexrec.triton_kernels.ranking_logprobs_forward import ranking_logprobs_forward_kernel
 from flexrec.triton_kernels.ranking_logprobs_problem import (
-    RANK_BLOCK,
     Problem,
     Reference,
-    Tiles,
     blocks,
     describe,
     keeps_logits,
-    on_gpu_of,
     padded,
     product_tiles,
     rank_positions_,
-    softmax_tiles,
+    trip_count,
     weight_grad_by_matmul,
 )
-from flexrec.triton_kernels.ranking_logprobs_tiles import (
-    INTERPRETED,
-    NO_REFERENCE,
-    REFERENCE_HIDDEN,
-    REFERENCE_LOGITS,
-)
-from torch import Tensor
+from flexrec.triton_kernels.segment_sum import sum_by_place
 
 __all__ = [
     "INTERPRETED",
@@ -93,13 +66,10 @@ __all__ = [
     "rank_positions_",
     "ranking_logprobs_backward",
     "ranking_logprobs_forward",
-    "variants",
 ]
 
 WEIGHT_MODES = ("dense", "rows", "accumulate")
 WeightAndBias = tuple[Tensor | None, Tensor | None]
-REFERENCE_NAMES = {NO_REFERENCE.value: "", REFERENCE_HIDDEN.value: " KL", REFERENCE_LOGITS.value: " KL given"}
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Forward(NamedTuple):
@@ -198,25 +168,25 @@ def ranking_logprobs_forward(
         return out
     problem = describe(hidden, weight, bias, candidates, position, values, reference, order)
     tiles = problem.tiles
-    with on_gpu_of(hidden.device):
-        ranking_logprobs_forward_kernel[(problem.problems, triton.cdiv(problem.rows, tiles.t))](
-            logprobs_ptr=out.logprobs,
-            entropy_ptr=out.entropy,
-            expectations_ptr=out.expectations,
-            kl_ptr=out.kl,
-            logits_ptr=out.logits,
-            norm_ptr=out.norm,
-            ref_logits_ptr=out.ref_logits if problem.ref_logits is None else problem.ref_logits,
-            ref_norm_ptr=out.ref_norm,
-            temperature=temperature,
-            SKIP=problem.skips,
-            BLOCK_C=triton.next_power_of_2(max(c, 1)),
-            K_TILES=triton.cdiv(k, tiles.k),
-            num_warps=tiles.warps,
-            **problem.pointers,
-            **problem.sizes,
-            **problem.constants,
-        )
+    launch(
+        ranking_logprobs_forward_kernel,
+        (problem.problems, ceil_div(problem.rows, tiles.t)),
+        logprobs_ptr=out.logprobs,
+        entropy_ptr=out.entropy,
+        expectations_ptr=out.expectations,
+        kl_ptr=out.kl,
+        logits_ptr=out.logits,
+        norm_ptr=out.norm,
+        ref_logits_ptr=out.ref_logits if problem.ref_logits is None else problem.ref_logits,
+        ref_norm_ptr=out.ref_norm,
+        temperature=temperature,
+        BLOCK_C=triton.next_power_of_2(max(c, 1)),
+        K_TILES=trip_count(k, tiles.k),
+        num_warps=tiles.warps,
+        **problem.pointers,
+        **problem.sizes,
+        **problem.constants,
+    )
     return out
 
 
@@ -247,7 +217,8 @@ def ranking_logprobs_backward(
             atomics, in no fixed order. "rows": weight (P K, D) and bias (P K,) float32, entry p K + k for token
             candidates[p, k]; no atomics, nothing zeroed first, bitwise repeatable. "accumulate": added to ``into``,
             and None is returned.
-        into: for "accumulate", the (V, D) and (V,) tensors to add to; by atomics if float32, through rows else.
+        into: for "accumulate", the (V, D) and (V,) tensors to add to; by atomics if float32, else through rows, which
+            are added up by token in float32 first.
         reference, order: as given to the forward launcher.
         ragged: whether some list may be shorter than K. What ``hidden`` holds beyond is then never read, not even to be
             multiplied by 0, which rules torch.bmm out (:func:`weight_grad_by_matmul`).
@@ -261,9 +232,12 @@ def ranking_logprobs_backward(
     """
     if weight_mode not in WEIGHT_MODES:
         raise ValueError(f"weight_mode must be one of {', '.join(WEIGHT_MODES)}, got {weight_mode!r}")
-    if weight_mode == "rows" and order == "chosen" and len(hidden) > len(candidates):
-        raise ValueError("weight_mode='rows' needs order='canonical' where rankings share a list, got 'chosen'")
     wanted = weight if needs_grad[1] else None, bias if needs_grad[2] else None
+    by_rows = weight_mode == "rows" or any(x is not None and x.dtype != torch.float32 for x in into)
+    if by_rows and order == "chosen" and len(hidden) > len(candidates):
+        raise ValueError(
+            f"weight_mode={weight_mode!r} needs order='canonical' where rankings share a list, got 'chosen'"
+        )
     empty = hidden.shape[0] * hidden.shape[1] == 0
     if weight_mode == "accumulate":
         targets = _checked_into(into, wanted)
@@ -277,10 +251,9 @@ def ranking_logprobs_backward(
     elif not empty and (hidden_grad is not None or _any_of(wanted)):
         saved = saved.present()
         problem = describe(hidden, weight, bias, candidates, position, values, reference, order)
-        with on_gpu_of(hidden.device):
-            dlogits = _slopes(problem, upstream, saved, temperature, hidden_grad, _any_of(wanted))
-            if dlogits is not None:
-                _weight_grads(problem, dlogits, saved.norm, targets, weight_mode == "rows", ragged)
+        dlogits = _slopes(problem, upstream, saved, temperature, hidden_grad, _any_of(wanted))
+        if dlogits is not None:
+            _weight_grads(problem, dlogits, saved.norm, targets, weight_mode == "rows", ragged)
     if weight_mode == "accumulate":
         return hidden_grad, None, None
     if weight_mode == "dense":
@@ -297,14 +270,16 @@ def _slopes(
     with_weights: bool,
 ) -> Tensor | None:
     """Fill ``hidden_grad`` (None: not wanted); return dz (N, T, K') for the weight gradient (None: not wanted)."""
-    size, width = problem.sizes["K"], problem.sizes["D"]
+    size, width = problem.sizes["K"], problem.width
     tiles = problem.tiles
     at_once = hidden_grad is not None and size <= tiles.k  # all candidates in one tile: dh follows from dz at once
     dlogits = None
     if with_weights or (hidden_grad is not None and not at_once):
         shape = (problem.problems, problem.rows, padded(size))
         dlogits = torch.empty(shape, dtype=problem.dtype, device=saved.norm.device)
-    ranking_logprobs_dlogits_kernel[(problem.problems, triton.cdiv(problem.rows, tiles.t), triton.cdiv(size, tiles.k))](
+    launch(
+        ranking_logprobs_dlogits_kernel,
+        (problem.problems, ceil_div(problem.rows, tiles.t), ceil_div(size, tiles.k)),
         entropy_ptr=saved.entropy,
         expectations_ptr=saved.expectations,
         kl_ptr=saved.kl,
@@ -319,7 +294,6 @@ def _slopes(
         dlogits_ptr=dlogits,
         hidden_grad_ptr=hidden_grad if at_once else None,
         temperature=temperature,
-        DTYPE=TRITON_DTYPES[problem.dtype],
         num_warps=tiles.warps,
         **problem.pointers,
         **problem.sizes,
@@ -327,11 +301,13 @@ def _slopes(
     )
     if hidden_grad is not None and not at_once:
         tiles = product_tiles(problem.rows, size, problem.arithmetic)
-        grid = (problem.problems, triton.cdiv(problem.rows, tiles.t), triton.cdiv(width, tiles.d))
-        ranking_logprobs_hidden_grad_kernel[grid](
+        grid = (problem.problems, ceil_div(problem.rows, tiles.t), ceil_div(width, tiles.d))
+        launch(
+            ranking_logprobs_hidden_grad_kernel,
+            grid,
             dlogits_ptr=dlogits,
             hidden_grad_ptr=hidden_grad,
-            K_TILES=triton.cdiv(size, tiles.k),
+            K_TILES=trip_count(size, tiles.k),
             num_warps=tiles.warps,
             **problem.product("weight_ptr"),
             **blocks(tiles),
@@ -344,15 +320,17 @@ def _weight_grads(
 ) -> None:
     """Fill the rows (P K, D) and (P K,), or add to (V, D) and (V,), that ``targets`` are; None: not wanted."""
     hidden, candidates = problem.pointers["hidden_ptr"], problem.pointers["candidates_ptr"]
-    count, width = candidates.numel(), problem.sizes["D"]
+    count, width = candidates.numel(), problem.width
     by_matmul = not (ragged or problem.chosen) and targets[0] is not None and hidden.dtype == problem.dtype
     by_matmul = by_matmul and weight_grad_by_matmul(problem.problems, problem.rows, problem.sizes["K"], width)
     if not as_rows and (by_matmul or any(x is not None and x.dtype != torch.float32 for x in targets)):
         rows = _new_like(targets, count, zeros=False)
         _weight_grads(problem, dlogits, norm, rows, True, ragged)
+        ones, order = dlogits.new_ones(count, dtype=torch.float32), torch.arange(count, device=dlogits.device)
         for target, row in zip(targets, rows, strict=True):
-            if target is not None and row is not None:
-                target.index_add_(0, candidates.flatten(), row.to(target.dtype))
+            if target is not None and row is not None:  # a token's rows are added up before they are rounded
+                table, out = row.view(count, -1), target.view(len(target), -1)
+                sum_by_place(ones, order, table, candidates.flatten(), out, accumulate=True)
     elif by_matmul and targets[0] is not None:
         slopes = dlogits[..., : problem.sizes["K"]]  # (P, G T, K)
         grad = torch.bmm(slopes.transpose(1, 2), hidden.view(*slopes.shape[:2], width))  # (P, K, D)
@@ -361,15 +339,17 @@ def _weight_grads(
             targets[1].copy_(slopes.sum(1, dtype=torch.float32).flatten())
     else:
         tiles = product_tiles(problem.rows, problem.sizes["K"], problem.arithmetic)
-        columns = 1 if targets[0] is None else max(1, triton.cdiv(width, tiles.d))
-        grid = (problem.problems, triton.cdiv(problem.sizes["K"], tiles.k), columns)
-        ranking_logprobs_weight_grad_kernel[grid](
+        columns = 1 if targets[0] is None else max(1, ceil_div(width, tiles.d))
+        grid = (problem.problems, ceil_div(problem.sizes["K"], tiles.k), columns)
+        launch(
+            ranking_logprobs_weight_grad_kernel,
+            grid,
             dlogits_ptr=dlogits,
             norm_ptr=norm,
             weight_grad_ptr=targets[0],
             bias_grad_ptr=targets[1],
             ROWS=as_rows,
-            ROW_TILES=triton.cdiv(problem.rows, tiles.t),
+            ROW_TILES=trip_count(problem.rows, tiles.t),
             num_warps=tiles.warps,
             **problem.product("hidden_ptr"),
             **blocks(tiles),
@@ -409,85 +389,3 @@ def _checked_into(into: WeightAndBias, wanted: WeightAndBias) -> WeightAndBias:
                 f"into[{name}] must be a contiguous floating tensor, got {buffer.dtype}, {buffer.stride()}"
             )
     return into[0] if wanted[0] is not None else None, into[1] if wanted[1] is not None else None
-
-
-def variants() -> Iterator[Variant]:
-    """The configurations that the launchers can choose, each with every optional argument that it can have."""
-    yield Variant(
-        "rank positions",
-        rank_positions_kernel,
-        _types(rank_positions_kernel, "bf16"),
-        {"BLOCK": RANK_BLOCK, "T_TILES": 2, "K_TILES": 2},
-    )
-    yield Variant("order", order_kernel, _types(order_kernel, "bf16"), {"BLOCK": RANK_BLOCK})
-    for arithmetic, size, reference, chosen in (
-        ("half", 32, REFERENCE_HIDDEN, False),
-        ("half", 200, REFERENCE_HIDDEN, False),
-        ("half", 200, REFERENCE_LOGITS, False),
-        ("half", 200, NO_REFERENCE, False),
-        ("half", 200, NO_REFERENCE, True),
-        ("ieee", 200, REFERENCE_HIDDEN, False),
-        ("tf32", 200, REFERENCE_HIDDEN, False),
-    ):
-        tiles = softmax_tiles(256, size, arithmetic, reference != NO_REFERENCE)
-        what = f"{arithmetic}{REFERENCE_NAMES[reference.value]}{' chosen' * chosen} {tiles.t}x{tiles.k}"
-        product = "native" if arithmetic == "half" else arithmetic
-        constants: dict[str, object] = {
-            "C": 3,
-            "REFERENCE": reference.value,
-            "CHOSEN": chosen,
-            "PRECISION": product,
-            "REF_PRECISION": product,
-            **blocks(tiles),
-            "D_TILES": 32,
-            "REF_D_TILES": 32,
-        }
-        absent = {"position_ptr" if chosen else "order_ptr"}
-        if reference != REFERENCE_HIDDEN:
-            absent |= {"ref_hidden_ptr", "ref_weight_ptr", "ref_bias_ptr"}
-        if reference == NO_REFERENCE:
-            absent |= {"ref_logits_ptr", "ref_norm_ptr", "kl_ptr", "grad_kl_ptr"}
-        in_forward = {"SKIP": chosen, "BLOCK_C": 4, "K_TILES": triton.cdiv(size, tiles.k)}
-        yield _variant(
-            f"forward {what}", ranking_logprobs_forward_kernel, arithmetic, absent, tiles, {**constants, **in_forward}
-        )
-        # In the chosen order no tile has all candidates, and logits that are given are not computed: less to do.
-        if not chosen and reference != REFERENCE_LOGITS:
-            yield _variant(
-                f"dlogits and hidden grad {what}",
-                ranking_logprobs_dlogits_kernel,
-                arithmetic,
-                absent | {"logits_ptr", "ref_logits_ptr"},
-                tiles,
-                {**constants, "DTYPE": tl.bfloat16 if arithmetic == "half" else tl.float32},
-            )
-    for arithmetic, size, chosen in (("half", 32, False), ("half", 200, True), ("ieee", 200, False)):
-        tiles = product_tiles(256, size, arithmetic)
-        what = f"{arithmetic}{' chosen' * chosen} {tiles.t}x{tiles.k}x{tiles.d}"
-        constants = {"CHOSEN": chosen, "SKIP": chosen, "PRECISION": "native" if arithmetic == "half" else arithmetic}
-        constants |= blocks(tiles)
-        absent = set() if chosen else {"order_ptr"}
-        for name, kernel, more in (
-            ("hidden", ranking_logprobs_hidden_grad_kernel, {"K_TILES": 4}),
-            ("weight", ranking_logprobs_weight_grad_kernel, {"ROW_TILES": 4, "ROWS": False}),
-        ):
-            yield _variant(f"{name} grad {what}", kernel, arithmetic, absent, tiles, {**constants, **more})
-
-
-def _variant(
-    name: str, kernel: Any, arithmetic: str, absent: set[str], tiles: Tiles, constants: dict[str, object]
-) -> Variant:
-    constants = {**constants, "sharing": 1, **dict.fromkeys(absent & set(kernel.arg_names))}
-    types = _types(kernel, "bf16" if arithmetic == "half" else "fp32")
-    return Variant(name, kernel, {n: t for n, t in types.items() if n not in constants}, constants, tiles.warps)
-
-
-def _types(kernel: Any, kind: str) -> dict[str, str]:
-    """Triton types of a kernel's pointers and numbers, with operands of one kind."""
-    types = {"temperature": "fp32", "D": "i32:16", "D_REF": "i32:16"}
-    types |= dict.fromkeys(("T", "K", "rows_per_problem", "sharing"), "i32")
-    types |= dict.fromkeys(("candidates_ptr", "ranking_ptr", "lengths_ptr"), "*i64")
-    types |= dict.fromkeys(("position_ptr", "order_ptr"), "*i32")
-    operands = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias", "hidden_grad", "dlogits")
-    types |= {f"{name}_ptr": f"*{kind}" for name in operands}
-    return {name: types.get(name, "*fp32") for name in kernel.arg_names if name in types or name.endswith("_ptr")}

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from flexrec.triton_kernels.launch import kernel
+from flexrec.triton_kernels.ranking_logprobs_forward import NO_REFERENCE
 from flexrec.triton_kernels.ranking_logprobs_tiles import (
-    FLOOR,
-    IMPOSSIBLE,
-    NO_REFERENCE,
-    START,
-    candidate_columns,
+    columns_of,
     dot,
+    entries_at,
+    entries_of,
+    entries_ok,
+    load_given,
     logits_tile,
-    pool_positions,
-    row_stride,
+    rows_at,
+    steps_of,
+    turns_of,
 )
+from flexrec.triton_kernels.softmax import FLOOR, START, logit_slopes, possible
 
 
-@triton.jit
+@kernel
 def ranking_logprobs_dlogits_kernel(
     hidden_ptr,  # (N, T, D); this and the next five only where logits were not kept
     weight_ptr,  # (V, D); also for the gradient of hidden
@@ -43,26 +48,24 @@ def ranking_logprobs_dlogits_kernel(
     grad_entropy_ptr,  # (N, T)
     grad_expectations_ptr,  # (N, T, C)
     grad_kl_ptr,  # (N, T), or None
-    dlogits_ptr,  # (N, T, K) DTYPE, or None: not needed beyond this kernel
+    dlogits_ptr,  # (N, T, K), or None: not needed beyond this kernel
     hidden_grad_ptr,  # (N, T, D), or None: not asked for, or left to ranking_logprobs_hidden_grad_kernel
     T,
     K,
-    D,
-    D_REF,
+    V,
     rows_per_problem,  # canonical: G * T; chosen: T
     sharing,  # problems that share a list: canonical 1, chosen G
     temperature,
+    D: tl.constexpr,
+    D_REF: tl.constexpr,
     C: tl.constexpr,
     REFERENCE: tl.constexpr,
     CHOSEN: tl.constexpr,
-    DTYPE: tl.constexpr,  # of dlogits
     PRECISION: tl.constexpr,
     REF_PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    D_TILES: tl.constexpr,
-    REF_D_TILES: tl.constexpr,
 ):
     """One program: dz of BLOCK_T steps and BLOCK_K candidates; if those are all candidates, dh of the steps too."""
     problem = tl.program_id(0).to(tl.int64)
@@ -70,115 +73,63 @@ def ranking_logprobs_dlogits_kernel(
         if (tl.program_id(2) + 1) * BLOCK_K <= tl.program_id(1) * BLOCK_T:
             return  # below the triangle
     start = tl.program_id(1) * BLOCK_T
-    row = tl.arange(0, BLOCK_T)  # (BLOCK_T,) counts from the tile's first step
-    row_ok = start + row < rows_per_problem  # (BLOCK_T,)
-    # Offsets count from the tile's first step and first ranking, so that per element they fit 32 bits (and registers).
-    first_row = problem * rows_per_problem + start
-    stride = row_stride(K)
-    first_ranking = first_row // T
-    ranking = (start + row) // T - start // T  # (BLOCK_T,) counts from the tile's first ranking
-    step = (start + row) % T  # (BLOCK_T,)
-    col = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
-    col_ok = col < K  # (BLOCK_K,)
-    tile_ok = row_ok[:, None] & (col < stride)[None, :]  # (BLOCK_T, BLOCK_K)
-    index, col_rank = candidate_columns(order_ptr, problem, col, K, CHOSEN)  # (BLOCK_K,), (BLOCK_K,)
-    token = tl.load(candidates_ptr + problem // sharing * K + index, mask=col_ok, other=0)  # (BLOCK_K,) int64
-    largest = tl.load(norm_ptr + 2 * first_row + 2 * row, mask=row_ok, other=START)  # (BLOCK_T,)
-    log_total = tl.load(norm_ptr + 2 * first_row + 2 * row + 1, mask=row_ok, other=0.0)  # (BLOCK_T,)
-    position = pool_positions(
-        position_ptr, first_ranking, ranking, col, col_rank, tile_ok, K, CHOSEN
-    )  # (1 | BLOCK_T, BLOCK_K)
-    pool = (position >= step[:, None]) & (largest > IMPOSSIBLE)[:, None]  # (BLOCK_T, BLOCK_K)
+    steps = steps_of(problem, start, rows_per_problem, BLOCK_T)
+    turns = turns_of(steps, start, T)
+    columns = columns_of(candidates_ptr, order_ptr, problem, sharing, tl.program_id(2), K, V, CHOSEN, BLOCK_K)
+    ok = entries_ok(steps, columns)
     if logits_ptr is not None:
-        logits = tl.load(
-            logits_ptr + first_row * stride + (row[:, None] * stride + col[None, :]), mask=tile_ok, other=FLOOR
-        )  # (BLOCK_T, BLOCK_K)
+        logits = tl.load(entries_at(logits_ptr, steps, columns), mask=ok, other=FLOOR)
     else:
-        logits = logits_tile(
-            hidden_ptr + first_row * D,
-            weight_ptr,
-            bias_ptr,
-            row_ok,
-            token,
-            col_ok,
-            D,
-            temperature,
-            PRECISION,
-            BLOCK_T,
-            BLOCK_K,
-            BLOCK_D,
-            D_TILES,
-        )  # (BLOCK_T, BLOCK_K)
-    chosen = pool & (position == step[:, None])  # (BLOCK_T, BLOCK_K)
-    pool = pool & (logits > IMPOSSIBLE)  # (BLOCK_T, BLOCK_K)
-    log_probs = tl.where(pool, (logits - largest[:, None]) - log_total[:, None], 0.0)  # (BLOCK_T, BLOCK_K)
-
-    grad_logprobs = tl.load(grad_logprobs_ptr + first_row + row, mask=row_ok, other=0.0)  # (BLOCK_T,)
-    grad_entropy = tl.load(grad_entropy_ptr + first_row + row, mask=row_ok, other=0.0)  # (BLOCK_T,)
-    entropy = tl.load(entropy_ptr + first_row + row, mask=row_ok, other=0.0)  # (BLOCK_T,)
-    slope = -grad_logprobs[:, None] - grad_entropy[:, None] * (log_probs + entropy[:, None])  # (BLOCK_T, BLOCK_K)
-    for c in range(C):
-        values = tl.load(
-            values_ptr + first_ranking * C * stride + ((ranking[:, None] * C + c) * stride + col[None, :]),
-            mask=tile_ok,
-            other=0.0,
-        )  # (BLOCK_T, BLOCK_K)
-        expectation = tl.load(expectations_ptr + first_row * C + (row * C + c), mask=row_ok, other=0.0)  # (BLOCK_T,)
-        grad = tl.load(grad_expectations_ptr + first_row * C + (row * C + c), mask=row_ok, other=0.0)  # (BLOCK_T,)
-        slope += grad[:, None] * (values.to(tl.float32) - expectation[:, None])  # (BLOCK_T, BLOCK_K)
+        logits = logits_tile(hidden_ptr, weight_ptr, bias_ptr, steps, columns, D, temperature, PRECISION, BLOCK_D)
+    ref_logits = logits
     if REFERENCE != NO_REFERENCE:
         if ref_logits_ptr is None:
             ref_logits = logits_tile(
-                ref_hidden_ptr + first_row * D_REF,
-                ref_weight_ptr,
-                ref_bias_ptr,
-                row_ok,
-                token,
-                col_ok,
-                D_REF,
-                temperature,
-                REF_PRECISION,
-                BLOCK_T,
-                BLOCK_K,
-                BLOCK_D,
-                REF_D_TILES,
-            )  # (BLOCK_T, BLOCK_K)
+                ref_hidden_ptr, ref_weight_ptr, ref_bias_ptr, steps, columns, D_REF, temperature, REF_PRECISION, BLOCK_D
+            )
         else:
-            ref_logits = tl.load(
-                ref_logits_ptr + first_row * stride + (row[:, None] * stride + col[None, :]), mask=tile_ok, other=0.0
-            ).to(tl.float32)  # (BLOCK_T, BLOCK_K)
-            ref_logits = tl.where(ref_logits < FLOOR, FLOOR, ref_logits)  # (BLOCK_T, BLOCK_K)
-        ref_largest = tl.load(ref_norm_ptr + 2 * first_row + 2 * row, mask=row_ok, other=0.0)  # (BLOCK_T,)
-        ref_log_total = tl.load(ref_norm_ptr + 2 * first_row + 2 * row + 1, mask=row_ok, other=0.0)  # (BLOCK_T,)
-        ref_log_probs = (ref_logits - ref_largest[:, None]) - ref_log_total[:, None]  # (BLOCK_T, BLOCK_K)
-        kl = tl.load(kl_ptr + first_row + row, mask=row_ok, other=0.0)  # (BLOCK_T,)
-        grad = tl.load(grad_kl_ptr + first_row + row, mask=row_ok, other=0.0)  # (BLOCK_T,)
-        divergence = tl.where(
-            (kl != float("inf"))[:, None], log_probs - ref_log_probs - kl[:, None], 0.0
-        )  # (BLOCK_T, BLOCK_K); an infinite KL has no gradient
-        slope += grad[:, None] * divergence  # (BLOCK_T, BLOCK_K)
-    dlogits = tl.where(pool, tl.exp(log_probs), 0.0) * slope  # (BLOCK_T, BLOCK_K)
-    dlogits += tl.where(chosen, grad_logprobs[:, None], 0.0)  # (BLOCK_T, BLOCK_K)
-    dlogits = (tl.where(pool, dlogits, 0.0) / temperature).to(DTYPE)  # (BLOCK_T, BLOCK_K)
+            ref_logits = load_given(entries_at(ref_logits_ptr, steps, columns), ok)
+    row = steps.first + steps.row
+    dlogits = logit_slopes(
+        entries_of(logits, ref_logits, position_ptr, values_ptr, turns, columns, ok, C, CHOSEN),
+        row[:, None],
+        steps.ok[:, None],
+        entropy_ptr,
+        expectations_ptr,
+        kl_ptr,
+        norm_ptr,
+        ref_norm_ptr,
+        grad_logprobs_ptr,
+        grad_entropy_ptr,
+        grad_expectations_ptr,
+        grad_kl_ptr,
+        C,
+        2,
+        REFERENCE != NO_REFERENCE,
+    )
+    ONE_DTYPE: tl.constexpr = hidden_ptr.dtype.element_ty == weight_ptr.dtype.element_ty
+    dlogits = (dlogits / temperature).to(weight_ptr.dtype.element_ty if ONE_DTYPE else tl.float32)
 
     if dlogits_ptr is not None:
-        tl.store(dlogits_ptr + first_row * stride + (row[:, None] * stride + col[None, :]), dlogits, mask=tile_ok)
+        tl.store(entries_at(dlogits_ptr, steps, columns), dlogits, mask=ok)
     if hidden_grad_ptr is not None:
-        for d_tile in range(D_TILES):
-            d = d_tile * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-            d_ok = d < D  # (BLOCK_D,)
+        for d_tile in range((D + BLOCK_D - 1) // BLOCK_D):
+            d = d_tile * BLOCK_D + tl.arange(0, BLOCK_D)
+            d_ok = d < D
             weight = tl.load(
-                weight_ptr + token[:, None] * D + d[None, :], mask=col_ok[:, None] & d_ok[None, :], other=0.0
+                weight_ptr + columns.token[:, None] * D + d[None, :],
+                mask=columns.known[:, None] & d_ok[None, :],
+                other=0.0,
             )  # (BLOCK_K, BLOCK_D)
             hidden_grad = dot(dlogits, weight, PRECISION)  # (BLOCK_T, BLOCK_D)
             tl.store(
-                hidden_grad_ptr + first_row * D + (row[:, None] * D + d[None, :]),
+                rows_at(hidden_grad_ptr, steps, d, D),
                 hidden_grad.to(hidden_grad_ptr.dtype.element_ty),
-                mask=row_ok[:, None] & d_ok[None, :],
+                mask=steps.ok[:, None] & d_ok[None, :],
             )
 
 
-@triton.jit
+@kernel
 def ranking_logprobs_hidden_grad_kernel(
     dlogits_ptr,  # (N, T, K)
     weight_ptr,  # (V, D)
@@ -186,58 +137,54 @@ def ranking_logprobs_hidden_grad_kernel(
     order_ptr,  # (N, K) int32; in the canonical order None
     hidden_grad_ptr,  # (N, T, D)
     K,
-    D,
+    V,
     rows_per_problem,  # canonical: G * T; chosen: T
     sharing,  # problems that share a list: canonical 1, chosen G
+    D: tl.constexpr,
     CHOSEN: tl.constexpr,
-    SKIP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    K_TILES: tl.constexpr,
+    K_TILES: tl.constexpr,  # 0: counted at run time, see RUNTIME_RANGES
 ):
     """One program: BLOCK_T steps of one problem, BLOCK_D columns of their gradient, all candidates."""
     problem = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK_T
-    row = tl.arange(0, BLOCK_T)  # (BLOCK_T,) counts from the tile's first step
-    row_ok = start + row < rows_per_problem  # (BLOCK_T,)
-    # Offsets count from the tile's first step and first ranking, so that per element they fit 32 bits (and registers).
-    first_row = problem * rows_per_problem + start
-    stride = row_stride(K)
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-    d_ok = d < D  # (BLOCK_D,)
-    grad = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)  # (BLOCK_T, BLOCK_D)
+    steps = steps_of(problem, start, rows_per_problem, BLOCK_T)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d_ok = d < D
+    grad = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     # Tiles below the triangle hold no pool. (A trip count in a variable is a tensor to the interpreter of Triton 3.6.)
-    for k_tile in range(start // BLOCK_K if SKIP else 0, K_TILES):
-        col = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
-        col_ok = col < K  # (BLOCK_K,)
-        tile_ok = row_ok[:, None] & (col < stride)[None, :]  # (BLOCK_T, BLOCK_K)
+    for k_tile in range(
+        start // BLOCK_K if CHOSEN and K_TILES == 0 else 0, tl.cdiv(K, BLOCK_K) if K_TILES == 0 else K_TILES
+    ):
+        columns = columns_of(candidates_ptr, order_ptr, problem, sharing, k_tile, K, V, CHOSEN, BLOCK_K)
+        ok = entries_ok(steps, columns)
         if CHOSEN:
-            tile_ok = tile_ok & (col[None, :] >= (start + row)[:, None])  # (BLOCK_T, BLOCK_K); nothing is kept below
-        index, _ = candidate_columns(order_ptr, problem, col, K, CHOSEN)  # (BLOCK_K,), (BLOCK_K,)
-        token = tl.load(candidates_ptr + problem // sharing * K + index, mask=col_ok, other=0)  # (BLOCK_K,) int64
-        dlogits = tl.load(
-            dlogits_ptr + first_row * stride + (row[:, None] * stride + col[None, :]), mask=tile_ok, other=0.0
-        )  # (BLOCK_T, BLOCK_K)
+            ok = ok & (columns.col[None, :] >= (start + steps.row)[:, None])  # nothing is kept below
+        dlogits = tl.load(entries_at(dlogits_ptr, steps, columns), mask=ok, other=0.0)  # (BLOCK_T, BLOCK_K)
         weight = tl.load(
-            weight_ptr + token[:, None] * D + d[None, :], mask=col_ok[:, None] & d_ok[None, :], other=0.0
+            weight_ptr + columns.token[:, None] * D + d[None, :], mask=columns.known[:, None] & d_ok[None, :], other=0.0
         )  # (BLOCK_K, BLOCK_D)
-        grad += dot(dlogits, weight, PRECISION)  # (BLOCK_T, BLOCK_D)
+        grad += dot(dlogits, weight, PRECISION)
     tl.store(
-        hidden_grad_ptr + first_row * D + (row[:, None] * D + d[None, :]),
+        rows_at(hidden_grad_ptr, steps, d, D),
         grad.to(hidden_grad_ptr.dtype.element_ty),
-        mask=row_ok[:, None] & d_ok[None, :],
+        mask=steps.ok[:, None] & d_ok[None, :],
     )
 
 
 @triton.jit
-def triangle_tiles(BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, ROW_TILES: tl.constexpr):
-    """How many tiles of steps reach the triangle in the program's tile of columns: the first ones."""
-    return tl.minimum(ROW_TILES, tl.cdiv((tl.program_id(1) + 1) * BLOCK_K, BLOCK_T))
+def count_row_tiles(rows_per_problem, CHOSEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Tiles of steps; in the chosen order those that reach the triangle in the program's tile of columns, the first."""
+    tiles = tl.minimum(tl.cdiv(rows_per_problem, BLOCK_T), 1 << 16)  # a bound spares registers on sm_80
+    if CHOSEN:
+        tiles = tl.minimum(tiles, tl.cdiv((tl.program_id(1) + 1) * BLOCK_K, BLOCK_T))
+    return tiles
 
 
-@triton.jit
+@kernel
 def ranking_logprobs_weight_grad_kernel(
     dlogits_ptr,  # (N, T, K)
     norm_ptr,  # (N, T, 2): m and log s
@@ -247,69 +194,62 @@ def ranking_logprobs_weight_grad_kernel(
     weight_grad_ptr,  # (P K, D) if ROWS, else (V, D) to add to; None: not asked for
     bias_grad_ptr,  # (P K,) if ROWS, else (V,) to add to; None: not asked for
     K,
-    D,
+    V,
     rows_per_problem,  # canonical: G * T; chosen: T
     sharing,  # problems that share a list: canonical 1, chosen G
+    D: tl.constexpr,
     ROWS: tl.constexpr,
     CHOSEN: tl.constexpr,
-    SKIP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    ROW_TILES: tl.constexpr,
+    ROW_TILES: tl.constexpr,  # 0: counted at run time, see RUNTIME_RANGES
 ):
     """One program: BLOCK_K candidates of one problem, BLOCK_D columns of their gradient (the first also the bias)."""
     problem = tl.program_id(0).to(tl.int64)
-    row = tl.arange(0, BLOCK_T)  # (BLOCK_T,) counts from the tile's first step
-    col = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
-    col_ok = col < K  # (BLOCK_K,)
-    stride = row_stride(K)
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-    d_ok = d < D  # (BLOCK_D,)
-    grad = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)  # (BLOCK_K, BLOCK_D)
-    bias_grad = tl.zeros((BLOCK_K,), tl.float32)  # (BLOCK_K,)
+    columns = columns_of(candidates_ptr, order_ptr, problem, sharing, tl.program_id(1), K, V, CHOSEN, BLOCK_K)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d_ok = d < D
+    grad = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    bias_grad = tl.zeros((BLOCK_K,), tl.float32)
     # (A trip count in a variable is a tensor to the interpreter of Triton 3.6.)
-    for row_tile in range(0, triangle_tiles(BLOCK_T, BLOCK_K, ROW_TILES) if SKIP else ROW_TILES):
+    for row_tile in range(
+        0, count_row_tiles(rows_per_problem, CHOSEN, BLOCK_T, BLOCK_K) if ROW_TILES == 0 else ROW_TILES
+    ):
         start = row_tile * BLOCK_T
-        row_ok = start + row < rows_per_problem  # (BLOCK_T,)
-        first_row = problem * rows_per_problem + start
-        tile_ok = row_ok[:, None] & (col < stride)[None, :]  # (BLOCK_T, BLOCK_K)
+        steps = steps_of(problem, start, rows_per_problem, BLOCK_T)
+        ok = entries_ok(steps, columns)
         if CHOSEN:
-            tile_ok = tile_ok & (col[None, :] >= (start + row)[:, None])  # (BLOCK_T, BLOCK_K); nothing is kept below
-        dlogits = tl.load(
-            dlogits_ptr + first_row * stride + (row[:, None] * stride + col[None, :]), mask=tile_ok, other=0.0
-        )  # (BLOCK_T, BLOCK_K)
+            ok = ok & (columns.col[None, :] >= (start + steps.row)[:, None])  # nothing is kept below
+        dlogits = tl.load(entries_at(dlogits_ptr, steps, columns), mask=ok, other=0.0)  # (BLOCK_T, BLOCK_K)
         if weight_grad_ptr is not None:
             # Steps without a pool are not read: what they hold may be NaN, and 0 * NaN is not 0.
-            live = row_ok & (
-                tl.load(norm_ptr + 2 * first_row + 2 * row, mask=row_ok, other=START) > IMPOSSIBLE
-            )  # (BLOCK_T,)
+            largest = tl.load(norm_ptr + 2 * steps.first + 2 * steps.row, mask=steps.ok, other=START)
+            live = steps.ok & possible(largest)
             hidden = tl.load(
-                hidden_ptr + first_row * D + (row[:, None] * D + d[None, :]),
-                mask=live[:, None] & d_ok[None, :],
-                other=0.0,
+                rows_at(hidden_ptr, steps, d, D), mask=live[:, None] & d_ok[None, :], other=0.0
             )  # (BLOCK_T, BLOCK_D)
             grad += dot(tl.trans(dlogits), hidden, PRECISION)  # (BLOCK_K, BLOCK_D)
         if bias_grad_ptr is not None:
-            bias_grad += tl.sum(dlogits.to(tl.float32), axis=0)  # (BLOCK_K,)
-    index, _ = candidate_columns(order_ptr, problem, col, K, CHOSEN)  # (BLOCK_K,), (BLOCK_K,)
-    listed = problem // sharing * K + index  # (BLOCK_K,) int64
+            bias_grad += tl.sum(dlogits.to(tl.float32), axis=0)
+    # Their tokens are read now, so that no register holds them meanwhile.
+    columns = columns_of(candidates_ptr, order_ptr, problem, sharing, tl.program_id(1), K, V, CHOSEN, BLOCK_K)
+    row, ok = columns.token, columns.known  # (BLOCK_K,)
     if ROWS:
-        if weight_grad_ptr is not None:
-            tl.store(weight_grad_ptr + listed[:, None] * D + d[None, :], grad, mask=col_ok[:, None] & d_ok[None, :])
-        if bias_grad_ptr is not None:  # noqa: SIM102  a constexpr and a tensor are not to be joined by `and`
-            if tl.program_id(2) == 0:
-                tl.store(bias_grad_ptr + listed, bias_grad, mask=col_ok)
+        row, ok = columns.place, columns.ok
+    if weight_grad_ptr is not None:
+        place = weight_grad_ptr + row[:, None] * D + d[None, :]
+        add_or_store(place, grad, ok[:, None] & d_ok[None, :], ROWS)
+    if bias_grad_ptr is not None:  # noqa: SIM102  a constexpr and a tensor are not to be joined by `and`
+        if tl.program_id(2) == 0:
+            add_or_store(bias_grad_ptr + row, bias_grad, ok, ROWS)
+
+
+@triton.jit
+def add_or_store(place, x, ok, STORE: tl.constexpr):
+    """Write to what nobody else writes to, or add to what others add to at the same time."""
+    if STORE:
+        tl.store(place, x, mask=ok)
     else:
-        token = tl.load(candidates_ptr + listed, mask=col_ok, other=0)  # (BLOCK_K,) int64
-        if weight_grad_ptr is not None:
-            tl.atomic_add(
-                weight_grad_ptr + token[:, None] * D + d[None, :],
-                grad,
-                mask=col_ok[:, None] & d_ok[None, :],
-                sem="relaxed",
-            )
-        if bias_grad_ptr is not None:  # noqa: SIM102  as above
-            if tl.program_id(2) == 0:
-                tl.atomic_add(bias_grad_ptr + token, bias_grad, mask=col_ok, sem="relaxed")
+        tl.atomic_add(place, x, mask=ok, sem="relaxed")

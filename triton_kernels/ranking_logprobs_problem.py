@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import triton
-from flexrec.triton_kernels.ranking_logprobs_forward import order_kernel, rank_positions_kernel
-from flexrec.triton_kernels.ranking_logprobs_tiles import (
-    INTERPRETED,
+from torch import Tensor
+
+from flexrec.triton_kernels.launch import INTERPRETED, ceil_div, launch
+from flexrec.triton_kernels.ranking_logprobs_forward import (
     NO_REFERENCE,
     REFERENCE_HIDDEN,
     REFERENCE_LOGITS,
-    RUNTIME_RANGES,
+    order_kernel,
+    rank_positions_kernel,
 )
-from torch import Tensor
+from flexrec.triton_kernels.ranking_logprobs_tiles import RUNTIME_RANGES
 
 ORDERS = ("canonical", "chosen")
 RANK_BLOCK = 1024  # candidates that a program ranks at a time
@@ -67,7 +67,7 @@ def weight_grad_by_matmul(lists: int, rows: int, size: int, width: int) -> bool:
     few too, and adding them to the weight gradient costs little.
     """
     tiles = product_tiles(rows, size, "half")
-    return rows >= 1024 and lists * triton.cdiv(size, tiles.k) * triton.cdiv(width, tiles.d) < 256
+    return rows >= 1024 and lists * ceil_div(size, tiles.k) * ceil_div(width, tiles.d) < 256
 
 
 def softmax_tiles(rows: int, size: int, arithmetic: str, reference: bool) -> Tiles:
@@ -123,7 +123,7 @@ class Problem(NamedTuple):
     """One call as the kernels see it: which order, how many problems of how many steps, and the arguments all share.
 
     Attributes:
-        problems, rows: P problems of G * T steps in the canonical order, N of T in the chosen.
+        problems, rows, width: P problems of G * T steps in the canonical order, N of T in the chosen; D.
         chosen: whether the columns are in the chosen order.
         arithmetic: as of :func:`softmax_tiles`.
         dtype: of dz.
@@ -135,6 +135,7 @@ class Problem(NamedTuple):
 
     problems: int
     rows: int
+    width: int
     chosen: bool
     arithmetic: str
     dtype: torch.dtype
@@ -144,17 +145,12 @@ class Problem(NamedTuple):
     sizes: dict[str, int]
     constants: dict[str, object]
 
-    @property
-    def skips(self) -> bool:
-        """Whether tiles below the triangle are skipped."""
-        return self.chosen and RUNTIME_RANGES
-
     def product(self, *names: str) -> dict[str, Any]:
         """Arguments of the kernels that only multiply: pointers (those named, and the candidates), sizes, constants."""
         chosen = ("candidates_ptr", "order_ptr", *names)
         arguments: dict[str, Any] = {name: self.pointers[name] for name in chosen}
-        arguments |= {name: self.sizes[name] for name in ("K", "D", "rows_per_problem", "sharing")}
-        return arguments | {name: self.constants[name] for name in ("CHOSEN", "PRECISION")} | {"SKIP": self.skips}
+        arguments |= {name: self.sizes[name] for name in ("K", "V", "rows_per_problem", "sharing")}
+        return arguments | {name: self.constants[name] for name in ("D", "CHOSEN", "PRECISION")}
 
 
 def describe(
@@ -189,6 +185,7 @@ def describe(
     return Problem(
         problems=count,
         rows=rows,
+        width=d,
         chosen=chosen,
         arithmetic=arithmetic,
         dtype=hidden.dtype if hidden.dtype == weight.dtype else torch.float32,
@@ -206,18 +203,23 @@ def describe(
             "order_ptr": by_rank,
             "values_ptr": _by_column(values.transpose(1, 2), by_rank),
         },
-        sizes={"T": t, "K": k, "D": d, "D_REF": ref_width, "rows_per_problem": rows, "sharing": count // p},
+        sizes={"T": t, "K": k, "V": len(weight), "rows_per_problem": rows, "sharing": count // p},
         constants={
             "C": c,
+            "D": d,
+            "D_REF": ref_width,
             "REFERENCE": _reference_kind(reference),
             "CHOSEN": chosen,
             "PRECISION": own_precision,
             "REF_PRECISION": ref_precision,
             **blocks(tiles),
-            "D_TILES": triton.cdiv(d, tiles.d),
-            "REF_D_TILES": triton.cdiv(ref_width, tiles.d),
         },
     )
+
+
+def trip_count(size: int, tile: int) -> int:
+    """K_TILES or ROW_TILES: 1, without a loop, else 0: a kernel counts itself and is not compiled for each number."""
+    return 0 if RUNTIME_RANGES and size > tile else ceil_div(size, tile)
 
 
 def _reference_kind(reference: Reference | None) -> int:
@@ -228,11 +230,6 @@ def _reference_kind(reference: Reference | None) -> int:
 
 def blocks(tiles: Tiles) -> dict[str, int]:
     return {"BLOCK_T": tiles.t, "BLOCK_K": tiles.k, "BLOCK_D": tiles.d}
-
-
-def on_gpu_of(device: torch.device) -> AbstractContextManager[object]:
-    """Make a tensor's GPU the current one, on which Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def rank_positions_(ranking: Tensor, lengths: Tensor | None, num_candidates: int) -> Tensor:
@@ -249,17 +246,10 @@ def rank_positions_(ranking: Tensor, lengths: Tensor | None, num_candidates: int
     n, t = ranking.shape
     position = _new_padded(n, num_candidates, ranking.device)
     if position.numel():
-        with on_gpu_of(ranking.device):
-            rank_positions_kernel[(n,)](
-                ranking.contiguous(),
-                None if lengths is None else lengths.contiguous(),
-                position,
-                t,
-                num_candidates,
-                BLOCK=RANK_BLOCK,
-                T_TILES=triton.cdiv(t, RANK_BLOCK),
-                K_TILES=triton.cdiv(num_candidates, RANK_BLOCK),
-            )
+        tiles = {"T_TILES": ceil_div(t, RANK_BLOCK), "K_TILES": ceil_div(num_candidates, RANK_BLOCK)}
+        counts = None if lengths is None else lengths.contiguous()
+        arguments = (ranking.contiguous(), counts, position, t, num_candidates)
+        launch(rank_positions_kernel, (n,), *arguments, BLOCK=RANK_BLOCK, **tiles)
     return position
 
 
@@ -280,9 +270,8 @@ def _new_padded(n: int, k: int, device: torch.device) -> Tensor:
 def _order_of(position: Tensor) -> Tensor:
     """(N, K) int32: the candidate at each rank, as the kernels want it."""
     n, k = position.shape
-    order = torch.empty((n, k), dtype=torch.int32, device=position.device)
-    with on_gpu_of(position.device):
-        order_kernel[(n, triton.cdiv(k, RANK_BLOCK))](position, order, k, BLOCK=RANK_BLOCK)
+    order = torch.zeros((n, k), dtype=torch.int32, device=position.device)  # an order even where nothing is launched
+    launch(order_kernel, (n, ceil_div(k, RANK_BLOCK)), position, order, k, BLOCK=RANK_BLOCK)
     return order
 
 

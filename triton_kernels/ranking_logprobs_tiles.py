@@ -1,12 +1,15 @@
-"""What the ranking_logprobs kernels share: which candidates a tile holds, who is in the pool, and its logits."""
+"""What the ranking_logprobs kernels share: the steps and candidates of a tile, who is in the pool, and the logits."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import numpy
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret  # Triton decides it when the kernels are made
+from flexrec.triton_kernels.launch import INTERPRETED
+from flexrec.triton_kernels.softmax import FLOOR, Entries
 
 
 def _counts_to_tensors() -> bool:
@@ -19,11 +22,71 @@ def _counts_to_tensors() -> bool:
 
 RUNTIME_RANGES = _counts_to_tensors()
 
-FLOOR = tl.constexpr(-1e20)  # stands for a logit of -inf; equals FLOOR of the reference
-IMPOSSIBLE = tl.constexpr(-5e19)
-START = tl.constexpr(-2e20)  # below every logit: the maximum over nothing
 
-NO_REFERENCE, REFERENCE_HIDDEN, REFERENCE_LOGITS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+class Steps(NamedTuple):
+    """BLOCK_T steps of one problem (a list, or in the chosen order a ranking).
+
+    Attributes:
+        first: the tile's first step, counted over all problems. What is added to it fits 32 bits (and registers).
+        row, ok: (BLOCK_T,) counted from it, and whether it is one of the problem's.
+    """
+
+    first: Any
+    row: Any
+    ok: Any
+
+
+class Turns(NamedTuple):
+    """Whose steps they are: the tile's first ranking, and (BLOCK_T,) the ranking, counted from it, and its step."""
+
+    first_ranking: Any
+    ranking: Any
+    step: Any
+
+
+class Columns(NamedTuple):
+    """BLOCK_K columns of (.., K) buffers of ours, and the candidates in them.
+
+    Attributes:
+        col, ok: (BLOCK_K,) which, and whether it holds a candidate.
+        known: (BLOCK_K,) whether its token is one of V. Of others nothing is read or written, and their logits are NaN.
+        stride: entries from one row to the next: a multiple of 8, so that rows load as vectors.
+        place, token: (BLOCK_K,) int64 the candidate's place in (P, K), and what stands there.
+        rank: (BLOCK_K,) in the chosen order, -1 beyond the list's length; in the canonical one it differs by row.
+    """
+
+    col: Any
+    ok: Any
+    known: Any
+    stride: Any
+    place: Any
+    token: Any
+    rank: Any
+
+
+@triton.jit
+def steps_of(problem, start, rows_per_problem, BLOCK_T: tl.constexpr):
+    row = tl.arange(0, BLOCK_T)
+    return Steps(problem * rows_per_problem + start, row, start + row < rows_per_problem)
+
+
+@triton.jit
+def turns_of(steps, start, T):
+    return Turns(steps.first // T, (start + steps.row) // T - start // T, (start + steps.row) % T)
+
+
+@triton.jit
+def columns_of(candidates_ptr, order_ptr, problem, sharing, tile, K, V, CHOSEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """In the canonical order the column is the candidate's index, in the chosen one ``order`` (N, K) says which."""
+    col = tl.arange(0, BLOCK_K) + tile * BLOCK_K
+    ok = col < K
+    index, rank = col, col
+    if CHOSEN:
+        code = tl.load(order_ptr + problem * K + col, mask=ok, other=-1)  # index, or -1 - index
+        index, rank = tl.where(code < 0, -1 - code, code), tl.where(code < 0, -1, col)
+    place = problem // sharing * K + index
+    token = tl.load(candidates_ptr + place, mask=ok, other=-1)
+    return Columns(col, ok, (token >= 0) & (token < V), row_stride(K), place, token, rank)
 
 
 @triton.jit
@@ -41,74 +104,77 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def row_stride(K):
-    """Entries from one row of a (.., K) buffer of ours to the next: a multiple of 8, so that rows load as vectors."""
     return (K + 7) // 8 * 8
 
 
 @triton.jit
-def candidate_columns(order_ptr, problem, col, K, CHOSEN: tl.constexpr):
-    """Index (BLOCK_K,) of the candidate in each column and its rank (BLOCK_K,), -1 beyond the list's length.
-
-    In the canonical order the column is the index and the rank differs from row to row (`pool_positions`).
-    """
-    if CHOSEN:
-        code = tl.load(order_ptr + problem * K + col, mask=col < K, other=-1)  # (BLOCK_K,) index, or -1 - index
-        index = tl.where(code < 0, -1 - code, code)  # (BLOCK_K,)
-        rank = tl.where(code < 0, -1, col)  # (BLOCK_K,)
-    else:
-        index = col  # (BLOCK_K,)
-        rank = tl.where(col < K, col, -1)  # (BLOCK_K,)
-    return index, rank
+def entries_at(pointer, steps, columns):
+    """(BLOCK_T, BLOCK_K) pointers into an (N, T, K) buffer of ours."""
+    offsets = steps.row[:, None] * columns.stride + columns.col[None, :]
+    return pointer + steps.first * columns.stride + offsets
 
 
 @triton.jit
-def pool_positions(position_ptr, first_ranking, ranking, col, col_rank, tile_ok, K, CHOSEN: tl.constexpr):
-    """Rank of each column's candidate in each row's ranking, -1 for none: (1 or BLOCK_T, BLOCK_K) int32.
+def entries_ok(steps, columns):
+    """(BLOCK_T, BLOCK_K) what exists there, what lies between rows included."""
+    return steps.ok[:, None] & (columns.col < columns.stride)[None, :]
 
-    ``ranking`` (BLOCK_T,) counts from ``first_ranking``, the tile's first.
-    """
+
+@triton.jit
+def entries_of(logits, ref_logits, position_ptr, values_ptr, turns, columns, ok, C: tl.constexpr, CHOSEN: tl.constexpr):
+    """The ``Entries`` of a tile: candidates whose rank in the row's ranking is the step's or later; the step's is y."""
     if CHOSEN:
-        position = col_rank[None, :]  # (1, BLOCK_K)
+        position = columns.rank[None, :]  # (1, BLOCK_K)
     else:
-        stride = row_stride(K)
-        position = tl.load(
-            position_ptr + first_ranking * stride + (ranking[:, None] * stride + col[None, :]), mask=tile_ok, other=-1
-        )  # (BLOCK_T, BLOCK_K)
-        position = tl.where((col < K)[None, :], position, -1)  # (BLOCK_T, BLOCK_K)
-    return position
+        offsets = turns.ranking[:, None] * columns.stride + columns.col[None, :]
+        position = tl.load(position_ptr + turns.first_ranking * columns.stride + offsets, mask=ok, other=-1)
+        position = tl.where(columns.ok[None, :], position, -1)  # (BLOCK_T, BLOCK_K)
+    step = turns.step[:, None]
+    offsets = turns.ranking[:, None] * C * columns.stride + columns.col[None, :]
+    values_ptrs = values_ptr + turns.first_ranking * C * columns.stride + offsets
+    return Entries(logits, ref_logits, position >= step, position == step, ok, values_ptrs, columns.stride)
+
+
+@triton.jit
+def load_given(pointers, ok):
+    """(BLOCK_T, BLOCK_K) logits that somebody else has computed, not below FLOOR."""
+    logits = tl.load(pointers, mask=ok, other=0.0).to(tl.float32)
+    return tl.where(logits < FLOOR, FLOOR, logits)
+
+
+@triton.jit
+def rows_at(pointer, steps, d, D):
+    """(BLOCK_T, BLOCK_D) pointers into (N, T, D)."""
+    return pointer + steps.first * D + (steps.row[:, None] * D + d[None, :])
 
 
 @triton.jit
 def logits_tile(
-    hidden_ptr,  # (BLOCK_T, D): the tile's first step
+    hidden_ptr,  # (N, T, D)
     weight_ptr,  # (V, D)
     bias_ptr,  # (V,), or None
-    row_ok,  # (BLOCK_T,)
-    token,  # (BLOCK_K,) int64
-    col_ok,  # (BLOCK_K,)
-    D,
+    steps,
+    columns,
+    D: tl.constexpr,
     temperature,
     PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    D_TILES: tl.constexpr,
 ):
     """z = (h . w + b) / temperature of a tile, not below FLOOR: (BLOCK_T, BLOCK_K) float32."""
-    row = tl.arange(0, BLOCK_T)  # (BLOCK_T,)
-    logits = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)  # (BLOCK_T, BLOCK_K)
-    for d_tile in range(D_TILES):
-        d = d_tile * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-        d_ok = d < D  # (BLOCK_D,)
+    logits = tl.zeros((steps.row.shape[0], columns.col.shape[0]), tl.float32)
+    for d_tile in range((D + BLOCK_D - 1) // BLOCK_D):
+        d = d_tile * BLOCK_D + tl.arange(0, BLOCK_D)
+        d_ok = d < D
         hidden = tl.load(
-            hidden_ptr + (row[:, None] * D + d[None, :]), mask=row_ok[:, None] & d_ok[None, :], other=0.0
+            rows_at(hidden_ptr, steps, d, D), mask=steps.ok[:, None] & d_ok[None, :], other=0.0
         )  # (BLOCK_T, BLOCK_D)
         weight = tl.load(
-            weight_ptr + (token[None, :] * D + d[:, None]), mask=col_ok[None, :] & d_ok[:, None], other=0.0
+            weight_ptr + (columns.token[None, :] * D + d[:, None]),
+            mask=columns.known[None, :] & d_ok[:, None],
+            other=0.0,
         )  # (BLOCK_D, BLOCK_K)
-        logits += dot(hidden, weight, PRECISION)  # (BLOCK_T, BLOCK_K)
+        logits += dot(hidden, weight, PRECISION)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + token, mask=col_ok, other=0.0)  # (BLOCK_K,)
-        logits += bias.to(tl.float32)[None, :]  # (BLOCK_T, BLOCK_K)
-    logits = logits / temperature  # (BLOCK_T, BLOCK_K)
-    return tl.where(logits < FLOOR, FLOOR, logits)  # (BLOCK_T, BLOCK_K); a NaN stays
+        logits += tl.load(bias_ptr + columns.token, mask=columns.known, other=0.0).to(tl.float32)[None, :]
+    logits = tl.where(columns.known[None, :], logits / temperature, float("nan"))
+    return tl.where(logits < FLOOR, FLOOR, logits)  # a NaN stays

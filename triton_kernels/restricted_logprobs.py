@@ -1,20 +1,12 @@
 """Softmax over ragged sets of allowed tokens: log-probs, entropy, expectations and KL, forward and backward.
 
-Row m has the entries offsets[m] .. offsets[m + 1] of a flat list of nnz token ids. In two steps,
+Row m has the entries offsets[m] .. offsets[m + 1] of a flat list of nnz token ids. In three steps,
 
-    z_e = (h_m . w_e + b_e) / temperature                                              sampled_logits
-    log p_e = (z_e - m) - log s,   m = max z,   s = sum e^(z_e - m)                    set_softmax
-    H = log s - sum_e e^(z_e - m) (z_e - m) / s,   E_c = sum_e e^(z_e - m) v_ec / s
-    KL(p || q) = sum_e e^(z_e - m) [(z_e - m) - (r_e - m')] / s - (log s - log s')
-
-where r_e, m', s' belong to the reference q. The differences inside the KL are small where the policies are near each
-other, so that little cancels and equal policies give exactly 0. Backward, g being what comes from above,
-
-    dz_e = p_e [-g_lp - g_H (log p_e + H) + sum_c g_c (v_ec - E_c) + g_KL (log p_e - log q_e - KL)] + g_lp [e chosen]
+    z_e = (h_m . w_e + b_e) / temperature                                                         sampled_logits
+    log-prob, entropy, expectations and KL of each row, and dz, as derived in softmax.py          set_softmax
     dh_m = sum over row m of dz_e w_e / temperature,   dw_v = sum over v's entries of dz_e h_e / temperature
 
-and db_v is the sum of the dz_e of v, likewise. -inf is replaced by the finite FLOOR, which passes no gradient: its
-probability is exactly 0, no 0 * inf arises, and where nothing else is allowed the softmax is uniform.
+and db_v is the sum of the dz_e of v, likewise.
 
 Why there is no tl.dot. Every row has its own set, so a weight row meets one hidden state per row that allows it: two
 operations per weight read, whereas an H200 could do 180 a byte. All is bound by the bytes of gathered weight rows;
@@ -32,7 +24,7 @@ Bytes, with e bytes an element of hidden and weight and M rows, n of the nnz ent
 of the gradients, and `owners`, the row of every entry, are those of segment_sum.py:
     logits       n D e (weight rows) + M D e (hidden states; from L1 after a row's first entry) + 20 nnz (ids, rows
                  and offsets) + 4 nnz (out). Those of a reference, where it is a model and not saved: the same again
-    softmax      4 nnz, and again from L1 or L2, + 8 nnz (ids) + 4 C nnz (values) + 32 M;  + 4 nnz with a reference
+    softmax      4 nnz + 8 nnz (ids) + 4 C nnz (values) + 32 M;  + 4 nnz with a reference
     dlogits      4 nnz + 12 nnz (ids, rows) + 4 C nnz + 4 nnz (out);  + 4 nnz with a reference
     d hidden     n D e (weight rows) + 2 M D e (zeros and sums)
     d weight     n D e (hidden states) + either 8 n D, or the sort and one row for each token: see _scatters
@@ -40,16 +32,14 @@ of the gradients, and `owners`, the row of every entry, are those of segment_sum
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-
 import torch
-import triton
 import triton.language as tl
-from flexrec.triton_kernels.aot import Variant
-from flexrec.triton_kernels.restricted_softmax import set_softmax, set_softmax_backward
-from flexrec.triton_kernels.segment_sum import ceil_div, owners, scatter_add, segment_sum, tile
 from torch import Tensor
+
+from flexrec.triton_kernels.launch import INTERPRETED, ceil_div, kernel, launch
+from flexrec.triton_kernels.restricted_softmax import set_softmax, set_softmax_backward
+from flexrec.triton_kernels.segment_sum import owners, scatter_add, segment_sum, sum_by_place, tile
+from flexrec.triton_kernels.softmax import FLOOR
 
 __all__ = [  # what the op calls, of this file and its parts
     "INTERPRETED",
@@ -62,13 +52,8 @@ __all__ = [  # what the op calls, of this file and its parts
     "weight_gradient_rows",
 ]
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton decides it when the kernels below are made
 
-
-_FLOOR = tl.constexpr(-1e20)  # stands for a logit of -inf; equals FLOOR of the reference
-
-
-@triton.jit
+@kernel
 def sampled_logits_kernel(
     hidden_ptr,  # (M, D)
     weight_ptr,  # (V, D)
@@ -78,6 +63,7 @@ def sampled_logits_kernel(
     offsets_ptr,  # (M + 1,) int64
     logits_ptr,  # (nnz,) float32
     entries,  # nnz
+    V,
     D,
     temperature,
     BLOCK_E: tl.constexpr,
@@ -86,25 +72,29 @@ def sampled_logits_kernel(
 ):
     """One program: the logits of BLOCK_E entries; 0 where a row has a single one, of which nothing is read."""
     entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
-    ok = entry < entries  # (BLOCK_E,)
-    row = tl.load(row_ptr + entry, mask=ok, other=0).to(tl.int64)  # (BLOCK_E,)
-    begin = tl.load(offsets_ptr + row, mask=ok, other=0)  # (BLOCK_E,)
-    end = tl.load(offsets_ptr + row + 1, mask=ok, other=0)  # (BLOCK_E,)
-    live = end - begin > 1  # (BLOCK_E,)
-    token = tl.load(ids_ptr + entry, mask=live, other=0)  # (BLOCK_E,)
-    products = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)  # (BLOCK_E, BLOCK_D)
+    ok = entry < entries
+    row = tl.load(row_ptr + entry, mask=ok, other=0).to(tl.int64)
+    begin = tl.load(offsets_ptr + row, mask=ok, other=0)
+    end = tl.load(offsets_ptr + row + 1, mask=ok, other=0)
+    live = end - begin > 1
+    token = tl.load(ids_ptr + entry, mask=live, other=0)
+    token = tl.where((token >= 0) & (token < V), token, -2)
+    token = tl.where(live, token, -1)
+    products = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for d_tile in range(D_TILES):
         d = d_tile * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-        tile_ok = live[:, None] & (d < D)[None, :]  # (BLOCK_E, BLOCK_D)
-        hidden = tl.load(hidden_ptr + row[:, None] * D + d[None, :], mask=tile_ok, other=0.0)  # (BLOCK_E, BLOCK_D)
-        weight = tl.load(weight_ptr + token[:, None] * D + d[None, :], mask=tile_ok, other=0.0)  # (BLOCK_E, BLOCK_D)
-        products += hidden.to(tl.float32) * weight.to(tl.float32)  # (BLOCK_E, BLOCK_D)
-    logits = tl.sum(products, axis=1)  # (BLOCK_E,)
+        tile_ok = (token >= 0)[:, None] & (d < D)[None, :]
+        hidden = tl.load(hidden_ptr + row[:, None] * D + d[None, :], mask=tile_ok, other=0.0)
+        weight = tl.load(weight_ptr + token[:, None] * D + d[None, :], mask=tile_ok, other=0.0)
+        products += hidden.to(tl.float32) * weight.to(tl.float32)
+    logits = tl.sum(products, axis=1)
     if bias_ptr is not None:
-        logits += tl.load(bias_ptr + token, mask=live, other=0.0).to(tl.float32)  # (BLOCK_E,)
-    logits = logits / temperature  # (BLOCK_E,)
-    logits = tl.where(logits < _FLOOR, _FLOOR, logits)  # (BLOCK_E,); a NaN stays
-    tl.store(logits_ptr + entry, tl.where(live, logits, 0.0), mask=ok)
+        logits += tl.load(bias_ptr + token, mask=token >= 0, other=0.0).to(tl.float32)
+    logits = logits / temperature
+    logits = tl.where(logits < FLOOR, FLOOR, logits)  # a NaN stays
+    # A token out of range shows, and nothing is read for it.
+    logits = tl.where(token >= 0, logits, tl.where(token == -1, 0.0, float("nan")))
+    tl.store(logits_ptr + entry, logits, mask=ok)
 
 
 def sampled_logits(
@@ -120,21 +110,10 @@ def sampled_logits(
     logits = torch.empty(nnz, dtype=torch.float32, device=hidden.device)
     if nnz:
         block_e, block_d = tile(d)
-        sampled_logits_kernel[(ceil_div(nnz, block_e),)](
-            hidden.contiguous(),
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            ids,
-            row,
-            offsets,
-            logits,
-            nnz,
-            d,
-            temperature,
-            BLOCK_E=block_e,
-            BLOCK_D=block_d,
-            D_TILES=ceil_div(d, block_d),
-        )
+        operands = (hidden.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous())
+        arguments = (*operands, ids, row, offsets, logits, nnz, len(weight), d, temperature)
+        blocks = {"BLOCK_E": block_e, "BLOCK_D": block_d, "D_TILES": ceil_div(d, block_d)}
+        launch(sampled_logits_kernel, (ceil_div(nnz, block_e),), *arguments, **blocks)
     return logits
 
 
@@ -159,9 +138,7 @@ def weight_gradient(
         total = out if out.dtype == torch.float32 else torch.zeros_like(out, dtype=torch.float32)
         scatter_add(dlogits, row, hidden.contiguous(), ids, total)
         return total if total is out else total.to(out.dtype)
-    tokens, order = ids.sort(stable=True)
-    offsets = torch.searchsorted(tokens, torch.arange(len(out) + 1, device=ids.device))
-    segment_sum(dlogits[order], row[order], hidden.contiguous(), tokens, offsets, out, accumulate=into is not None)
+    sum_by_place(dlogits, row, hidden.contiguous(), ids, out, accumulate=into is not None)
     return out
 
 
@@ -198,24 +175,3 @@ def _scatters(nnz: int, hidden: Tensor, out: Tensor, *, fresh: bool) -> bool:
     scattered = 8 * nnz * d + (4 + cast) * dense
     summed = hidden.element_size() * nnz * d + out.element_size() * dense + 160 * nnz + 200_000_000
     return scattered <= summed
-
-
-def variants() -> Iterator[Variant]:
-    """The kernel of this file in every tile and for the dtypes that take fewest and most registers."""
-    whole = {"ids_ptr": "*i64", "row_ptr": "*i32", "offsets_ptr": "*i64", "entries": "i32"}
-    for d in (64, 128, 256):
-        block_e, block_d = tile(d)
-        for kind in ("fp32", "bf16"):
-            operands = dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr"), f"*{kind}")
-            yield Variant(
-                f"restricted_logprobs logits {kind} {block_e}x{block_d}",
-                sampled_logits_kernel,
-                {
-                    **operands,
-                    **whole,
-                    "logits_ptr": "*fp32",
-                    "D": "i32:16",
-                    "temperature": "fp32",
-                },
-                {"BLOCK_E": block_e, "BLOCK_D": block_d, "D_TILES": 1 if d < 256 else 8},
-            )

@@ -2,131 +2,38 @@
 
 Derivation and byte counts stand in restricted_logprobs.py, of which this is the middle part.
 
-A program takes ROWS rows side by side, in tiles of (ROWS, WIDTH) entries, and after that one by one its rows of more
-than LONG entries, so that a set of the whole vocabulary does not make its neighbours wait. Each row is read twice,
-for its maximum and for the sums relative to it; the second time it comes from a cache.
+Rows of up to LONG entries lie side by side in a program. Each longer one has a program of its own in a second launch,
+so that a set of the whole vocabulary keeps nobody waiting: the host knows only how many there can be, one for every
+LONG entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
-from flexrec.triton_kernels.aot import Variant
-from flexrec.triton_kernels.segment_sum import ceil_div
 from torch import Tensor
 
-ROWS, WIDTH = 32, 16  # tile for rows of up to LONG entries
-LONG, LONG_WIDTH = 256, 1024  # rows beyond LONG entries are taken alone, LONG_WIDTH entries at once
-FLAT = 512  # entries of one program of the backward pass
+from flexrec.triton_kernels.launch import ceil_div, kernel, launch
+from flexrec.triton_kernels.softmax import FLOOR, Entries, logit_slopes, nothing_read, read_entries, store_results
 
-_IMPOSSIBLE = tl.constexpr(-5e19)  # a logit below this stands for -inf
-_FLOOR = tl.constexpr(-1e20)
-_START = tl.constexpr(-2e20)  # below every logit: the maximum over nothing
-
-
-@triton.jit
-def _softmax_of_rows(
-    row,  # (R,) int64
-    row_ok,  # (R,)
-    logits_ptr,
-    ref_logits_ptr,
-    values_ptr,
-    ids_ptr,
-    offsets_ptr,
-    targets_ptr,
-    logprobs_ptr,
-    entropy_ptr,
-    expectations_ptr,
-    kl_ptr,
-    norm_ptr,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    R: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """R rows side by side, WIDTH entries of each at once: first their maxima, then the sums relative to them."""
-    begin = tl.load(offsets_ptr + row, mask=row_ok, other=0)  # (R,)
-    end = tl.load(offsets_ptr + row + 1, mask=row_ok, other=0)  # (R,)
-    longest = tl.max(end - begin, axis=0)  # ()
-    lane = tl.arange(0, WIDTH)[None, :]  # (1, WIDTH)
-    channel = tl.arange(0, BLOCK_C)  # (BLOCK_C,)
-
-    largest = tl.full((R,), _START, tl.float32)  # (R,) m
-    ref_largest = tl.full((R,), _START, tl.float32)  # (R,) m'
-    start = longest * 0  # ()
-    while start < longest:
-        entry = begin[:, None] + start + lane  # (R, WIDTH)
-        ok = entry < end[:, None]  # (R, WIDTH)
-        logits = tl.load(logits_ptr + entry, mask=ok, other=_START)  # (R, WIDTH)
-        largest = tl.maximum(largest, tl.max(logits, axis=1))  # (R,)
-        if ref_logits_ptr is not None:
-            ref_logits = tl.load(ref_logits_ptr + entry, mask=ok, other=_START)  # (R, WIDTH)
-            ref_largest = tl.maximum(ref_largest, tl.max(ref_logits, axis=1))  # (R,)
-        start += WIDTH
-
-    total = tl.zeros((R,), tl.float32)  # (R,) s
-    weighted = tl.zeros((R,), tl.float32)  # (R,) sum of e^(z - m) (z - m)
-    expected = tl.zeros((R, BLOCK_C), tl.float32)  # (R, BLOCK_C)
-    chosen_logit = tl.zeros((R,), tl.float32)  # (R,)
-    found = tl.zeros((R,), tl.int32)  # (R,)
-    ref_total = tl.zeros((R,), tl.float32)  # (R,) s'
-    apart = tl.zeros((R,), tl.float32)  # (R,) sum of e^(z - m) [(z - m) - (r - m')]
-    unreachable = tl.zeros((R,), tl.int32)  # (R,)
-    if targets_ptr is not None:
-        target = tl.load(targets_ptr + row, mask=row_ok, other=-1)  # (R,)
-    start = longest * 0  # ()
-    while start < longest:
-        entry = begin[:, None] + start + lane  # (R, WIDTH)
-        ok = entry < end[:, None]  # (R, WIDTH)
-        logits = tl.load(logits_ptr + entry, mask=ok, other=_START)  # (R, WIDTH)
-        shifted = tl.where(ok, logits - largest[:, None], 0.0)  # (R, WIDTH)
-        exps = tl.where(ok, tl.exp(shifted), 0.0)  # (R, WIDTH)
-        total += tl.sum(exps, axis=1)  # (R,)
-        weighted += tl.sum(exps * shifted, axis=1)  # (R,)
-        for c in tl.static_range(C):
-            values = tl.load(values_ptr + entry * C + c, mask=ok, other=0.0).to(tl.float32)  # (R, WIDTH)
-            expected += tl.where(channel[None, :] == c, tl.sum(exps * values, axis=1)[:, None], 0.0)  # (R, BLOCK_C)
-        if targets_ptr is not None:
-            chosen = ok & (tl.load(ids_ptr + entry, mask=ok, other=-1) == target[:, None])  # (R, WIDTH)
-            chosen_logit += tl.sum(tl.where(chosen, shifted, 0.0), axis=1)  # (R,)
-            found += tl.sum(chosen.to(tl.int32), axis=1)  # (R,)
-        if ref_logits_ptr is not None:
-            ref_logits = tl.load(ref_logits_ptr + entry, mask=ok, other=_START)  # (R, WIDTH)
-            ref_shifted = tl.where(ok, ref_logits - ref_largest[:, None], 0.0)  # (R, WIDTH)
-            ref_total += tl.sum(tl.where(ok, tl.exp(ref_shifted), 0.0), axis=1)  # (R,)
-            blocked = (ref_shifted < _IMPOSSIBLE) & (exps > 0.0)  # (R, WIDTH)
-            apart += tl.sum(tl.where(blocked, 0.0, exps * (shifted - ref_shifted)), axis=1)  # (R,)
-            unreachable += tl.sum(blocked.to(tl.int32), axis=1)  # (R,)
-        start += WIDTH
-
-    some = end > begin  # (R,)
-    total = tl.where(some, total, 1.0)  # (R,)
-    log_total = tl.log(total)  # (R,)
-    tl.store(entropy_ptr + row, log_total - weighted / total, mask=row_ok)
-    tl.store(norm_ptr + 4 * row, largest, mask=row_ok)
-    tl.store(norm_ptr + 4 * row + 1, log_total, mask=row_ok)
-    if C > 0:
-        tl.store(
-            expectations_ptr + row[:, None] * C + channel[None, :],
-            expected / total[:, None],
-            mask=row_ok[:, None] & (channel < C)[None, :],
-        )
-    if targets_ptr is not None:
-        logprobs = chosen_logit - log_total  # (R,)
-        logprobs = tl.where(logprobs < _IMPOSSIBLE, float("-inf"), logprobs)  # (R,)
-        tl.store(logprobs_ptr + row, tl.where(found > 0, logprobs, float("nan")), mask=row_ok)
-    if ref_logits_ptr is not None:
-        ref_log_total = tl.log(tl.where(some, ref_total, 1.0))  # (R,)
-        kl = apart / total - (log_total - ref_log_total)  # (R,)
-        tl.store(kl_ptr + row, tl.where(unreachable > 0, float("inf"), kl), mask=row_ok)
-        tl.store(norm_ptr + 4 * row + 2, ref_largest, mask=row_ok)
-        tl.store(norm_ptr + 4 * row + 3, ref_log_total, mask=row_ok)
+LONG = 256  # entries beyond which a row has a program of its own
+TILE, LONG_TILE = (32, 16), (1, 1024)  # rows and entries of each that a program takes at once
+FLAT = 256  # entries of one program of the backward pass
 
 
 @triton.jit
+def _owner(offsets_ptr, entry, M):
+    """The row that has an entry, the last that begins at or before it."""
+    low, high = entry * 0, entry * 0 + (M - 1)
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        begins = tl.load(offsets_ptr + middle) <= entry
+        low, high = tl.where(begins, middle, low), tl.where(begins, high, middle - 1)
+    return low
+
+
+@kernel
 def set_softmax_kernel(
     logits_ptr,  # (nnz,)
     ref_logits_ptr,  # (nnz,) or None
@@ -134,72 +41,62 @@ def set_softmax_kernel(
     ids_ptr,  # (nnz,) int64
     offsets_ptr,  # (M + 1,) int64
     targets_ptr,  # (M,) int64 or None
-    logprobs_ptr,  # (M,)
+    logprobs_ptr,  # (M,) or None
     entropy_ptr,  # (M,)
     expectations_ptr,  # (M, C)
-    kl_ptr,  # (M,)
+    kl_ptr,  # (M,) or None
     norm_ptr,  # (M, 4): m, log s, m', log s'
     M,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    TAKES_LONG: tl.constexpr,
     LONG: tl.constexpr,
-    LONG_WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    """One program: ROWS rows, those of up to LONG entries side by side and then the others one by one."""
-    local = tl.arange(0, ROWS)  # (ROWS,)
-    first = tl.program_id(0).to(tl.int64) * ROWS  # ()
-    row = first + local  # (ROWS,)
-    row_ok = row < M  # (ROWS,)
-    begin = tl.load(offsets_ptr + row, mask=row_ok, other=0)  # (ROWS,)
-    end = tl.load(offsets_ptr + row + 1, mask=row_ok, other=0)  # (ROWS,)
-    long = end - begin > LONG  # (ROWS,)
-    _softmax_of_rows(
-        row,
-        row_ok & (end - begin <= LONG),
-        logits_ptr,
-        ref_logits_ptr,
-        values_ptr,
-        ids_ptr,
-        offsets_ptr,
-        targets_ptr,
-        logprobs_ptr,
-        entropy_ptr,
-        expectations_ptr,
-        kl_ptr,
-        norm_ptr,
-        C,
-        BLOCK_C,
-        ROWS,
-        WIDTH,
+    """One program: those of BLOCK_R rows that have up to LONG entries, BLOCK_W of each at once.
+
+    If TAKES_LONG, with BLOCK_R = 1, the longer row that begins between two multiples of LONG, if any: it is the one
+    that has the entry at the second of the two.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK_R
+    boundary = (first + 1) * LONG
+    if TAKES_LONG:
+        first = _owner(offsets_ptr, boundary, M)
+    row = first + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
+    row_ok = row < M
+    begin = tl.load(offsets_ptr + row, mask=row_ok, other=0)
+    size = tl.load(offsets_ptr + row + 1, mask=row_ok, other=0) - begin
+    if TAKES_LONG:
+        row_ok = row_ok & (size > LONG) & (begin >= boundary - LONG) & (begin < boundary)
+    else:
+        row_ok = row_ok & (size <= LONG)
+    size = tl.where(row_ok, size, 0)
+    target = begin * 0 - 1
+    if targets_ptr is not None:
+        target = tl.load(targets_ptr + row, mask=row_ok, other=-1)
+    longest = tl.max(size, axis=0)
+    sums = nothing_read(BLOCK_R, BLOCK_C)
+    start = longest * 0
+    while start < longest:
+        place = start + tl.arange(0, BLOCK_W)[None, :]  # (1, BLOCK_W)
+        entry, ok = begin[:, None] + place, place < size[:, None]  # (BLOCK_R, BLOCK_W)
+        logits = tl.load(logits_ptr + entry, mask=ok, other=FLOOR)
+        chosen = ok
+        if targets_ptr is not None:
+            chosen = ok & (tl.load(ids_ptr + entry, mask=ok, other=-1) == target[:, None])
+        ref_logits = logits
+        if ref_logits_ptr is not None:
+            ref_logits = tl.load(ref_logits_ptr + entry, mask=ok, other=FLOOR)
+        entries = Entries(logits, ref_logits, ok, chosen, ok, values_ptr + entry * C, 1)
+        sums = read_entries(sums, entries, C, ref_logits_ptr is not None)
+        start += BLOCK_W
+    store_results(
+        sums, row, row_ok, logprobs_ptr, entropy_ptr, expectations_ptr, kl_ptr, norm_ptr, norm_ptr + 2, C, 4, True
     )
-    one = tl.arange(0, 1)  # (1,)
-    following = tl.min(tl.where(long, local, ROWS), axis=0)  # ()
-    while following < ROWS:
-        _softmax_of_rows(
-            first + following + one,
-            one == 0,
-            logits_ptr,
-            ref_logits_ptr,
-            values_ptr,
-            ids_ptr,
-            offsets_ptr,
-            targets_ptr,
-            logprobs_ptr,
-            entropy_ptr,
-            expectations_ptr,
-            kl_ptr,
-            norm_ptr,
-            C,
-            BLOCK_C,
-            1,
-            LONG_WIDTH,
-        )
-        following = tl.min(tl.where(long & (local > following), local, ROWS), axis=0)  # ()
 
 
-@triton.jit
+@kernel
 def dlogits_kernel(
     logits_ptr,  # (nnz,)
     ref_logits_ptr,  # (nnz,) or None
@@ -212,7 +109,7 @@ def dlogits_kernel(
     expectations_ptr,  # (M, C)
     kl_ptr,  # (M,)
     norm_ptr,  # (M, 4)
-    grad_logprobs_ptr,  # (M,)
+    grad_logprobs_ptr,  # (M,) or None
     grad_entropy_ptr,  # (M,)
     grad_expectations_ptr,  # (M, C)
     grad_kl_ptr,  # (M,)
@@ -223,40 +120,37 @@ def dlogits_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program: dz / temperature of BLOCK entries; exactly 0 where there is no choice, or no possible token."""
-    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
-    ok = entry < entries  # (BLOCK,)
-    row = tl.load(row_ptr + entry, mask=ok, other=0).to(tl.int64)  # (BLOCK,)
-    begin = tl.load(offsets_ptr + row, mask=ok, other=0)  # (BLOCK,)
-    end = tl.load(offsets_ptr + row + 1, mask=ok, other=0)  # (BLOCK,)
-    live = end - begin > 1  # (BLOCK,)
-    logits = tl.load(logits_ptr + entry, mask=live, other=_FLOOR)  # (BLOCK,)
-    largest = tl.load(norm_ptr + 4 * row, mask=live, other=0.0)  # (BLOCK,)
-    live = live & (logits > _IMPOSSIBLE) & (largest > _IMPOSSIBLE) | (logits != logits)  # (BLOCK,); a NaN shows
-    log_probs = (logits - largest) - tl.load(norm_ptr + 4 * row + 1, mask=live, other=0.0)  # (BLOCK,)
-    log_probs = tl.where(live, log_probs, 0.0)  # (BLOCK,)
-    entropy = tl.load(entropy_ptr + row, mask=live, other=0.0)  # (BLOCK,)
-    slope = -tl.load(grad_entropy_ptr + row, mask=live, other=0.0) * (log_probs + entropy)  # (BLOCK,)
-    for c in tl.static_range(C):
-        values = tl.load(values_ptr + entry * C + c, mask=live, other=0.0).to(tl.float32)  # (BLOCK,)
-        expectation = tl.load(expectations_ptr + row * C + c, mask=live, other=0.0)  # (BLOCK,)
-        slope += tl.load(grad_expectations_ptr + row * C + c, mask=live, other=0.0) * (values - expectation)  # (BLOCK,)
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,), as all here
+    ok = entry < entries
+    row = tl.load(row_ptr + entry, mask=ok, other=0).to(tl.int64)
+    begin = tl.load(offsets_ptr + row, mask=ok, other=0)
+    live = tl.load(offsets_ptr + row + 1, mask=ok, other=0) - begin > 1
+    logits = tl.load(logits_ptr + entry, mask=live, other=FLOOR)
+    ref_logits = logits
     if ref_logits_ptr is not None:
-        kl = tl.load(kl_ptr + row, mask=live, other=0.0)  # (BLOCK,)
-        finite = kl < float("inf")  # (BLOCK,)
-        ref_largest = tl.load(norm_ptr + 4 * row + 2, mask=live, other=0.0)  # (BLOCK,)
-        ref_log_total = tl.load(norm_ptr + 4 * row + 3, mask=live, other=0.0)  # (BLOCK,)
-        ref_logits = tl.load(ref_logits_ptr + entry, mask=live, other=0.0)  # (BLOCK,)
-        apart = log_probs - ((ref_logits - ref_largest) - ref_log_total) - kl  # (BLOCK,)
-        slope += tl.load(grad_kl_ptr + row, mask=live, other=0.0) * tl.where(finite, apart, 0.0)  # (BLOCK,)
+        ref_logits = tl.load(ref_logits_ptr + entry, mask=live, other=0.0)
+    chosen = live
     if targets_ptr is not None:
-        grad_logprobs = tl.load(grad_logprobs_ptr + row, mask=live, other=0.0)  # (BLOCK,)
-        target = tl.load(targets_ptr + row, mask=live, other=-1)  # (BLOCK,)
-        chosen = tl.load(ids_ptr + entry, mask=live, other=-2) == target  # (BLOCK,)
-        slope -= grad_logprobs  # (BLOCK,)
-        dlogits = tl.exp(log_probs) * slope + tl.where(chosen, grad_logprobs, 0.0)  # (BLOCK,)
-    else:
-        dlogits = tl.exp(log_probs) * slope  # (BLOCK,)
-    tl.store(dlogits_ptr + entry, tl.where(live, dlogits / temperature, 0.0), mask=ok)
+        target = tl.load(targets_ptr + row, mask=live, other=-1)
+        chosen = tl.load(ids_ptr + entry, mask=live, other=-2) == target
+    dlogits = logit_slopes(
+        Entries(logits, ref_logits, live, chosen, live, values_ptr + entry * C, 1),
+        row,
+        live,
+        entropy_ptr,
+        expectations_ptr,
+        kl_ptr,
+        norm_ptr,
+        norm_ptr + 2,
+        grad_logprobs_ptr,
+        grad_entropy_ptr,
+        grad_expectations_ptr,
+        grad_kl_ptr,
+        C,
+        4,
+        ref_logits_ptr is not None,
+    )
+    tl.store(dlogits_ptr + entry, dlogits / temperature, mask=ok)
 
 
 def set_softmax(
@@ -283,26 +177,16 @@ def set_softmax(
     if ref_logits is None:
         kl.zero_()
     if m:
-        set_softmax_kernel[(ceil_div(m, ROWS),)](
-            logits,
-            ref_logits,
-            values.contiguous(),
-            ids,
-            offsets,
-            targets,
-            logprobs,
-            entropy,
-            expectations,
-            kl,
-            norm,
-            m,
-            C=c,
-            BLOCK_C=1 << (max(c, 1) - 1).bit_length(),
-            ROWS=ROWS,
-            WIDTH=WIDTH,
-            LONG=LONG,
-            LONG_WIDTH=LONG_WIDTH,
-        )
+        inputs = (logits, ref_logits, values.contiguous(), ids, offsets, targets)
+        sums = (None if targets is None else logprobs, entropy, expectations, None if ref_logits is None else kl, norm)
+        channels = {"C": c, "BLOCK_C": 1 << (max(c, 1) - 1).bit_length(), "LONG": LONG}
+        for programs, takes_long, (rows, width) in (
+            (ceil_div(m, TILE[0]), False, TILE),
+            ((len(logits) - 1) // LONG, True, LONG_TILE),
+        ):
+            if programs > 0:
+                tiles = {"TAKES_LONG": takes_long, "BLOCK_R": rows, "BLOCK_W": width}
+                launch(set_softmax_kernel, (programs,), *inputs, *sums, m, **channels, **tiles)
     return logprobs, entropy, expectations, kl, norm
 
 
@@ -324,52 +208,10 @@ def set_softmax_backward(
         upstream: gradients of log-probs (M,), entropy (M,), expectations (M, C) and KL (M,).
         results: entropy, expectations, KL and norm as :func:`set_softmax` returned them.
     """
-    entropy, expectations, kl, norm = results
     dlogits = torch.empty_like(logits)
     if len(logits):
-        grad_logprobs, grad_entropy, grad_expectations, grad_kl = (grad.contiguous() for grad in upstream)
-        dlogits_kernel[(ceil_div(len(logits), FLAT),)](
-            logits,
-            ref_logits,
-            values.contiguous(),
-            ids,
-            row,
-            offsets,
-            targets,
-            entropy,
-            expectations,
-            kl,
-            norm,
-            grad_logprobs,
-            grad_entropy,
-            grad_expectations,
-            grad_kl,
-            dlogits,
-            len(logits),
-            temperature,
-            C=values.shape[1],
-            BLOCK=FLAT,
-        )
+        inputs = (logits, ref_logits, values.contiguous(), ids, row, offsets, targets)
+        grads = (None if targets is None else upstream[0].contiguous(), *(grad.contiguous() for grad in upstream[1:]))
+        arguments = (*inputs, *results, *grads, dlogits, len(logits), temperature)
+        launch(dlogits_kernel, (ceil_div(len(logits), FLAT),), *arguments, C=values.shape[1], BLOCK=FLAT)
     return dlogits
-
-
-def variants() -> Iterator[Variant]:
-    """Both kernels with the least and with the most that can be asked of them."""
-    results = ("logits", "values", "logprobs", "entropy", "expectations", "kl", "norm")
-    grads = ("grad_logprobs", "grad_entropy", "grad_expectations", "grad_kl", "dlogits")
-    whole = {"ids_ptr": "*i64", "offsets_ptr": "*i64", "targets_ptr": "*i64"}
-    for name, channels, reference in (("plain", 0, None), ("values and KL", 3, "*fp32")):
-        types = {**whole, **{f"{result}_ptr": "*fp32" for result in results}}
-        constants: dict[str, object] = {"C": channels}
-        if reference:
-            types["ref_logits_ptr"] = reference
-        else:
-            constants["ref_logits_ptr"] = None
-        tiles = {"BLOCK_C": 4 if channels else 1, "ROWS": ROWS, "WIDTH": WIDTH, "LONG": LONG, "LONG_WIDTH": LONG_WIDTH}
-        yield Variant(
-            f"restricted_logprobs softmax {name}", set_softmax_kernel, {**types, "M": "i32"}, {**constants, **tiles}
-        )
-        del types["logprobs_ptr"]
-        types |= {f"{grad}_ptr": "*fp32" for grad in grads}
-        types |= {"row_ptr": "*i32", "entries": "i32", "temperature": "fp32"}
-        yield Variant(f"restricted_logprobs dlogits {name}", dlogits_kernel, types, {**constants, "BLOCK": FLAT})

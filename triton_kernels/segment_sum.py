@@ -17,21 +17,21 @@ Each gathered element is used once, in one multiplication: nothing here is for t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
-from flexrec.triton_kernels.aot import Variant
 from torch import Tensor
+
+from flexrec.triton_kernels.launch import ceil_div, kernel, launch
 
 PIECE = 1024  # entries that one program of segment_sum adds up
 JOIN = 16, 256  # pieces and columns that are added up at once
 FLAT = 256  # entries of one program of owners
 
 
-@triton.jit
+@kernel
 def owners_kernel(
     offsets_ptr,  # (S + 1,) int64, ascending from 0
     owner_ptr,  # (entries,) int32
@@ -41,18 +41,18 @@ def owners_kernel(
 ):
     """The segment of every entry, the last that begins at or before it. One program: BLOCK entries."""
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
-    ok = entry < entries  # (BLOCK,)
-    low = tl.zeros((BLOCK,), tl.int32)  # (BLOCK,)
-    high = tl.zeros((BLOCK,), tl.int32) + (segments - 1)  # (BLOCK,)
+    ok = entry < entries
+    low = tl.zeros((BLOCK,), tl.int32)
+    high = tl.zeros((BLOCK,), tl.int32) + (segments - 1)
     for _ in range(31):  # enough for every int32; once low and high meet, they stay
-        middle = low + (high - low + 1) // 2  # (BLOCK,)
-        begins = tl.load(offsets_ptr + middle, mask=ok, other=0) <= entry  # (BLOCK,)
-        low = tl.where(begins, middle, low)  # (BLOCK,)
-        high = tl.where(begins, high, middle - 1)  # (BLOCK,)
+        middle = low + (high - low + 1) // 2
+        begins = tl.load(offsets_ptr + middle, mask=ok, other=0) <= entry
+        low = tl.where(begins, middle, low)
+        high = tl.where(begins, high, middle - 1)
     tl.store(owner_ptr + entry, low, mask=ok)
 
 
-@triton.jit
+@kernel
 def segment_sum_kernel(
     coefficient_ptr,  # (nnz,) float32
     index_ptr,  # (nnz,) integer
@@ -62,6 +62,7 @@ def segment_sum_kernel(
     owner_ptr,  # (pieces,) int32: segment of every piece
     out_ptr,  # (S, D)
     partial_ptr,  # (2 * number of PIECEs in nnz, D) float32
+    table_rows,
     segments,  # S
     D,
     ACCUMULATE: tl.constexpr,
@@ -75,43 +76,43 @@ def segment_sum_kernel(
     Two rows per PIECE entries suffice: such segments have more than PIECE entries, so that among pieces that begin
     between two multiples of PIECE at most one is the first of its segment, and at most one is not.
     """
-    piece = tl.program_id(0).to(tl.int64)  # ()
+    piece = tl.program_id(0).to(tl.int64)
     if piece < tl.load(pieces_ptr + segments):
-        segment = tl.load(owner_ptr + piece).to(tl.int64)  # ()
-        first_piece = tl.load(pieces_ptr + segment)  # ()
-        start = tl.load(offsets_ptr + segment) + (piece - first_piece) * PIECE  # ()
-        end = tl.minimum(start + PIECE, tl.load(offsets_ptr + segment + 1))  # ()
+        segment = tl.load(owner_ptr + piece).to(tl.int64)
+        first_piece = tl.load(pieces_ptr + segment)
+        start = tl.load(offsets_ptr + segment) + (piece - first_piece) * PIECE
+        end = tl.minimum(start + PIECE, tl.load(offsets_ptr + segment + 1))
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-        d_ok = d < D  # (BLOCK_D,)
-        products = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)  # (BLOCK_E, BLOCK_D)
-        at = start  # ()
+        d_ok = d < D
+        products = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+        at = start
         while at < end:
             entry = at + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
-            coefficient = tl.load(coefficient_ptr + entry, mask=entry < end, other=0.0)  # (BLOCK_E,)
-            live = coefficient != 0.0  # (BLOCK_E,)
-            index = tl.load(index_ptr + entry, mask=live, other=0).to(tl.int64)  # (BLOCK_E,)
-            rows = tl.load(
-                table_ptr + index[:, None] * D + d[None, :], mask=live[:, None] & d_ok[None, :], other=0.0
-            )  # (BLOCK_E, BLOCK_D)
-            products += coefficient[:, None] * rows.to(tl.float32)  # (BLOCK_E, BLOCK_D)
+            coefficient = tl.load(coefficient_ptr + entry, mask=entry < end, other=0.0)
+            live = coefficient != 0.0
+            index = tl.load(index_ptr + entry, mask=live, other=-1).to(tl.int64)
+            live = (index >= 0) & (index < table_rows)
+            rows = tl.load(table_ptr + index[:, None] * D + d[None, :], mask=live[:, None] & d_ok[None, :], other=0.0)
+            products += coefficient[:, None] * rows.to(tl.float32)
             at += BLOCK_E
         total = tl.sum(products, axis=0)  # (BLOCK_D,)
         if tl.load(pieces_ptr + segment + 1) - first_piece == 1:
-            place = out_ptr + segment * D + d  # (BLOCK_D,)
+            place = out_ptr + segment * D + d
             if ACCUMULATE:
-                total += tl.load(place, mask=d_ok, other=0.0).to(tl.float32)  # (BLOCK_D,)
+                total += tl.load(place, mask=d_ok, other=0.0).to(tl.float32)
             tl.store(place, total.to(out_ptr.dtype.element_ty), mask=d_ok)
         else:
-            slot = 2 * (start // PIECE) + (piece == first_piece).to(tl.int64)  # ()
+            slot = 2 * (start // PIECE) + (piece == first_piece).to(tl.int64)
             tl.store(partial_ptr + slot * D + d, total, mask=d_ok)
 
 
-@triton.jit
+@kernel
 def segment_join_kernel(
     segment_ptr,  # (nnz,) integer: segment of every entry
     offsets_ptr,  # (S + 1,) int64
     out_ptr,  # (S, D)
     partial_ptr,  # (2 * number of PIECEs in nnz, D) float32
+    segments,  # S
     D,
     ACCUMULATE: tl.constexpr,
     PIECE: tl.constexpr,
@@ -122,33 +123,34 @@ def segment_join_kernel(
 
     It has more than PIECE entries, so it is the one that owns the entry at the second of the two.
     """
-    boundary = (tl.program_id(0).to(tl.int64) + 1) * PIECE  # ()
-    segment = tl.load(segment_ptr + boundary).to(tl.int64)  # ()
-    begin = tl.load(offsets_ptr + segment)  # ()
-    end = tl.load(offsets_ptr + segment + 1)  # ()
+    boundary = (tl.program_id(0).to(tl.int64) + 1) * PIECE
+    segment = tl.load(segment_ptr + boundary).to(tl.int64)
+    exists = (segment >= 0) & (segment < segments)
+    begin = tl.load(offsets_ptr + segment, mask=exists, other=0)
+    end = tl.load(offsets_ptr + segment + 1, mask=exists, other=0)
     if (begin >= boundary - PIECE) & (begin < boundary) & (end - begin > PIECE):
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-        d_ok = d < D  # (BLOCK_D,)
-        num_pieces = (end - begin + PIECE - 1) // PIECE  # ()
-        sums = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)  # (BLOCK_E, BLOCK_D)
-        at = num_pieces * 0  # ()
+        d_ok = d < D
+        num_pieces = (end - begin + PIECE - 1) // PIECE
+        sums = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+        at = num_pieces * 0
         while at < num_pieces:
             piece = at + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
-            slot = 2 * ((begin + piece * PIECE) // PIECE) + (piece == 0).to(tl.int64)  # (BLOCK_E,)
+            slot = 2 * ((begin + piece * PIECE) // PIECE) + (piece == 0).to(tl.int64)
             sums += tl.load(
                 partial_ptr + slot[:, None] * D + d[None, :],
                 mask=(piece < num_pieces)[:, None] & d_ok[None, :],
                 other=0.0,
-            )  # (BLOCK_E, BLOCK_D)
+            )
             at += BLOCK_E
         total = tl.sum(sums, axis=0)  # (BLOCK_D,)
-        place = out_ptr + segment * D + d  # (BLOCK_D,)
+        place = out_ptr + segment * D + d
         if ACCUMULATE:
-            total += tl.load(place, mask=d_ok, other=0.0).to(tl.float32)  # (BLOCK_D,)
+            total += tl.load(place, mask=d_ok, other=0.0).to(tl.float32)
         tl.store(place, total.to(out_ptr.dtype.element_ty), mask=d_ok)
 
 
-@triton.jit
+@kernel
 def scatter_kernel(
     coefficient_ptr,  # (nnz,) float32
     index_ptr,  # (nnz,) int32
@@ -156,6 +158,7 @@ def scatter_kernel(
     place_ptr,  # (nnz,) int64
     out_ptr,  # (V, D) float32
     entries,  # nnz
+    V,
     D,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -163,13 +166,14 @@ def scatter_kernel(
     """out[place] += coefficient * table[index]. One program: BLOCK_D columns of BLOCK_E entries."""
     entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-    coefficient = tl.load(coefficient_ptr + entry, mask=entry < entries, other=0.0)  # (BLOCK_E,)
-    live = coefficient != 0.0  # (BLOCK_E,)
-    tile_ok = live[:, None] & (d < D)[None, :]  # (BLOCK_E, BLOCK_D)
-    index = tl.load(index_ptr + entry, mask=live, other=0).to(tl.int64)  # (BLOCK_E,)
-    place = tl.load(place_ptr + entry, mask=live, other=0)  # (BLOCK_E,)
-    rows = tl.load(table_ptr + index[:, None] * D + d[None, :], mask=tile_ok, other=0.0)  # (BLOCK_E, BLOCK_D)
-    products = coefficient[:, None] * rows.to(tl.float32)  # (BLOCK_E, BLOCK_D)
+    coefficient = tl.load(coefficient_ptr + entry, mask=entry < entries, other=0.0)
+    live = coefficient != 0.0
+    place = tl.load(place_ptr + entry, mask=live, other=-1)
+    live = (place >= 0) & (place < V)
+    tile_ok = live[:, None] & (d < D)[None, :]
+    index = tl.load(index_ptr + entry, mask=live, other=0).to(tl.int64)
+    rows = tl.load(table_ptr + index[:, None] * D + d[None, :], mask=tile_ok, other=0.0)
+    products = coefficient[:, None] * rows.to(tl.float32)
     tl.atomic_add(out_ptr + place[:, None] * D + d[None, :], products, mask=tile_ok, sem="relaxed")
 
 
@@ -178,7 +182,7 @@ def owners(offsets: Tensor, entries: int) -> Tensor:
     number for entries beyond the last offset."""
     owner = torch.empty(entries, dtype=torch.int32, device=offsets.device)
     if entries:
-        owners_kernel[(ceil_div(entries, FLAT),)](offsets, owner, entries, len(offsets) - 1, BLOCK=FLAT)
+        launch(owners_kernel, (ceil_div(entries, FLAT),), offsets, owner, entries, len(offsets) - 1, BLOCK=FLAT)
     return owner
 
 
@@ -199,7 +203,7 @@ def segment_sum(
         coefficient: (nnz,) float32.
         index: (nnz,) integer, the row of ``table`` (any, D) that each entry takes.
         segment: (nnz,) integer, ascending, the segment of every entry.
-        offsets: (S + 1,) int64, the entries of every segment.
+        offsets: (S + 1,) int64, the entries of every segment; others belong to none.
         out: (S, D) floating, contiguous; rows of other segments stay what they are. Sums are float32 inside.
     """
     nnz, d, num_segments = len(coefficient), table.shape[1], len(offsets) - 1
@@ -215,22 +219,26 @@ def segment_sum(
     boundaries = (nnz - 1) // PIECE
     partial = torch.empty((2 * (boundaries + 1), d), dtype=torch.float32, device=out.device) if boundaries else None
     blocks = {"ACCUMULATE": accumulate, "PIECE": PIECE, "BLOCK_E": block_e, "BLOCK_D": block_d}
-    segment_sum_kernel[(most, ceil_div(d, block_d))](
-        coefficient,
-        index,
-        table,
-        offsets,
-        first_piece,
-        owners(first_piece, most),
-        out,
-        partial,
-        num_segments,
-        d,
-        **blocks,
+    sources = (coefficient, index, table, offsets, first_piece, owners(first_piece, most))
+    launch(
+        segment_sum_kernel, (most, ceil_div(d, block_d)), *sources, out, partial, len(table), num_segments, d, **blocks
     )
     if boundaries:
         blocks |= {"BLOCK_E": JOIN[0], "BLOCK_D": JOIN[1]}
-        segment_join_kernel[(boundaries, ceil_div(d, JOIN[1]))](segment, offsets, out, partial, d, **blocks)
+        grid = boundaries, ceil_div(d, JOIN[1])
+        launch(segment_join_kernel, grid, segment, offsets, out, partial, num_segments, d, **blocks)
+
+
+def sum_by_place(
+    coefficient: Tensor, index: Tensor, table: Tensor, place: Tensor, out: Tensor, *, accumulate: bool = False
+) -> None:
+    """Write, or with ``accumulate`` add, to each row of ``out`` that some entry has for its place the entries' sum.
+
+    Shapes as of :func:`segment_sum`; place (nnz,) integer in any order. Places that ``out`` does not have are skipped.
+    """
+    place, order = place.sort(stable=True)
+    offsets = torch.searchsorted(place, torch.arange(len(out) + 1, device=place.device, dtype=place.dtype))
+    segment_sum(coefficient[order], index[order], table, place, offsets, out, accumulate=accumulate)
 
 
 def scatter_add(coefficient: Tensor, index: Tensor, table: Tensor, place: Tensor, out: Tensor) -> None:
@@ -242,14 +250,9 @@ def scatter_add(coefficient: Tensor, index: Tensor, table: Tensor, place: Tensor
     if nnz == 0 or d == 0:
         return
     block_e, block_d = tile(d)
-    scatter_kernel[(ceil_div(nnz, block_e), ceil_div(d, block_d))](
-        coefficient, index, table, place, out, nnz, d, BLOCK_E=block_e, BLOCK_D=block_d
-    )
-
-
-def ceil_div(a: int, b: int) -> int:
-    """a / b rounded up; ``triton.cdiv`` is the same for kernels too, and takes microseconds on the host for it."""
-    return -(-a // b)
+    grid = ceil_div(nnz, block_e), ceil_div(d, block_d)
+    arguments = (coefficient, index, table, place, out, nnz, len(out), d)
+    launch(scatter_kernel, grid, *arguments, BLOCK_E=block_e, BLOCK_D=block_d)
 
 
 @lru_cache
@@ -258,51 +261,3 @@ def tile(d: int) -> tuple[int, int]:
     fill, up to 256 columns (a row's 512 bytes in half precision, one transaction of a warp)."""
     block_d = min(max(triton.next_power_of_2(d), 64), 256)
     return 4096 // block_d, block_d
-
-
-def variants() -> Iterator[Variant]:
-    """Every kernel of this file in every tile, with the operands that take most registers."""
-    yield Variant(
-        "segment_sum owners",
-        owners_kernel,
-        {"offsets_ptr": "*i64", "owner_ptr": "*i32", "entries": "i32", "segments": "i32"},
-        {"BLOCK": FLAT},
-    )
-    whole = {"offsets_ptr": "*i64", "pieces_ptr": "*i64", "owner_ptr": "*i32"}
-    for d in (64, 128, 256):
-        block_e, block_d = tile(d)
-        blocks = {"BLOCK_E": block_e, "BLOCK_D": block_d}
-        for kind in ("fp32", "bf16"):
-            operands = {"table_ptr": f"*{kind}", "coefficient_ptr": "*fp32", "D": "i32:16"}
-            yield Variant(
-                f"segment_sum {kind} {block_e}x{block_d}",
-                segment_sum_kernel,
-                {
-                    **operands,
-                    **whole,
-                    "index_ptr": "*i64",
-                    "out_ptr": f"*{kind}",
-                    "partial_ptr": "*fp32",
-                    "segments": "i32",
-                },
-                {**blocks, "ACCUMULATE": True, "PIECE": PIECE},
-            )
-            yield Variant(
-                f"segment_sum scatter {kind} {block_e}x{block_d}",
-                scatter_kernel,
-                {**operands, "index_ptr": "*i32", "place_ptr": "*i64", "out_ptr": "*fp32", "entries": "i32"},
-                blocks,
-            )
-    for kind in ("fp32", "bf16"):
-        yield Variant(
-            f"segment_sum join {kind}",
-            segment_join_kernel,
-            {
-                "segment_ptr": "*i64",
-                "offsets_ptr": "*i64",
-                "out_ptr": f"*{kind}",
-                "partial_ptr": "*fp32",
-                "D": "i32:16",
-            },
-            {"BLOCK_E": JOIN[0], "BLOCK_D": JOIN[1], "ACCUMULATE": True, "PIECE": PIECE},
-        )

@@ -26,254 +26,167 @@ for ``num_ranked`` where given. A second look at a list (largest gain, normalise
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
-from flexrec.triton_kernels.swap_lists import (
-    BURGES,
+
+from flexrec.triton_kernels.lists import (
     INDEPENDENT,
     NONCAUSAL,
     RANK,
-    SCALED,
     SEQUENCE,
     SWAP,
+    discounts_of,
+    gains_of,
     is_one_of,
-    largest_gain,
-    list_bounds,
     load_item,
     load_tile,
+    ranks_of,
     store_tile,
-    sums_behind,
     term_gains,
-    term_slopes,
-    two_sums_behind,
+    term_variances,
+    terms_of,
 )
-from flexrec.triton_kernels.swap_sort import inverse_norm
+from flexrec.triton_kernels.scans import sums_behind, two_sums_behind
+from flexrec.triton_kernels.sort import inverse_norm
+
+
+class Tile(NamedTuple):
+    """Of a tile, (BLOCK_N, BLOCK_K) each: x and e as derived above, and the variance of the term gains (or 0)."""
+
+    x: Any
+    e: Any
+    v: Any
+
+
+class Sums(NamedTuple):
+    """Sums of x, e, e x, v, e v and e^2 v over some items of each list."""
+
+    x: Any
+    e: Any
+    ex: Any
+    v: Any
+    ev: Any
+    eev: Any
 
 
 @triton.jit
-def _linear_tile(
-    gains_ptr,
-    variance_ptr,
-    e_ptr,
-    row,
-    gains_stride,
-    variance_stride,
-    tile,
-    exists,
-    length,
-    e_length,
-    top,
-    last_w,
-    last_d,
-    GAIN_KIND: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """Term gains less ``last_w``, e, and variances of the term gains (or 0).
-
-    e are the first ``e_length`` values at ``e_ptr``, and 0 further on, less ``last_d``.
-    """
-    k = tile * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # (1, BLOCK_K)
-    gains = load_tile(gains_ptr, row, gains_stride, tile, exists, length, ACCUMULATOR, BLOCK_K, INNER)
-    x = tl.where(k < length, term_gains(gains, top, GAIN_KIND) - last_w, 0.0)  # (BLOCK_N, BLOCK_K)
-    d = load_tile(e_ptr, row, 0, tile, exists, e_length, ACCUMULATOR, BLOCK_K, INNER)  # (BLOCK_N, BLOCK_K)
-    e = tl.where(k < length, d - last_d, 0.0)  # (BLOCK_N, BLOCK_K)
-    v = tl.zeros_like(gains)  # (BLOCK_N, BLOCK_K)
+def _load(lists, variance_ptr, variance_stride, table_ptr, tile, terms, last_w, last_d, GAIN_KIND: tl.constexpr):
+    """The ``Tile``; ``last_w`` and ``last_d`` (BLOCK_N, 1) are the centres of x and e, whose centre is in ``table``."""
+    inside = ranks_of(lists, tile) < lists.length  # (BLOCK_N or 1, BLOCK_K)
+    gains = gains_of(lists, tile)
+    x = tl.where(inside, term_gains(gains, terms, GAIN_KIND) - last_w, 0.0)
+    if table_ptr is None:
+        d = discounts_of(lists, tile)
+    else:
+        d = load_tile(lists, table_ptr, 0, tile, lists.length)
+    e = tl.where(inside, d - last_d, 0.0)
+    v = tl.zeros_like(gains)
     if variance_ptr is not None:
-        v = load_tile(variance_ptr, row, variance_stride, tile, exists, length, ACCUMULATOR, BLOCK_K, INNER)
-        if is_one_of(GAIN_KIND, BURGES, SCALED):
-            slope = term_slopes(gains, top, GAIN_KIND)  # (BLOCK_N, BLOCK_K)
-            v = v * slope * slope  # (BLOCK_N, BLOCK_K)
-    return x, e, v
+        v = load_tile(lists, variance_ptr, variance_stride, tile, lists.length)
+        v = term_variances(v, gains, terms, GAIN_KIND)
+    return Tile(x, e, v)
 
 
 @triton.jit
-def _totals(x, e, v):
-    """Sums over a tile, (BLOCK_N or 1, 1) each, of all that rewards and their variance need."""
-    return (
-        tl.sum(x, axis=1, keep_dims=True),
-        tl.sum(e, axis=1, keep_dims=True),
-        tl.sum(e * x, axis=1, keep_dims=True),
-        tl.sum(v, axis=1, keep_dims=True),
-        tl.sum(e * v, axis=1, keep_dims=True),
-        tl.sum(e * e * v, axis=1, keep_dims=True),
+def _with(sums, tile):
+    """``Sums`` (BLOCK_N, 1) with those of a tile added."""
+    x, e, v = tile.x, tile.e, tile.v
+    return Sums(
+        sums.x + tl.sum(x, axis=1, keep_dims=True),
+        sums.e + tl.sum(e, axis=1, keep_dims=True),
+        sums.ex + tl.sum(e * x, axis=1, keep_dims=True),
+        sums.v + tl.sum(v, axis=1, keep_dims=True),
+        sums.ev + tl.sum(e * v, axis=1, keep_dims=True),
+        sums.eev + tl.sum(e * e * v, axis=1, keep_dims=True),
     )
 
 
 @triton.jit
-def _sums(x, total, CREDIT: tl.constexpr):
-    """Sum over the pool and the item itself: ``total`` is that of the list, or of the tiles behind this one."""
-    if is_one_of(CREDIT, SWAP, RANK):
-        total = x + sums_behind(x) + total  # (BLOCK_N, BLOCK_K)
-    return total
-
-
-@triton.jit
 def _two_sums(a, b, total_a, total_b, CREDIT: tl.constexpr):
-    """``_sums`` of two at once."""
+    """Sums over the pool and the item itself; the totals are those of the list, or of the tiles behind this one."""
     if is_one_of(CREDIT, SWAP, RANK):
-        behind_a, behind_b = two_sums_behind(a, b)  # (BLOCK_N, BLOCK_K)
+        behind_a, behind_b = two_sums_behind(a, b)
         total_a, total_b = a + behind_a + total_a, b + behind_b + total_b  # (BLOCK_N, BLOCK_K)
     return total_a, total_b
 
 
 @triton.jit
-def swap_linear_kernel(
-    gains_ptr,  # (N, K)
+def swap_linear(
+    lists,
     rewards_ptr,  # (N, K)
-    discounts_ptr,  # (K,)
-    lengths_ptr,  # (N,) int64 or None
-    num_ranked_ptr,  # (N,) int64 or None
-    rows,
-    size,
-    gains_stride,  # between rows, in elements
-    max_ranked,
     sorted_discounts_ptr,  # (BLOCK_K,) or None, if the normaliser is IDEAL
+    cutoff,  # 0: none
     table_ptr,  # (3, K) or None: e, its sums and 1 / (m - 1), where all lists have the same and no variance
     variance_ptr,  # (N, K) or None
     spread_ptr,  # (N, K) or None, variance of the rewards
     variance_stride,
-    cutoff,  # 0: none
     CREDIT: tl.constexpr,
     GAIN_KIND: tl.constexpr,
     NORMALISER: tl.constexpr,
     TOP: tl.constexpr,
-    QUADS: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INNER: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    if QUADS:  # tells the compiler that rows are a multiple of four long, hence 16-byte accesses
-        size, gains_stride, variance_stride = size // 4 * 4, gains_stride // 4 * 4, variance_stride // 4 * 4
-    row = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]  # (BLOCK_N, 1)
-    exists = row < rows  # (BLOCK_N, 1)
-    length, shown = list_bounds(lengths_ptr, num_ranked_ptr, row, exists, size, max_ranked)  # (BLOCK_N or 1, 1)
-    top = tl.zeros([BLOCK_N, 1], dtype=ACCUMULATOR)  # (BLOCK_N, 1)
-    if GAIN_KIND == SCALED:
-        top = largest_gain(gains_ptr, row, gains_stride, exists, length, ACCUMULATOR, BLOCK_K, INNER, TILES)
-    inverse = inverse_norm(
-        gains_ptr,
-        rewards_ptr,
-        discounts_ptr,
-        sorted_discounts_ptr,
-        row,
-        gains_stride,
-        exists,
-        length,
-        size,
-        cutoff,
-        top,
-        GAIN_KIND,
-        NORMALISER,
-        TOP,
-        ACCUMULATOR,
-        BLOCK_K,
-        INNER,
-        TILES,
-    )  # (BLOCK_N, 1)
+    """Rewards of the lists of a program, and their variance where that of the gains is given."""
+    zero, length = lists.zero, lists.length
+    terms = terms_of(lists, GAIN_KIND, 0.0, True, TILES)
+    inverse = inverse_norm(lists, rewards_ptr, sorted_discounts_ptr, cutoff, terms, GAIN_KIND, NORMALISER, TOP, TILES)
 
-    last_w = tl.zeros([BLOCK_N, 1], dtype=ACCUMULATOR)  # (BLOCK_N, 1)
-    last_d = tl.zeros([BLOCK_N, 1], dtype=ACCUMULATOR)  # (BLOCK_N, 1)
+    last_w, last_d = zero, zero
     if is_one_of(CREDIT, SWAP, NONCAUSAL):
-        last = load_item(gains_ptr, row, gains_stride, length - 1, exists, length, ACCUMULATOR)  # (BLOCK_N, 1)
-        last_w = term_gains(last, top, GAIN_KIND)  # (BLOCK_N, 1)
+        last_w = term_gains(load_item(lists, lists.gains_ptr, lists.stride, length - 1, length), terms, GAIN_KIND)
         if table_ptr is None:
-            last_d = load_item(discounts_ptr, row, 0, length - 1, exists, shown, ACCUMULATOR)  # (BLOCK_N, 1)
-    e_ptr, e_length = discounts_ptr, shown
-    if table_ptr is not None:
-        e_ptr, e_length = table_ptr, length
+            last_d = load_item(lists, lists.discounts_ptr, 0, length - 1, lists.shown)
 
-    zero = tl.zeros([BLOCK_N, 1], dtype=ACCUMULATOR)  # (BLOCK_N, 1)
-    sum_x, sum_e, sum_ex, sum_v, sum_ev, sum_eev = zero, zero, zero, zero, zero, zero  # (BLOCK_N, 1)
+    sums = Sums(zero, zero, zero, zero, zero, zero)
     if is_one_of(CREDIT, NONCAUSAL, SEQUENCE):  # the pool is the list: its totals first
         for tile in range(TILES):
-            x, e, v = _linear_tile(
-                gains_ptr,
-                variance_ptr,
-                e_ptr,
-                row,
-                gains_stride,
-                variance_stride,
-                tile,
-                exists,
-                length,
-                e_length,
-                top,
-                last_w,
-                last_d,
-                GAIN_KIND,
-                ACCUMULATOR,
-                BLOCK_K,
-                INNER,
-            )  # (BLOCK_N, BLOCK_K)
-            t_x, t_e, t_ex, t_v, t_ev, t_eev = _totals(x, e, v)  # (BLOCK_N or 1, 1)
-            sum_x, sum_e, sum_ex = sum_x + t_x, sum_e + t_e, sum_ex + t_ex  # (BLOCK_N or 1, 1)
-            sum_v, sum_ev, sum_eev = sum_v + t_v, sum_ev + t_ev, sum_eev + t_eev  # (BLOCK_N, 1)
+            found = _load(lists, variance_ptr, variance_stride, table_ptr, tile, terms, last_w, last_d, GAIN_KIND)
+            sums = _with(sums, found)
 
     for i in range(TILES):
         tile = TILES - 1 - i
-        k = tile * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # (1, BLOCK_K)
-        x, e, v = _linear_tile(
-            gains_ptr,
-            variance_ptr,
-            e_ptr,
-            row,
-            gains_stride,
-            variance_stride,
-            tile,
-            exists,
-            length,
-            e_length,
-            top,
-            last_w,
-            last_d,
-            GAIN_KIND,
-            ACCUMULATOR,
-            BLOCK_K,
-            INNER,
-        )  # (BLOCK_N, BLOCK_K)
-        is_ranked = k < shown  # (BLOCK_N or 1, BLOCK_K)
-        pool_x, pool_ex = _two_sums(x, e * x, sum_x, sum_ex, CREDIT)  # (BLOCK_N, BLOCK_K or 1)
-        pool_e, pool_eev, pool_v, pool_ev = sum_e, sum_eev, sum_v, sum_ev  # (BLOCK_N, 1)
+        k = ranks_of(lists, tile)
+        found = _load(lists, variance_ptr, variance_stride, table_ptr, tile, terms, last_w, last_d, GAIN_KIND)
+        x, e, v = found.x, found.e, found.v
+        is_ranked = k < lists.shown  # (BLOCK_N or 1, BLOCK_K)
+        pool_x, pool_ex = _two_sums(x, e * x, sums.x, sums.ex, CREDIT)  # (BLOCK_N, BLOCK_K or 1), as all of the pool
+        pool_e, pool_eev, pool_v, pool_ev = sums.e, sums.eev, sums.v, sums.ev
         if variance_ptr is not None:
-            pool_v, pool_ev = _two_sums(v, e * v, sum_v, sum_ev, CREDIT)  # (BLOCK_N, BLOCK_K or 1)
-            pool_e, pool_eev = _two_sums(e, e * e * v, sum_e, sum_eev, CREDIT)  # (BLOCK_N, BLOCK_K or 1)
-        elif table_ptr is None:
-            pool_e = _sums(e, sum_e, CREDIT)  # (BLOCK_N, BLOCK_K or 1)
+            pool_v, pool_ev = _two_sums(v, e * v, sums.v, sums.ev, CREDIT)
+            pool_e, pool_eev = _two_sums(e, e * e * v, sums.e, sums.eev, CREDIT)
+        elif table_ptr is None and is_one_of(CREDIT, SWAP, RANK):
+            pool_e = e + sums_behind(e) + sums.e
         if is_one_of(CREDIT, SWAP, NONCAUSAL):
             if CREDIT == SWAP:
                 m = length - k  # (BLOCK_N or 1, BLOCK_K)
             else:
-                m = length + tl.zeros_like(k)  # (BLOCK_N or 1, BLOCK_K)
+                m = length + tl.zeros_like(k)
             if table_ptr is not None:
-                pool_e = load_tile(table_ptr + size, row, 0, tile, exists, length, ACCUMULATOR, BLOCK_K, INNER)
-                share = load_tile(table_ptr + 2 * size, row, 0, tile, exists, length, ACCUMULATOR, BLOCK_K, INNER)
+                pool_e = load_tile(lists, table_ptr + lists.size, 0, tile, length)
+                share = load_tile(lists, table_ptr + 2 * lists.size, 0, tile, length)
             else:
-                share = 1.0 / tl.maximum(m - 1, 1).to(ACCUMULATOR)  # (BLOCK_N or 1, BLOCK_K)
-            m = m.to(ACCUMULATOR)  # (BLOCK_N or 1, BLOCK_K)
-            rewards = e * (m * x - pool_x) - (x * pool_e - pool_ex)  # (BLOCK_N, BLOCK_K)
-            rewards = rewards * share  # (BLOCK_N, BLOCK_K)
+                share = 1.0 / tl.maximum(m - 1, 1).to(zero.dtype)
+            m = m.to(zero.dtype)
+            rewards = e * (m * x - pool_x) - (x * pool_e - pool_ex)
+            rewards = rewards * share
         elif CREDIT == INDEPENDENT:
-            rewards = e * x  # (BLOCK_N, BLOCK_K)
+            rewards = e * x
         else:
-            rewards = pool_ex + tl.zeros_like(x)  # (BLOCK_N, BLOCK_K)
-        rewards = tl.where(is_ranked, rewards * inverse, 0.0)  # (BLOCK_N, BLOCK_K)
-        store_tile(rewards_ptr, rewards, row, size, tile, exists, BLOCK_K, INNER)
+            rewards = pool_ex + tl.zeros_like(x)
+        rewards = tl.where(is_ranked, rewards * inverse, 0.0)
+        store_tile(lists, rewards_ptr, rewards, tile)
         if variance_ptr is not None:
             if is_one_of(CREDIT, SWAP, NONCAUSAL):
-                own = m * e - pool_e  # (BLOCK_N or 1, BLOCK_K)
-                others = (e * e * pool_v - 2.0 * e * pool_ev) + pool_eev  # (BLOCK_N, BLOCK_K), >= 0 but for rounding
-                spread = (own * own * v + tl.maximum(others, 0.0)) * (share * share)  # (BLOCK_N, BLOCK_K)
+                own = m * e - pool_e
+                others = (e * e * pool_v - 2.0 * e * pool_ev) + pool_eev  # >= 0 but for rounding
+                spread = (own * own * v + tl.maximum(others, 0.0)) * (share * share)
             elif CREDIT == INDEPENDENT:
-                spread = e * e * v  # (BLOCK_N, BLOCK_K)
+                spread = e * e * v
             else:
-                spread = pool_eev + tl.zeros_like(x)  # (BLOCK_N, BLOCK_K)
-            spread = tl.where(is_ranked, spread * (inverse * inverse), 0.0)  # (BLOCK_N, BLOCK_K)
-            store_tile(spread_ptr, spread, row, size, tile, exists, BLOCK_K, INNER)
+                spread = pool_eev + tl.zeros_like(x)
+            spread = tl.where(is_ranked, spread * inverse * inverse, 0.0)
+            store_tile(lists, spread_ptr, spread, tile)
         if TILES > 1 and is_one_of(CREDIT, SWAP, RANK):  # carried to the tile before
-            t_x, t_e, t_ex, t_v, t_ev, t_eev = _totals(x, e, v)  # (BLOCK_N or 1, 1)
-            sum_x, sum_e, sum_ex = sum_x + t_x, sum_e + t_e, sum_ex + t_ex  # (BLOCK_N or 1, 1)
-            sum_v, sum_ev, sum_eev = sum_v + t_v, sum_ev + t_ev, sum_eev + t_eev  # (BLOCK_N, 1)
+            sums = _with(sums, found)

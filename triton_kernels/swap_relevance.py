@@ -19,255 +19,177 @@ the first relevant item, one for average precision (two for non-causal and seque
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
-from flexrec.triton_kernels.swap_lists import (
+
+from flexrec.triton_kernels.lists import (
     INDEPENDENT,
     NONCAUSAL,
     RANK,
     SEQUENCE,
     SWAP,
+    discounts_of,
+    gains_of,
     is_one_of,
-    list_bounds,
     load_item,
-    load_tile,
+    ranks_of,
     store_tile,
-    sums_behind,
-    two_sums_behind,
 )
+from flexrec.triton_kernels.scans import sums_behind, two_sums_behind
 
 
 @triton.jit
-def _relevant(
-    gains_ptr, row, stride, tile, exists, length, ACCUMULATOR: tl.constexpr, BLOCK_K: tl.constexpr, INNER: tl.constexpr
-):
+def _relevant(lists, tile):
     """(BLOCK_N, BLOCK_K) 1 at relevant ranks of a tile, else 0."""
-    gains = load_tile(gains_ptr, row, stride, tile, exists, length, ACCUMULATOR, BLOCK_K, INNER)  # (BLOCK_N, BLOCK_K)
-    return tl.where(gains > 0.0, 1.0, 0.0).to(ACCUMULATOR)  # (BLOCK_N, BLOCK_K)
+    return tl.where(gains_of(lists, tile) > 0.0, 1.0, 0.0).to(lists.zero.dtype)
 
 
 @triton.jit
-def swap_first_kernel(
-    gains_ptr,  # (N, K)
-    rewards_ptr,  # (N, K)
-    discounts_ptr,  # (K,)
-    lengths_ptr,  # (N,) int64 or None
-    num_ranked_ptr,  # (N,) int64 or None
-    rows,
-    size,
-    gains_stride,  # between rows, in elements
-    max_ranked,
-    CREDIT: tl.constexpr,
-    QUADS: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INNER: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    if QUADS:  # tells the compiler that rows are a multiple of four long, hence 16-byte accesses
-        size, gains_stride = size // 4 * 4, gains_stride // 4 * 4
-    row = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]  # (BLOCK_N, 1)
-    exists = row < rows  # (BLOCK_N, 1)
-    length, shown = list_bounds(lengths_ptr, num_ranked_ptr, row, exists, size, max_ranked)  # (BLOCK_N or 1, 1)
-
-    none = TILES * BLOCK_K  # the rank of an item that is not there
-    first = tl.full([BLOCK_N, 1], none, tl.int32)  # (BLOCK_N, 1)
-    second = tl.full([BLOCK_N, 1], none, tl.int32)  # (BLOCK_N, 1)
-    count = tl.zeros([BLOCK_N, 1], dtype=ACCUMULATOR)  # (BLOCK_N, 1)
+def swap_first(lists, rewards_ptr, CREDIT: tl.constexpr, TILES: tl.constexpr):
+    """Rewards of the lists of a program: the first relevant item."""
+    none = TILES * lists.first_ranks.shape[0] * lists.first_ranks.shape[2]  # the rank of an item that is not there
+    first = tl.full(lists.row.shape, none, tl.int32)  # (BLOCK_N, 1), as all that is kept of a list
+    second = first
+    count = lists.zero
     for tile in range(TILES):
-        k = tile * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # (1, BLOCK_K)
-        w = _relevant(gains_ptr, row, gains_stride, tile, exists, length, ACCUMULATOR, BLOCK_K, INNER)
-        place = tl.where(w > 0.0, k, none)  # (BLOCK_N, BLOCK_K)
-        tile_first = tl.min(place, axis=1, keep_dims=True)  # (BLOCK_N, 1)
-        tile_second = tl.min(tl.where(place > tile_first, place, none), axis=1, keep_dims=True)  # (BLOCK_N, 1)
-        second = tl.minimum(tl.minimum(second, tile_second), tl.maximum(first, tile_first))  # (BLOCK_N, 1)
-        first = tl.minimum(first, tile_first)  # (BLOCK_N, 1)
-        count += tl.sum(w, axis=1, keep_dims=True)  # (BLOCK_N, 1)
-    d_first = load_item(discounts_ptr, row, 0, first, exists, shown, ACCUMULATOR)  # (BLOCK_N, 1)
-    d_second = load_item(discounts_ptr, row, 0, second, exists, shown, ACCUMULATOR)  # (BLOCK_N, 1)
+        w = _relevant(lists, tile)
+        place = tl.where(w > 0.0, ranks_of(lists, tile), none)  # (BLOCK_N, BLOCK_K)
+        tile_first = tl.min(place, axis=1, keep_dims=True)
+        tile_second = tl.min(tl.where(place > tile_first, place, none), axis=1, keep_dims=True)
+        second = tl.minimum(tl.minimum(second, tile_second), tl.maximum(first, tile_first))
+        first = tl.minimum(first, tile_first)
+        count += tl.sum(w, axis=1, keep_dims=True)
+    d_first = load_item(lists, lists.discounts_ptr, 0, first, lists.shown)
+    d_second = load_item(lists, lists.discounts_ptr, 0, second, lists.shown)
 
-    rises = tl.zeros([BLOCK_N, 1], dtype=ACCUMULATOR)  # (BLOCK_N, 1), sum over ranks before the first relevant one
-    falls = tl.zeros([BLOCK_N, 1], dtype=ACCUMULATOR)  # (BLOCK_N, 1), sum over irrelevant ranks behind it
+    rises, falls = lists.zero, lists.zero  # sums over ranks before the first relevant one, and irrelevant behind it
     if is_one_of(CREDIT, SWAP, NONCAUSAL):
         for tile in range(TILES):
-            k = tile * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # (1, BLOCK_K)
-            w = _relevant(gains_ptr, row, gains_stride, tile, exists, length, ACCUMULATOR, BLOCK_K, INNER)
-            d = load_tile(discounts_ptr, row, 0, tile, exists, shown, ACCUMULATOR, BLOCK_K, INNER)  # (BLOCK_N, BLOCK_K)
-            rise = tl.where(k < first, d_first - d, 0.0)  # (BLOCK_N, BLOCK_K)
-            is_fall = (k > first) & (k < length) & (w == 0.0)  # (BLOCK_N, BLOCK_K)
-            fall = tl.where(is_fall, d_first - tl.maximum(d, d_second), 0.0)  # (BLOCK_N, BLOCK_K)
-            rises += tl.sum(rise, axis=1, keep_dims=True)  # (BLOCK_N, 1)
-            falls += tl.sum(fall, axis=1, keep_dims=True)  # (BLOCK_N, 1)
+            k, w, d = ranks_of(lists, tile), _relevant(lists, tile), discounts_of(lists, tile)
+            rise = tl.where(k < first, d_first - d, 0.0)
+            is_fall = (k > first) & (k < lists.length) & (w == 0.0)
+            fall = tl.where(is_fall, d_first - tl.maximum(d, d_second), 0.0)
+            rises += tl.sum(rise, axis=1, keep_dims=True)
+            falls += tl.sum(fall, axis=1, keep_dims=True)
 
     for tile in range(TILES):
-        k = tile * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # (1, BLOCK_K)
+        k = ranks_of(lists, tile)
         if is_one_of(CREDIT, SWAP, NONCAUSAL):
-            d = load_tile(discounts_ptr, row, 0, tile, exists, shown, ACCUMULATOR, BLOCK_K, INNER)  # (BLOCK_N, BLOCK_K)
-            rewards = tl.where(k < first, count * (d_first - d), 0.0)  # (BLOCK_N, BLOCK_K)
-            rewards = tl.where(k == first, falls, rewards)  # (BLOCK_N, BLOCK_K)
-            others = length - 1 - k  # (BLOCK_N or 1, BLOCK_K)
+            d = discounts_of(lists, tile)
+            rewards = tl.where(k < first, count * (d_first - d), 0.0)
+            rewards = tl.where(k == first, falls, rewards)
+            others = lists.length - 1 - k  # (BLOCK_N or 1, BLOCK_K)
             if CREDIT == NONCAUSAL:
-                w = _relevant(gains_ptr, row, gains_stride, tile, exists, length, ACCUMULATOR, BLOCK_K, INNER)
-                fall = tl.where(k > first, d_first - tl.maximum(d, d_second), 0.0)  # (BLOCK_N, BLOCK_K)
-                rewards += tl.where(w > 0.0, rises, fall)  # (BLOCK_N, BLOCK_K)
-                others = length - 1 + tl.zeros_like(k)  # (BLOCK_N or 1, BLOCK_K)
-            rewards = rewards / tl.maximum(others, 1).to(ACCUMULATOR)  # (BLOCK_N, BLOCK_K)
+                fall = tl.where(k > first, d_first - tl.maximum(d, d_second), 0.0)
+                rewards += tl.where(_relevant(lists, tile) > 0.0, rises, fall)
+                others = lists.length - 1 + tl.zeros_like(k)
+            rewards = rewards / tl.maximum(others, 1).to(lists.zero.dtype)
         elif CREDIT == INDEPENDENT:
-            rewards = tl.where(k == first, d_first, 0.0)  # (BLOCK_N, BLOCK_K)
+            rewards = tl.where(k == first, d_first, 0.0)
         elif CREDIT == RANK:
-            rewards = tl.where(k <= first, d_first, 0.0)  # (BLOCK_N, BLOCK_K)
+            rewards = tl.where(k <= first, d_first, 0.0)
         else:
-            rewards = d_first + tl.zeros([1, BLOCK_K], dtype=ACCUMULATOR)  # (BLOCK_N, BLOCK_K)
-        rewards = tl.where((k < shown) & (count > 0.0), rewards, 0.0)  # (BLOCK_N, BLOCK_K)
-        store_tile(rewards_ptr, rewards, row, size, tile, exists, BLOCK_K, INNER)
+            rewards = d_first + tl.zeros_like(k).to(d_first.dtype)
+        rewards = tl.where((k < lists.shown) & (count > 0.0), rewards, 0.0)  # (BLOCK_N, BLOCK_K)
+        store_tile(lists, rewards_ptr, rewards, tile)
+
+
+class Tile(NamedTuple):
+    """Of a tile, (BLOCK_N, BLOCK_K) each: w, d, c and E as derived above, and the relevant items behind each rank."""
+
+    w: Any
+    d: Any
+    c: Any
+    e: Any
+    ones: Any
+
+
+class Later(NamedTuple):
+    """Sums over the tiles behind, (BLOCK_N, 1) each: of w and d w, E at irrelevant and F at relevant ranks, terms."""
+
+    ones: Any
+    hits: Any
+    e: Any
+    f: Any
+    terms: Any
 
 
 @triton.jit
-def _precision_tile(
-    gains_ptr,
-    discounts_ptr,
-    row,
-    stride,
-    tile,
-    exists,
-    length,
-    shown,
-    count,
-    ones_later,
-    hits_later,
-    ACCUMULATOR: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """w, d, c, E, and the relevant items behind each rank, (BLOCK_N, BLOCK_K) each.
-
-    ``count`` (BLOCK_N, 1) are all relevant items; ``ones_later`` and ``hits_later`` (BLOCK_N, 1) the sums of w and d w
-    over later tiles.
-    """
-    w = _relevant(gains_ptr, row, stride, tile, exists, length, ACCUMULATOR, BLOCK_K, INNER)  # (BLOCK_N, BLOCK_K)
-    d = load_tile(discounts_ptr, row, 0, tile, exists, shown, ACCUMULATOR, BLOCK_K, INNER)  # (BLOCK_N, BLOCK_K)
-    ones_behind, hits_behind = two_sums_behind(w, d * w)  # (BLOCK_N, BLOCK_K)
-    ones = ones_behind + ones_later  # (BLOCK_N, BLOCK_K)
-    c = count - ones  # (BLOCK_N, BLOCK_K)
-    e = d * c + (hits_behind + hits_later)  # (BLOCK_N, BLOCK_K)
-    return w, d, c, e, ones
+def _load(lists, tile, count, ones_later, hits_later):
+    """The ``Tile``; ``count`` (BLOCK_N, 1) are all relevant items."""
+    w, d = _relevant(lists, tile), discounts_of(lists, tile)
+    ones_behind, hits_behind = two_sums_behind(w, d * w)
+    ones = ones_behind + ones_later
+    c = count - ones
+    return Tile(w, d, c, d * c + (hits_behind + hits_later), ones)
 
 
 @triton.jit
-def swap_average_precision_kernel(
-    gains_ptr,  # (N, K)
-    rewards_ptr,  # (N, K)
-    discounts_ptr,  # (K,)
-    lengths_ptr,  # (N,) int64 or None
-    num_ranked_ptr,  # (N,) int64 or None
-    rows,
-    size,
-    gains_stride,  # between rows, in elements
-    max_ranked,
-    CREDIT: tl.constexpr,
-    QUADS: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INNER: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    if QUADS:  # tells the compiler that rows are a multiple of four long, hence 16-byte accesses
-        size, gains_stride = size // 4 * 4, gains_stride // 4 * 4
-    row = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]  # (BLOCK_N, 1)
-    exists = row < rows  # (BLOCK_N, 1)
-    length, shown = list_bounds(lengths_ptr, num_ranked_ptr, row, exists, size, max_ranked)  # (BLOCK_N or 1, 1)
-    zero = tl.zeros([BLOCK_N, 1], dtype=ACCUMULATOR)  # (BLOCK_N, 1)
-    count = zero  # (BLOCK_N, 1)
+def swap_average_precision(lists, rewards_ptr, CREDIT: tl.constexpr, TILES: tl.constexpr):
+    """Rewards of the lists of a program: average precision."""
+    zero, length = lists.zero, lists.length
+    count = zero
     for tile in range(TILES):
-        w = _relevant(gains_ptr, row, gains_stride, tile, exists, length, ACCUMULATOR, BLOCK_K, INNER)
-        count += tl.sum(w, axis=1, keep_dims=True)  # (BLOCK_N, 1)
-    inverse = 1.0 / tl.maximum(count, 1.0)  # (BLOCK_N, 1), of a list without relevant items all rewards are 0 anyhow
+        count += tl.sum(_relevant(lists, tile), axis=1, keep_dims=True)
+    inverse = 1.0 / tl.maximum(count, 1.0)  # of a list without relevant items all rewards are 0 anyhow
 
-    ones_later, hits_later = zero, zero  # (BLOCK_N, 1), sums over the tiles behind
-    sum_we, sum_f, value = zero, zero, zero  # (BLOCK_N, 1), totals: of E at relevant, of F at irrelevant ranks, and R
+    sum_we, sum_f, value = zero, zero, zero  # totals: of E at relevant, of F at irrelevant ranks, and R
     if is_one_of(CREDIT, NONCAUSAL, SEQUENCE):
+        ones_later, hits_later = zero, zero
         for i in range(TILES):
             tile = TILES - 1 - i
-            k = tile * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # (1, BLOCK_K)
-            w, d, c, e, ones = _precision_tile(
-                gains_ptr,
-                discounts_ptr,
-                row,
-                gains_stride,
-                tile,
-                exists,
-                length,
-                shown,
-                count,
-                ones_later,
-                hits_later,
-                ACCUMULATOR,
-                BLOCK_K,
-                INNER,
-            )  # (BLOCK_N, BLOCK_K)
-            is_irrelevant = (k < length) & (w == 0.0)  # (BLOCK_N, BLOCK_K)
-            sum_we += tl.sum(w * e, axis=1, keep_dims=True)  # (BLOCK_N, 1)
-            sum_f += tl.sum(tl.where(is_irrelevant, e + d, 0.0), axis=1, keep_dims=True)  # (BLOCK_N, 1)
-            value += tl.sum(w * d * c, axis=1, keep_dims=True)  # (BLOCK_N, 1)
-            ones_later += tl.sum(w, axis=1, keep_dims=True)  # (BLOCK_N, 1)
-            hits_later += tl.sum(d * w, axis=1, keep_dims=True)  # (BLOCK_N, 1)
+            found = _load(lists, tile, count, ones_later, hits_later)
+            w, d, e = found.w, found.d, found.e
+            is_irrelevant = (ranks_of(lists, tile) < length) & (w == 0.0)
+            sum_we += tl.sum(w * e, axis=1, keep_dims=True)
+            sum_f += tl.sum(tl.where(is_irrelevant, e + d, 0.0), axis=1, keep_dims=True)
+            value += tl.sum(w * d * found.c, axis=1, keep_dims=True)
+            ones_later += tl.sum(w, axis=1, keep_dims=True)
+            hits_later += tl.sum(d * w, axis=1, keep_dims=True)
 
-    ones_later, hits_later = zero, zero  # (BLOCK_N, 1)
-    e_later, f_later, terms_later = zero, zero, zero  # (BLOCK_N, 1): E at irrelevant, F at relevant ranks, terms
+    later = Later(zero, zero, zero, zero, zero)
     for i in range(TILES):
         tile = TILES - 1 - i
-        k = tile * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # (1, BLOCK_K)
-        w, d, c, e, ones = _precision_tile(
-            gains_ptr,
-            discounts_ptr,
-            row,
-            gains_stride,
-            tile,
-            exists,
-            length,
-            shown,
-            count,
-            ones_later,
-            hits_later,
-            ACCUMULATOR,
-            BLOCK_K,
-            INNER,
-        )  # (BLOCK_N, BLOCK_K)
-        f = e + d  # (BLOCK_N, BLOCK_K)
-        term = w * d * c  # (BLOCK_N, BLOCK_K)
-        zero_e = tl.where((k < length) & (w == 0.0), e, 0.0)  # (BLOCK_N, BLOCK_K)
-        one_f = w * f  # (BLOCK_N, BLOCK_K)
+        k = ranks_of(lists, tile)
+        found = _load(lists, tile, count, later.ones, later.hits)
+        w, d, c, e, ones = found.w, found.d, found.c, found.e, found.ones
+        f = e + d
+        term = w * d * c
+        zero_e = tl.where((k < length) & (w == 0.0), e, 0.0)
+        one_f = w * f
         if is_one_of(CREDIT, SWAP, NONCAUSAL):
-            n = (length - 1 - k).to(ACCUMULATOR)  # (BLOCK_N or 1, BLOCK_K)
-            e_behind, f_behind = two_sums_behind(zero_e, one_f)  # (BLOCK_N, BLOCK_K)
-            back = (n - ones) * e - (e_behind + e_later)  # (BLOCK_N, BLOCK_K)
-            forward = (f_behind + f_later) - ones * f  # (BLOCK_N, BLOCK_K)
-            rewards = tl.where(w > 0.0, back, forward)  # (BLOCK_N, BLOCK_K)
+            n = (length - 1 - k).to(zero.dtype)  # (BLOCK_N or 1, BLOCK_K)
+            e_behind, f_behind = two_sums_behind(zero_e, one_f)
+            back = (n - ones) * e - (e_behind + later.e)
+            forward = (f_behind + later.f) - ones * f
+            rewards = tl.where(w > 0.0, back, forward)
             if CREDIT == NONCAUSAL:
-                ones_before = c - w  # (BLOCK_N, BLOCK_K)
-                zeros_before = k.to(ACCUMULATOR) - ones_before  # (BLOCK_N, BLOCK_K)
-                zero_f = tl.where((k < length) & (w == 0.0), f, 0.0)  # (BLOCK_N, BLOCK_K)
-                zero_f_behind, one_e_behind = two_sums_behind(zero_f, w * e)  # (BLOCK_N, BLOCK_K)
-                f_before = sum_f - (zero_f_behind + zero_f)  # (BLOCK_N, BLOCK_K)
-                e_before = sum_we - (one_e_behind + w * e)  # (BLOCK_N, BLOCK_K)
+                ones_before = c - w
+                zeros_before = k.to(zero.dtype) - ones_before
+                zero_f = tl.where((k < length) & (w == 0.0), f, 0.0)
+                zero_f_behind, one_e_behind = two_sums_behind(zero_f, w * e)
+                f_before = sum_f - (zero_f_behind + zero_f)
+                e_before = sum_we - (one_e_behind + w * e)
                 rewards += tl.where(w > 0.0, zeros_before * f - f_before, e_before - ones_before * e)
-                sum_f -= tl.sum(zero_f, axis=1, keep_dims=True)  # (BLOCK_N, 1)
-                sum_we -= tl.sum(w * e, axis=1, keep_dims=True)  # (BLOCK_N, 1)
-                n = (length - 1 + tl.zeros_like(k)).to(ACCUMULATOR)  # (BLOCK_N or 1, BLOCK_K)
-            rewards = rewards / tl.maximum(n, 1.0)  # (BLOCK_N, BLOCK_K)
+                sum_f -= tl.sum(zero_f, axis=1, keep_dims=True)
+                sum_we -= tl.sum(w * e, axis=1, keep_dims=True)
+                n = (length - 1 + tl.zeros_like(k)).to(zero.dtype)
+            rewards = rewards / tl.maximum(n, 1.0)
         elif CREDIT == INDEPENDENT:
-            rewards = term  # (BLOCK_N, BLOCK_K)
+            rewards = term
         elif CREDIT == RANK:
-            rewards = term + sums_behind(term) + terms_later  # (BLOCK_N, BLOCK_K)
+            rewards = term + sums_behind(term) + later.terms
         else:
-            rewards = value + tl.zeros_like(w)  # (BLOCK_N, BLOCK_K)
-        rewards = tl.where(k < shown, rewards * inverse, 0.0)  # (BLOCK_N, BLOCK_K)
-        store_tile(rewards_ptr, rewards, row, size, tile, exists, BLOCK_K, INNER)
+            rewards = value + tl.zeros_like(w)
+        rewards = tl.where(k < lists.shown, rewards * inverse, 0.0)
+        store_tile(lists, rewards_ptr, rewards, tile)
         if TILES > 1:  # carried to the tile before
-            ones_later += tl.sum(w, axis=1, keep_dims=True)  # (BLOCK_N, 1)
-            hits_later += tl.sum(d * w, axis=1, keep_dims=True)  # (BLOCK_N, 1)
-            e_later += tl.sum(zero_e, axis=1, keep_dims=True)  # (BLOCK_N, 1)
-            f_later += tl.sum(one_f, axis=1, keep_dims=True)  # (BLOCK_N, 1)
-            terms_later += tl.sum(term, axis=1, keep_dims=True)  # (BLOCK_N, 1)
+            later = Later(
+                later.ones + tl.sum(w, axis=1, keep_dims=True),
+                later.hits + tl.sum(d * w, axis=1, keep_dims=True),
+                later.e + tl.sum(zero_e, axis=1, keep_dims=True),
+                later.f + tl.sum(one_f, axis=1, keep_dims=True),
+                later.terms + tl.sum(term, axis=1, keep_dims=True),
+            )

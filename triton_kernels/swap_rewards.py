@@ -1,73 +1,91 @@
-"""Launcher of the swap reward kernels: one launch for every metric of the table and every credit but "policy".
+"""Triton kernel of swap rewards: one launch for every metric of the table and every credit but "policy".
 
-Which kernel computes a metric follows from its form (``flexrec.metrics.Family``); what each derives and how many bytes
-it moves stands in its file. The host does no torch operation in front of the launch: discount tables are made once per
+What computes a metric follows from its form (``flexrec.metrics.Family``); what each derives and how many bytes it
+moves stands in its file. The host does no torch operation in front of the launch: discount tables are made once per
 metric and K.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
-import triton
-from flexrec.triton_kernels.aot import Variant
-from flexrec.triton_kernels.swap_cascade import swap_cascade_kernel
-from flexrec.triton_kernels.swap_linear import swap_linear_kernel
-from flexrec.triton_kernels.swap_lists import (
+import triton.language as tl
+
+from flexrec.metrics import Metric
+from flexrec.triton_kernels.launch import kernel, launch
+from flexrec.triton_kernels.lists import (
+    AVERAGE_PRECISION,
     CREDITS,
+    FIRST,
     GAIN,
-    GAINS,
-    IDEAL,
-    NORMALISERS,
+    LINEAR,
     NUM_WARPS,
-    WIDTHS,
-    Tiles,
-    accumulator_of,
-    discounts_on,
-    is_quads,
-    on_device,
-    pointer_types,
-    sorted_discounts_on,
+    call_on,
+    lists_of_program,
     swap_table_on,
-    tiles_of,
-    top_of,
 )
-from flexrec.triton_kernels.swap_relevance import swap_average_precision_kernel, swap_first_kernel
+from flexrec.triton_kernels.swap_cascade import swap_cascade
+from flexrec.triton_kernels.swap_linear import swap_linear
+from flexrec.triton_kernels.swap_relevance import swap_average_precision, swap_first
 
-from flexrec.metrics import Metric, parse_metric
-
-KERNELS = {
-    "linear": swap_linear_kernel,
-    "first": swap_first_kernel,
-    "average_precision": swap_average_precision_kernel,
-    "cascade": swap_cascade_kernel,
-}
 MAX_SIZE = 16384  # longest list: beyond, more tiles would have to be compiled
 
 
-def constants_of(
-    metric: Metric, credit: str, size: int, tiles: Tiles, with_variance: bool, gains: torch.dtype
-) -> dict[str, Any]:
-    """Compile-time arguments of the kernel of ``metric`` but for QUADS, by name."""
-    definition = metric.definition
-    constants: dict[str, Any] = {
-        "CREDIT": CREDITS[credit].value,
-        "ACCUMULATOR": accumulator_of(gains),
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_K": tiles.block_k,
-        "INNER": tiles.inner,
-        "TILES": tiles.tiles,
-    }
-    if definition.form == "linear":
-        is_probability = with_variance and definition.gain == "binary"
-        constants["GAIN_KIND"] = GAIN.value if is_probability else GAINS[definition.gain].value
-        constants["NORMALISER"] = NORMALISERS[definition.normaliser].value
-        constants["TOP"] = top_of(metric, tiles)
-    elif definition.form == "cascade":
-        constants["MAX_GAIN"] = metric.max_gain or 0.0
-    return constants
+@kernel
+def swap_rewards_kernel(
+    gains_ptr,  # (N, K)
+    rewards_ptr,  # (N, K) written
+    discounts_ptr,  # (K,)
+    lengths_ptr,  # (N,) int64 or None
+    num_ranked_ptr,  # (N,) int64 or None
+    rows,
+    size,
+    stride,  # of gains, between rows, in elements
+    max_ranked,
+    sorted_discounts_ptr,  # (BLOCK_K,) or None, if the normaliser is IDEAL
+    cutoff,  # 0: none
+    table_ptr,  # this and the rest for LINEAR only, see there
+    variance_ptr,
+    spread_ptr,
+    variance_stride,
+    CREDIT: tl.constexpr,
+    FORM: tl.constexpr,
+    GAIN_KIND: tl.constexpr,
+    NORMALISER: tl.constexpr,
+    MAX_GAIN: tl.constexpr,  # 0: the list's own
+    TOP: tl.constexpr,
+    QUADS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """One program: BLOCK_N lists."""
+    lists = lists_of_program(
+        gains_ptr, discounts_ptr, lengths_ptr, num_ranked_ptr, rows, size, stride, max_ranked, QUADS, BLOCK_N, BLOCK_K
+    )
+    if FORM == LINEAR:
+        if QUADS:
+            variance_stride = variance_stride // 4 * 4
+        swap_linear(
+            lists,
+            rewards_ptr,
+            sorted_discounts_ptr,
+            cutoff,
+            table_ptr,
+            variance_ptr,
+            spread_ptr,
+            variance_stride,
+            CREDIT,
+            GAIN_KIND,
+            NORMALISER,
+            TOP,
+            TILES,
+        )
+    elif FORM == FIRST:
+        swap_first(lists, rewards_ptr, CREDIT, TILES)
+    elif FORM == AVERAGE_PRECISION:
+        swap_average_precision(lists, rewards_ptr, CREDIT, TILES)
+    else:
+        swap_cascade(lists, rewards_ptr, CREDIT, MAX_GAIN, TILES)
 
 
 def swap_rewards(
@@ -99,68 +117,15 @@ def swap_rewards(
     spread = None if variance is None else torch.empty_like(rewards)
     if rows == 0 or size == 0:
         return rewards, spread
-    tiles = tiles_of(size, gains.element_size())
-    constants = constants_of(metric, credit, size, tiles, variance is not None, gains.dtype)
-    arguments: list[Any] = [
-        gains,
-        rewards,
-        discounts_on(metric, size, gains.device, dtype),
-        lengths,
-        num_ranked,
-        rows,
-        size,
-        gains.stride(0),
-        max_ranked,
-    ]
-    strides = (gains.stride(0),)
-    if metric.definition.form == "linear":
-        order = table = None
-        if constants["NORMALISER"] == IDEAL.value:
-            order = sorted_discounts_on(metric, size, tiles, gains.device, dtype)
-        if credit == "swap" and lengths is None and num_ranked is None and variance is None:
-            table = swap_table_on(metric, size, max_ranked, gains.device, dtype)
-        if variance is not None:
-            variance = variance if variance.stride(1) == 1 else variance.contiguous()
-        variance_stride = 0 if variance is None else variance.stride(0)
-        strides += (variance_stride,)
-        arguments += [order, table, variance, spread, variance_stride, metric.cutoff or 0]
-    grid = (triton.cdiv(rows, tiles.block_n),)
-    with on_device(gains):
-        KERNELS[metric.definition.form][grid](
-            *arguments, QUADS=is_quads(size, *strides), **constants, num_warps=NUM_WARPS
-        )
+    if variance is not None and variance.stride(1) != 1:
+        variance = variance.contiguous()
+    variance_stride = 0 if variance is None else variance.stride(0)
+    call, table = call_on(gains, rewards, metric, lengths, num_ranked, max_ranked, variance_stride), None
+    if variance is not None and metric.definition.gain == "binary":
+        call.constants["GAIN_KIND"] = GAIN.value  # probabilities
+    is_table = metric.definition.form == "linear" and credit == "swap"
+    if is_table and lengths is None and num_ranked is None and variance is None:
+        table = swap_table_on(metric, size, max_ranked, gains.device, dtype)
+    arguments = (*call.arguments, table, variance, spread, variance_stride, CREDITS[credit].value)
+    launch(swap_rewards_kernel, call.grid, *arguments, **call.constants, num_warps=NUM_WARPS)
     return rewards, spread
-
-
-def variants() -> Iterator[Variant]:
-    """Every tile that the launcher chooses, in the heaviest form of each kernel, and what changes its shape."""
-    fp32, fp64, bf16 = torch.float32, torch.float64, torch.bfloat16
-    widest = 4 * WIDTHS[-1]
-    for size, dtype in ((WIDTHS[0], fp32), (WIDTHS[1], fp32), (widest, fp32), (widest, fp64)):
-        yield _variant("ndcg_burges", "swap", size, dtype, variance=True)
-        for name in ("mrr", "map", "err"):
-            yield _variant(name, "noncausal", size, dtype)
-    yield _variant("ndcg", "swap", WIDTHS[1], fp32, ragged=False)
-    yield _variant("ndcg@10", "noncausal", widest, bf16)
-
-
-def _variant(
-    name: str, credit: str, size: int, dtype: torch.dtype, *, ragged: bool = True, variance: bool = False
-) -> Variant:
-    metric, tiles = parse_metric(name), tiles_of(size, dtype.itemsize)
-    read, written = pointer_types(dtype)
-    types = {"gains_ptr": read, "rewards_ptr": written, "discounts_ptr": written}
-    types |= dict.fromkeys(("rows", "size", "gains_stride", "max_ranked"), "i32")
-    constants = constants_of(metric, credit, size, tiles, variance, dtype) | {"QUADS": True}
-    optional = {"lengths_ptr": "*i64" if ragged else None, "num_ranked_ptr": "*i64" if ragged else None}
-    if metric.definition.form == "linear":
-        types |= {"variance_stride": "i32", "cutoff": "i32"}
-        optional["sorted_discounts_ptr"] = written if constants["NORMALISER"] == IDEAL.value else None
-        optional["table_ptr"] = written if credit == "swap" and not ragged else None
-        optional |= {"variance_ptr": read if variance else None, "spread_ptr": written if variance else None}
-    types |= {argument: kind for argument, kind in optional.items() if kind is not None}
-    constants |= {argument: None for argument, kind in optional.items() if kind is None}
-    form = f"{'ragged ' if ragged else ''}{'with variance ' if variance else ''}{read[1:]}"
-    shape = f"{tiles.block_n}x{tiles.block_k}" + (f"x{tiles.tiles}" if tiles.tiles > 1 else "")
-    kernel = KERNELS[metric.definition.form]
-    return Variant(f"swap_rewards {name} {credit} {form} {shape}", kernel, types, constants, NUM_WARPS)

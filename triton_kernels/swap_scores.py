@@ -15,49 +15,36 @@ the first. Means by weight read the weights behind the diagonal, K^2 / 2 of them
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from flexrec.triton_kernels.aot import Variant
-from flexrec.triton_kernels.swap_cascade import products_before
-from flexrec.triton_kernels.swap_lists import (
-    GAINS,
-    IDEAL,
-    NORMALISERS,
+
+from flexrec.metrics import Metric
+from flexrec.triton_kernels.launch import ceil_div, kernel, launch
+from flexrec.triton_kernels.lists import (
+    AVERAGE_PRECISION,
+    CASCADE,
+    FIRST,
+    LINEAR,
     NUM_WARPS,
-    SCALED,
-    WIDTHS,
-    accumulator_of,
+    call_on,
+    discounts_of,
     discounts_on,
+    gains_of,
     is_one_of,
-    is_quads,
-    largest_gain,
-    list_bounds,
-    load_tile,
-    on_device,
-    pointer_types,
-    sorted_discounts_on,
+    lists_of_program,
+    ranks_of,
     store_tile,
-    sums_behind,
-    sums_beyond,
     term_gains,
-    tiles_of,
-    top_of,
+    terms_of,
 )
-from flexrec.triton_kernels.swap_sort import inverse_norm
+from flexrec.triton_kernels.scans import products_before, sums_behind, sums_beyond
+from flexrec.triton_kernels.sort import inverse_norm
 
-from flexrec.metrics import Metric, parse_metric
-
-LINEAR, FIRST = tl.constexpr(0), tl.constexpr(1)
-AVERAGE_PRECISION, CASCADE = tl.constexpr(2), tl.constexpr(3)
-FORMS = {"linear": LINEAR, "first": FIRST, "average_precision": AVERAGE_PRECISION, "cascade": CASCADE}
 BLOCK_R = 32  # rows k of a program
 
 
-@triton.jit
+@kernel
 def swap_states_kernel(
     gains_ptr,  # (N, K)
     states_ptr,  # (N, K) written
@@ -66,88 +53,61 @@ def swap_states_kernel(
     num_ranked_ptr,  # (N,) int64 or None
     rows,
     size,
-    gains_stride,  # between rows, in elements
+    stride,  # of gains, between rows, in elements
     max_ranked,
     sorted_discounts_ptr,  # (BLOCK_K,) or None, if the normaliser is IDEAL
+    cutoff,  # 0: none
     terms_ptr,  # (N, K) written, the term gains
     norms_ptr,  # (N, 3) written: 1 / normaliser, d at the first and at the second relevant rank
-    cutoff,  # 0: none
     FORM: tl.constexpr,
     GAIN_KIND: tl.constexpr,
     NORMALISER: tl.constexpr,
     MAX_GAIN: tl.constexpr,  # 0: the list's own
     TOP: tl.constexpr,
     QUADS: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    INNER: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    if QUADS:  # tells the compiler that rows are a multiple of four long, hence 16-byte accesses
-        size, gains_stride = size // 4 * 4, gains_stride // 4 * 4
-    row = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]  # (BLOCK_N, 1)
-    exists = row < rows  # (BLOCK_N, 1)
-    length, shown = list_bounds(lengths_ptr, num_ranked_ptr, row, exists, size, max_ranked)  # (BLOCK_N or 1, 1)
-    zero = tl.zeros([BLOCK_N, 1], dtype=ACCUMULATOR)  # (BLOCK_N, 1)
-    top = zero + MAX_GAIN  # (BLOCK_N, 1)
-    if GAIN_KIND == SCALED and MAX_GAIN == 0.0:
-        top = largest_gain(gains_ptr, row, gains_stride, exists, length, ACCUMULATOR, BLOCK_K, INNER, TILES)
-    inverse = inverse_norm(
-        gains_ptr,
-        states_ptr,
-        discounts_ptr,
-        sorted_discounts_ptr,
-        row,
-        gains_stride,
-        exists,
-        length,
-        size,
-        cutoff,
-        top,
-        GAIN_KIND,
-        NORMALISER,
-        TOP,
-        ACCUMULATOR,
-        BLOCK_K,
-        INNER,
-        TILES,
-    )  # (BLOCK_N, 1)
+    lists = lists_of_program(
+        gains_ptr, discounts_ptr, lengths_ptr, num_ranked_ptr, rows, size, stride, max_ranked, QUADS, BLOCK_N, BLOCK_K
+    )
+    zero = lists.zero
+    terms = terms_of(lists, GAIN_KIND, MAX_GAIN, FORM == LINEAR, TILES)
+    inverse = inverse_norm(lists, states_ptr, sorted_discounts_ptr, cutoff, terms, GAIN_KIND, NORMALISER, TOP, TILES)
 
     count = zero  # (BLOCK_N, 1), relevant items
     if is_one_of(FORM, FIRST, AVERAGE_PRECISION):
         for tile in range(TILES):
-            gains = load_tile(gains_ptr, row, gains_stride, tile, exists, length, ACCUMULATOR, BLOCK_K, INNER)
-            count += tl.sum(term_gains(gains, top, GAIN_KIND), axis=1, keep_dims=True)  # (BLOCK_N, 1)
+            count += tl.sum(term_gains(gains_of(lists, tile), terms, GAIN_KIND), axis=1, keep_dims=True)
     later, hits_later, d_first, d_second = zero, zero, zero, zero  # (BLOCK_N, 1)
-    reach = zero + 1.0  # (BLOCK_N, 1)
+    reach = zero + 1.0
     for i in range(TILES):
         if FORM == CASCADE:
             tile = i
         else:
             tile = TILES - 1 - i
-        k = tile * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # (1, BLOCK_K)
-        gains = load_tile(gains_ptr, row, gains_stride, tile, exists, length, ACCUMULATOR, BLOCK_K, INNER)
-        w = tl.where(k < length, term_gains(gains, top, GAIN_KIND), 0.0)  # (BLOCK_N, BLOCK_K)
-        store_tile(terms_ptr, w, row, size, tile, exists, BLOCK_K, INNER)
+        inside = ranks_of(lists, tile) < lists.length
+        w = tl.where(inside, term_gains(gains_of(lists, tile), terms, GAIN_KIND), 0.0)  # (BLOCK_N, BLOCK_K)
+        store_tile(lists, terms_ptr, w, tile)
         if FORM == CASCADE:
-            before, row_product = products_before(1.0 - w)  # (BLOCK_N, BLOCK_K), (BLOCK_N, 1)
-            store_tile(states_ptr, before * reach, row, size, tile, exists, BLOCK_K, INNER)
-            reach = reach * row_product  # (BLOCK_N, 1)
+            before, row_product = products_before(1.0 - w)
+            store_tile(lists, states_ptr, before * reach, tile)
+            reach = reach * row_product
         elif FORM != LINEAR:
-            d = load_tile(discounts_ptr, row, 0, tile, exists, shown, ACCUMULATOR, BLOCK_K, INNER)  # (BLOCK_N, BLOCK_K)
-            state = count - (sums_behind(w) + later)  # (BLOCK_N, BLOCK_K), c
-            later += tl.sum(w, axis=1, keep_dims=True)  # (BLOCK_N, 1)
+            d = discounts_of(lists, tile)
+            state = count - (sums_behind(w) + later)  # c
+            later += tl.sum(w, axis=1, keep_dims=True)
             if FORM == FIRST:
-                d_first += tl.sum(tl.where(state == 1.0, d * w, 0.0), axis=1, keep_dims=True)  # (BLOCK_N, 1)
-                d_second += tl.sum(tl.where(state == 2.0, d * w, 0.0), axis=1, keep_dims=True)  # (BLOCK_N, 1)
+                d_first += tl.sum(tl.where(state == 1.0, d * w, 0.0), axis=1, keep_dims=True)
+                d_second += tl.sum(tl.where(state == 2.0, d * w, 0.0), axis=1, keep_dims=True)
             else:  # E, as in ``swap_relevance``
-                state = d * state + (sums_behind(d * w) + hits_later)  # (BLOCK_N, BLOCK_K)
-                hits_later += tl.sum(d * w, axis=1, keep_dims=True)  # (BLOCK_N, 1)
-            store_tile(states_ptr, state, row, size, tile, exists, BLOCK_K, INNER)
-    tl.store(norms_ptr + row * 3, inverse, mask=exists)
-    tl.store(norms_ptr + row * 3 + 1, d_first, mask=exists)
-    tl.store(norms_ptr + row * 3 + 2, d_second, mask=exists)
+                state = d * state + (sums_behind(d * w) + hits_later)
+                hits_later += tl.sum(d * w, axis=1, keep_dims=True)
+            store_tile(lists, states_ptr, state, tile)
+    tl.store(norms_ptr + lists.row * 3, inverse, mask=lists.exists)
+    tl.store(norms_ptr + lists.row * 3 + 1, d_first, mask=lists.exists)
+    tl.store(norms_ptr + lists.row * 3 + 2, d_second, mask=lists.exists)
 
 
 @triton.jit
@@ -167,7 +127,7 @@ def _scores(w_k, w_j, d_k, d_j, a_k, a_j, between, passing, d_first, d_second, F
     return s
 
 
-@triton.jit
+@kernel
 def swap_scores_kernel(
     terms_ptr,  # (N, K)
     states_ptr,  # (N, K)
@@ -247,30 +207,13 @@ def swap_scores_kernel(
         tl.store(out_ptr + row * size + k, mean, mask=k < size)
 
 
-def score_tiles(size: int, itemsize: int) -> tuple[int, int, int]:
+def score_tiles(metric: Metric, size: int, itemsize: int) -> tuple[int, int, int]:
     """Columns per tile of the scores kernel, tiles per list and warps; ``itemsize`` are the bytes of a score.
 
     More columns for a warp would spill what the chains of err need.
     """
-    columns = 32 if size <= 32 or itemsize == 8 else 64
+    columns = 32 if size <= 32 or itemsize == 8 or metric.definition.form == "cascade" else 64
     return columns, max(1, triton.next_power_of_2(size) // columns), NUM_WARPS * itemsize // 4
-
-
-def state_constants(metric: Metric, size: int, gains: torch.dtype) -> dict[str, Any]:
-    """Compile-time arguments of the states kernel but for QUADS, by name."""
-    definition, tiles = metric.definition, tiles_of(size, gains.itemsize)
-    return {
-        "FORM": FORMS[definition.form].value,
-        "GAIN_KIND": GAINS[definition.gain].value,
-        "NORMALISER": NORMALISERS[definition.normaliser].value,
-        "MAX_GAIN": metric.max_gain or 0.0,
-        "TOP": top_of(metric, tiles),
-        "ACCUMULATOR": accumulator_of(gains),
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_K": tiles.block_k,
-        "INNER": tiles.inner,
-        "TILES": tiles.tiles,
-    }
 
 
 def swap_scores(
@@ -301,101 +244,13 @@ def swap_scores(
     weights = None if weights is None else weights.contiguous()
     states, terms = torch.empty((2, rows, size), dtype=dtype, device=gains.device).unbind()
     norms = torch.empty((rows, 3), dtype=dtype, device=gains.device)
-    constants = state_constants(metric, size, gains.dtype)
-    table = discounts_on(metric, size, gains.device, dtype)
-    order = None
-    if constants["NORMALISER"] == IDEAL.value:
-        order = sorted_discounts_on(metric, size, tiles_of(size, gains.element_size()), gains.device, dtype)
-    columns, tiles, num_warps = score_tiles(size, dtype.itemsize)
-    slabs = triton.cdiv(size, BLOCK_R)
-    with on_device(gains):
-        swap_states_kernel[(triton.cdiv(rows, constants["BLOCK_N"]),)](
-            gains,
-            states,
-            table,
-            lengths,
-            num_ranked,
-            rows,
-            size,
-            gains.stride(0),
-            max_ranked,
-            order,
-            terms,
-            norms,
-            metric.cutoff or 0,
-            QUADS=is_quads(size, gains.stride(0)),
-            **constants,
-            num_warps=NUM_WARPS,
-        )
-        swap_scores_kernel[(rows * slabs,)](
-            terms,
-            states,
-            norms,
-            table,
-            lengths,
-            num_ranked,
-            weights,
-            out,
-            size,
-            max_ranked,
-            slabs,
-            FORM=constants["FORM"],
-            QUADS=is_quads(size),
-            BLOCK_R=BLOCK_R,
-            BLOCK_C=columns,
-            TILES=tiles,
-            num_warps=num_warps,
-        )
-    return out
-
-
-def variants() -> Iterator[Variant]:
-    """Every tile that the launcher chooses, in the forms that change a kernel's shape."""
-    fp32, fp64, bf16 = torch.float32, torch.float64, torch.bfloat16
-    widest = 4 * WIDTHS[-1]
-    for name, size, dtype in (
-        ("map", WIDTHS[0], fp32),
-        ("ndcg_burges", WIDTHS[1], fp32),
-        ("err", widest, fp32),
-        ("ndcg_burges", widest, fp64),
-    ):
-        yield _states_variant(name, size, dtype)
-    for name, size, dtype, weights in (
-        ("err", 32, fp32, None),
-        ("map", 256, fp32, None),
-        ("err", 256, fp64, None),
-        ("err", 256, fp32, bf16),
-    ):
-        yield _scores_variant(name, size, dtype, weights)
-
-
-def _states_variant(name: str, size: int, dtype: torch.dtype) -> Variant:
-    metric, tiles = parse_metric(name), tiles_of(size, dtype.itemsize)
-    read, written = pointer_types(dtype)
-    types = {"gains_ptr": read, "lengths_ptr": "*i64", "num_ranked_ptr": "*i64"}
-    types |= dict.fromkeys(("states_ptr", "terms_ptr", "norms_ptr", "discounts_ptr"), written)
-    types |= dict.fromkeys(("rows", "size", "gains_stride", "max_ranked", "cutoff"), "i32")
-    constants = state_constants(metric, size, dtype) | {"QUADS": True}
-    if constants["NORMALISER"] == IDEAL.value:
-        types["sorted_discounts_ptr"] = written
-    else:
-        constants["sorted_discounts_ptr"] = None
-    shape = f"{tiles.block_n}x{tiles.block_k}" + (f"x{tiles.tiles}" if tiles.tiles > 1 else "")
-    return Variant(f"swap_states {name} {read[1:]} {shape}", swap_states_kernel, types, constants, NUM_WARPS)
-
-
-def _scores_variant(name: str, size: int, dtype: torch.dtype, weights: torch.dtype | None) -> Variant:
-    read = pointer_types(dtype)[1]
-    columns, tiles, num_warps = score_tiles(size, dtype.itemsize)
-    types = dict.fromkeys(("terms_ptr", "states_ptr", "norms_ptr", "discounts_ptr", "out_ptr"), read)
-    types |= {"lengths_ptr": "*i64", "num_ranked_ptr": "*i64"}
-    types |= dict.fromkeys(("size", "max_ranked", "slabs"), "i32")
-    constants = {"FORM": FORMS[parse_metric(name).definition.form].value, "QUADS": True}
+    call = call_on(gains, states, metric, lengths, num_ranked, max_ranked)
+    launch(swap_states_kernel, call.grid, *call.arguments, terms, norms, **call.constants, num_warps=NUM_WARPS)
+    columns, tiles, num_warps = score_tiles(metric, size, dtype.itemsize)
+    slabs = ceil_div(size, BLOCK_R)
+    discounts = discounts_on(metric, size, gains.device, dtype)
+    arguments = (terms, states, norms, discounts, lengths, num_ranked, weights, out, size, max_ranked, slabs)
+    constants = {"FORM": call.constants["FORM"], "QUADS": size % 4 == 0}
     constants |= {"BLOCK_R": BLOCK_R, "BLOCK_C": columns, "TILES": tiles}
-    if weights is None:
-        constants["weights_ptr"] = None
-    else:
-        types["weights_ptr"] = pointer_types(weights)[0]
-    form = f"{read[1:]} {BLOCK_R}x{columns}" + (f"x{tiles}" if tiles > 1 else "")
-    kind = "swap_scores" if weights is None else "swap_rewards policy"
-    return Variant(f"{kind} {name} {form}", swap_scores_kernel, types, constants, num_warps)
+    launch(swap_scores_kernel, (rows * slabs,), *arguments, **constants, num_warps=num_warps)
+    return out

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <random>
@@ -63,7 +64,7 @@ class Bytes {
   // A separator or an end: of the candidates' tokens, or of others.
   std::vector<std::int32_t> tail() {
     std::vector<std::int32_t> result = sequence(below(4));
-    if (!result.empty() && below(4) != 0) result.front() = 7;
+    if (!result.empty() && below(2) != 0) result.front() = 7;
     return result;
   }
 
@@ -137,20 +138,35 @@ void check_parsing(const flexrec::RankingGrammar& grammar, const Completions& co
   }
   // Throws where a row is no permutation.
   const std::vector<std::int64_t> rankings = widened(parsed.ranking);
-  const auto encoded = flexrec::encode_rankings(grammar, rankings.data(), grammar.max_num_ranked());
+  flexrec::EncodedBatch encoded;
+  try {
+    encoded = flexrec::encode_rankings(grammar, rankings.data(), grammar.max_num_ranked());
+  } catch (const std::invalid_argument& error) {
+    CHECK(std::strstr(error.what(), "is spelled as another ranking is") != nullptr ||
+          std::strstr(error.what(), "whether a ranking of not all candidates is finished") != nullptr);
+    return;
+  }
   const auto again = flexrec::parse_rankings(grammar, widened(encoded.tokens).data(), encoded.offsets.data());
   CHECK(std::all_of(again.valid.begin(), again.valid.end(), [](std::uint8_t valid) { return valid == 1; }));
   CHECK(again.item_ids == encoded.item_ids);
   CHECK(*std::max_element(encoded.offsets.begin(), encoded.offsets.end()) <= grammar.max_length() * grammar.num_rows());
 }
 
-// Rows fed with anything are lost, never wrong; rows fed with what is allowed are done after max_length() tokens.
+// Rows fed with anything are lost, never wrong; rows fed with what is allowed are done after max_length() tokens, and
+// what they were fed is read, and spelled again, as what they say that they rank.
 void check_state(const std::shared_ptr<const flexrec::RankingGrammar>& grammar, const Completions& completions,
                  Bytes& bytes) {
+  try {
+    grammar->check_end_is_certain();
+  } catch (const std::invalid_argument&) {
+    return;
+  }
   flexrec::RankingState state(grammar);
+  const std::vector<std::int32_t> at_start = state.allowed().ids;
   try {
     state.advance(completions.tokens.data(), completions.offsets.data());
   } catch (const std::invalid_argument&) {
+    CHECK(state.allowed().ids == at_start);  // an error changes nothing
     state.advance(completions.tokens.data(), completions.offsets.data(), flexrec::RankingState::OnRejected::kLose);
     state.forced();
     state.rankings();
@@ -158,6 +174,7 @@ void check_state(const std::shared_ptr<const flexrec::RankingGrammar>& grammar, 
   state.restart(nullptr);
   std::vector<std::int32_t> words(static_cast<std::size_t>(grammar->num_rows()) * 8, 0);
   flexrec::Csr set;
+  std::vector<std::vector<std::int64_t>> fed(static_cast<std::size_t>(grammar->num_rows()));
   for (std::int64_t step = 0; step < grammar->max_length(); ++step) {
     const flexrec::Csr allowed = state.allowed();
     const std::vector<std::uint8_t> done = state.done();
@@ -166,11 +183,26 @@ void check_state(const std::shared_ptr<const flexrec::RankingGrammar>& grammar, 
     for (std::size_t row = 0; row < done.size(); ++row) {
       const std::int64_t count = allowed.offsets[row + 1] - allowed.offsets[row];
       CHECK((count == 0) == (done[row] == 1));
-      if (count > 0) tokens[row] = allowed.ids[static_cast<std::size_t>(allowed.offsets[row] + bytes.below(count))];
+      if (count == 0) continue;
+      tokens[row] = allowed.ids[static_cast<std::size_t>(allowed.offsets[row] + bytes.below(count))];
+      fed[row].push_back(tokens[row]);
     }
     state.advance(tokens.data(), nullptr);
   }
   for (const std::uint8_t done : state.done()) CHECK(done == 1);
+  Completions whole;
+  for (const std::vector<std::int64_t>& row : fed) {
+    whole.tokens.insert(whole.tokens.end(), row.begin(), row.end());
+    whole.offsets.push_back(static_cast<std::int64_t>(whole.tokens.size()));
+  }
+  const auto parsed = flexrec::parse_rankings(*grammar, whole.tokens.data(), whole.offsets.data());
+  CHECK(std::all_of(parsed.valid.begin(), parsed.valid.end(), [](std::uint8_t valid) { return valid == 1; }));
+  CHECK(parsed.ranking == state.rankings());
+  const auto encoded = flexrec::encode_rankings(*grammar, widened(parsed.ranking).data(), grammar->max_num_ranked());
+  CHECK(widened(encoded.tokens) == whole.tokens && encoded.item_ids == parsed.item_ids);
+  for (std::size_t i = 0; i + 1 < encoded.below_offsets.size(); ++i) {
+    CHECK(encoded.below_offsets[i] < encoded.below_offsets[i + 1]);
+  }
 }
 
 std::int64_t num_accepted = 0;  // inputs with rows whose candidates were not refused

@@ -236,18 +236,34 @@ void test_bitmask() {
 }
 
 void test_ambiguity() {
-  const auto build = [](std::vector<std::int32_t> separator, std::vector<std::int32_t> end, std::int64_t most) {
+  const auto grammar_of = [](Tries tries, std::vector<std::int32_t> separator, std::vector<std::int32_t> end,
+                             std::int64_t most) {
     flexrec::NumRanked num_ranked;
     num_ranked.at_most = most;
-    return message_of(
-        [&] { RankingGrammar(single_list({{4, 5}, {4}}), std::move(separator), std::move(end), num_ranked, 1); });
+    return std::make_shared<const RankingGrammar>(tries, std::move(separator), std::move(end), num_ranked, 1);
   };
-  CHECK(build({9}, {}, 2).empty());
-  CHECK(build({}, {9}, 1).empty());
-  CHECK(build({9}, {5}, 2).empty());
-  CHECK(build({}, {9}, 2).find("candidate 1 is a prefix of candidate 0") != std::string::npos);
-  CHECK(build({5}, {9}, 2).find("choose another separator") != std::string::npos);
-  CHECK(build({9}, {}, 1).find("choose another end") != std::string::npos);
+  const Tries prefix = single_list({{4, 5}, {4}, {6}});
+  const auto build = [&](std::vector<std::int32_t> separator, std::vector<std::int32_t> end, std::int64_t most) {
+    return message_of([&] { RankingState(grammar_of(prefix, std::move(separator), std::move(end), most)); });
+  };
+  // Rankings of all candidates are equally long; others need an end that is told from a longer candidate.
+  CHECK(build({9}, {}, 3).empty() && build({}, {}, 3).empty() && build({5}, {5}, 3).empty());
+  CHECK(build({9}, {9}, 2).empty() && build({5}, {9}, 2).empty() && build({}, {9}, 2).empty());
+  CHECK(build({9}, {}, 1).find("candidate 1 is a prefix of candidate 0") != std::string::npos);
+  CHECK(build({9}, {5}, 2).find("choose an end that begins with a token of its own") != std::string::npos);
+  CHECK(build({5}, {6}, 2).find("first token of the separator") != std::string::npos);
+  CHECK(build({}, {6}, 2).find("without a separator") != std::string::npos);
+
+  // Candidates that are rows of ones have more readings than anybody follows; what is followed ends in a ranking.
+  std::vector<std::vector<std::int32_t>> ones;
+  for (std::size_t length = 1; length <= 40; ++length) ones.emplace_back(length, 1);
+  RankingState state(grammar_of(single_list(ones), {}, {2}, 20));
+  Generator random(4);
+  const auto completions = sample(state, random);
+  const auto grammar = grammar_of(single_list(ones), {}, {2}, 20);
+  const std::int64_t offsets[] = {0, static_cast<std::int64_t>(completions[0].size())};
+  const flexrec::ParsedBatch parsed = flexrec::parse_rankings(*grammar, completions[0].data(), offsets);
+  CHECK(parsed.valid[0] == 1 && parsed.ranking == state.rankings());
 }
 
 void test_long_sequence() {

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 from flexrec.cli import DATASETS
 from flexrec.experiment import load_dataset
-from flexrec.task import NEEDS, RANKING, Critic, Example, Need, PromptBuilder, RankingTask, TrainingExamples, get_need
+from flexrec.task import NEEDS, Critic, Example, Need, PromptBuilder, RankingTask, TrainingExamples, get_need
+from flexrec.task.prompts import RANKING
 
 ANSWER = (
     "\nAnswer with the labels of all {count} candidates, best first, in the form [2] > [1] > [3], and nothing else."

@@ -1,6 +1,7 @@
 from .baselines import BASELINES as BASELINES
 from .evaluate import Evaluation as Evaluation
 from .evaluate import rank_examples as rank_examples
+from .statistics import METRICS as METRICS
 from .statistics import Comparison as Comparison
 from .statistics import bootstrap_interval as bootstrap_interval
 from .statistics import comparison_markdown as comparison_markdown

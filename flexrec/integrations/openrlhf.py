@@ -29,7 +29,8 @@ class MetricReward:
 
     Args:
         endings: text that a response may end with and that is no part of it, end-of-sequence and padding tokens.
-        options: of :func:`flexrec.integrations.responses.score_texts`: metric, separator, num_ranked, reasoning_end.
+        options: of :func:`flexrec.integrations.responses.score_texts`: metric, separator, num_ranked, reasoning_end,
+            invalid.
 
     Raises:
         ValueError, TypeError: an unknown metric; when called, a query that does not begin with its prompt, and as

@@ -14,7 +14,7 @@ import torch
 from flexrec.checks import check_choice
 from flexrec.integrations.token_logprobs import decoded, without_end
 from flexrec.metrics import CREDITS, parse_metric
-from flexrec.rankings.text import ScoredCompletions, index_labels, score_completions
+from flexrec.rankings.text import INVALID, ScoredCompletions, index_labels, score_completions
 
 COMPLETION_CREDITS = tuple(credit for credit in CREDITS if credit != "policy")
 LOGGED_RANKS = 5
@@ -27,15 +27,16 @@ class RankingReward:
 
     Args:
         metric: of :func:`flexrec.swap_rewards`.
-        credit: the reward is the mean over the ranked items of this credit; with "sequence" that is the metric itself.
+        credit: the reward is the mean over the ranks asked for of this credit, 0 at those that a completion does not
+            fill; with "sequence" it is the metric itself.
         num_ranked: only so many ranks count, and are expected; None: all.
         separator: what stands between two items of a well-formed ranking.
         tokenizer: reads a completion's token ids in place of its text, from which TRL has dropped special tokens:
             needed where these name the candidates.
         reasoning_end: what ends the reasoning before a ranking, say "</think>"; only what follows is read.
-        invalid: what a completion gets that is not exactly a ranking: "repair", the reward of its first mentions
-            followed by the candidates it left out; "none", None, by which TRL leaves it out of the statistics (before
-            1.6 it counted as 0).
+        invalid: what a completion gets that is not exactly a ranking: "partial", the reward of what it names, 0 where
+            that is nothing; "repair", that of its first mentions followed by the candidates it left out, which pays for
+            no answer too; "none", None, by which TRL leaves it out of the statistics (before 1.6 it counted as 0).
         candidates_column, gains_column: names of the columns in the data set.
 
     Raises:
@@ -52,13 +53,13 @@ class RankingReward:
         separator: str = " > ",
         tokenizer: Any = None,
         reasoning_end: str | None = None,
-        invalid: str = "repair",
+        invalid: str = "partial",
         candidates_column: str = "candidates",
         gains_column: str = "gains",
     ) -> None:
         parse_metric(metric)
         check_choice("credit", credit, COMPLETION_CREDITS)
-        check_choice("invalid", invalid, ("repair", "none"))
+        check_choice("invalid", invalid, (*INVALID, "none"))
         self.metric, self.credit = metric, credit
         self.num_ranked, self.separator, self.reasoning_end = num_ranked, separator, reasoning_end
         self.tokenizer, self.invalid = tokenizer, invalid
@@ -83,12 +84,15 @@ class RankingReward:
             separator=self.separator,
             num_ranked=at_most(self.num_ranked, gains),
             after=self.reasoning_end,
+            invalid="partial" if self.invalid == "none" else self.invalid,
         )
         if log_metric is not None:
             for name, values in ranking_statistics(scored).items():
                 log_metric(f"{self.__name__}/{name}", values.mean().item())
-        rewards = (scored.item_rewards.sum(1) / torch.from_numpy((scored.parsed.ranking >= 0).sum(axis=1))).tolist()
-        if self.invalid == "repair":
+        asked = torch.from_numpy((scored.parsed.ranking >= 0).sum(axis=1))  # (N,)
+        of_ranks = scored.metric if self.credit == "sequence" else scored.item_rewards.sum(1) / asked
+        rewards = of_ranks.tolist()
+        if self.invalid != "none":
             return rewards
         return [reward if valid else None for reward, valid in zip(rewards, scored.parsed.valid, strict=True)]
 
@@ -123,11 +127,6 @@ def names_of(names: Sequence[Sequence[str] | None] | None, gains: Sequence[Seque
 
 def at_most(num_ranked: int | None, gains: Sequence[Sequence[float]]) -> int | None:
     return None if num_ranked is None else min(num_ranked, max(map(len, gains)))
-
-
-def num_mentioned(scored: ScoredCompletions) -> torch.Tensor:
-    """(N,) items that each completion ranks itself, not counting what the repair filled in."""
-    return torch.from_numpy((scored.parsed.ranking >= 0).sum(axis=1) - scored.parsed.missing)
 
 
 def ranking_statistics(scored: ScoredCompletions) -> dict[str, torch.Tensor]:

@@ -62,6 +62,7 @@ def score_texts(
     separator: str = " > ",
     num_ranked: int | None = None,
     reasoning_end: str | None = None,
+    invalid: str = "partial",
 ) -> ScoredCompletions:
     """:func:`flexrec.rankings.text.score_completions` of N texts, each with a ground truth of its own.
 
@@ -69,6 +70,7 @@ def score_texts(
         metric, credit, num_ranked: of :func:`flexrec.swap_rewards`; credit "policy" is none of these.
         separator: what stands between two items of a well-formed ranking.
         reasoning_end: what ends the reasoning before a ranking, say "</think>"; only what follows is read.
+        invalid: "partial", only what a text names counts; or "repair", of ``score_completions``.
 
     Raises:
         ValueError, TypeError: as :func:`read_ground_truth` and ``score_completions``.
@@ -89,6 +91,7 @@ def score_texts(
         separator=separator,
         num_ranked=at_most(num_ranked, gains),
         after=reasoning_end,
+        invalid=invalid,
     )
 
 

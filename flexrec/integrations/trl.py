@@ -27,7 +27,6 @@ from flexrec.integrations.ranking_reward import (
     at_most,
     column,
     names_of,
-    num_mentioned,
     ranking_statistics,
 )
 from flexrec.integrations.token_logprobs import (
@@ -259,7 +258,7 @@ class FlexRecGRPOTrainer(GRPOTrainer):
     def _item_advantages(self, scored: ScoredCompletions) -> torch.Tensor:
         """(B, K) of this process; statistics are over the whole batch, since a group may span processes."""
         args = self.args
-        mask = torch.arange(scored.gains.shape[1]) < num_mentioned(scored)[:, None]  # (B, K)
+        mask = torch.arange(scored.gains.shape[1]) < scored.num_ranked[:, None]  # (B, K)
         item_mask = self._gathered(mask.float()) > 0
         weights = None
         if scored.variance is not None:

@@ -67,12 +67,12 @@ def compute_score(
         solution_str: the response, without special tokens: items that are special tokens do not appear in it.
         ground_truth: see :mod:`flexrec.integrations.responses`.
         data_source, extra_info, reward_router_address, reward_model_tokenizer: passed by verl, not used.
-        options: ``reward_kwargs`` of the configuration: metric, separator, num_ranked, reasoning_end as in
-            :func:`flexrec.integrations.responses.score_texts`.
+        options: ``reward_kwargs`` of the configuration: metric, separator, num_ranked, reasoning_end, invalid as
+            in :func:`flexrec.integrations.responses.score_texts`.
 
     Returns:
-        "score" (the metric after repair), "acc" (the same, under the name that verl's validation puts first), "valid"
-        (1 where the response is exactly a ranking), "repeated", "missing" and "unknown" (counts).
+        "score" (the metric of what the response names), "acc" (the same, under the name that verl's validation puts
+        first), "valid" (1 where the response is exactly a ranking), "repeated", "missing" and "unknown" (counts).
 
     Raises:
         ValueError, TypeError: as ``score_texts``.

@@ -33,7 +33,8 @@ class RankingAgentLoop(SingleTurnAgentLoop):
     """verl's single-turn agent loop with a reward for every item of the response.
 
     Args:
-        metric, credit, separator, num_ranked, reasoning_end: of :func:`flexrec.integrations.responses.score_texts`.
+        metric, credit, separator, num_ranked, reasoning_end, invalid: of
+            :func:`flexrec.integrations.responses.score_texts`.
         args, kwargs: what verl passes to an agent loop.
     """
 
@@ -45,6 +46,7 @@ class RankingAgentLoop(SingleTurnAgentLoop):
         separator: str = " > ",
         num_ranked: int | None = None,
         reasoning_end: str | None = None,
+        invalid: str = "partial",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -56,6 +58,7 @@ class RankingAgentLoop(SingleTurnAgentLoop):
             separator=separator,
             num_ranked=num_ranked,
             reasoning_end=reasoning_end,
+            invalid=invalid,
         )
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> RankingOutput:

@@ -16,9 +16,12 @@ Common to the three:
 * ``num_ranked`` is T: None for all K; an int for at most so many, K where the row has fewer (more than the longest list
   has is an error); or an (N,) array of counts between 1 and the row's K.
 * Candidates with equal sequences cannot be told apart: the first one left, in candidate order, is the one placed.
-* A candidate may be a proper prefix of another as long as the token after it decides: it may end there if the separator
-  (the end, at the last rank) comes next. Where that is no help, because there is none or its first token also continues
-  the longer candidate, construction raises a ValueError that names both.
+* A candidate may be a proper prefix of another, and go on in it as the separator begins ("The Matrix" and "The Matrix
+  Reloaded"): what comes then decides. Where two rankings are spelled with the same tokens these are read as the one
+  whose item is the longer where they first differ, and the other cannot be spelled.
+* Where not all candidates are ranked, such a prefix may leave open whether a ranking is finished. An end that begins
+  with a token of its own, as the end of sequence is, settles it; without one, sampling and encoding raise a ValueError
+  that names the list and both candidates. A whole completion is read in any case.
 * An empty list, an empty sequence and a negative token id are errors: ValueError, saying where.
 """
 
@@ -102,7 +105,7 @@ class ParsedRankings(NamedTuple):
     valid: NDArray[np.bool_]
     """(N,) bool: the completion was exactly a well-formed ranking, separators and end included."""
     repeated: NDArray[np.int32]
-    """(N,) int32: mentions of a candidate that was mentioned before."""
+    """(N,) int32: mentions, in the ranking, of a candidate that was mentioned before."""
     missing: NDArray[np.int32]
     """(N,) int32: ranks that no mention filled and that the repair filled in candidate order."""
     unknown: NDArray[np.int32]
@@ -130,7 +133,7 @@ class EncodedRankings(NamedTuple):
     decision_positions: NDArray[np.int32]
     """(M,) int32: index of the decided token within its row's completion."""
     decision_ranks: NDArray[np.int32]
-    """(M,) int32: rank of the item being chosen."""
+    """(M,) int32: rank of the item being chosen, the first that is not certain yet."""
     targets: NDArray[np.int32]
     """(M,) int32: the token decided for."""
     allowed_ids: NDArray[np.int32]
@@ -179,8 +182,8 @@ class RankingState:
         num_generations: rows per list of candidates, adjacent; N = P * num_generations.
 
     Raises:
-        ValueError: a list or sequence is empty, a token id is negative, candidates that cannot be told apart, or counts
-            out of range; the message says where.
+        ValueError: a list or sequence is empty, a token id is negative, it cannot be told whether a ranking is
+            finished, or counts are out of range; the message says where.
         TypeError: something is not a sequence of token ids.
     """
 
@@ -277,7 +280,10 @@ class RankingState:
         return self._core.done()
 
     def rankings(self) -> NDArray[np.int32]:
-        """(N, T) int32, T the largest of all rows: candidate index by rank; -1 where open and beyond a row's own T."""
+        """(N, T) int32, T the largest of all rows: candidate index by rank; -1 where open and beyond a row's own T.
+
+        An item counts once nothing that may come can make it another.
+        """
         return self._core.rankings()
 
 
@@ -318,8 +324,10 @@ def parse_rankings(
 
     A completion that is exactly a well-formed ranking is read as such (``valid``). Any other is searched for mentions
     from left to right, at each place the longest candidate that matches (just after a mention, a separator or end comes
-    first). What matches neither is an unknown stretch and is skipped. Then one rule of repair: the first mentions, in
-    order, then the candidates never mentioned, in candidate order, cut to T.
+    first). What matches neither is an unknown stretch and is skipped. Where separators join mentions, the longest run
+    so joined is the ranking, the last of equally long ones, and other mentions are not: they are prose. An unknown item
+    between two separators ends no run. Then one rule of repair: the first mentions, in order, then the candidates not
+    among them, in candidate order, cut to T.
 
     Padding that is not masked counts as tokens. Mentions beyond the T-th are ignored. A completion may be invalid with
     all counts 0: when only a separator or the end is missing.
@@ -380,7 +388,8 @@ def encode_rankings(
             the tokens and where the decisions are: most of the time and memory goes into these sets.
 
     Raises:
-        ValueError: as `RankingState`, or for a ranking that repeats a candidate, is out of range or has not T items.
+        ValueError: as `RankingState`, or for a ranking that repeats a candidate, is out of range, has not T items, or
+            is spelled as another one is.
     """
     grammar = _grammar(candidates, separator, end, num_ranked, num_generations)
     ranking_array = _integers("rankings", rankings, 2)
@@ -458,6 +467,8 @@ def _integers(name: str, value: Any, num_dims: int) -> NDArray[np.int64]:
         raise ValueError(f"{name} must have {num_dims} dimension(s), got shape {array.shape}")
     if array.dtype.kind not in "iu" and array.size > 0:  # an empty list has a float dtype
         raise TypeError(f"{name} must hold integers, got {array.dtype}")
+    if array.dtype.kind == "u" and array.size > 0 and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} must hold integers below 2**63, got {array.max()}")
     return np.ascontiguousarray(array, dtype=np.int64)
 
 

@@ -10,6 +10,7 @@ such as RankGPT's and RankLLM's "[3] > [1] > [2]"::
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,10 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flexrec.checks import check_choice
 from flexrec.ops.rank_order import rank_order
 from flexrec.ops.ranking_metric import ranking_metric
 from flexrec.ops.swap_rewards import swap_rewards, swap_rewards_with_variance
 from flexrec.rankings.state import ParsedRankings, TokenIds, parse_rankings
+
+INVALID = ("partial", "repair")
 
 
 class ScoredCompletions(NamedTuple):
@@ -31,10 +35,12 @@ class ScoredCompletions(NamedTuple):
     """(N, K) float32, K the longest list; 0 beyond a row's own candidates."""
     lengths: torch.Tensor
     """(N,) int64: number of candidates."""
+    num_ranked: torch.Tensor
+    """(N,) int64: how many ranks count: those that the completion fills, or with a repair all that were asked for."""
     metric: torch.Tensor
-    """(N,) float32: the metric of the ranking, after repair."""
+    """(N,) float32: the metric of the ranks that count."""
     item_rewards: torch.Tensor
-    """(N, K) float32: the reward of the item at every rank; 0 beyond the ranked ones."""
+    """(N, K) float32: the reward of the item at every rank; 0 beyond the ranks that count."""
     variance: torch.Tensor | None
     """(N, K) float32: variance of the item rewards, where the gains' variance was given."""
 
@@ -57,7 +63,10 @@ def parse_ranking_texts(
     """:func:`flexrec.parse_rankings` of text: the same parser and the same rule of repair, on characters.
 
     White space around a text does not count. Names are matched as they are written, case included, wherever they
-    stand: a title that is part of a longer word is found in it, so labels such as "[12]" are the safer names.
+    stand: a title that is part of a longer word is found in it, so labels such as "[12]" are the safer names. The lines
+    of a numbered list are items as if they were joined by separators. Of names that are all labels a text that is no
+    well-formed ranking is read as a person would: "2 > 1", "[2]>[1]", "[2, 1]", "[02] > [01]", and the same in
+    full-width characters. Bare numbers count only where separators join them, and no label stands in the text.
 
     Args:
         texts: N completions.
@@ -68,7 +77,8 @@ def parse_ranking_texts(
             where it does not occur.
 
     Returns:
-        ``item_ids`` is (N, longest text): the rank of the item that each character belongs to, or -1.
+        ``item_ids`` is (N, longest text): the rank of the item that each character belongs to, or -1. ``valid`` is
+        whether the text is spelled exactly, whatever else can be read.
 
     Raises:
         ValueError, TypeError: as :func:`flexrec.parse_rankings`; something is not a string.
@@ -79,15 +89,88 @@ def parse_ranking_texts(
     starts = [_start(text, after) for text in texts]
     read = [text[start:].rstrip() for text, start in zip(texts, starts, strict=True)]
     starts = [start + len(text) - len(text.lstrip()) for start, text in zip(starts, read, strict=True)]
+    read = [text.lstrip() for text in read]
+    lists = [[_characters(name) for name in names] for names in candidates]
+    tails = {"separator": _characters(separator), "end": _characters(end)}
     parsed = parse_rankings(
-        [_characters(text.lstrip()) for text in read],
-        [[_characters(name) for name in names] for names in candidates],
-        separator=_characters(separator),
-        end=_characters(end),
-        num_ranked=num_ranked,
-        num_generations=num_generations,
+        [_characters(text) for text in read], lists, num_ranked=num_ranked, num_generations=num_generations, **tails
     )
-    return parsed._replace(item_ids=_shifted(parsed.item_ids, starts, max(map(len, texts), default=0)))
+    item_ids = _shifted(parsed.item_ids, starts, max(map(len, texts), default=0))
+
+    plain = {
+        row: _plainly(read[row], candidates[row // num_generations], separator) for row in np.flatnonzero(~parsed.valid)
+    }
+    plain = {row: spelled for row, spelled in plain.items() if spelled.text != read[row]}
+    if plain:
+        rows = np.array(list(plain))
+        again = parse_rankings(
+            [_characters(spelled.text) for spelled in plain.values()],
+            [lists[row // num_generations] for row in rows],
+            num_ranked=(parsed.ranking[rows] >= 0).sum(axis=1),
+            **tails,
+        )
+        parsed.ranking[rows, : again.ranking.shape[1]] = again.ranking
+        for name in ("repeated", "missing", "unknown"):
+            getattr(parsed, name)[rows] = getattr(again, name)
+        for row, ids, spelled in zip(rows, again.item_ids, plain.values(), strict=True):
+            item_ids[row, starts[row] : starts[row] + len(spelled.origin)] = ids[spelled.origin]
+    return parsed._replace(item_ids=item_ids)
+
+
+class _Plain(NamedTuple):
+    """A text with its rankings spelled as they should be."""
+
+    text: str
+    origin: NDArray[np.int64]
+    """By character of the original text: the character of ``text`` that stands for it."""
+
+
+# One character for one, so that places in a text stay: full-width forms, the ideographic space, lenticular brackets.
+_NARROW = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {0x3000: 0x20, 0x3010: 0x5B, 0x3011: 0x5D}
+_LABEL = r"\[\s*[0-9]+\s*\]"
+_NUMBER = r"(?<![\w.,])[0-9]+(?![\w\]]|[.,][0-9])"
+_LINE = r"[ \t]*\n\s*(?P<line>[0-9]+)[.)][ \t]+"  # how an item of a numbered list begins
+
+
+def _plainly(text: str, names: Sequence[str], separator: str) -> _Plain:
+    """``text`` spelled so that the parser reads what :func:`parse_ranking_texts` says that it reads."""
+    labels = {name[1:-1].lstrip("0"): name for name in names if re.fullmatch(r"\[[0-9]+\]", name)}
+    patterns = []
+    if len(labels) == len(names):
+        text = text.translate(_NARROW)
+        joint = re.escape(separator.strip())
+        patterns.append(rf"\[\s*[0-9]+(?:\s*(?:[,;]{'|' + joint if joint else ''})\s*[0-9]+)+\s*\]")
+        if joint:
+            item = _LABEL if re.search(_LABEL, text) else _NUMBER
+            patterns.append(rf"{item}(?:\s*{joint}\s*{item})+")
+        patterns.append(_LABEL)
+    if separator and not any(re.match(r"[0-9]+[.)]\s", name) for name in names):
+        patterns.append(_LINE)
+
+    parts, origin = [""], np.zeros(len(text), dtype=np.int64)
+    length = at = 0  # of what has been spelled, and read
+
+    def spell(part: str, end: int) -> None:
+        """``part`` for what the text says up to ``end``; character by character where that is the same."""
+        nonlocal length, at
+        origin[at:end] = length + np.arange(end - at) if part == text[at:end] else length
+        parts.append(part)
+        length, at = length + len(part), end
+
+    for match in re.finditer("|".join(patterns), text) if patterns else ():
+        spell(text[at : match.start()], match.start())
+        line = match.groupdict().get("line")
+        if line == "1":  # a list begins: nothing joins it to what stands before
+            continue
+        if line is not None:
+            spell(separator, match.end())
+            continue
+        for label in re.finditer(r"(?:\[\s*)?([0-9]+)(?:\s*\])?", match[0]):
+            if at > match.start():
+                spell(separator, match.start() + label.start())
+            spell(labels.get(label[1].lstrip("0"), label[0]), match.start() + label.end())
+    spell(text[at:], len(text))
+    return _Plain("".join(parts), origin)
 
 
 def score_completions(
@@ -103,6 +186,7 @@ def score_completions(
     num_ranked: int | None = None,
     num_generations: int = 1,
     after: str | TokenIds | None = None,
+    invalid: str = "partial",
 ) -> ScoredCompletions:
     """Read N completions as rankings and reward every ranked item.
 
@@ -117,10 +201,14 @@ def score_completions(
         separator, end: between items and after the last, texts or token ids as the completions are.
         num_ranked: only so many ranks count, and are expected in a completion; None: all.
         after: what ends the reasoning before a ranking, as of :func:`parse_ranking_texts`.
+        invalid: what counts of a completion that does not name all it should. "partial": what it names; the rest is
+            unranked, and where nothing is named all is 0. "repair": the candidates that it left out follow in their
+            order. That is for inference: as a reward it pays for no answer what the candidates' order is worth.
 
     Raises:
-        ValueError, TypeError: lists of different lengths, or what the functions named raise.
+        ValueError, TypeError: lists of different lengths, an unknown choice, or what the functions named raise.
     """
+    check_choice("invalid", invalid, INVALID)
     as_text = any(isinstance(completion, str) for completion in completions)
     if candidates is None:
         if not as_text:
@@ -131,20 +219,20 @@ def score_completions(
     lengths = _check_lists(candidates, "gains", gains)
     if variance is not None:
         _check_lists(candidates, "variance", variance)
+    options: dict[str, Any] = {"num_ranked": num_ranked, "num_generations": num_generations}
     if as_text:
-        options: dict[str, Any] = {"separator": separator or "", "end": end or ""}
-        parsed = parse_ranking_texts(
-            completions,  # type: ignore[arg-type]
-            candidates,  # type: ignore[arg-type]
-            **options,
-            num_ranked=num_ranked,
-            num_generations=num_generations,
-            after=after,  # type: ignore[arg-type]
-        )
+        options |= {"separator": separator or "", "end": end or ""}
+        parsed = parse_ranking_texts(completions, candidates, **options, after=after)  # type: ignore[arg-type]
     else:
-        parsed = _parse_ids(completions, candidates, separator, end, num_ranked, num_generations, after)
+        starts = [_start(list(row), None if after is None else list(after)) for row in completions]
+        rows = [row[start:] for row, start in zip(completions, starts, strict=True)]
+        parsed = parse_rankings(rows, candidates, **options, separator=separator, end=end)  # type: ignore[arg-type]
+        parsed = parsed._replace(item_ids=_shifted(parsed.item_ids, starts, max(map(len, completions), default=0)))
 
     counts = torch.from_numpy(lengths).repeat_interleave(num_generations)
+    ranked = torch.from_numpy((parsed.ranking >= 0).sum(axis=1))
+    if invalid == "partial":
+        ranked -= torch.from_numpy(parsed.missing)
     width = int(lengths.max(initial=1))
     order = rank_order(torch.from_numpy(parsed.ranking.astype(np.int64)), counts, width)
 
@@ -155,7 +243,7 @@ def score_completions(
         return by_candidate.repeat_interleave(num_generations, dim=0).gather(1, order)
 
     ranked_gains = in_rank_order(gains)
-    shown: dict[str, Any] = {"lengths": counts, "num_ranked": num_ranked}
+    shown: dict[str, Any] = {"lengths": counts, "num_ranked": ranked}
     if variance is None:
         rewards, spread = swap_rewards(ranked_gains, metric, credit=credit, **shown), None
     else:
@@ -163,7 +251,7 @@ def score_completions(
             ranked_gains, in_rank_order(variance), metric, credit=credit, **shown
         )
     value = ranking_metric(ranked_gains, metric, **shown)
-    return ScoredCompletions(parsed, ranked_gains, counts, value, rewards, spread)
+    return ScoredCompletions(parsed, ranked_gains, counts, ranked, value, rewards, spread)
 
 
 def item_values_to_tokens(values: torch.Tensor, item_ids: torch.Tensor, *, at: str = "all") -> torch.Tensor:
@@ -196,27 +284,6 @@ def _check_lists(candidates: Sequence[Any], name: str, rows: Sequence[Any]) -> N
         if len(names) != len(row):
             raise ValueError(f"{name}[{i}] must have one number per candidate, {len(names)}, got {len(row)}")
     return np.array([len(names) for names in candidates], dtype=np.int64)
-
-
-def _parse_ids(
-    completions: Sequence[Any],
-    candidates: Sequence[Any],
-    separator: Any,
-    end: Any,
-    num_ranked: int | None,
-    num_generations: int,
-    after: Any,
-) -> ParsedRankings:
-    starts = [_start(list(row), None if after is None else list(after)) for row in completions]
-    parsed = parse_rankings(
-        [row[start:] for row, start in zip(completions, starts, strict=True)],
-        candidates,
-        separator=separator,
-        end=end,
-        num_ranked=num_ranked,
-        num_generations=num_generations,
-    )
-    return parsed._replace(item_ids=_shifted(parsed.item_ids, starts, max(map(len, completions), default=0)))
 
 
 def _start(completion: Any, after: Any) -> int:

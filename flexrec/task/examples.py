@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from flexrec.data.lists import Catalogue, RankingList
 from flexrec.profiling import span
 from flexrec.task.critic import Critic
-from flexrec.task.needs import Need, evaluation_gains
+from flexrec.task.needs import Need, evaluation_gains, observed_interest
 from flexrec.task.prompts import PromptBuilder
 
 
@@ -26,6 +26,11 @@ class Example:
     history_span: tuple[int, int]  # the history's tokens are prompt[start:end]
     need: str
     user: int
+
+
+def prompts_and_candidates(examples: Sequence[Example]) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """The two columns of examples that models see."""
+    return [example.prompt for example in examples], [example.candidates for example in examples]
 
 
 class RankingTask:
@@ -49,7 +54,7 @@ class RankingTask:
         if self.critic is not None:
             with span("critic"):
                 return self.critic.fill_many(lists)
-        return [(np.nan_to_num(lst.interest, nan=0.0), np.zeros_like(lst.interest)) for lst in lists]
+        return [observed_interest(lst) for lst in lists]
 
     def training_example(
         self, lst: RankingList, need: Need, wording: str, feedback: tuple[np.ndarray, np.ndarray]

@@ -11,13 +11,12 @@ some wordings and a function like ``interest_gains``; nothing has to be register
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
-from flexrec.checks import check_choice
 from flexrec.data.lists import Catalogue, RankingList
 
 # (list, catalogue, interest (K,), its variance (K,)) -> gain (K,) float32, its variance (K,) float32
@@ -152,17 +151,12 @@ def get_need(name: str) -> Need:
     return NEEDS[name]
 
 
-def observed_interest(
-    lst: RankingList, unobserved: Literal["zero", "critic"] = "zero"
-) -> tuple[np.ndarray, np.ndarray]:
+def observed_interest(lst: RankingList) -> tuple[np.ndarray, np.ndarray]:
     """Mean (K,) and variance (K,), float32, of the interest as logged: no feedback counts as 0, for certain.
 
     That is right for sampled negatives (``RankingDataset.unobserved == "zero"``). Where feedback was not collected
-    ("critic") the missing values have to be predicted, and asking for them here is a ValueError.
+    ("critic") a critic predicts the missing values: :meth:`flexrec.task.Critic.fill_many`.
     """
-    check_choice("unobserved", unobserved, ("zero", "critic"))
-    if unobserved == "critic":
-        raise ValueError("unobserved='critic': the missing feedback of this list has to be predicted by a critic")
     interest = np.nan_to_num(lst.interest, nan=0.0).astype(np.float32)
     return interest, np.zeros_like(interest)
 
@@ -177,11 +171,3 @@ def evaluation_gains(need: Need, lst: RankingList, catalogue: Catalogue) -> np.n
     else:
         interest, variance = observed_interest(lst)
     return need.gains(lst, catalogue, interest, variance)[0]
-
-
-def with_positive_gain(need: Need, lists: Iterable[RankingList], catalogue: Catalogue) -> list[RankingList]:
-    """The lists in which some candidate has a positive gain for this need.
-
-    Of any other list every ranking scores 0 by definition; in a test set it only adds the same 0 to every method.
-    """
-    return [lst for lst in lists if evaluation_gains(need, lst, catalogue).any()]

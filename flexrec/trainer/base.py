@@ -16,9 +16,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from flexrec.policy.distributed import whole_model
 from flexrec.policy.lora import ADAPTER_FILE, has_adapters
 from flexrec.policy.scores import RankingBatch, make_batch
-from flexrec.profiling import ProfileSteps, active_profile, span
+from flexrec.profiling import active_profile, span
 from flexrec.rankings.reasoning import ReasoningTokens
-from flexrec.task.examples import Example
+from flexrec.task.examples import Example, prompts_and_candidates
+from flexrec.trainer.callbacks import ProfileSteps
 
 LossAndMetrics = tuple[torch.Tensor, Mapping[str, float | torch.Tensor]]
 
@@ -147,8 +148,7 @@ class RankingTrainer(Trainer):
         reasoning: ReasoningTokens | None = None,
     ) -> RankingBatch:
         return make_batch(
-            [example.prompt for example in examples],
-            [example.candidates for example in examples],
+            *prompts_and_candidates(examples),
             rankings,
             separator=self.separator,
             end=self.end,

@@ -1,4 +1,4 @@
-"""What a person sees of a long training: progress bars, seconds by stage, a log line per step, curves of quality."""
+"""What a person sees of a long training: a bar, seconds by stage and part, a line per step, curves of quality."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from flexrec.policy.distributed import process_index
-from flexrec.profiling import OUTSIDE, span
+from flexrec.profiling import OUTSIDE, active_profile, span
 
 # (model, what to call it) -> need -> metric -> (L,) values per list
 Evaluate = Callable[[Any, str], dict[str, dict[str, np.ndarray]]]
@@ -112,3 +112,19 @@ class Curve(TrainerCallback):
         means = {need: {m: float(v.mean()) for m, v in metrics.items()} for need, metrics in values.items()}
         self.log.write(stage="evaluation", step=state.global_step, seconds=round(trained, 2), means=means)
         self.stage.pause(self.stage.elapsed() - trained)
+
+
+class ProfileSteps(TrainerCallback):
+    """Counts the steps for who listens to the spans, and charges the optimiser, whose step is not ours to wrap."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if profile := active_profile():
+            profile.enter("optimizer")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if profile := active_profile():
+            profile.leave()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if profile := active_profile():
+            profile.steps += 1

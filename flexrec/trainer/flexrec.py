@@ -39,7 +39,7 @@ from flexrec.policy.scores import (
 )
 from flexrec.profiling import span
 from flexrec.rankings.reasoning import eos_token_ids, reasoning_rule
-from flexrec.task.examples import Example
+from flexrec.task.examples import Example, prompts_and_candidates
 from flexrec.trainer.base import EpochOrder, LossAndMetrics, RankingTrainer, pad_rows
 from flexrec.trainer.options import TrainerOptions
 
@@ -213,8 +213,7 @@ class FlexRecTrainer(RankingTrainer):
         with self.whole_model() as model:
             return sample_rankings(
                 model,
-                [example.prompt for example in examples],
-                [example.candidates for example in examples],
+                *prompts_and_candidates(examples),
                 separator=self.separator,
                 end=self.end,
                 num_generations=self.args.num_generations,
@@ -239,8 +238,7 @@ class FlexRecTrainer(RankingTrainer):
             return 1
         return sharing(
             self.model,
-            [example.prompt for example in examples],
-            [example.candidates for example in examples],
+            *prompts_and_candidates(examples),
             separator=self.separator,
             num_ranked=self._num_ranked,
             num_generations=self.args.num_generations,

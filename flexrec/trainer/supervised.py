@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from flexrec.checks import check_choice
+from flexrec.ops.vocabulary_logprobs import vocabulary_logprobs
 from flexrec.policy.scores import RankingBatch, decision_states, final_hidden, output_layer, ranking_scores
 from flexrec.task.examples import Example
 from flexrec.trainer.base import LossAndMetrics, RankingTrainer, pad_rows
@@ -51,8 +51,8 @@ class SupervisedTrainer(RankingTrainer):
     def _history_loss(
         self, model: Any, batch: RankingBatch, hidden: torch.Tensor, examples: Sequence[Example]
     ) -> torch.Tensor:
-        """Mean next-token loss over the history's tokens, over the whole vocabulary, a chunk of positions at a time;
-        weighted by this process's share of the tokens."""
+        """Mean next-token loss over the history's tokens, over the whole vocabulary; weighted by this process's
+        share of the tokens."""
         spans = [(max(1, example.history_span[0]), example.history_span[1]) for example in examples]
         rankings = np.repeat(np.arange(len(spans)), [max(0, b - a) for a, b in spans])
         share = self.share(len(rankings))
@@ -64,13 +64,8 @@ class SupervisedTrainer(RankingTrainer):
         predicting = hidden[rows, columns - 1]
         targets = batch.tokens.input_ids[rows, columns]
         weight, bias = output_layer(model)
-
-        def chunk_loss(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-            logits = torch.nn.functional.linear(states, weight, bias).float()
-            return torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
-
-        chunks = zip(predicting.split(1024), targets.split(1024), strict=True)
-        return sum(checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks) * share / len(targets)
+        logprobs = vocabulary_logprobs(predicting, weight, targets, bias=bias)
+        return -logprobs.sum() * share / len(targets)
 
 
 def _best_first(gains: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -46,8 +46,8 @@ def load(path):
     return module
 
 
-def ndcg(*gains):
-    return flexrec.ranking_metric(torch.tensor([gains]), "ndcg").item()
+def ndcg(*gains, num_ranked=3):
+    return flexrec.ranking_metric(torch.tensor([gains]), "ndcg", num_ranked=num_ranked).item()
 
 
 def test_reward_file_has_the_signature():
@@ -56,7 +56,7 @@ def test_reward_file_has_the_signature():
     queries = [PROMPT + answer + "<|im_end|><|endoftext|>" for answer in ANSWERS]
     result = reward_func(queries, [PROMPT] * 4, [LABEL] * 4)
     assert set(result) == {"rewards", "scores", "extra_logs"}
-    expected = [1.0, ndcg(0.0, 0.5, 1.0), ndcg(0.5, 0.0, 1.0), ndcg(0.5, 1.0, 0.0)]
+    expected = [1.0, ndcg(0.0, 0.5, 1.0), ndcg(0.5, 0.0, 1.0, num_ranked=1), ndcg(0.5, 1.0, 0.0)]
     assert result["rewards"].tolist() == pytest.approx(expected)
     assert result["scores"].tolist() == result["rewards"].tolist()
     assert result["extra_logs"]["valid"].tolist() == [1.0, 1.0, 0.0, 1.0]
@@ -90,12 +90,12 @@ def test_mistakes_are_named():
         MetricReward()([PROMPT], [PROMPT], [])
 
 
-def make_experiences(tokenizer, make=SimpleNamespace, kl=0.0, base=None):
+def make_experiences(tokenizer, make=SimpleNamespace, kl=0.0, base=None, answers=ANSWERS):
     """Two batches of two responses each, padded on the right; index says whose prompt's they are."""
     prompt = tokenizer.encode(PROMPT)
     experiences = []
     for rows in ([2, 0], [1, 3]):
-        sequences = [[*prompt, *tokenizer.encode(ANSWERS[row]), tokenizer.eos_token_id] for row in rows]
+        sequences = [[*prompt, *tokenizer.encode(answers[row]), tokenizer.eos_token_id] for row in rows]
         width = max(map(len, sequences))
         padded = [sequence + [tokenizer.pad_token_id] * (width - len(sequence)) for sequence in sequences]
         attention = torch.tensor([[1] * len(sequence) + [0] * (width - len(sequence)) for sequence in sequences])
@@ -118,7 +118,7 @@ def make_experiences(tokenizer, make=SimpleNamespace, kl=0.0, base=None):
 def expected_advantages(gain_rows, counts, metric="ndcg", credit="swap", **options):
     gains = torch.tensor(gain_rows)
     named = torch.arange(3) < torch.tensor(counts)[:, None]
-    rewards = flexrec.swap_rewards(gains, metric, credit=credit)
+    rewards = flexrec.swap_rewards(gains, metric, credit=credit, num_ranked=torch.tensor(counts))
     return flexrec.item_advantages(rewards, 2, item_mask=named, **options)
 
 
@@ -147,8 +147,9 @@ def test_every_token_of_an_item_gets_its_advantage(tokenizer, options):
 def test_unsure_responses_count_less(tokenizer):
     variance = [[0.2, 0.1, 0.0], [0.0, 0.1, 0.2], [0.1, 0.0, 0.2], [0.1, 0.2, 0.0]]
     gains = torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.5, 1.0], [0.5, 0.0, 1.0], [0.5, 1.0, 0.0]])
-    _, spread = flexrec.swap_rewards_with_variance(gains, torch.tensor(variance), "ndcg")
-    named = torch.arange(3) < torch.tensor([3, 3, 1, 3])[:, None]
+    counts = torch.tensor([3, 3, 1, 3])
+    _, spread = flexrec.swap_rewards_with_variance(gains, torch.tensor(variance), "ndcg", num_ranked=counts)
+    named = torch.arange(3) < counts[:, None]
     weights = flexrec.uncertainty_weights(spread, 4, item_mask=named)
     label = json.dumps({"gains": [0.0, 0.5, 1.0], "gain_variance": [0.0, 0.1, 0.2]})
 
@@ -161,6 +162,37 @@ def test_unsure_responses_count_less(tokenizer):
         return torch.tensor([rows[i] for i in range(4)])
 
     torch.testing.assert_close(strength(), strength(uncertainty="none") * weights[:, 0])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"baseline": "rank", "scale": "rank"}, {"baseline": "group", "scale": "group"}]
+)
+@pytest.mark.parametrize("kind", ["nothing", "equal"])
+def test_groups_that_nothing_tells_apart_have_no_advantage(tokenizer, options, kind):
+    """Exactly 0 at every token, so that the loss's gradient is the KL's; the other prompt's are as they were."""
+    answers = [*ANSWERS[:2], *(("well", "") if kind == "nothing" else ANSWERS[:2])]
+    found = {}
+    for name in ("both", "alone"):
+        experiences = make_experiences(tokenizer, answers=answers)
+        for experience in experiences:
+            same = json.dumps({"gains": [0.5, 0.5, 0.5]})
+            experience.labels = [same if kind == "equal" and index >= 2 else LABEL for index in experience.index]
+        if name == "alone":
+            for experience in experiences:
+                keep = [row for row, index in enumerate(experience.index) if index < 2]
+                for field in ("sequences", "attention_mask", "action_mask", "advantages"):
+                    setattr(experience, field, getattr(experience, field)[keep])
+                experience.labels = [experience.labels[row] for row in keep]
+                experience.index = [experience.index[row] for row in keep]
+        for experience in set_item_advantages(experiences, tokenizer, 2, **options):
+            for row, index in enumerate(experience.index):
+                found[name, index] = experience.advantages[row]
+    for index in (2, 3):
+        assert (found["both", index] == 0).all()
+    factor = 2.0**0.5 if kind == "equal" and not options else 1.0  # the batch's spread is over their items too
+    for index in (0, 1):
+        torch.testing.assert_close(found["both", index], found["alone", index] * factor)
+        assert (found["alone", index] != 0).any()
 
 
 def test_a_divergence_in_the_rewards_would_be_lost(tokenizer):

@@ -26,7 +26,11 @@ LOOSE = {
     "[3] > [1]": [2, 0, 1],
     "[3] > [3] > [1] > [2]": [2, 0, 1],
     "1. [3]\n2. [1]\n3. [2]": [2, 0, 1],
+    "3 > 1 > 2": [2, 0, 1],
+    "[3, 1, 2]": [2, 0, 1],
+    "Passage [2] is about [1]; final: [3] > [1] > [2]": [2, 0, 1],
 }
+NAMED = {"[3] > [1]": 2, "[2]": 1, "I cannot rank these.": 0, "": 0}  # how many items are said; 3 in all others
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +53,30 @@ def model(tokenizer):
     return made
 
 
-@pytest.mark.parametrize(("text", "ranking"), {**TEXTS, **LOOSE}.items())
+@pytest.mark.parametrize(
+    ("text", "ranking"), {**TEXTS, **LOOSE, "[2]": [1, 0, 2], "": [0, 1, 2], "I cannot rank these.": [0, 1, 2]}.items()
+)
 def test_every_reward_reads_the_text(text, ranking):
     gains = [GAINS[item] for item in ranking]
-    value = flexrec.ranking_metric(torch.tensor([gains]), "ndcg").item()
+    named = NAMED.get(text, 3)
+    value = flexrec.ranking_metric(torch.tensor([gains]), "ndcg", num_ranked=named).item()
+    assert (value == 0) == (named == 0)
     scored = score_completions([text], None, [GAINS], "ndcg", separator=" > ")
     assert scored.parsed.ranking.tolist() == [ranking]
     assert bool(scored.parsed.valid[0]) == (text in TEXTS)
-    torch.testing.assert_close(scored.item_rewards, flexrec.swap_rewards(torch.tensor([gains]), "ndcg"))
+    torch.testing.assert_close(
+        scored.item_rewards, flexrec.swap_rewards(torch.tensor([gains]), "ndcg", num_ranked=named)
+    )
     assert RankingReward("ndcg")(completions=[text], gains=[GAINS]) == [pytest.approx(value)]
     score = compute_score("rerank", text, {"gains": GAINS})
     assert (score["score"], score["valid"]) == (pytest.approx(value), float(text in TEXTS))
     result = MetricReward()([PROMPT + text], [PROMPT], [json.dumps({"gains": GAINS})])
     assert result["rewards"].tolist() == [pytest.approx(value)]
+    repaired = flexrec.ranking_metric(torch.tensor([gains]), "ndcg").item()
+    assert RankingReward("ndcg", invalid="repair")(completions=[text], gains=[GAINS]) == [pytest.approx(repaired)]
+    assert compute_score("rerank", text, {"gains": GAINS}, invalid="repair")["score"] == pytest.approx(repaired)
+    result = MetricReward(invalid="repair")([PROMPT + text], [PROMPT], [json.dumps({"gains": GAINS})])
+    assert result["rewards"].tolist() == [pytest.approx(repaired)]
 
 
 def scores_of(model, tokenizer, texts):

@@ -188,7 +188,7 @@ def test_unconstrained_completions_are_rewarded_where_they_name_items(tmp_path):
         tmp_path, list(spans), reasoning_end="</think>", scale="none", shuffle_dataset=False, max_steps=1
     )
     gains = torch.tensor([[0.5, 1.0, 0.0], [0.0, 1.0, 0.5], [1.0, 0.0, 0.5], [1.0, 0.5, 0.0]])
-    rewards = flexrec.swap_rewards(gains, "ndcg")
+    rewards = flexrec.swap_rewards(gains, "ndcg", num_ranked=torch.tensor([3, 1, 0, 3]))
     expected = torch.zeros_like(batch["advantages"])
     for row, span in enumerate(spans.values()):
         for column, rank in enumerate(span):

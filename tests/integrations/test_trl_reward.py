@@ -66,11 +66,16 @@ def test_reward_of_a_credit_is_its_mean_over_the_ranks(credit):
     assert [log[f"{name}/reward@{k}"] for k in (1, 2, 3, 4)] == pytest.approx([*of_items.tolist(), 0.0], rel=1e-6)
 
 
-def test_what_is_no_ranking_is_repaired_or_left_out():
+def test_what_is_no_ranking_counts_in_part_or_is_repaired_or_left_out():
     texts = ["best is [3]", "[3] > [1] > [2]", "[3] > [3] > [9]"]
-    values, log = reward(texts)
+    values, _ = reward(texts, invalid="repair")
     expected = flexrec.ranking_metric(torch.tensor([[0.5, 1.0, 0.0]]), "ndcg").item()  # all three, repaired
     assert values == pytest.approx([expected] * 3, rel=1e-6)
+    values, log = reward(texts)
+    of_first = flexrec.ranking_metric(torch.tensor([[0.5, 1.0, 0.0]]), "ndcg", num_ranked=1).item()
+    assert values == pytest.approx([of_first, expected, of_first], rel=1e-6)
+    assert of_first < expected
+    assert reward(["I cannot say", ""])[0] == [0.0, 0.0]
     values, _ = reward(texts, invalid="none")
     assert values == [None, pytest.approx(expected, rel=1e-6), None]
     assert log["ndcg/valid"] == pytest.approx(1 / 3)
@@ -117,6 +122,20 @@ def test_the_mean_is_over_the_ranks_of_each_list():
     values, _ = reward(["[1] > [2]", "[1] > [2] > [3]"], credit="swap", columns={"gains": lists})
     means = [flexrec.swap_rewards(torch.tensor([gains]), "ndcg")[0].mean().item() for gains in lists]
     assert values == pytest.approx(means, rel=1e-6)
+
+
+@pytest.mark.parametrize("credit", COMPLETION_CREDITS)
+def test_ranks_that_are_not_filled_count_as_nothing(credit):
+    """The mean is over the ranks asked for, so that leaving items out is no way to a higher one."""
+    values, _ = reward(["[3] > [1]", "[1]", "", "[2] > [3]"], credit=credit, num_ranked=2)
+    for value, named, gains in zip(
+        values, (2, 1, 0, 2), ([0.5, 1.0, 0.0], [1.0, 0.0, 0.5], [1.0, 0.0, 0.5], [0.0, 0.5, 1.0]), strict=True
+    ):
+        of_items = flexrec.swap_rewards(torch.tensor([gains]), "ndcg", credit=credit, num_ranked=named)[0]
+        expected = of_items.sum().item() / 2
+        if credit == "sequence":
+            expected = flexrec.ranking_metric(torch.tensor([gains]), "ndcg", num_ranked=named).item()
+        assert value == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize(

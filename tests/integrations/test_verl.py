@@ -114,6 +114,52 @@ def test_advantages_are_those_of_item_advantages(options, sure):
     assert (advantages[item_ids < 0] == 0).all()
 
 
+def test_a_group_without_any_reward_leaves_the_others_as_they_are():
+    """One prompt's responses name nothing: advantage 0 at all of their tokens, whatever the statistics are over."""
+    rewards, item_ids, response_mask, _, index = make_batch()
+    empty = slice(4, 8)
+    item_ids[empty] = -1
+    rewards[empty] = 0
+    others = np.r_[0:4, 8:12]
+    token_rewards = as_verl(rewards, item_ids, response_mask)
+    for options in ({}, {"baseline": "rank", "scale": "rank"}, {"baseline": "group", "scale": "group"}):
+        advantages, _ = item_advantage_estimator(token_rewards, response_mask, {"flexrec": options}, index)
+        alone, _ = item_advantage_estimator(
+            token_rewards[others], response_mask[others], {"flexrec": options}, index[others]
+        )
+        assert (advantages[empty] == 0).all()
+        assert torch.equal(advantages[others], alone)
+        assert (alone != 0).any()
+
+
+@pytest.mark.parametrize("say", ["I cannot rank these.", "[1] > [2] > [3]", ""])
+@pytest.mark.parametrize("gains", [[0.0, 0.0, 0.0], [0.5, 0.5, 0.5]], ids=str)
+def test_equal_rewards_leave_the_gradient_to_the_divergence(say, gains):
+    """All of a batch earns the same: with a KL term the gradient is the KL's to the last bit, and never NaN."""
+    tokenizer = byte_tokenizer()
+    responses = [tokenizer.encode(say + "!")] * 4
+    scored = score_responses(tokenizer, responses, [{"gains": gains}] * 4)
+    assert torch.isfinite(scored.completions.metric).all()
+    token_rewards = pack_token_rewards(scored.completions.item_rewards, scored.item_ids)
+    mask = torch.ones_like(scored.item_ids)
+    index = np.array(["a", "a", "b", "b"], dtype=object)
+    for options in ({}, {"baseline": "rank", "scale": "rank"}, {"baseline": "group", "scale": "group"}):
+        advantages, _ = item_advantage_estimator(token_rewards, mask, {"flexrec": options}, index)
+        assert advantages.abs().max() < 1e-30  # marks of items, no more
+        generator = torch.Generator().manual_seed(0)
+        old, reference = (-torch.rand(mask.shape, generator=generator) for _ in range(2))
+        grads = []
+        for with_policy in (True, False):
+            log_prob = (old + 0.1).requires_grad_()
+            loss = 0.01 * ((reference - log_prob).exp() - (reference - log_prob) - 1).mean()
+            if with_policy:
+                loss = loss + item_policy_loss(old, log_prob, advantages, mask)[0]
+            loss.backward()
+            grads.append(log_prob.grad)
+        assert torch.equal(*grads)
+        assert (grads[0] != 0).all()
+
+
 def test_uncertainty_can_be_switched_off():
     rewards, item_ids, response_mask, named, index = make_batch()
     unsure = as_verl(rewards, item_ids, response_mask, torch.rand(rewards.shape))

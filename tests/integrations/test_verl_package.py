@@ -163,7 +163,7 @@ def test_agent_loop_puts_item_rewards_at_item_ends(outputs, tokenizer):
         assert output["rm_scores"].shape == output["responses"].shape
         assert tokenizer.decode(output["responses"]) == answer + "</s>"
     found = unpack_token_rewards(outputs[2]["rm_scores"][None], torch.ones(1, len(outputs[2]["rm_scores"])))
-    rewards = flexrec.swap_rewards(torch.tensor([[0.5, 1.0, 0.0]]), "ndcg")
+    rewards = flexrec.swap_rewards(torch.tensor([[0.5, 1.0, 0.0]]), "ndcg", num_ranked=2)
     torch.testing.assert_close(found.rewards, rewards[:, :2])  # "I say [3] > [1]" left out [2]
     spelled = [tokenizer.decode(outputs[2]["responses"][found.item_ids[0] == rank]) for rank in range(2)]
     assert [text.strip() for text in spelled] == ["[3]", "[1]"]

@@ -59,7 +59,7 @@ BAD = [
     ({"candidates": [[1], [-2]]}, r"flexrec: candidates\[1\] must hold token ids from 0 to 2147483647, got -2"),
     ({"candidates": [[1]], "separator": ", "}, "flexrec: separator must be a sequence of token ids, got str"),
     ({"candidates": [[1]], "end": 2}, "flexrec: end must be a sequence of token ids, got int"),
-    ({"candidates": [[1], [1, 2]], "end": [3]}, "candidate 0 is a prefix of candidate 1"),
+    ({"candidates": [[1], [1, 2]], "end": [2], "num_ranked": 1}, "candidate 0 is a prefix of candidate 1"),
     ({"candidates": [[1]], "num_ranked": 0}, "num_ranked"),
     ({"candidates": [[1]], "num_ranked": 2}, "num_ranked"),
     ({"candidates": [[1]], "num_ranked": "1"}, "num_ranked must be an int, got str"),

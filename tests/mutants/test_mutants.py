@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -14,6 +15,17 @@ from mutants import ROOT, Mutant, load_mutants
 MUTANTS = load_mutants()
 
 
+@functools.cache
+def definitions(path: str) -> dict[str, set[str]]:
+    """The names that a file of tests defines, and those inside of its classes."""
+    body = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
+    return {
+        node.name: {inner.name for inner in getattr(node, "body", []) if hasattr(inner, "name")}
+        for node in body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
 def test_it_applies_and_its_tests_exist(mutant: Mutant) -> None:
     changed = mutant.applied_to((ROOT / mutant.file).read_text(encoding="utf-8"))
@@ -21,11 +33,11 @@ def test_it_applies_and_its_tests_exist(mutant: Mutant) -> None:
         compile(changed, mutant.file, "exec")
     for test in mutant.tests:
         path, *names = test.partition("[")[0].split("::")
-        body = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
-        for name in names:
-            found = [node for node in body if getattr(node, "name", None) == name]
-            assert found, f"{path} has no {name}"
-            body = getattr(found[0], "body", [])
+        if names:
+            assert names[0] in definitions(path), f"{path} has no {names[0]}"
+            assert set(names[1:]) <= definitions(path)[names[0]], f"{path} has no {test}"
+        else:
+            assert definitions(path)
 
 
 def test_faults_that_do_not_apply_are_refused() -> None:

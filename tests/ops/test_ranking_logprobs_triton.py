@@ -109,6 +109,28 @@ def test_a_nan_shows(ranked_case, device):
     assert out.logprobs.isnan().nonzero().tolist() == [[0, 1]]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy in the interpreter
+@pytest.mark.parametrize(("where", "bad"), [("hidden", math.nan), ("hidden", math.inf), ("weight", math.nan)])
+@pytest.mark.parametrize("size", [5, 70])
+def test_what_is_no_number_shows_in_every_gradient(size, where, bad, ranked_case, weighted_sum, device):
+    """A guard on the norm of gradients must see it: where the log-prob of a step is NaN, so is all that it gives."""
+    case = ranked_case(5, lists=2, group=2, steps=4, size=size, vocab=90, dtype=torch.float32).to(torch.float32, device)
+    with torch.no_grad():
+        getattr(case, where)[(1, 2, 0) if where == "hidden" else (case.candidates[0, 3], 0)] = bad
+    got, (of_hidden, of_weight, of_bias) = outputs_and_grads(case, "triton", weighted_sum)
+    wrong = got.logprobs.isnan()
+    assert wrong[1, 2]
+    assert not wrong.all()
+    assert of_hidden[wrong].isnan().all()
+    for n, t, remaining in case.steps():
+        if wrong[n, t]:  # (an infinite hidden state makes some of them impossible, which get no gradient)
+            tokens = case.candidates[n // 2, remaining]
+            found = of_weight[tokens].isnan().all(1), of_bias[tokens].isnan()
+            assert all(x.any() if math.isinf(bad) else x.all() for x in found)
+    if where == "hidden":  # nobody else has read it
+        assert of_hidden[~wrong].isfinite().all()
+
+
 def test_operands_need_not_be_contiguous_nor_of_one_dtype(ranked_case, weighted_sum, device):
     case = ranked_case(6, dtype=torch.float32).to(torch.float32, device)
     want, want_grads = outputs_and_grads(case, "torch", weighted_sum)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from flexrec.ops.rank_order import rank_positions
+from flexrec.triton_kernels import aot
 from flexrec.triton_kernels import ranking_logprobs as kernels
 from flexrec.triton_kernels import ranking_logprobs_problem as problems
 from flexrec.triton_kernels.ranking_logprobs import Forward, ranking_logprobs_backward, ranking_logprobs_forward
-
-from flexrec.ops.rank_order import rank_positions
 
 TEMPERATURE = 0.7
 
@@ -293,6 +293,49 @@ def test_few_lists_of_many_steps_take_a_library_product(device, monkeypatch):
     assert len(calls) == 2
 
 
+def test_a_token_of_many_lists_is_added_up_before_it_is_rounded(device):
+    """Each list adds less than bfloat16 can tell from 1; all of them together are seen."""
+    x = make(60, 1, 1, 2, 8, 3, device=device)
+    x.candidates[:], x.position[:] = torch.tensor([0, 2], device=device), torch.tensor([0, 1], device=device)
+    out = ranking_logprobs_forward(*x.inputs)
+    upstream = 1e-3 * torch.ones_like(out.logprobs), *(torch.zeros_like(y) for y in results(out)[1:])
+    x.hidden[:] = 1.0
+    arguments = upstream, out.saved, *x.inputs, [False, True, True]
+    _, rows, bias_rows = ranking_logprobs_backward(*arguments, weight_mode="rows")
+    into = torch.ones(3, 8, dtype=torch.bfloat16, device=device), torch.ones(3, dtype=torch.bfloat16, device=device)
+    ranking_logprobs_backward(*arguments, weight_mode="accumulate", into=into)
+    for found, each in zip(into, (rows, bias_rows), strict=True):
+        total = torch.zeros(found.shape, device=device).index_add_(0, x.candidates.flatten(), each)
+        assert (each.abs() < 2**-9).all()
+        assert total.abs().max() > 3 * 2**-7
+        assert (found.float() - (1 + total)).abs().max() <= 2**-7  # one rounding, which the interpreter cuts off
+
+
+@pytest.mark.parametrize("order", ["canonical", "chosen"])
+@pytest.mark.parametrize("mode", ["dense", "accumulate", "rows"])
+def test_tokens_out_of_range_are_neither_read_nor_written(mode, order, device):
+    """Where value checks are off: NaN for steps that may choose them, and what lies beside the buffers stays."""
+    x = make(2, 1, 3, 5, 8, 20, device=device)
+    whole = torch.zeros(24, 8, device=device), torch.zeros(24, device=device)  # two rows too many on either side
+    x.candidates[0, 0], x.candidates[0, 4] = -1, 20
+    x.position[0] = torch.tensor([0, 2, 3, 4, 1])
+    out = ranking_logprobs_forward(*x.inputs, order=order)
+    assert out.logprobs.isnan().tolist() == [[True, True, False], [False] * 3]
+    grads = ranking_logprobs_backward(
+        upstream_of(results(out)),
+        out.saved,
+        *x.inputs,
+        [True] * 3,
+        weight_mode=mode,
+        into=tuple(y[2:22] for y in whole) if mode == "accumulate" else (None, None),
+        order=order,
+    )
+    assert grads[0].isnan().all(-1).tolist() == out.logprobs.isnan().tolist()
+    for y in whole:
+        assert (y[[0, 1, 22, 23]] == 0).all()
+        assert (mode == "accumulate") == bool(y.any())
+
+
 @pytest.mark.parametrize("size", [20, 70])
 def test_only_what_is_asked_for_is_computed(size, device, monkeypatch):
     x = make(1, 2, 6, size, 24, 30, device=device)
@@ -300,18 +343,13 @@ def test_only_what_is_asked_for_is_computed(size, device, monkeypatch):
     upstream = upstream_of(results(out))
     whole = ranking_logprobs_backward(upstream, out.saved, *x.inputs, [True] * 3)
     launched = []
-    for name in ("dlogits", "hidden_grad", "weight_grad"):
-        kernel = getattr(kernels, f"ranking_logprobs_{name}_kernel")
+    launch = kernels.launch
 
-        class Counted:
-            def __init__(self, kernel=kernel, name=name):
-                self.kernel, self.name = kernel, name
+    def counted(kernel, *arguments, **named):
+        launched.append(kernel.__name__.removeprefix("ranking_logprobs_").removesuffix("_kernel"))
+        launch(kernel, *arguments, **named)
 
-            def __getitem__(self, grid):
-                launched.append(self.name)
-                return self.kernel[grid]
-
-        monkeypatch.setattr(kernels, f"ranking_logprobs_{name}_kernel", Counted())
+    monkeypatch.setattr(kernels, "launch", counted)
     apart = ["hidden_grad"] if size > 64 else []  # up to a tile of candidates it comes with dlogits
     for wanted, expected in (
         ([False] * 3, []),
@@ -477,11 +515,11 @@ def test_choices_by_shape():
 
 
 def test_every_launch_is_compiled_ahead_of_time():
-    """Tiles and warps that a launcher can choose are among variants(), which are checked for spills."""
+    """Tiles and warps that a launcher can choose are among those of the examples, which are checked for spills."""
     compiled = {
-        (v.kernel.__name__, v.num_warps, *(v.constants[f"BLOCK_{axis}"] for axis in "TKD"))
-        for v in kernels.variants()
-        if "BLOCK_D" in v.constants
+        (launch.kernel.__name__, launch.num_warps, *(launch.constants[f"BLOCK_{axis}"] for axis in "TKD"))
+        for _, _, launch in aot.variants()
+        if launch.kernel.__name__.startswith("ranking_logprobs_")
     }
     launched = set()
     for rows in (1, 32, 33, 64, 5000):

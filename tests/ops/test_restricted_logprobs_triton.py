@@ -85,9 +85,9 @@ def small_tiles(monkeypatch):
     """Pieces and long rows at sizes that a test can afford: what takes 1,024 entries, from 16 on."""
     monkeypatch.setattr(segment_sum, "PIECE", 16)
     monkeypatch.setattr(segment_sum, "JOIN", (4, 16))
-    monkeypatch.setattr(restricted_softmax, "ROWS", 4)
+    monkeypatch.setattr(restricted_softmax, "TILE", (4, 16))
     monkeypatch.setattr(restricted_softmax, "LONG", 20)
-    monkeypatch.setattr(restricted_softmax, "LONG_WIDTH", 32)
+    monkeypatch.setattr(restricted_softmax, "LONG_TILE", (1, 32))
 
 
 @pytest.fixture
@@ -235,6 +235,45 @@ def test_rows_without_a_choice_are_not_read(weighted_sum, device):
     assert (grads[0][[0, 2]] == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy in the interpreter
+@pytest.mark.parametrize(("where", "bad"), [("hidden", math.nan), ("hidden", math.inf), ("weight", math.nan)])
+def test_what_is_no_number_shows_in_every_gradient(where, bad, weighted_sum, device, small_tiles):
+    """A guard on the norm of gradients must see it: where the log-prob of a row is NaN, so is all that it gives."""
+    case = make_case(10, [4, 1, 30, 3]).to(torch.float32, device)
+    with torch.no_grad():
+        getattr(case, where)[2 if where == "hidden" else case.ids[7], 0] = bad
+    logprobs, *_, of_hidden, of_weight, of_bias = results(case, "triton", weighted_sum)
+    wrong = logprobs.isnan()
+    assert wrong[2]
+    assert of_hidden[wrong].isnan().all()
+    for row in wrong.nonzero().flatten().tolist():  # (an infinite hidden state makes some tokens impossible)
+        tokens = case.ids[case.offsets[row] : case.offsets[row + 1]]
+        found = of_weight[tokens].isnan().all(1), of_bias[tokens].isnan()
+        assert all(x.any() if math.isinf(bad) else x.all() for x in found)
+    assert of_hidden[~wrong].isfinite().all()
+
+
+def test_long_rows_do_not_wait_for_each_other(device, small_tiles, monkeypatch):
+    """Each has a program of its own, found by the host's bound alone: one for every LONG entries."""
+    programs = []
+    launch = restricted_softmax.launch
+
+    def counted(kernel, grid, *arguments, **named):
+        programs.append((grid[0], named.get("TAKES_LONG")))
+        launch(kernel, grid, *arguments, **named)
+
+    monkeypatch.setattr(restricted_softmax, "launch", counted)
+    counts = [25, 21, 3, 80, 1, 20, 41, 22, 64, 1, 21]
+    case = make_case(11, counts, reference=False).to(torch.float32, device)
+    got, want = case.run("triton"), case.run("torch")
+    torch.testing.assert_close(got, want)
+    assert programs == [(3, False), ((sum(counts) - 1) // 20, True)]
+    programs.clear()
+    case = make_case(12, [7, 9], reference=False).to(torch.float32, device)
+    case.run("triton")
+    assert programs == [(1, False)]  # no row can be long
+
+
 def test_rows_without_tokens_and_no_rows(device):
     hidden, weight = torch.zeros(2, 3, device=device, requires_grad=True), torch.zeros(5, 3, device=device)
     ids, offsets = torch.tensor([4, 2], device=device), torch.tensor([0, 0, 2], device=device)
@@ -267,6 +306,32 @@ def test_a_missing_target_is_no_number_where_nobody_checks(device, monkeypatch):
     case = make_case(8, [2, 3], vocab=6).to(torch.float32, device)
     case.targets[1] = next(token for token in range(6) if token not in case.ids[2:])
     assert case.run("triton").logprobs.isnan().tolist() == [False, True]
+
+
+def test_tokens_out_of_range_are_neither_read_nor_written(weighted_sum, device, small_tiles, monkeypatch):
+    """Where value checks are off: NaN for their rows, and what lies beside the buffers stays as it was."""
+    monkeypatch.setattr("flexrec.ops.allowed_sets.values_are_checked", lambda tensor: False)
+    case = make_case(13, [4, 20, 3], vocab=30).to(torch.float32, device)
+    whole = torch.zeros(34, case.weight.shape[1], device=device)  # two rows too many on either side
+    case.ids[1], case.ids[25] = -1, 30
+    for scatters in (True, False):
+        monkeypatch.setattr(kernels, "_scatters", lambda nnz, hidden, out, fresh, scatters=scatters: scatters)
+        accumulating = case.to(torch.float32)
+        whole.zero_()
+        accumulating.weight.main_grad = whole[2:32]
+        out = accumulating.run("triton", weight_grad="accumulate")
+        assert out.logprobs.isnan().tolist() == [True, False, True]
+        kernels.weight_gradient(
+            torch.ones(len(case.ids), device=device),
+            case.hidden.detach(),
+            case.weight.detach(),
+            case.ids,
+            kernels.owners(case.offsets, len(case.ids)),
+            whole[2:32],
+        )
+        assert (whole[[0, 1, 32, 33]] == 0).all()
+        assert whole[2:32].any()
+        assert whole.isfinite().all()
 
 
 def test_what_it_cannot_do_is_said(monkeypatch):

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from flexrec.triton_kernels import swap_lists
 
 from flexrec import metrics
 from flexrec.metrics import FAMILIES, parse_metric
@@ -15,6 +14,7 @@ from flexrec.ops import swap_rewards as module
 from flexrec.ops.ranking_metric import Lists, ingredients
 from flexrec.ops.swap_reference import rewards_of
 from flexrec.ops.swap_rewards import swap_rewards, swap_rewards_with_variance, swap_scores
+from flexrec.triton_kernels import lists
 
 NAMES = [{"rbp": "rbp.8"}.get(name, name) for name in FAMILIES]
 LINEAR = [name for name in NAMES if parse_metric(name).definition.form == "linear"]
@@ -131,8 +131,8 @@ def test_list_lengths(size, device):
 )
 def test_lists_of_several_tiles(metric, credit, device, monkeypatch):
     """Tiles of 64 ranks in place of 256: four of them, two levels of merges."""
-    monkeypatch.setattr(swap_lists, "WIDTHS", (32, 64, 64))
-    swap_lists.tiles_of.cache_clear()
+    monkeypatch.setattr(lists, "WIDTHS", (32, 64, 64))
+    lists.tiles_of.cache_clear()
     size = 150
     gains, counts = make_gains(3, size, 3), make_counts(3, size)
     gains[:, :100] *= torch.rand(100, generator=torch.Generator().manual_seed(0)) < 0.02  # matters behind, too
@@ -142,7 +142,7 @@ def test_lists_of_several_tiles(metric, credit, device, monkeypatch):
             continue
         rewards = swap_rewards(gains.to(device, dtype), metric, credit=credit, backend="triton", **on(device, counts))
         assert (rewards.cpu() - exact).abs().max() <= tolerance * exact.abs().max()
-    swap_lists.tiles_of.cache_clear()
+    lists.tiles_of.cache_clear()
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -170,6 +170,53 @@ def test_variance(metric, credit, device):
         found = swap_rewards_with_variance(*inputs, metric, credit=credit, backend="triton", **on(device, counts))
         for x, expected in zip(found, exact, strict=True):
             assert (x.cpu() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.parametrize("metric", ["ndcg", "dcg@20", "ndcg_burges", "dcg_burges"])
+@pytest.mark.parametrize(
+    ("gain", "variance"), [(1e-20, 1e-42), (1e30, 1e38), (1e-40, 1e-44), (3e-45, 0.0), (30.0, 1.0)]
+)
+def test_extremes_of_float32(gain, variance, metric, credit, device):
+    """What float32 can hold comes out right: squares of small gains are no 0, those of large ones no infinity."""
+    if metric == "dcg_burges":
+        gain = min(gain, 90.0)  # whose power of two is 1e27
+    elif metric == "ndcg_burges":
+        variance = min(variance, 1e30)  # of term gains of at most 1, whose sums are still numbers
+    generator = torch.Generator().manual_seed(0)
+    gains = (gain * torch.rand(3, 30, generator=generator, dtype=torch.float64)).float()
+    variances = (variance * torch.rand(3, 30, generator=generator, dtype=torch.float64)).float()
+    inputs = gains.to(device), variances.to(device)
+    found = swap_rewards_with_variance(*inputs, metric, credit=credit, backend="triton")
+    plain = swap_rewards(inputs[0], metric, credit=credit, backend="triton").cpu()
+    # The reference subtracts 1 from 2^g and so loses the digits of small gains.
+    backend = "numba" if gain < 1e-3 else "torch"
+    exact = swap_rewards_with_variance(gains.double(), variances.double(), metric, credit=credit, backend=backend)
+    tiny = torch.finfo(torch.float32).smallest_normal * ULP
+    for x, expected in zip((*found, plain), (*exact, exact[0]), strict=True):
+        representable = expected.abs().max() < torch.finfo(torch.float32).max
+        assert not representable or (x.cpu() - expected).abs().max() <= 10 * ULP * expected.abs().max() + tiny
+
+
+@pytest.mark.parametrize("variance", [False, True])
+@pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.parametrize("metric", ["ndcg", "ndcg@300", "dcg_burges", "recall@280"])
+def test_variance_of_lists_of_several_tiles(metric, credit, variance, device, monkeypatch):
+    """K > 256: what is carried from tile to tile, variances included."""
+    generator = torch.Generator().manual_seed(0)
+    rows, size = 2, 301
+    gains, variances = make_gains(rows, size) / 3, torch.rand(rows, size, generator=generator, dtype=torch.float64)
+    counts = make_counts(rows, size)
+    counts["lengths"][1], counts["num_ranked"] = 299, torch.tensor([301, 270])
+    if not variance:
+        exact = (swap_rewards(gains, metric, credit=credit, backend="torch", **counts),)
+        found = (swap_rewards(gains.float().to(device), metric, credit=credit, backend="triton", **on(device, counts)),)
+    else:
+        exact = swap_rewards_with_variance(gains, variances, metric, credit=credit, backend="torch", **counts)
+        inputs = gains.float().to(device), variances.float().to(device)
+        found = swap_rewards_with_variance(*inputs, metric, credit=credit, backend="triton", **on(device, counts))
+    for x, expected in zip(found, exact, strict=True):
+        assert (x.cpu() - expected).abs().max() <= 20 * ULP * expected.abs().max()
 
 
 def test_variances_without_a_kernel_are_refused(device):
@@ -268,6 +315,20 @@ def test_swap_scores_of_several_tiles_of_columns(device):
     scores = swap_scores(gains, "err", backend="torch")
     found = swap_scores(gains.float().to(device), "err", backend="triton").cpu()
     assert (found - scores).abs().max() <= 5 * ULP * scores.abs().max()
+
+
+def test_tables_are_not_copied_while_a_graph_is_captured(monkeypatch):
+    """CUDA would refuse the copy with an error that names nothing, and end the capture."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    metric = parse_metric("ndcg@7")
+    arguments = torch.device("cuda", 0), torch.float32
+    for table in (
+        lambda: lists.discounts_on(metric, 31, *arguments),
+        lambda: lists.swap_table_on(metric, 31, 9, *arguments),
+        lambda: lists.sorted_discounts_on(metric, 31, 32, 16, *arguments),
+    ):
+        with pytest.raises(RuntimeError, match=r"call them once with the same metric, K .* before the capture"):
+            table()
 
 
 def test_empty_batches(device):

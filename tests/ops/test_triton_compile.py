@@ -9,15 +9,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
-from flexrec.triton_kernels import aot  # noqa: E402
+from flexrec.triton_kernels import aot, launch, segment_sum  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "kernels.md"
@@ -44,7 +44,7 @@ def rows() -> list[aot.Row]:
 
 def test_all_variants_compile_for_all_targets(rows):
     compiled = {(row.module, row.variant, row.target) for row in rows}
-    expected = {(module, variant.name, target) for module, variant in aot.kernel_variants() for target in aot.TARGETS}
+    expected = {(variant.module, variant.name, target) for variant in aot.variants() for target in aot.TARGETS}
     assert compiled == expected
     assert len(rows) == len(expected) > 0
 
@@ -82,7 +82,7 @@ def table_version(text: str) -> str:
     return re.search(r"^Generated with Triton (\S+) ", text, re.MULTILINE)[1]
 
 
-def test_every_kernel_has_a_variant():
+def test_every_kernel_has_an_example():
     """A kernel is a @triton.jit function that no other one calls."""
     jitted: set[str] = set()
     called: set[str] = set()
@@ -91,29 +91,56 @@ def test_every_kernel_has_a_variant():
             jitted.add(function.name)
             calls = (node for node in ast.walk(function) if isinstance(node, ast.Call))
             called |= {call.func.id for call in calls if isinstance(call.func, ast.Name)}
-    covered = {variant.kernel.__name__ for _, variant in aot.kernel_variants()}
+    covered = {variant.launch.kernel.__name__ for variant in aot.variants()}
     assert jitted - called == covered
 
 
 def jit_functions(path: Path) -> Iterator[ast.FunctionDef]:
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+        decorators = [ast.unparse(d) for d in getattr(node, "decorator_list", [])]
+        if isinstance(node, ast.FunctionDef) and {"triton.jit", "kernel"} & set(decorators):
             yield node
 
 
-def test_arguments_are_named_once_and_variants_too(monkeypatch):
-    module, variant = next(aot.kernel_variants())
-    with pytest.raises(ValueError, match=r"missing \[\], unknown \['nothing'\], named twice \[\]"):
-        aot.compile_variant(replace(variant, types={**variant.types, "nothing": "i32"}), "sm_90")
-    monkeypatch.setattr(f"flexrec.triton_kernels.{module}.variants", lambda: [variant, variant])
-    with pytest.raises(ValueError, match=f"{module}.variants.. names two variants {variant.name!r}"):
-        list(aot.kernel_variants())
+def test_examples_are_told_apart_by_their_labels(monkeypatch):
+    def example(first, size):
+        offsets = torch.zeros(40, dtype=torch.int64)
+        return lambda: segment_sum.owners(offsets[first : first + size], 3)
+
+    # Lengths make no difference to a kernel, but whether a pointer is a multiple of 16 bytes does.
+    monkeypatch.setattr(
+        aot, "examples", lambda: [("same", example(0, 5)), ("same", example(0, 17)), ("other", example(1, 5))]
+    )
+    names = [variant.name for variant in aot.variants.__wrapped__()]
+    assert names == ["owners same 256", "owners other 256"]
+    monkeypatch.setattr(aot, "examples", lambda: [("same", example(0, 5)), ("same", example(1, 5))])
+    with pytest.raises(ValueError, match=r"need different names, .* got twice \['owners same 256'"):
+        aot.variants.__wrapped__()
+
+
+def test_a_record_says_what_triton_makes_of_arguments():
+    table = torch.zeros(3, 33, dtype=torch.bfloat16)
+    entries = [torch.zeros(16, dtype=dtype) for dtype in (torch.float32, torch.int32, torch.int64)]
+    out = torch.zeros(9, 33)
+    with launch.recorded() as launches:
+        for width in (32, 1, 33):
+            segment_sum.scatter_add(*entries[:2], table[1:, :width], entries[2], out[:, :width])
+    assert not out.any()
+    assert [found.kernel for found in launches] == [segment_sum.scatter_kernel] * 3
+    pointers = {"coefficient_ptr": "*fp32:16", "index_ptr": "*i32:16", "place_ptr": "*i64:16", "out_ptr": "*fp32:16"}
+    for found, width in zip(launches, ({"D": "i32:16"}, {}, {"D": "i32"}), strict=True):
+        sizes = {"entries": "i32", "V": "i32"}  # the former is 16, and no kernel is compiled for that
+        assert found.types == {**pointers, "table_ptr": "*bf16", **sizes, **width}
+    assert launches[1].constants["D"] == 1
+    with launch.recorded(), pytest.raises(TypeError, match=r"owners_kernel takes .*'segments'.* got .*'nothing'"):
+        launch.launch(segment_sum.owners_kernel, (1,), table, nothing=1)
 
 
 PROBES = """
 import dataclasses, json, sys
 import triton, triton.language as tl
-from flexrec.triton_kernels.aot import TARGETS, Variant, compile_variant
+from flexrec.triton_kernels.aot import TARGETS, compile_launch
+from flexrec.triton_kernels.launch import Launch
 
 @triton.jit
 def scale(x_ptr, y_ptr, BLOCK: tl.constexpr):
@@ -127,13 +154,14 @@ def square(x_ptr, y_ptr, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + i)  # (BLOCK, BLOCK)
     tl.store(y_ptr + i, tl.dot(x, x))
 
-types = {"x_ptr": "*fp32", "y_ptr": "*fp32"}
-probes = [
-    Variant("fits", scale, types, {"BLOCK": 1024}, 4),
-    Variant("spills", scale, types, {"BLOCK": 131072}, 16),
-    Variant("product", square, {"x_ptr": "*bf16", "y_ptr": "*fp32"}, {"BLOCK": 64}, 4),
-]
-print(json.dumps({v.name: {t: dataclasses.asdict(compile_variant(v, t)) for t in TARGETS} for v in probes}))
+types = {"x_ptr": "*fp32:16", "y_ptr": "*fp32:16"}
+probes = {
+    "fits": Launch(scale, types, {"BLOCK": 1024}, 4),
+    "spills": Launch(scale, types, {"BLOCK": 131072}, 16),
+    "product": Launch(square, {"x_ptr": "*bf16:16", "y_ptr": "*fp32:16"}, {"BLOCK": 64}, 4),
+}
+found = {n: {t: dataclasses.asdict(compile_launch(p, t)) for t in TARGETS} for n, p in probes.items()}
+print(json.dumps(found))
 """
 
 

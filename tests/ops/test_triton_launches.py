@@ -5,106 +5,61 @@ The launchers run for many shapes with kernels that only note how they are calle
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import itertools
-import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from flexrec.triton_kernels import aot
-from flexrec.triton_kernels import swap_rewards as swap_kernels
-
 from flexrec.metrics import parse_metric
 from flexrec.ops.ranking_logprobs import ranking_logprobs, ranking_logprobs_with_kl
 from flexrec.ops.restricted_logprobs import restricted_logprobs, restricted_logprobs_with_kl
 from flexrec.ops.swap_rewards import swap_rewards, swap_scores
+from flexrec.triton_kernels import aot
+from flexrec.triton_kernels import swap_rewards as swap_kernels
+from flexrec.triton_kernels.launch import Launch, launch, recorded
 
-VARIANTS = [variant for _, variant in aot.kernel_variants()]  # listed before any kernel is replaced
-
-
-class Launch(NamedTuple):
-    """Of one kernel: its tiles, launch options, and the dtype of every tensor it was given."""
-
-    kernel: str
-    blocks: dict[str, object]
-    num_warps: int
-    num_stages: int | None
-    dtypes: dict[str, torch.dtype]
+COMPILED = [variant.launch for variant in aot.variants()]
 
 
-def tiles_of(arguments: dict[str, object]) -> dict[str, object]:
-    """Tile sizes, but for the C columns of `values`, an optional argument."""
-    return {
-        name: size
-        for name, size in arguments.items()
-        if name.startswith("BLOCK") and not (name == "BLOCK_C" and "C" in arguments)
-    }
+def configuration(launch: Launch) -> tuple[object, ...]:
+    """The kernel, its tiles but for the C columns of `values`, an optional argument, and its warps."""
+    names = [name for name in launch.constants if name.startswith("BLOCK")]
+    blocks = {name: launch.constants[name] for name in names if name != "BLOCK_C" or "C" not in launch.constants}
+    return launch.kernel, blocks, launch.num_warps
 
 
-def covers(compiled: str, dtype: torch.dtype) -> bool:
-    """Whether a Triton pointer type is of this dtype or a wider one: what is narrower is converted where it is read."""
-    is_float, bits = compiled.startswith(("*fp", "*bf")), int(compiled.lstrip("*bfpi"))
-    return is_float == dtype.is_floating_point and 8 * dtype.itemsize <= max(bits, 8)
-
-
-class Recorder:
-    """Stands in for a kernel: notes a launch, computes nothing."""
-
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches, self.arg_names = kernel, launches, kernel.arg_names
-
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        return self._launch
-
-    def _launch(self, *args: object, num_warps: int = 4, num_stages: int | None = None, **named: object) -> None:
-        given = {**dict(zip(self.arg_names, args, strict=False)), **named}
-        assert set(given) == set(self.arg_names)
-        blocks = tiles_of(given)
-        tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor) and x.numel()}
-        dtypes = {name: x.dtype for name, x in tensors.items()}
-        self.launches.append(Launch(self.kernel.__name__, blocks, num_warps, num_stages, dtypes))
+def covers(compiled: str, launched: str) -> bool:
+    """Whether a pointer is of this type or a wider one: what is narrower is converted where it is read."""
+    floats, bits = zip(
+        *((kind[1] != "i", int(kind.partition(":")[0].lstrip("*bfpi"))) for kind in (compiled, launched)), strict=True
+    )
+    return floats[0] == floats[1] and bits[1] <= bits[0]
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+def launches() -> Iterator[list[Launch]]:
     """Filled while a test calls operations; no kernel runs, so results are whatever was in memory."""
-    noted: list[Launch] = []
-    kernels = {variant.kernel.__name__ for variant in VARIANTS}
-
-    def is_kernel(value: Any) -> bool:
-        return hasattr(value, "arg_names") and value.__name__ in kernels
-
-    modules = [module for name, module in sys.modules.items() if name.startswith("flexrec.triton_kernels.")]
-    for module in modules:
-        for name, value in list(vars(module).items()):
-            if is_kernel(value):
-                monkeypatch.setattr(module, name, Recorder(value, noted))
-            elif isinstance(value, dict):  # of kernels by what they compute
-                for key in [key for key in value if is_kernel(value[key])]:
-                    monkeypatch.setitem(value, key, Recorder(value[key], noted))
-    return noted
+    with recorded() as noted:
+        yield noted
 
 
 def check(launches: list[Launch]) -> None:
-    """Each launch is a variant in all but its flags, which variants may take in their heaviest form."""
+    """Each launch is compiled in all but its flags, which examples may take in their heaviest form."""
     assert launches, "nothing was launched"
-    for launch in launches:
-        alike = [
-            variant
-            for variant in VARIANTS
-            if variant.kernel.__name__ == launch.kernel
-            and tiles_of(variant.constants) == launch.blocks
-            and (variant.num_warps, variant.num_stages) == (launch.num_warps, launch.num_stages)
-        ]
-        assert alike, f"no variant has these tiles and options: {launch}"
-        for name, dtype in launch.dtypes.items():
-            compiled = {variant.types[name] for variant in alike if name in variant.types}
-            message = f"{launch.kernel}: {name} is {dtype}, compiled is {compiled} for {launch.blocks}"
-            assert not compiled or any(covers(kind, dtype) for kind in compiled), message
+    for found in launches:
+        alike = [compiled for compiled in COMPILED if configuration(compiled) == configuration(found)]
+        assert alike, f"no example has these tiles and warps: {found}"
+        for name, kind in found.types.items():
+            if kind.startswith("*"):
+                compiled = {other.types[name] for other in alike if name in other.types}
+                message = f"{found.kernel.__name__}: {name} is {kind}, compiled is {compiled} for {found.constants}"
+                assert not compiled or any(covers(other, kind) for other in compiled), message
 
 
 def operand(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -171,3 +126,79 @@ def test_ranking_logprobs(launches, dtype, group, device):
             result = evaluate(hidden, weight, candidates, ranking, **options)
             sum(output.sum() for output in result if output is not None).backward()
     check(launches)
+
+
+def compiled_by(launches: list[Launch]) -> int:
+    """How many kernels Triton would compile."""
+    return len({repr(found) for found in launches})
+
+
+@pytest.mark.parametrize("weight_grad", ["dense", "rows"])
+def test_ragged_batches_compile_no_kernel_anew(launches, weight_grad, device):
+    """Every size of a batch differs, the model does not: what is compiled depends on the tiles alone, which are few."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_size, vocabulary, counts = 256, 3000, []
+    weight, bias = operand(vocabulary, hidden_size, dtype=torch.bfloat16, device=device), torch.zeros(vocabulary)
+    for batch in range(75):
+        draw = [int(torch.randint(1, most, (), generator=generator)) for most in (4, 9, 60, 300, 2000)]
+        lists, group, steps, size, entries = draw
+        steps = min(steps, size)
+        state = operand(lists * group, steps, hidden_size, dtype=torch.bfloat16, device=device)
+        candidates = torch.arange(size, device=device).expand(lists, size)
+        ranking = torch.arange(steps, device=device).expand(lists * group, steps)
+        options = {"bias": bias, "backend": "triton", "weight_grad": weight_grad}
+        ranked = ranking_logprobs(state, weight, candidates, ranking, **options)
+        cuts = torch.randint(0, entries, (steps - 1,), generator=generator).sort().values + torch.arange(steps - 1)
+        offsets = torch.cat([torch.tensor([0]), cuts, torch.tensor([entries + steps])]).unique().to(device)
+        ids = torch.cat([torch.arange(end - begin, device=device) for begin, end in offsets.unfold(0, 2, 1).tolist()])
+        rows = operand(len(offsets) - 1, hidden_size, dtype=torch.bfloat16, device=device)
+        restricted = restricted_logprobs(rows, weight, ids, offsets, ids[offsets[:-1]], **options)
+        (ranked.logprobs.sum() + ranked.entropy.sum() + restricted.logprobs.sum()).backward()
+        gains, lengths = torch.rand(lists * group, size, device=device), torch.full((lists * group,), size)
+        for metric in ("ndcg@10", "err"):
+            swap_rewards(gains, metric, lengths=lengths.to(device), backend="triton")
+            swap_rewards(gains, metric, num_ranked=steps, backend="triton")
+        if batch in (44, 74):
+            counts.append(compiled_by(launches))
+    assert len(launches) > 1000
+    assert counts[0] == counts[1]
+    assert counts[1] <= 64
+
+
+class OnSecondGpu(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = property(lambda self: torch.device("cuda", 1))
+
+
+@pytest.mark.parametrize(("current", "made_current"), [(0, [1]), (1, [])])
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(current, made_current, monkeypatch):
+    happened: list[object] = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **named: happened.append((grid, len(arguments), named))
+
+    @contextlib.contextmanager
+    def device(chosen):
+        happened.append(chosen.index)
+        yield
+        happened.append("back")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    launch(Kernel(), (3,), None, torch.zeros(2).as_subclass(OnSecondGpu), 2, BLOCK=8, num_warps=8)
+    assert happened[: len(made_current)] == made_current
+    grid, count, named = happened[len(made_current)]
+    assert (grid, count) == ((3,), 3)
+    assert named == {"BLOCK": 8, "num_warps": 8, "enable_fp_fusion": True}
+    assert happened[len(made_current) + 1 :] == ["back"] * len(made_current)
+
+
+def test_no_kernel_is_launched_elsewhere():
+    """kernel[grid](...) stands in launch.py only, which makes the GPU of the tensors the current one."""
+    found = []
+    for path in sorted((Path(__file__).resolve().parents[2] / "triton_kernels").glob("*.py")):
+        calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        found += [path.name for call in calls if isinstance(call.func, ast.Subscript)]
+    assert found == ["launch.py"]

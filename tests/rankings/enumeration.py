@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,16 @@ class Language:
             run += allowed
         return run
 
+    def read(self, tokens: list[int]) -> Spelled | None:
+        """What a whole completion says: the ranking whose item is the longer where two first differ."""
+        exact = [s for s in self.spellings if s.tokens == tokens]
+        return min(exact, key=lambda s: ([-len(self.candidates[i]) for i in s.ranking], s.ranking), default=None)
+
+    def never_begins_another(self) -> bool:
+        """Whether no completion is the beginning of another, so that it is known when one is finished."""
+        rows = sorted(s.tokens for s in self.spellings)
+        return all(a == b or b[: len(a)] != a for a, b in itertools.pairwise(rows))
+
     def placed(self, prefix: list[int]) -> tuple[int, ...]:
         """Items that are certain after `prefix`: of equal sequences the first left, so the least ranking."""
         consistent = self.consistent(prefix)
@@ -59,8 +70,9 @@ class Language:
         return {s.ranking[rank] for s in self.consistent(prefix) if s.ranking[:rank] == ranking[:rank]}
 
 
-def is_ambiguous(candidates: list[list[int]], separator: list[int], end: list[int], num_ranked: int) -> bool:
+def may_fork(candidates: list[list[int]], separator: list[int], end: list[int], num_ranked: int) -> bool:
     tails = ([separator] if num_ranked >= 2 else []) + ([end] if num_ranked < len(candidates) else [])
+    """Whether a token may go on with a candidate and close one, so that a beginning can be read in two ways."""
     return any(
         len(a) < len(b) and b[: len(a)] == a and (not tail or tail[0] == b[len(a)])
         for a, b in itertools.permutations(candidates, 2)
@@ -72,37 +84,51 @@ def parse_model(
     tokens: list[int], language: Language, separator: list[int], end: list[int], num_ranked: int
 ) -> tuple[list[int], bool, int, int, int, list[int]]:
     """The documented rule, with lists: (ranking, valid, repeated, missing, unknown, item_ids)."""
-    exact = [s for s in language.spellings if s.tokens == tokens]
-    if exact:
-        spelling = min(exact, key=lambda s: s.ranking)
+    spelling = language.read(tokens)
+    if spelling is not None:
         item_ids = [-1] * len(tokens)
         for rank, (begin, stop) in enumerate(spelling.spans):
             item_ids[begin:stop] = [rank] * (stop - begin)
         return list(spelling.ranking), True, 0, 0, 0, item_ids
-    item_ids, mentioned, ranking = [-1] * len(tokens), [], []
-    repeated = unknown = i = 0
-    after_mention = in_unknown = False
+    # What it is made of: mentions ("m"), separators ("s"), ends ("e") and unknown stretches ("u").
+    kinds, mentions = "", []
+    i = 0
     while i < len(tokens):
         tail = max(len(t) if tokens[i : i + len(t)] == t else 0 for t in (separator, end))
         matches = [c for c in language.candidates if tokens[i : i + len(c)] == c]
-        if matches and not (after_mention and tail):
-            item = max(matches, key=len)
-            left = [k for k, c in enumerate(language.candidates) if c == item and k not in mentioned]
-            if not left:
-                repeated += 1
-            elif len(ranking) < num_ranked:
-                item_ids[i : i + len(item)] = [len(ranking)] * len(item)
-                ranking.append(left[0])
-            mentioned += left[:1]
-            after_mention, in_unknown, i = True, False, i + len(item)
+        if matches and not (kinds.endswith("m") and tail):
+            mentions.append((i, max(matches, key=len)))
+            kinds, i = kinds + "m", i + len(mentions[-1][1])
         elif tail:
-            after_mention, in_unknown, i = False, False, i + tail
+            kinds, i = kinds + ("s" if tokens[i : i + tail] == separator else "e"), i + tail
         else:
-            unknown += not in_unknown
-            after_mention, in_unknown, i = False, True, i + 1
+            kinds, i = kinds + ("" if kinds.endswith("u") else "u"), i + 1
+
+    # The longest run of mentions joined by separators, the last of equals; all mentions where none are joined.
+    runs: list[list[int]] = []
+    between = re.split("m", kinds)[1:-1]
+    for mention in range(len(mentions)):
+        if mention > 0 and between[mention - 1].startswith("s") and between[mention - 1].endswith("s"):
+            runs[-1].append(mention)
+        else:
+            runs.append([mention])
+    run = max(reversed(runs), key=len, default=[])
+    if len(run) < 2 or not separator:
+        run = list(range(len(mentions)))
+
+    item_ids, mentioned, ranking = [-1] * len(tokens), [], []
+    repeated = 0
+    for begin, item in (mentions[mention] for mention in run):
+        left = [k for k, c in enumerate(language.candidates) if c == item and k not in mentioned]
+        if not left:
+            repeated += 1
+        elif len(ranking) < num_ranked:
+            item_ids[begin : begin + len(item)] = [len(ranking)] * len(item)
+            ranking.append(left[0])
+        mentioned += left[:1]
     missing = num_ranked - len(ranking)
     rest = [k for k in range(len(language.candidates)) if k not in mentioned]
-    return (ranking + rest)[:num_ranked], False, repeated, missing, unknown, item_ids
+    return (ranking + rest)[:num_ranked], False, repeated, missing, kinds.count("u"), item_ids
 
 
 @dataclass
@@ -132,9 +158,16 @@ class Task:
         }
 
     @property
-    def ambiguous(self) -> bool:
+    def may_fork(self) -> bool:
         rows = zip(self.row_candidates, self.counts, strict=True)
-        return any(is_ambiguous(c, self.separator, self.end, t) for c, t in rows)
+        return any(may_fork(c, self.separator, self.end, t) for c, t in rows)
+
+    @property
+    def has_certain_end(self) -> bool:
+        """By what is sure to suffice: all candidates are ranked, or the end begins with a token of its own."""
+        ids = {token for candidates in self.candidates for tokens in candidates for token in tokens}
+        own_end = bool(self.end) and self.end[0] not in ids | set(self.separator)
+        return own_end or all(len(c) == t for c, t in zip(self.row_candidates, self.counts, strict=True))
 
     def languages(self) -> list[Language]:
         rows = zip(self.row_candidates, self.counts, strict=True)
@@ -157,8 +190,14 @@ def tasks(draw: st.DrawFn) -> Task:
     return Task(candidates, draw(token_lists(5, 0, 2)), draw(token_lists(5, 0, 2)), num_ranked, num_generations)
 
 
-def unambiguous_tasks() -> st.SearchStrategy[Task]:
-    return tasks().filter(lambda task: not task.ambiguous)
+def plain_tasks() -> st.SearchStrategy[Task]:
+    """Every beginning can be read in one way only."""
+    return tasks().filter(lambda task: not task.may_fork)
+
+
+def certain_tasks() -> st.SearchStrategy[Task]:
+    """Beginnings may be read in several ways, but it is known when one is finished."""
+    return tasks().filter(lambda task: not task.may_fork or task.has_certain_end)
 
 
 def csr_rows(values: np.ndarray, offsets: np.ndarray) -> list[list[int]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from flexrec.rankings import EncodedRankings, RankingState, encode_rankings, par
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from enumeration import Task, csr_rows, draw_rankings, sampled_long_lists, unambiguous_tasks
+from enumeration import Task, certain_tasks, csr_rows, draw_rankings, plain_tasks, sampled_long_lists
 
 
 def decisions(encoded: EncodedRankings) -> Iterator[tuple[int, int, int, int, list[int], list[list[int]]]]:
@@ -27,7 +28,7 @@ def decisions(encoded: EncodedRankings) -> Iterator[tuple[int, int, int, int, li
 
 
 @settings(deadline=None, max_examples=150)
-@given(unambiguous_tasks(), st.data())
+@given(plain_tasks(), st.data())
 def test_encoding_agrees_with_stepping_and_parsing(task: Task, data: st.DataObject) -> None:
     rankings = draw_rankings(task, data)
     encoded = encode_rankings(task.candidates, rankings, **task.options)
@@ -74,6 +75,53 @@ def test_encoding_agrees_with_stepping_and_parsing(task: Task, data: st.DataObje
             encoded.item_ids[encoded.offsets[row] : encoded.offsets[row + 1]],
             parsed.item_ids[row, : len(completions[row])],
         )
+
+
+@settings(deadline=None, max_examples=150)
+@given(certain_tasks().filter(lambda task: task.may_fork), st.data())
+def test_decisions_where_a_beginning_can_be_read_in_several_ways(task: Task, data: st.DataObject) -> None:
+    rankings = draw_rankings(task, data)
+    languages = task.languages()
+    spelled, read = [], []
+    for row, language in enumerate(languages):
+        ranking = tuple(rankings[row, : task.counts[row]].tolist())
+        spelled.append(next(s for s in language.spellings if s.ranking == ranking))
+        read.append(language.read(spelled[-1].tokens).ranking)
+
+    def items(row: int, ranking: tuple[int, ...]) -> list[list[int]]:
+        return [task.row_candidates[row][item] for item in ranking]
+
+    other = [row for row, s in enumerate(spelled) if items(row, s.ranking) != items(row, read[row])]
+    if other:
+        with pytest.raises(ValueError, match=rf"rankings: row {other[0]} is spelled as another ranking is"):
+            encode_rankings(task.candidates, rankings, **task.options)
+        rankings[other] = [[*read[row], *[-1] * (rankings.shape[1] - len(read[row]))] for row in other]
+    encoded = encode_rankings(task.candidates, rankings, **task.options)
+    completions = csr_rows(encoded.tokens, encoded.offsets)
+    assert completions == [s.tokens for s in spelled]
+    parsed = parse_rankings(completions, task.candidates, **task.options)
+    assert parsed.valid.all()
+
+    state = RankingState(task.candidates, **task.options)
+    found = {(row, position): rest for row, position, *rest in decisions(encoded)}
+    for position in range(max(map(len, completions))):
+        certain = (state.rankings() >= 0).sum(axis=1)
+        for row, allowed in enumerate(csr_rows(*state.allowed())):
+            assert ((row, position) in found) == (len(allowed) > 1)
+            if len(allowed) < 2:
+                continue
+            rank, target, ids, below = found[row, position]
+            assert (rank, target, ids) == (certain[row], completions[row][position], allowed)
+            for token, branch in zip(ids, below, strict=True):
+                before = tuple(rankings[row, :rank].tolist())
+                of_language = languages[row].below([*completions[row][:position], token], before, rank)
+                assert branch == sorted(set(branch))
+                assert set(branch) <= of_language
+                assert branch
+                assert token != target or rankings[row, rank] in branch
+        state.advance([tokens[position] if position < len(tokens) else 0 for tokens in completions])
+    assert state.done().all()
+    np.testing.assert_array_equal(state.rankings(), parsed.ranking)
 
 
 def test_single_token_items_have_one_decision_per_rank_but_the_last() -> None:

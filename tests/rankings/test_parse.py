@@ -16,11 +16,11 @@ from flexrec.rankings import parse_rankings, validate_rankings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from enumeration import Task, parse_model, unambiguous_tasks
+from enumeration import Task, parse_model, tasks
 
 
 @settings(deadline=None, max_examples=200)
-@given(unambiguous_tasks(), st.data())
+@given(tasks(), st.data())
 def test_any_completion_is_read_by_the_documented_rule(task: Task, data: st.DataObject) -> None:
     languages = task.languages()
     completions = []
@@ -59,6 +59,27 @@ def test_free_text_with_other_separators() -> None:
     assert (parsed.repeated[0], parsed.missing[0]) == (1, 9)
     assert parsed.unknown[0] == 5  # "Sure! ", " > ", " > ", "then ", " again and [13]."
     assert [text[i] for i in np.flatnonzero(parsed.item_ids[0] == 1)] == list("[12]")
+
+
+def test_the_longest_run_is_the_ranking_and_the_last_of_equals() -> None:
+    """Candidates 1 .. 4, separator 9, end 8, anything else unknown."""
+    for completion, ranking, unknown in [
+        ([3, 7, 1, 7, 2, 9, 1, 9, 3], [1, 0, 2], 2),
+        ([1, 9, 2, 7, 3, 9, 4], [2, 3], 1),  # the last of equals
+        ([1, 9, 2, 9, 3, 7, 4, 9, 2], [0, 1, 2], 1),  # the longest
+        ([4, 7, 1, 9, 7, 9, 2], [0, 1], 2),  # an item that is unknown ends no run
+        ([4, 7, 1, 9, 7, 2, 9, 3], [1, 2], 2),  # what is not between separators does
+        ([4, 9, 1, 8, 2, 9, 3], [1, 2], 0),  # and so does the end
+        ([3, 7, 1, 7, 2], [2, 0, 1], 2),  # nothing is joined
+        ([7], [], 1),
+        ([], [], 0),
+    ]:
+        parsed = parse_rankings([completion], [[[1], [2], [3], [4]]], separator=[9], end=[8])
+        found = 4 - int(parsed.missing[0])
+        assert (parsed.ranking[0, :found].tolist(), int(parsed.unknown[0])) == (ranking, unknown)
+        assert not parsed.valid[0]
+    parsed = parse_rankings([[3, 7, 1, 2]], [[[1], [2], [3], [4]]])  # without a separator all are
+    assert parsed.ranking.tolist() == [[2, 0, 1, 3]]
 
 
 def test_mentions_beyond_the_last_rank_are_ignored() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,27 @@ from flexrec.rankings import RankingState, inverse_permutation, parse_rankings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from enumeration import Task, csr_rows, sampled_long_lists, tasks, unambiguous_tasks
+from enumeration import Task, certain_tasks, csr_rows, sampled_long_lists, tasks
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=300)
 @given(tasks())
-def test_exactly_the_ambiguous_candidates_are_refused(task: Task) -> None:
-    if task.ambiguous:
-        with pytest.raises(ValueError, match=r"is a prefix of candidate \d+, .* choose another (separator|end)"):
-            RankingState(task.candidates, **task.options)
-    else:
+def test_lists_are_refused_whose_end_is_not_certain(task: Task) -> None:
+    refusal = ""
+    try:
         assert len(RankingState(task.candidates, **task.options)) == len(task.row_candidates)
+    except ValueError as error:
+        refusal = str(error)
+    if refusal:
+        assert re.search(r"candidates\[\d\]: candidate \d is a prefix of candidate \d, .* choose an end that", refusal)
+        assert task.may_fork
+        assert not task.has_certain_end
+    else:
+        assert all(language.never_begins_another() for language in task.languages())
 
 
 @settings(deadline=None, max_examples=150)
-@given(unambiguous_tasks(), st.data())
+@given(certain_tasks(), st.data())
 def test_every_walk_is_in_the_language(task: Task, data: st.DataObject) -> None:
     languages = task.languages()
     state = RankingState(task.candidates, **task.options)
@@ -44,8 +51,12 @@ def test_every_walk_is_in_the_language(task: Task, data: st.DataObject) -> None:
             assert np.flatnonzero(bitmask[row]).tolist() == allowed[row]
             assert forced[row] == language.forced(prefix)
             assert state.done()[row] == (not allowed[row])
-            placed = language.placed(prefix)
-            assert rankings[row].tolist() == [*placed, *[-1] * (rankings.shape[1] - len(placed))]
+            placed = rankings[row][: (rankings[row] >= 0).sum()].tolist()
+            assert (rankings[row, len(placed) :] == -1).all()
+            if not task.may_fork:
+                assert tuple(placed) == language.placed(prefix)
+            for spelled in language.consistent(prefix):  # what is certain is so whatever comes
+                assert list(language.read(spelled.tokens).ranking[: len(placed)]) == placed
         if data.draw(st.booleans(), label="jump"):
             state.advance(*state.forced())
             for prefix, run in zip(prefixes, forced, strict=True):
@@ -57,12 +68,12 @@ def test_every_walk_is_in_the_language(task: Task, data: st.DataObject) -> None:
             for prefix, ids, token in zip(prefixes, allowed, tokens, strict=True):
                 prefix += [token] if ids else []
     for row, (language, prefix) in enumerate(zip(languages, prefixes, strict=True)):
-        least = min(s.ranking for s in language.spellings if s.tokens == prefix)
+        least = language.read(prefix).ranking
         assert state.rankings()[row].tolist() == [*least, *[-1] * (max(task.counts) - len(least))]
 
 
 @settings(deadline=None, max_examples=100)
-@given(unambiguous_tasks(), st.data())
+@given(certain_tasks(), st.data())
 def test_a_rejected_token_changes_nothing(task: Task, data: st.DataObject) -> None:
     state = RankingState(task.candidates, **task.options)
     for _ in range(data.draw(st.integers(0, 6))):

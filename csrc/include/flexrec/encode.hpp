@@ -15,7 +15,7 @@ struct EncodedBatch {
 
   std::vector<std::int32_t> decision_rows;       // (M,)
   std::vector<std::int32_t> decision_positions;  // (M,) within the row
-  std::vector<std::int32_t> decision_ranks;      // (M,) of the item being chosen
+  std::vector<std::int32_t> decision_ranks;      // (M,) of the first item that is not certain
   std::vector<std::int32_t> targets;             // (M,) the token decided for
   std::vector<std::int32_t> allowed_ids;         // (nnz,) what was allowed, ascending within a decision
   std::vector<std::int64_t> allowed_offsets{0};  // (M + 1,)
@@ -24,7 +24,8 @@ struct EncodedBatch {
 };
 
 // `rankings` is (N, width): candidates by rank, num_ranked of them in each row, then -1. Throws std::invalid_argument
-// for rows that are not. Steps the same cursor as RankingState, so that the two cannot disagree. Without `with_allowed`
+// for rows that are not, and for those whose tokens are read as another ranking. Steps the same walk as RankingState,
+// so that the two cannot disagree. Without `with_allowed`
 // what was allowed is left out, which is most of the work and of the memory.
 EncodedBatch encode_rankings(const RankingGrammar& grammar, const std::int64_t* rankings, std::int64_t width,
                              bool with_allowed = true);

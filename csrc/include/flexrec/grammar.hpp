@@ -20,7 +20,7 @@ struct NumRanked {
 // one of the row's candidates and none twice. Rows of one list are adjacent and share its trie. Immutable.
 class RankingGrammar {
  public:
-  // Throws std::invalid_argument for input that could not be read back unambiguously; see the messages.
+  // Throws std::invalid_argument for negative token ids and counts out of range; see the messages.
   RankingGrammar(std::shared_ptr<const CandidateTries> tries, std::vector<std::int32_t> separator,
                  std::vector<std::int32_t> end, const NumRanked& num_ranked, std::int64_t num_generations);
 
@@ -36,12 +36,15 @@ class RankingGrammar {
   std::int32_t max_num_candidates() const { return tries_->max_num_candidates(); }
   std::int32_t max_token() const { return max_token_; }  // -1 without any
 
+  // Throws std::invalid_argument, naming the list, where a ranking's tokens may begin another's, so that it cannot be
+  // told whether a row is finished: fine in a text that ends, not in one that is being written.
+  void check_end_is_certain() const;
+
   // The most tokens that a ranking of any row is spelled with.
   std::int64_t max_length() const;
 
  private:
   void set_num_ranked(const NumRanked& num_ranked);
-  void check_ambiguity() const;
 
   std::shared_ptr<const CandidateTries> tries_;
   std::vector<std::int32_t> separator_;

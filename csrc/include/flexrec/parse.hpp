@@ -21,8 +21,10 @@ struct ParsedBatch {
 // A completion that the grammar accepts as a whole is read by the grammar. Any other is searched for mentions from left
 // to right: just after a mention a separator or end is looked for before an item, elsewhere an item (the longest
 // candidate that matches) before a separator or end. Tokens that start neither form an unknown stretch, which lasts
-// until the next of either. The ranking is the first mentions, in order, then the candidates not mentioned, in
-// candidate order, cut to the row's number of ranked items.
+// until the next of either. Where separators join mentions the longest run so joined is the ranking, the last of
+// equally long ones, and mentions elsewhere are not; an item that is none of the candidates does not end a run. The
+// ranking is the first mentions, in order, then the candidates not mentioned, in candidate order, cut to the row's
+// number of ranked items.
 //
 // Takes O(tokens of the completion) per row, whatever the tokens are, and at most O(tokens of the candidates) more for
 // a list.

@@ -15,6 +15,7 @@ namespace flexrec {
 // N rankings in progress. Not to be used by two threads at once; its methods use threads themselves.
 class RankingState {
  public:
+  // Throws std::invalid_argument where it could not be told whether a row is finished.
   explicit RankingState(std::shared_ptr<const RankingGrammar> grammar);
 
   std::int64_t num_rows() const { return grammar_->num_rows(); }
@@ -45,7 +46,7 @@ class RankingState {
 
   std::vector<std::uint8_t> done() const;
 
-  // (N, max_num_ranked()) candidates by rank, -1 where open.
+  // (N, max_num_ranked()) candidates by rank, -1 where open or not yet certain.
   std::vector<std::int32_t> rankings() const;
 
  private:
@@ -54,13 +55,14 @@ class RankingState {
   // A walk changes its row only in advance() and restart(): const methods, which call neither, may cast.
   RowWalk walk(std::int64_t row);
   RowWalk reader(std::int64_t row) const { return const_cast<RankingState*>(this)->walk(row); }
-  void undo(const std::vector<Cursor>& before);
+  void undo(const std::vector<Cursor>& before, std::vector<std::vector<Reading>>&& forked);
 
   std::shared_ptr<const RankingGrammar> grammar_;
-  std::vector<Cursor> cursors_;        // (N,)
-  std::int64_t words_per_row_;         // of remaining_
-  std::vector<bits::Word> remaining_;  // (N, words_per_row_) leaves not placed yet
-  std::vector<std::int32_t> placed_;   // (N, max_num_ranked()) leaves by rank; undefined where open
+  std::vector<Cursor> cursors_;               // (N,)
+  std::int64_t words_per_row_;                // of remaining_
+  std::vector<bits::Word> remaining_;         // (N, words_per_row_) leaves not placed yet
+  std::vector<std::int32_t> placed_;          // (N, max_num_ranked()) leaves by rank; undefined where open
+  std::vector<std::vector<Reading>> others_;  // (N,) readings of the row beside this one, mostly none
 };
 
 // What rows may be continued with, and whether they are finished.

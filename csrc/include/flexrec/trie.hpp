@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace flexrec {
@@ -38,6 +39,12 @@ class Trie {
   std::int32_t candidate(std::int32_t leaf) const { return candidates_[static_cast<std::size_t>(leaf)]; }
   std::int32_t leaf(std::int32_t candidate) const { return leaves_[static_cast<std::size_t>(candidate)]; }
 
+  // Whether a candidate is a proper prefix of another.
+  bool has_prefixes() const { return has_prefixes_; }
+
+  // The leaves [low, high) of the candidates with the same sequence as this leaf's.
+  std::pair<std::int32_t, std::int32_t> equal_leaves(std::int32_t leaf) const;
+
   // The child of `parent` along `token`, or kNone.
   std::int32_t child_by_token(std::int32_t parent, std::int64_t token) const;
 
@@ -48,6 +55,7 @@ class Trie {
   std::vector<Node> nodes_;
   std::vector<std::int32_t> candidates_;  // by leaf
   std::vector<std::int32_t> leaves_;      // by candidate
+  bool has_prefixes_ = false;
 };
 
 }  // namespace flexrec

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from flexrec import profiling as module
-from flexrec.profiling import ProfileSteps, active_profile, profile_steps, span
+from flexrec.profiling import active_profile, profile_steps, span
+from flexrec.trainer.callbacks import ProfileSteps
 
 
 def test_laps_and_steps_to_the_second(monkeypatch):

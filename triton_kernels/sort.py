@@ -25,15 +25,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from flexrec.triton_kernels.swap_lists import (
-    CUTOFF,
-    IDEAL,
-    RELEVANT,
-    load_tile,
-    log2,
-    partner,
-    term_gains,
-)
+
+from flexrec.triton_kernels.lists import CUTOFF, IDEAL, RELEVANT, gains_of, load_tile, term_gains
+from flexrec.triton_kernels.scans import log2, partner
 
 
 @triton.jit
@@ -81,23 +75,14 @@ def _largest(x, BITS: tl.constexpr, TOP_BITS: tl.constexpr):
 
 
 @triton.jit
-def load_to_sort(
-    gains_ptr,
-    row,
-    stride,
-    exists,
-    length,
-    tile,
-    ACCUMULATOR: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INNER: tl.constexpr,
-):
+def load_to_sort(lists, tile):
     """(BLOCK_N, BLOCK_K) integers that order as the gains of a tile do, in another order."""
-    BITS: tl.constexpr = tl.int64 if ACCUMULATOR.primitive_bitwidth == 64 else tl.int32
-    gains = load_tile(gains_ptr, row, stride, tile, exists, length, ACCUMULATOR, BLOCK_K, INNER)  # (BLOCK_N, BLOCK_K)
+    BITS: tl.constexpr = tl.int64 if lists.zero.dtype.primitive_bitwidth == 64 else tl.int32
+    INNER: tl.constexpr = lists.first_ranks.shape[2]
+    gains = gains_of(lists, tile)  # (BLOCK_N, BLOCK_K)
     # Chunks are registers of one thread (see ``load_tile``): they become the network's lowest bits.
-    chunks = gains.to(BITS, bitcast=True).reshape(row.shape[0], BLOCK_K // INNER, INNER)
-    return chunks.permute(0, 2, 1).reshape(row.shape[0], BLOCK_K)  # (BLOCK_N, BLOCK_K)
+    chunks = gains.to(BITS, bitcast=True).reshape(gains.shape[0], gains.shape[1] // INNER, INNER)
+    return chunks.permute(0, 2, 1).reshape(gains.shape[0], gains.shape[1])
 
 
 @triton.jit
@@ -108,29 +93,40 @@ def in_tile_order(x, INNER: tl.constexpr):
 
 
 @triton.jit
-def _dcg(ordered, start, discounts_ptr, size, top, GAIN_KIND: tl.constexpr, ACCUMULATOR: tl.constexpr):
+def _dcg(lists, ordered, start, terms, GAIN_KIND: tl.constexpr):
     """(R, 1) discounted sum of sorted gains (R, C), given as integers, the first of them at rank ``start``."""
     k = start + tl.arange(0, ordered.shape[1])[None, :]  # (1, C)
-    w = term_gains(ordered.to(ACCUMULATOR, bitcast=True), top, GAIN_KIND)  # (R, C)
-    return tl.sum(w * tl.load(discounts_ptr + k, mask=k < size, other=0.0), axis=1, keep_dims=True)
+    w = term_gains(ordered.to(lists.zero.dtype, bitcast=True), terms, GAIN_KIND)  # (R, C)
+    return tl.sum(w * tl.load(lists.discounts_ptr + k, mask=k < lists.size, other=0.0), axis=1, keep_dims=True)
 
 
 @triton.jit
-def _exchange(scratch_ptr, row, size, exists, first, second):
+def _load_scratch(lists, scratch_ptr, column):
+    """(BLOCK_N, C) entries of ``scratch`` at columns (1, C), 0 beyond its rows."""
+    return tl.load(scratch_ptr + lists.row * lists.size + column, mask=lists.exists & (column < lists.size), other=0.0)
+
+
+@triton.jit
+def _store_scratch(lists, scratch_ptr, column, x):
+    tl.store(scratch_ptr + lists.row * lists.size + column, x, mask=lists.exists & (column < lists.size))
+
+
+@triton.jit
+def _exchange(lists, scratch_ptr, first, second):
     """Put the larger of two elements of ``scratch`` first; ``first`` < ``second`` are columns (1, C)."""
-    both = exists & (second < size)  # (BLOCK_N, C)
-    a = tl.load(scratch_ptr + row * size + first, mask=both, other=0.0)  # (BLOCK_N, C)
-    b = tl.load(scratch_ptr + row * size + second, mask=both, other=0.0)  # (BLOCK_N, C)
-    tl.store(scratch_ptr + row * size + first, tl.maximum(a, b), mask=both)
-    tl.store(scratch_ptr + row * size + second, tl.minimum(a, b), mask=both)
+    both = lists.exists & (second < lists.size)  # (BLOCK_N, C)
+    place = scratch_ptr + lists.row * lists.size  # (BLOCK_N, 1)
+    a = tl.load(place + first, mask=both, other=0.0)  # (BLOCK_N, C)
+    b = tl.load(place + second, mask=both, other=0.0)
+    tl.store(place + first, tl.maximum(a, b), mask=both)
+    tl.store(place + second, tl.minimum(a, b), mask=both)
 
 
 @triton.jit
-def _merge_tiles(
-    scratch_ptr, row, size, exists, LEVELS: tl.constexpr, BITS: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr
-):
+def _merge_tiles(lists, scratch_ptr, LEVELS: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr):
     """Sort the rows of ``scratch``, whose tiles are in order; the last merge within tiles is left to the reader."""
-    INTEGER: tl.constexpr = tl.int64 if scratch_ptr.dtype.element_ty == tl.float64 else tl.int32
+    INTEGER: tl.constexpr = tl.int64 if lists.zero.dtype == tl.float64 else tl.int32
+    BLOCK_K: tl.constexpr = 1 << BITS
     column = tl.arange(0, BLOCK_K)[None, :]  # (1, BLOCK_K)
     for level in range(LEVELS):  # groups of 2^level tiles are in order
         half = 1 << level  # tiles
@@ -138,134 +134,87 @@ def _merge_tiles(
             group = (pair // half) * (2 * half) * BLOCK_K  # where the two groups begin
             offset = (pair % half) * BLOCK_K + column  # (1, BLOCK_K)
             last = 2 * half * BLOCK_K - 1
-            _exchange(scratch_ptr, row, size, exists, group + offset, group + last - offset)
+            _exchange(lists, scratch_ptr, group + offset, group + last - offset)
         tl.debug_barrier()
         for step in range(LEVELS):
             if step < level:
                 stride = half >> (step + 1)  # tiles
                 for pair in range(TILES // 2):
                     first = ((pair // stride) * 2 * stride + pair % stride) * BLOCK_K + column  # (1, BLOCK_K)
-                    _exchange(scratch_ptr, row, size, exists, first, first + stride * BLOCK_K)
+                    _exchange(lists, scratch_ptr, first, first + stride * BLOCK_K)
                 tl.debug_barrier()
         if level < LEVELS - 1:
             for tile in range(TILES):
-                address = scratch_ptr + row * size + tile * BLOCK_K + column  # (BLOCK_N, BLOCK_K)
-                mask = exists & (tile * BLOCK_K + column < size)  # (BLOCK_N, BLOCK_K)
-                x = tl.load(address, mask=mask, other=0.0).to(INTEGER, bitcast=True)  # (BLOCK_N, BLOCK_K)
-                x = _merge(x, BITS)  # (BLOCK_N, BLOCK_K)
-                tl.store(address, x.to(scratch_ptr.dtype.element_ty, bitcast=True), mask=mask)
+                k = tile * BLOCK_K + column  # (1, BLOCK_K)
+                x = _merge(_load_scratch(lists, scratch_ptr, k).to(INTEGER, bitcast=True), BITS)  # (BLOCK_N, BLOCK_K)
+                _store_scratch(lists, scratch_ptr, k, x.to(lists.zero.dtype, bitcast=True))
             tl.debug_barrier()
 
 
 @triton.jit
 def _ideal(
-    gains_ptr,
-    scratch_ptr,
-    discounts_ptr,
-    sorted_discounts_ptr,
-    row,
-    stride,
-    exists,
-    length,
-    size,
-    top,
-    GAIN_KIND: tl.constexpr,
-    TOP: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INNER: tl.constexpr,
-    TILES: tl.constexpr,
+    lists, scratch_ptr, sorted_discounts_ptr, terms, GAIN_KIND: tl.constexpr, TOP: tl.constexpr, TILES: tl.constexpr
 ):
     """(BLOCK_N, 1) the value of the best order. Needs ``scratch`` (N, size) where TOP > BLOCK_K."""
+    INNER: tl.constexpr = lists.first_ranks.shape[2]
+    BLOCK_K: tl.constexpr = lists.first_ranks.shape[0] * INNER
     BITS: tl.constexpr = log2(BLOCK_K)
-    INTEGER: tl.constexpr = tl.int64 if ACCUMULATOR.primitive_bitwidth == 64 else tl.int32
+    INTEGER: tl.constexpr = tl.int64 if lists.zero.dtype.primitive_bitwidth == 64 else tl.int32
     if TOP == BLOCK_K and TILES == 1:
-        x = load_to_sort(gains_ptr, row, stride, exists, length, 0, ACCUMULATOR, BLOCK_K, INNER)  # (BLOCK_N, BLOCK_K)
-        x = in_tile_order(_sort(x, BITS), INNER).to(ACCUMULATOR, bitcast=True)  # (BLOCK_N, BLOCK_K)
-        # (BLOCK_N, BLOCK_K): the table has a value for every position of the tile
-        d = load_tile(
-            sorted_discounts_ptr, row, 0, 0, exists, BLOCK_K + tl.zeros_like(length), ACCUMULATOR, BLOCK_K, INNER
-        )
-        ideal = tl.sum(term_gains(x, top, GAIN_KIND) * d, axis=1, keep_dims=True)  # (BLOCK_N, 1)
+        x = in_tile_order(_sort(load_to_sort(lists, 0), BITS), INNER).to(lists.zero.dtype, bitcast=True)
+        # The table has a value for every position of the tile.
+        d = load_tile(lists, sorted_discounts_ptr, 0, 0, tl.zeros_like(lists.length) + BLOCK_K)  # (BLOCK_N, BLOCK_K)
+        ideal = tl.sum(term_gains(x, terms, GAIN_KIND) * d, axis=1, keep_dims=True)
     elif TOP <= BLOCK_K:
         TOP_BITS: tl.constexpr = log2(TOP)
-        best = tl.zeros([row.shape[0], TOP], dtype=INTEGER)  # (BLOCK_N, TOP)
+        best = tl.zeros([lists.row.shape[0], TOP], dtype=INTEGER)  # (BLOCK_N, TOP)
         for tile in range(TILES):
-            x = load_to_sort(gains_ptr, row, stride, exists, length, tile, ACCUMULATOR, BLOCK_K, INNER)
-            x = _largest(x, BITS, TOP_BITS)  # (BLOCK_N, TOP)
+            x = _largest(load_to_sort(lists, tile), BITS, TOP_BITS)  # (BLOCK_N, TOP)
             if TILES > 1:
-                x = _merge(tl.maximum(best, _mirror(x, TOP_BITS)), TOP_BITS)  # (BLOCK_N, TOP)
-            best = x  # (BLOCK_N, TOP)
-        ideal = _dcg(best, 0, discounts_ptr, size, top, GAIN_KIND, ACCUMULATOR)  # (BLOCK_N, 1)
+                x = _merge(tl.maximum(best, _mirror(x, TOP_BITS)), TOP_BITS)
+            best = x
+        ideal = _dcg(lists, best, 0, terms, GAIN_KIND)
     else:
         column = tl.arange(0, BLOCK_K)[None, :]  # (1, BLOCK_K)
         for tile in range(TILES):
-            x = load_to_sort(gains_ptr, row, stride, exists, length, tile, ACCUMULATOR, BLOCK_K, INNER)
-            x = _sort(x, BITS).to(ACCUMULATOR, bitcast=True)  # (BLOCK_N, BLOCK_K)
-            k = tile * BLOCK_K + column  # (1, BLOCK_K)
-            tl.store(scratch_ptr + row * size + k, x, mask=exists & (k < size))
+            x = _sort(load_to_sort(lists, tile), BITS).to(lists.zero.dtype, bitcast=True)  # (BLOCK_N, BLOCK_K)
+            _store_scratch(lists, scratch_ptr, tile * BLOCK_K + column, x)
         tl.debug_barrier()
-        _merge_tiles(scratch_ptr, row, size, exists, log2(TILES), BITS, BLOCK_K, TILES)
-        ideal = tl.zeros(row.shape, dtype=ACCUMULATOR)  # (BLOCK_N, 1)
+        _merge_tiles(lists, scratch_ptr, log2(TILES), BITS, TILES)
+        ideal = lists.zero
         for tile in range(TILES):
-            k = tile * BLOCK_K + column  # (1, BLOCK_K)
-            x = tl.load(scratch_ptr + row * size + k, mask=exists & (k < size), other=0.0)  # (BLOCK_N, BLOCK_K)
-            x = _merge(x.to(INTEGER, bitcast=True), BITS)  # (BLOCK_N, BLOCK_K)
-            ideal += _dcg(x, tile * BLOCK_K, discounts_ptr, size, top, GAIN_KIND, ACCUMULATOR)  # (BLOCK_N, 1)
+            x = _load_scratch(lists, scratch_ptr, tile * BLOCK_K + column).to(INTEGER, bitcast=True)
+            ideal += _dcg(lists, _merge(x, BITS), tile * BLOCK_K, terms, GAIN_KIND)
         tl.debug_barrier()  # scratch is the caller's again
     return ideal
 
 
 @triton.jit
 def inverse_norm(
-    gains_ptr,
+    lists,
     scratch_ptr,
-    discounts_ptr,
     sorted_discounts_ptr,
-    row,
-    stride,
-    exists,
-    length,
-    size,
     cutoff,
-    top,
+    terms,
     GAIN_KIND: tl.constexpr,
     NORMALISER: tl.constexpr,
     TOP: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INNER: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """(BLOCK_N, 1) 1 / normaliser of each list, 0 where that is 0."""
-    norm = tl.full(row.shape, 1.0, ACCUMULATOR)  # (BLOCK_N, 1)
+    """(BLOCK_N, 1) 1 / normaliser of each list, 0 where that is 0, for sums of scaled term gains."""
+    norm = lists.zero + 1.0
     if NORMALISER == IDEAL:
-        norm = _ideal(
-            gains_ptr,
-            scratch_ptr,
-            discounts_ptr,
-            sorted_discounts_ptr,
-            row,
-            stride,
-            exists,
-            length,
-            size,
-            top,
-            GAIN_KIND,
-            TOP,
-            ACCUMULATOR,
-            BLOCK_K,
-            INNER,
-            TILES,
-        )  # (BLOCK_N, 1)
+        norm = _ideal(lists, scratch_ptr, sorted_discounts_ptr, terms, GAIN_KIND, TOP, TILES)
     elif NORMALISER == RELEVANT:
-        norm = tl.zeros(row.shape, dtype=ACCUMULATOR)  # (BLOCK_N, 1)
+        norm = lists.zero
         for tile in range(TILES):
-            gains = load_tile(gains_ptr, row, stride, tile, exists, length, ACCUMULATOR, BLOCK_K, INNER)
-            norm += tl.sum(term_gains(gains, top, GAIN_KIND), axis=1, keep_dims=True)  # (BLOCK_N, 1)
+            norm += tl.sum(term_gains(gains_of(lists, tile), terms, GAIN_KIND), axis=1, keep_dims=True)
     elif NORMALISER == CUTOFF:
         if cutoff > 0:
-            norm = norm * cutoff  # (BLOCK_N, 1)
+            norm = norm * cutoff
         else:
-            norm = norm * length.to(ACCUMULATOR)  # (BLOCK_N, 1)
-    return tl.where(norm > 0.0, 1.0 / tl.where(norm > 0.0, norm, 1.0), 0.0)  # (BLOCK_N, 1)
+            norm = norm * lists.length.to(norm.dtype)
+    inverse = tl.where(norm > 0.0, 1.0 / tl.where(norm > 0.0, norm, 1.0), 0.0)
+    if NORMALISER != IDEAL and NORMALISER != RELEVANT:  # which are scaled themselves
+        inverse = inverse * terms.unscale
+    return inverse
