@@ -171,10 +171,14 @@ def _train(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from flexrec.evaluation.statistics import comparison_table
+    from flexrec.experiment.run_folder import RunFolder
     from flexrec.experiment.stages import run_experiment
     from flexrec.policy.distributed import process_index
 
-    config = ExperimentConfig(**given(arguments, ExperimentConfig))
+    options = given(arguments, ExperimentConfig)
+    if options.get("resume"):  # what is not said is as it was
+        options = {**RunFolder(arguments.output).read_config(), **options}
+    config = ExperimentConfig(**options)
     console = Console()
     results = run_experiment(config, say=console.print)
     if process_index() > 0:

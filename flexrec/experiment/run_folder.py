@@ -1,5 +1,6 @@
 """The folder of a run: the one place that knows its files and their formats.
 
+    config.json       what the run was configured with
     flexrec.json      how the model is to be prompted and what it was trained on (:class:`RunInfo`)
     catalogue.json    titles of the items, and how strongly they rise at the end of the log
     histories.json    the last items of every logged user
@@ -29,6 +30,8 @@ from flexrec.evaluation.statistics import Comparison, relative_change
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, has_adapters, load_model, save_adapters
 from flexrec.task.prompts import PromptBuilder
+
+CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "listwise_baseline"}  # by --resume
 
 
 @dataclass
@@ -100,9 +103,9 @@ class RunFolder:
         self.backbone = self.path / BACKBONE
         self.log = self.path / "log.jsonl"
 
-    def check_usable(self, resume: bool) -> None:
-        """Refuse a folder whose contents a run would touch."""
-        folder = self.path
+    def check_usable(self, config: ExperimentConfig) -> None:
+        """Refuse a folder whose contents a run would touch, and one of a run that was configured otherwise."""
+        folder, resume = self.path, config.resume
         if folder.exists() and not folder.is_dir():
             raise FileExistsError(f"--output {folder} exists and is no folder")
         if folder.is_dir() and any(folder.iterdir()) and not resume:
@@ -111,6 +114,26 @@ class RunFolder:
             )
         if resume and (folder / "metrics.json").is_file():
             raise FileExistsError(f"--output {folder} holds a finished run: there is nothing to resume")
+        stored = self.read_config() if resume else {}
+        for name in stored:
+            if name not in CHANGEABLE and getattr(config, name) != stored[name]:
+                raise ValueError(
+                    f"--resume continues the run as it was configured, with {name}={stored[name]!r}: got "
+                    f"{getattr(config, name)!r}; only {', '.join(sorted(CHANGEABLE - {'output', 'resume'}))} may change"
+                )
+
+    def write_config(self, config: ExperimentConfig) -> None:
+        self._write("config.json", asdict(config), indent=2)
+
+    def read_config(self) -> dict[str, Any]:
+        """The options of the run to be resumed; none where the folder is empty."""
+        path = self.path / "config.json"
+        if not path.is_file():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise FileNotFoundError(f"--output {self.path} is not the folder of a run: it has no {path.name}")
+            return {}
+        stored = json.loads(path.read_text())
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
 
     def has_base(self) -> bool:
         """Whether the format stage was finished."""

@@ -72,7 +72,7 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
     if process_index() > 0:
         say = _say_nothing
     folder = RunFolder(config.output)
-    on_main_process(lambda: folder.check_usable(config.resume))
+    on_main_process(lambda: folder.check_usable(config))
     needs = [get_need(name) for name in config.needs]
     _reinforcement_arguments(config)  # options that contradict each other are an error before anything is loaded
     parse_metric(config.metric)
@@ -110,6 +110,7 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
 
     # From here on the folder is written to; mistakes that can be seen before have left no trace.
     folder.path.mkdir(parents=True, exist_ok=True)
+    on_main_process(lambda: folder.write_config(config))
     log = StepLog(folder.log, append=config.resume)
     info = RunInfo.of(config, builder, dataset)
     if not (config.resume and folder.has_base()):
