@@ -81,16 +81,15 @@ class Recorded:
 
     def __init__(self, monkeypatch):
         self.monkeypatch = monkeypatch
-        self.stages, self.evaluated, self.seeds, self.num_ranked = [], [], {}, set()
+        self.stages, self.evaluated, self.said, self.seeds, self.num_ranked = [], [], [], {}, set()
         self.stops_after = None
         self.seconds = 0.0
         self.pace = {"format": 1.0, "listwise": 1.0, "reinforcement": 1.0}  # seconds a step
 
-    @staticmethod
-    def run(folder, **changes):
+    def run(self, folder, **changes):
         few = {"steps": 4, "warmup_steps": 3, "listwise_steps": 2, "prompts_per_step": 4, "needs": ("interest",)}
         config = ExperimentConfig(output=str(folder), **{**few, **changes})
-        return stages.run_experiment(config, say=lambda text: None)
+        return stages.run_experiment(config, say=self.said.append)
 
     def interrupt(self, folder, **changes):
         """Run up to the last step of reinforcement."""
