@@ -271,7 +271,7 @@ def test_interrupted_run_resumes(tmp_path, monkeypatch, capsys):
     shutil.rmtree(middle / "checkpoints" / "checkpoint-4")
     expected = AutoModelForCausalLM.from_pretrained(whole).state_dict()
     base = AutoModelForCausalLM.from_pretrained(whole / "base").state_dict()
-    for resumed, steps in ((folder, [1, 2, 3, 4]), (middle, [1, 2, 3, 4, 3, 4])):
+    for resumed in (folder, middle):
         assert main(["train", "--output", str(resumed), *options, "--resume"]) == 0
         metrics = json.loads((resumed / "metrics.json").read_text())
         assert not {"format", "listwise warm-up"} & set(metrics["seconds"]), "finished stages are not run again"
@@ -282,7 +282,7 @@ def test_interrupted_run_resumes(tmp_path, monkeypatch, capsys):
             torch.testing.assert_close(found[name], value, atol=1e-6, rtol=0)
         assert any((expected[name] - base[name]).abs().max() > 1e-4 for name in expected)
         lines = [json.loads(line) for line in (resumed / "log.jsonl").read_text().splitlines()]
-        assert [s["step"] for s in lines if s["stage"] == "reinforcement" and "loss" in s] == steps
+        assert [s["step"] for s in lines if s["stage"] == "reinforcement" and "loss" in s] == [1, 2, 3, 4]
 
 
 def test_every_option_of_rank_reaches_the_ranker(tmp_path, monkeypatch):

@@ -20,7 +20,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,14 @@ from flexrec.experiment.config import ExperimentConfig
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, has_adapters, load_model, save_adapters
 from flexrec.task.prompts import PromptBuilder
 
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", ".lock"
 CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "listwise_baseline"}  # by --resume
+
+
+try:
+    import fcntl
+except ImportError:  # on Windows nothing is locked
+    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass
@@ -111,9 +118,7 @@ class RunFolder:
     def check_usable(self, config: ExperimentConfig) -> None:
         """Refuse a folder whose contents a run would touch, and one of a run that was configured otherwise."""
         folder, resume = self.path, config.resume
-        if folder.exists() and not folder.is_dir():
-            raise FileExistsError(f"--output {folder} exists and is no folder")
-        if folder.is_dir() and any(folder.iterdir()) and not resume:
+        if self._holds_something() and not resume:
             raise FileExistsError(
                 f"--output {folder} exists and is not empty: choose another folder, or continue that run with --resume"
             )
@@ -127,6 +132,50 @@ class RunFolder:
                     f"{getattr(config, name)!r}; only {', '.join(sorted(CHANGEABLE - {'output', 'resume'}))} may change"
                 )
 
+    def _holds_something(self) -> bool:
+        return self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside of it no other process may run into this folder, which is left away again if nothing comes into it.
+
+        Raises:
+            FileExistsError: another run is at it, or it is no folder.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"--output {self.path} exists and is no folder")
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / LOCK).open("a") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise FileExistsError(f"--output {self.path} is in use by another run") from None
+            try:
+                yield
+            finally:
+                if not self._holds_something():
+                    (self.path / LOCK).unlink()
+                    for path in made:
+                        path.rmdir()
+
+    def cut_log(self, step: int | None) -> None:
+        """Take out of the log what a resumed run is going to do again: all after the format stage, or, from a
+        checkpoint, after its step."""
+        kept, reinforced = [], False
+        for line in self.log.read_text().splitlines() if self.log.is_file() else ():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the run was killed while it wrote
+                break
+            stage = entry["stage"]
+            reinforced = reinforced or stage in ("reinforcement", "evaluation")
+            if stage != "format" and (step is None or (reinforced and (stage == "listwise" or entry["step"] > step))):
+                break
+            kept.append(line + "\n")
+        self.log.write_text("".join(kept))
+
     def write_config(self, config: ExperimentConfig) -> None:
         _write_json(self.path / "experiment.json", asdict(config), indent=2)
 
@@ -134,7 +183,7 @@ class RunFolder:
         """The options of the run to be resumed; none where the folder is empty."""
         path = self.path / "experiment.json"
         if not path.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self._holds_something():
                 raise FileNotFoundError(f"--output {self.path} is not the folder of a run: it has no {path.name}")
             return {}
         stored = json.loads(path.read_text())
@@ -291,7 +340,7 @@ def settle(folder: Path, deep: bool = True) -> dict[str, tuple[int, str]]:
     os.umask(umask)
     found = {}
     for path in sorted(folder.rglob("*") if deep else folder.glob("*")):
-        if path.is_file() and path.name != MANIFEST:
+        if path.is_file() and not path.name.startswith(MANIFEST):
             path.chmod(0o666 & ~umask)
             with path.open("rb+") as file:
                 os.fsync(file.fileno())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,12 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
         ImportError: ``config.lora`` without PEFT.
     """
     PartialState()  # where there are several processes, they meet
-    if process_index() > 0:
-        say = _say_nothing
     folder = RunFolder(config.output)
+    with folder.locked() if process_index() == 0 else nullcontext():
+        return _run_in(folder, config, say if process_index() == 0 else _say_nothing)
+
+
+def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], None]) -> Results:
     on_main_process(lambda: folder.check_usable(config))
     needs = [get_need(name) for name in config.needs]
     _reinforcement_arguments(config)  # options that contradict each other are an error before anything is loaded
@@ -109,12 +112,13 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
     evaluate = Evaluation(tests, builder, config.num_ranked)
 
     # From here on the folder is written to; mistakes that can be seen before have left no trace.
-    folder.path.mkdir(parents=True, exist_ok=True)
     on_main_process(lambda: folder.write_config(config))
-    log = StepLog(folder.log, append=config.resume)
     info = RunInfo.of(config, builder, dataset)
     resumed = config.resume and folder.has_base()
     checkpoint = of_main_process(folder.latest_checkpoint(say) if resumed and process_index() == 0 else None)
+    if resumed:
+        on_main_process(lambda: folder.cut_log(checkpoint[0] if checkpoint else None))
+    log = StepLog(folder.log, append=resumed)
     if not resumed:
         if config.lora is not None and config.model == EMBEDDED:
             on_main_process(lambda: folder.save_backbone(model))

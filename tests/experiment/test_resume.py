@@ -224,3 +224,49 @@ def test_checkpoints_of_a_training_are_sealed(tmp_path):
     (tmp_path / "experiment.json").write_text("{}")
     stages._Seal(run).on_save(args, state, None)
     run.check_sealed(tmp_path / "checkpoint-3")
+
+
+def steps_of(folder):
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [(line["stage"], line["step"]) for line in lines]
+
+
+def test_the_log_of_a_resumed_run_has_no_step_twice(tmp_path):
+    run = RunFolder(tmp_path)
+    done = [("format", n) for n in (1, 2)] + [("listwise", n) for n in (1, 2)]
+    reinforced = [("reinforcement", 1), ("reinforcement", 2), ("evaluation", 2), ("reinforcement", 3)]
+    baseline = [("listwise", 1), ("listwise", 2)]
+
+    def cut(lines, step, torn=""):
+        text = "".join(json.dumps({"stage": stage, "step": step}) + "\n" for stage, step in lines)
+        run.log.write_text(text + torn)
+        run.cut_log(step)
+        return steps_of(tmp_path)
+
+    assert cut([*done, *reinforced], 2) == [*done, *reinforced[:3]]
+    assert cut([*done, *reinforced, *baseline], 3) == [*done, *reinforced], "the baseline is trained again"
+    assert cut([*done, *reinforced], None) == done[:2], "no checkpoint: the warm-up is made again"
+    assert cut(done, 2, torn='{"stage": "rein') == done
+    run.log.unlink()
+    run.cut_log(2)
+    assert run.log.read_text() == ""
+
+
+# One run at a time
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path, recorded, monkeypatch):
+    """Before anything is loaded; the folder is free again afterwards."""
+    folder = tmp_path / "deep" / "run"
+    with RunFolder(folder).locked():
+        monkeypatch.setattr(stages, "load_dataset", lambda *args: pytest.fail("loaded"))
+        for more in ({}, {"resume": True}):
+            with pytest.raises(FileExistsError, match=f"--output {folder} is in use by another run"):
+                recorded.run(folder, **more)
+    monkeypatch.undo()
+    assert not (tmp_path / "deep").exists(), "what came to nothing leaves no folder"
+    with RunFolder(folder).locked():
+        (folder / "log.jsonl").write_text("")
+    assert (folder / "log.jsonl").exists()
+    with RunFolder(folder).locked():
+        pass
