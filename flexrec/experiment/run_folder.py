@@ -33,8 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flexrec.data.lists import RankingDataset
 from flexrec.evaluation.statistics import Comparison, relative_change
 from flexrec.experiment.config import ExperimentConfig
-from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, has_adapters, load_model, save_adapters
+from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, OF_A_RUN, has_adapters, load_model, save_adapters
 from flexrec.task.prompts import PromptBuilder
+from flexrec.trainer.callbacks import to_json
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "listwise_baseline"}  # by --resume
@@ -260,7 +261,7 @@ class RunFolder:
 
     def load_reference(self) -> Any:
         self.check_sealed(self.reference)
-        return AutoModelForCausalLM.from_pretrained(self.reference)
+        return AutoModelForCausalLM.from_pretrained(self.reference, **OF_A_RUN)
 
     def save(self, model: Any, tokenizer: Any, info: RunInfo, dataset: RankingDataset) -> None:
         """Write the trained model and what is needed to answer requests: the catalogue, what rises, histories."""
@@ -279,7 +280,7 @@ class RunFolder:
     def load(self) -> tuple[RunInfo, Any, PromptBuilder]:
         """The trained model, to be used, with how it is to be prompted."""
         info = RunInfo.load(self.path)
-        tokenizer = AutoTokenizer.from_pretrained(self.path)
+        tokenizer = AutoTokenizer.from_pretrained(self.path, **OF_A_RUN)
         model = load_model(self.path, tokenizer).eval()
         if torch.cuda.is_available():
             model.to("cuda")
@@ -327,7 +328,7 @@ def _write_json(path: Path, content: Any, indent: int | None = None) -> None:
     """Write a file whole or not at all, to the disk."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w") as file:
-        file.write(json.dumps(content, indent=indent) + "\n")
+        file.write(to_json(content, indent) + "\n")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -361,7 +362,7 @@ def load_checkpoint(model: Any, checkpoint: Path) -> None:
     if has_adapters(model):
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
     else:
-        model.load_state_dict(AutoModelForCausalLM.from_pretrained(checkpoint).state_dict())
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(checkpoint, **OF_A_RUN).state_dict())
 
 
 def _save_model(folder: Path, model: Any, tokenizer: Any, info: RunInfo) -> None:
