@@ -126,7 +126,8 @@ class RankingTrainer(Trainer):
         return EpochOrder(len(train_dataset), self.args.seed)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self._slot, self._loss_is_finite = 0, True  # the micro-batches of an update begin
+        self._slot = 0  # the micro-batches of an update begin
+        self._loss_is_finite = True
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
