@@ -18,8 +18,9 @@ from flexrec import item_advantages, policy_loss, ranking_metric, swap_rewards_w
 from flexrec.data import simulate
 from flexrec.decoding import sample_rankings
 from flexrec.ops.rank_order import rank_order
+from flexrec.policy.batch import make_batch
 from flexrec.policy.packing import sharing
-from flexrec.policy.scores import all_actions, make_batch, ranking_scores, ranking_states
+from flexrec.policy.scores import all_actions, ranking_scores, ranking_states
 from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors
 from flexrec.task import Critic, PromptBuilder, RankingTask, TrainingExamples, get_need
 

@@ -21,22 +21,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+MIN_TEMPERATURE = 1e-10
+
 _value_checks = os.environ.get("FLEXREC_VALUE_CHECKS", "0") not in ("", "0")
 
 
 def set_value_checks(enabled: bool) -> None:
-    """Switch the value checks of tensors on an accelerator on or off (CPU tensors are always checked)."""
+    """Switch the value checks of tensors on an accelerator on or off (CPU tensors are always checked).
+
+    Example:
+        >>> flexrec.set_value_checks(True)  # of tensors on a GPU, too, which waits for it
+        >>> flexrec.set_value_checks(False)
+    """
     global _value_checks
     _value_checks = bool(enabled)
 
 
 def values_are_checked(tensor: torch.Tensor) -> bool:
-    """Whether the values of ``tensor`` may be read for a check; never while it is traced or fake."""
+    """Whether the values of ``tensor`` may be read for a check; never while it is traced, transformed or fake."""
     import torch
 
-    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
+    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor) or is_transformed(tensor):
         return False
     return _value_checks or tensor.device.type == "cpu"
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is what torch.func's vmap, grad or jvp hand to the function that they transform."""
+    import torch
+
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_tensor(
@@ -57,6 +71,9 @@ def check_tensor(
 
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    is_plain = value.layout is torch.strided and not value.is_meta
+    if not is_plain or (not torch.compiler.is_compiling() and value.is_neg()):
+        raise TypeError(f"{name} must be a dense tensor with values of its own, got {_kind_of(value)}")
     fits = value.dim() == len(shape)
     if fits:
         for have, want in zip(value.shape, shape, strict=True):
@@ -76,6 +93,14 @@ def check_tensor(
     if not is_kind:
         raise TypeError(f"{name} must have {'an' if kind == 'integer' else 'a'} {kind} dtype, got {value.dtype}")
     return value
+
+
+def _kind_of(value: torch.Tensor) -> str:
+    import torch
+
+    if value.layout != torch.strided:
+        return f"layout {value.layout}; use to_dense()"
+    return "a meta tensor" if value.is_meta else "a lazily negated view; use resolve_neg()"
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
@@ -163,3 +188,23 @@ def lies_within(tensor: torch.Tensor, low: float, high: float) -> bool:
         return True
     smallest, largest = tensor.aminmax()
     return low <= smallest.item() and largest.item() <= high
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise unless ``temperature`` is a number that logits can be divided by."""
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+    if not MIN_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(
+            f"temperature must be positive and finite, and at least {MIN_TEMPERATURE:g}, below which logits leave "
+            f"float32's range; got {temperature}"
+        )
+
+
+def check_bias(name: str, bias: torch.Tensor | None, weight: torch.Tensor) -> None:
+    """Raise unless ``bias`` is None or (V,), numbers or -inf."""
+    import torch
+
+    if bias is not None:
+        check_tensor(name, bias, (weight.shape[0],))
+        check_range(name, bias, -math.inf, torch.finfo(bias.dtype).max)

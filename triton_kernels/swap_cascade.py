@@ -1,6 +1,6 @@
 """Triton kernel of err: the user stops at rank k with probability theta_k, having got there with probability P_k.
 
-The closed forms are derived in ``flexrec/ops/swap_rewards_torch.py``. With d_k = 1/k, theta = (2^g - 1) / 2^g_max,
+The closed forms are derived in ``flexrec/ops/swap_reference.py``. With d_k = 1/k, theta = (2^g - 1) / 2^g_max,
 x = theta - theta_1 (differences feel no constant, so ties give exactly 0) and n items behind rank k
 
     causal sum = P_k B_k,  B_k = d_k (n x_k - sum x_j) - x_k Gamma^1_k + Gamma^x_k,    sum over j > k,

@@ -1,6 +1,6 @@
 """Triton kernels of the metrics that ask for the first relevant item (mrr, hit_rate) or for all of them (map).
 
-The closed forms are derived in ``flexrec/ops/swap_rewards_torch.py``. As computed here, with w in {0, 1}:
+The closed forms are derived in ``flexrec/ops/swap_reference.py``. As computed here, with w in {0, 1}:
 
 First relevant item at rank f, the second at s, C relevant items, d the discount (d_s = 0 without a second):
 

@@ -1,6 +1,6 @@
 """Triton kernels of the whole matrix of swap scores, and of their means by weight (credit "policy").
 
-The closed forms of S[k, j] for k < j stand in ``flexrec/ops/swap_rewards_torch.py``. They need, besides w and d, one
+The closed forms of S[k, j] for k < j stand in ``flexrec/ops/swap_reference.py``. They need, besides w and d, one
 state per rank: the number c of relevant items so far (first relevant item), E (average precision), or the probability P
 of getting to the rank (cascade), whose G_kj = M + Q d_j moreover follows from a row's own chain over k < i < j,
 

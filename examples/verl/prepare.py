@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flexrec.cli import DATASETS
 from flexrec.experiment import load_dataset
+from flexrec.experiment.config import DATASETS
 from flexrec.task import NEEDS, Critic, Example, Need, PromptBuilder, RankingTask, TrainingExamples, get_need
 from flexrec.task.prompts import RANKING
 

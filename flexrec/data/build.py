@@ -118,6 +118,17 @@ class ListBuilder:
         history_length: the most items that a history shows.
         min_history: the least number of events before a cut.
         trend_window, trend_smoothing, num_rising: see ``moments``.
+
+    Example:
+        >>> from flexrec.data import Interactions, ListBuilder
+        >>> rng = np.random.default_rng(0)
+        >>> users = np.tile(np.arange(30), 25)
+        >>> items = np.stack([rng.permutation(40)[:25] for _ in range(30)]).T.ravel()
+        >>> log = Interactions(users, items, rng.random(750).astype(np.float32), np.repeat(np.arange(25.0), 30))
+        >>> builder = ListBuilder(log, 40, trend_window=5.0, num_candidates=8, num_positives=3)
+        >>> lists = builder.lists(log, lists_per_user=1, seed=0)
+        >>> len(lists), lists[0].candidates.shape
+        (30, (8,))
     """
 
     log: Interactions
@@ -280,6 +291,18 @@ def build_dataset(
     Popularity, trend and negatives of a list, training or test, come from training users' events before the list's
     time, with ``split="time"`` also those after the boundary: a recommender knows what is popular today, although
     nothing was fitted on it.
+
+    Example:
+        >>> from flexrec.data import Catalogue, Interactions, build_dataset
+        >>> rng = np.random.default_rng(0)
+        >>> users = np.tile(np.arange(30), 25)
+        >>> items = np.stack([rng.permutation(40)[:25] for _ in range(30)]).T.ravel()
+        >>> log = Interactions(users, items, rng.random(750).astype(np.float32), np.repeat(np.arange(25.0), 30))
+        >>> names = tuple(f"book {i}" for i in range(40))
+        >>> catalogue = Catalogue(names, names, (("prose",),) * 40)
+        >>> data = build_dataset("books", catalogue, log, trend_window=5.0, num_candidates=8, num_positives=3)
+        >>> len({lst.user for lst in data.test})  # a fifth of the users
+        6
     """
     check_choice("split", split, ("user", "time"))
     if seed < 0:

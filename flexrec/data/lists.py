@@ -16,7 +16,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The items that exist: public id, title and topics (genres, categories) of each."""
+    """The items that exist: public id, title and topics (genres, categories) of each.
+
+    Example:
+        >>> from flexrec.data import Catalogue
+        >>> topics = (("horror",), ("romance", "comedy"))
+        >>> catalogue = Catalogue(ids=("a", "b"), titles=("Alien", "Amelie"), topics=topics)
+        >>> catalogue.index["b"], catalogue.topic_names
+        (1, ('comedy', 'horror', 'romance'))
+    """
 
     ids: tuple[str, ...]
     titles: tuple[str, ...]
@@ -57,7 +65,15 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Interactions:
-    """A log of feedback, sorted by time."""
+    """A log of feedback, sorted by time.
+
+    Example:
+        >>> from flexrec.data import Interactions
+        >>> users, items, times = np.array([7, 7, 8]), np.array([0, 1, 0]), np.array([1.0, 2.0, 3.0])
+        >>> log = Interactions(users, items, np.array([1.0, 0.5, 0.0], dtype=np.float32), times)
+        >>> len(log.select(log.users == 7))
+        2
+    """
 
     users: np.ndarray  # (M,) int64
     items: np.ndarray  # (M,) int64
@@ -77,6 +93,12 @@ class RankingList:
     """One list to rank: a user at a moment, what is known of them then, and K candidates.
 
     Everything but ``interest`` and ``truth`` was known before ``time``.
+
+    Example:
+        >>> from flexrec.data import simulate
+        >>> lst = simulate(num_users=4, num_items=80, num_topics=4, num_test_users=1, num_candidates=6).test[0]
+        >>> bool(lst.reordered(np.arange(6)[::-1]).candidates[0] == lst.candidates[-1])
+        True
     """
 
     user: int
@@ -120,6 +142,12 @@ class RankingDataset:
             after it; None where that is not known.
         time_boundary: with a split in time, the moment before which everything in ``log`` and ``train`` lies and at or
             after which every test list lies; None otherwise.
+
+    Example:
+        >>> from flexrec.data import simulate
+        >>> data = simulate(num_users=4, num_items=80, num_topics=4, num_test_users=1, num_candidates=6)
+        >>> {lst.user for lst in data.test} & set(data.log.users.tolist())  # nobody is trained and tested on
+        set()
     """
 
     name: str

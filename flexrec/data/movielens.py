@@ -60,6 +60,21 @@ def load_movielens(
     Raises:
         FileNotFoundError: no such folder, or a file is not in it.
         ValueError: a broken row, named with its file and line; a file without rows; bad arguments.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from flexrec.data import load_movielens
+        >>> folder = Path("small")
+        >>> folder.mkdir()
+        >>> rng = np.random.default_rng(0)
+        >>> movies = [f"{i},Film {i} (1999),Drama" for i in range(60)]
+        >>> rated = [(user, movie, at) for user in range(25) for at, movie in enumerate(rng.permutation(60)[:40])]
+        >>> ratings = [f"{user},{movie},{rng.integers(1, 6)},{86400 * at + user}" for user, movie, at in rated]
+        >>> _ = (folder / "movies.csv").write_text("\\n".join(["movieId,title,genres", *movies]))
+        >>> _ = (folder / "ratings.csv").write_text("\\n".join(["userId,movieId,rating,timestamp", *ratings]))
+        >>> data = load_movielens(folder, num_candidates=10, num_positives=4)
+        >>> len(data.catalogue), len(data.test) > 0
+        (60, True)
     """
     catalogue, ratings, _ = read_movielens(folder)
     return build_dataset(
@@ -88,6 +103,17 @@ def read_movielens(folder: str | Path) -> tuple[Catalogue, Interactions, np.ndar
     """The movies in the file's order, everybody's ratings as interest, and the public ids (users,) of the users.
 
     Ratings are sorted by time, ties by user and movie; times are seconds since 1970 as float64.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from flexrec.data import read_movielens
+        >>> folder = Path("tiny")
+        >>> folder.mkdir()
+        >>> _ = (folder / "movies.csv").write_text("movieId,title,genres\\n7,Alien (1979),Horror|Sci-Fi\\n")
+        >>> _ = (folder / "ratings.csv").write_text("userId,movieId,rating,timestamp\\n1,7,4.5,100\\n")
+        >>> catalogue, log, _ = read_movielens(folder)
+        >>> catalogue.titles, catalogue.topics, log.interest
+        (('Alien (1979)',), (('Horror', 'Sci-Fi'),), array([0.75], dtype=float32))
     """
     folder = Path(folder)
     if not folder.is_dir():

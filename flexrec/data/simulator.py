@@ -97,6 +97,12 @@ def simulate(
 
     Raises:
         ValueError: an argument out of range, naming it.
+
+    Example:
+        >>> from flexrec.data import simulate
+        >>> data = simulate(num_users=4, num_items=80, num_topics=4, num_test_users=1, num_candidates=6)
+        >>> data.catalogue.titles[0]
+        'Deep sky comets'
     """
     _check_arguments(locals())
     world_rng, train_rng, test_rng = (

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from flexrec.policy.distributed import hidden_states
+from flexrec.policy.lm_head import last_hidden
 from flexrec.policy.packing import mask_for
 
 
@@ -79,7 +79,7 @@ class SharedDecoder:
             row[: len(prompt)] = prompt
         lengths = np.array([len(prompt) for prompt in prompts])
         of_prompt = torch.from_numpy(np.arange(width) < lengths[:, None]).to(self.device)  # (P, width)
-        states = hidden_states(
+        states = last_hidden(
             self.model,
             input_ids=torch.from_numpy(tokens).to(self.device),
             attention_mask=of_prompt.long(),
@@ -112,7 +112,7 @@ class SharedDecoder:
         positions[row, column] = self.lengths[rollout] + np.arange(len(rollout)) - starts[rollout]
         self.lengths = self.lengths + runs.counts
 
-        states = hidden_states(
+        states = last_hidden(
             self.model,
             input_ids=torch.from_numpy(tokens).to(self.device),
             attention_mask=self._mask(torch.from_numpy(owner).to(self.device)),

@@ -30,8 +30,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from transformers import LogitsProcessor
 
-from flexrec.rankings import Candidates, CandidateTries, RankingState, TokenIds
 from flexrec.rankings.reasoning import ReasoningTokens, reasoning_rule
+from flexrec.rankings.state import Candidates, CandidateTries, RankingState, TokenIds
 
 
 class RankingLogitsProcessor(LogitsProcessor):
@@ -64,6 +64,20 @@ class RankingLogitsProcessor(LogitsProcessor):
 
     Raises:
         ValueError, TypeError: as `flexrec.rankings.RankingState`; no token to go on with after a finished ranking.
+
+    Example:
+        >>> from flexrec.data import Catalogue
+        >>> from flexrec.decoding import RankingLogitsProcessor
+        >>> from flexrec.policy.small_model import build_model, build_tokenizer
+        >>> tokenizer = build_tokenizer(Catalogue(("a",), ("a",), ((),)), [])
+        >>> model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+        >>> prompts, candidates = [[5, 6, 7]], [[[10, 20], [10, 21], [11]]]  # one prompt, three candidates
+        >>> processor = RankingLogitsProcessor(candidates, end=[tokenizer.eos_token_id])
+        >>> sequences = model.generate(
+        ...     torch.tensor(prompts), logits_processor=[processor], max_new_tokens=processor.max_new_tokens
+        ... )
+        >>> sorted(processor.rankings(sequences)[0].tolist())
+        [0, 1, 2]
     """
 
     def __init__(

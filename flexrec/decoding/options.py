@@ -17,6 +17,11 @@ class Decoding:
         temperature, top_p: sample at this temperature (default: that of training), and among the most probable tokens
             that reach ``top_p`` together. Either makes an answer a sample.
         num_ranked: rank the first so many only (default: as in training).
+
+    Example:
+        >>> from flexrec.decoding import Decoding
+        >>> Decoding().samples, Decoding(best_of=8).samples
+        (False, True)
     """
 
     num_beams: int = option(1, "search for the most probable ranking with B beams", low=1, metavar="B")

@@ -16,18 +16,21 @@ import torch
 from numpy.typing import ArrayLike
 
 from flexrec.decoding.cache import Runs, SharedDecoder
+from flexrec.policy.lm_head import output_layer
 from flexrec.policy.lora import causal_lm
 from flexrec.policy.packing import sharing
-from flexrec.policy.scores import output_layer
 from flexrec.profiling import span
-from flexrec.rankings import Candidates, RankingState
 from flexrec.rankings.reasoning import ReasoningRule, ReasoningTokens, eos_token_ids, reasoning_rule
+from flexrec.rankings.state import Candidates, RankingState, Spelling
+
+_Output = tuple[torch.Tensor, torch.Tensor | None]  # weight (V, D) and bias (V,) of the output layer
 
 
 class Rollout(NamedTuple):
     """Sampled rankings: ``rankings`` (N, T) int32 candidate indices, -1 beyond a row's own; ``logprobs`` (N, T) float32
     of the items as they were sampled (0 where nothing was left to choose). Where reasoning came before them:
-    ``reasoning``, and ``reasoning_logprobs`` (N, R) float32 of its sampled tokens, 0 behind a row's own."""
+    ``reasoning``, and ``reasoning_logprobs`` (N, R) float32 of its sampled tokens, 0 behind a row's own.
+    """
 
     rankings: np.ndarray
     logprobs: np.ndarray
@@ -73,28 +76,37 @@ def sample_rankings(
 
     Returns:
         N = P * num_generations rankings, those of one prompt adjacent.
+
+    Example:
+        >>> from flexrec.data import Catalogue
+        >>> from flexrec.decoding import sample_rankings
+        >>> from flexrec.policy.small_model import build_model, build_tokenizer
+        >>> tokenizer = build_tokenizer(Catalogue(("a",), ("a",), ((),)), [])
+        >>> model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+        >>> prompts, candidates = [[5, 6, 7]], [[[10, 20], [10, 21], [11]]]  # one prompt, three candidates
+        >>> rollout = sample_rankings(model, prompts, candidates, num_generations=4)
+        >>> np.sort(rollout.rankings, axis=1)
+        array([[0, 1, 2],
+               [0, 1, 2],
+               [0, 1, 2],
+               [0, 1, 2]], dtype=int32)
     """
     never = () if reasoning_end is None else eos_token_ids(causal_lm(model))
     rule = reasoning_rule(reasoning_end, max_reasoning_tokens, never)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
     sampling = _Sampling(temperature, top_p, greedy, generator)
-    state, share = _begin(
+    begun = _begun(
         model,
         prompts,
         candidates,
+        Spelling(separator, end, num_ranked),
         temperature,
-        separator=separator,
-        end=end,
-        num_ranked=num_ranked,
-        num_generations=num_generations,
+        num_generations,
+        pad_token_id,
         reasoning_length=0 if rule is None else rule.max_length,
     )
-    with _evaluating(model), span("bookkeeping"):
-        output = output_layer(model)
-        decoder = SharedDecoder(model, output[0].device, num_generations, share, pad_token_id)
-        with span("prefill"):
-            hidden = decoder.prefill(prompts)  # (N, D)
+    with begun as (state, decoder, output, hidden):
         reasoning = reasoning_logprobs = None
         if rule is not None:
             with span("decode"):
@@ -112,6 +124,14 @@ def best_of(rollout: Rollout, num_generations: int, scores: ArrayLike | None = N
 
     Returns:
         P rankings; of equally good ones the first.
+
+    Example:
+        >>> from flexrec.decoding import Rollout, best_of
+        >>> rankings, logprobs = np.array([[0, 1], [1, 0]]), np.array([[-0.7, 0.0], [-0.6, 0.0]])
+        >>> best_of(Rollout(rankings, logprobs), 2).rankings
+        array([[1, 0]])
+        >>> best_of(Rollout(rankings, logprobs), 2, scores=[0.9, 0.3]).rankings
+        array([[0, 1]])
     """
     rows = len(rollout.rankings)
     if num_generations < 1 or rows % num_generations:
@@ -166,77 +186,77 @@ def search_rankings(
     Returns:
         N = P * num_beams rankings, those of one prompt adjacent, the most probable first. Where a prompt has fewer
         rankings than beams, the rows behind them hold -1, with log-prob -inf.
+
+    Example:
+        >>> from flexrec.data import Catalogue
+        >>> from flexrec.decoding import search_rankings
+        >>> from flexrec.policy.small_model import build_model, build_tokenizer
+        >>> tokenizer = build_tokenizer(Catalogue(("a",), ("a",), ((),)), [])
+        >>> model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+        >>> prompts, candidates = [[5, 6, 7]], [[[10, 20], [10, 21], [11]]]  # one prompt, three candidates
+        >>> beams = search_rankings(model, prompts, candidates, num_beams=6)
+        >>> beams.rankings.shape, bool((np.diff(beams.logprobs.sum(axis=1)) <= 0).all())  # the likeliest first
+        ((6, 3), True)
     """
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")
-    state, share = _begin(
-        model,
-        prompts,
-        candidates,
-        temperature,
-        separator=separator,
-        end=end,
-        num_ranked=num_ranked,
-        num_generations=num_beams,
-    )
-    share = num_beams if share > 1 else 1
-    with _evaluating(model), span("bookkeeping"):
-        output = output_layer(model)
-        decoder = SharedDecoder(model, output[0].device, num_beams, share, pad_token_id)
-        with span("prefill"):
-            hidden = decoder.prefill(prompts)
+    spelling = Spelling(separator, end, num_ranked)
+    begun = _begun(model, prompts, candidates, spelling, temperature, num_beams, pad_token_id, beams=True)
+    with begun as (state, decoder, output, hidden):
         totals, logprobs = _search(decoder, state, hidden, output, temperature)
         rankings, missing = state.rankings(), np.isneginf(totals)
         rankings[missing], logprobs[missing] = -1, -np.inf
         return Rollout(rankings, logprobs)
 
 
-def _begin(
+@contextmanager
+def _begun(
     model: Any,
     prompts: Sequence[Sequence[int]],
     candidates: Candidates,
+    spelling: Spelling,
     temperature: float,
-    *,
-    separator: Sequence[int],
-    end: Sequence[int],
-    num_ranked: int | None,
     num_generations: int,
+    pad_token_id: int,
+    *,
     reasoning_length: int = 0,
-) -> tuple[RankingState, int]:
-    """The state of the rankings before their first token, and how many share a row."""
+    beams: bool = False,
+) -> Iterator[tuple[RankingState, SharedDecoder, _Output, torch.Tensor]]:
+    """What every way of decoding begins with: rankings before their first token, the cache of encoded prompts, the
+    output layer and the states (N, D) after the prompts. Inside, the model is in evaluation mode.
+
+    ``beams`` go on from one another, for which all of a prompt's share a row, or none.
+    """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}: use greedy=True for the mode")
     if len(prompts) != len(candidates):
         raise ValueError(f"got {len(prompts)} prompts and {len(candidates)} lists of candidates")
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
-    if num_ranked is not None:
-        num_ranked = min(num_ranked, max(map(len, candidates), default=0))
+    options = spelling.of(candidates)
     share = 1
     if model.config._attn_implementation != "flex_attention":  # which would compile a mask for every step
         share = sharing(
             model,
             prompts,
             candidates,
-            separator=separator,
-            num_ranked=num_ranked,
+            separator=spelling.separator,
+            num_ranked=options["num_ranked"],
             num_generations=num_generations,
             reasoning_length=reasoning_length,
         )
-    with span("bookkeeping"):
-        state = RankingState(
-            candidates, separator=separator, end=end, num_ranked=num_ranked, num_generations=num_generations
-        )
-    return state, share
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode; afterwards in the mode that it was in."""
+    if beams and share > 1:
+        share = num_generations
     training = model.training
     model.eval()
     try:
-        yield
+        with span("bookkeeping"):
+            state = RankingState(candidates, **options, num_generations=num_generations)
+            output = output_layer(model)
+            decoder = SharedDecoder(model, output[0].device, num_generations, share, pad_token_id)
+            with span("prefill"):
+                hidden = decoder.prefill(prompts)
+            yield state, decoder, output, hidden
     finally:
         model.train(training)
 
@@ -257,9 +277,6 @@ class _Sampling(NamedTuple):
             probs[:, 0] += probs.sum(dim=1) == 0  # where all is NaN, whichever: its log-prob tells of it
             column = torch.multinomial(probs, 1, generator=self.generator)
         return column, logprobs.gather(1, column)
-
-
-_Output = tuple[torch.Tensor, torch.Tensor | None]  # weight (V, D) and bias (V,) of the output layer
 
 
 def _think(

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from flexrec.decoding.sample import Rollout, sample_rankings
 from flexrec.evaluation.statistics import METRICS, rank_metrics
 from flexrec.policy.distributed import map_over_processes, process_index
-from flexrec.task.examples import Example
+from flexrec.task.examples import Example, prompts_and_candidates
 from flexrec.task.prompts import PromptBuilder
 
 
@@ -28,6 +28,13 @@ def rank_examples(
 
     Args:
         description: shown beside a progress bar; None shows none.
+
+    Example:
+        >>> from flexrec.evaluation import rank_examples
+        >>> some = [examples[0], examples[1]]  # as in FlexRecTrainer's example
+        >>> rankings = rank_examples(model, some, examples.task.builder)
+        >>> sorted(rankings[0].tolist())
+        [0, 1, 2, 3, 4, 5]
     """
     rankings: list[np.ndarray] = []
     starts = range(0, len(examples), batch_size)
@@ -35,8 +42,7 @@ def rank_examples(
         part = examples[start : start + batch_size]
         rollout = sample_rankings(
             model,
-            [example.prompt for example in part],
-            [example.candidates for example in part],
+            *prompts_and_candidates(part),
             separator=builder.separator,
             end=builder.end,
             num_ranked=num_ranked,
@@ -54,7 +60,15 @@ def check_outputs(rollout: Rollout) -> None:
 
 
 class Evaluation:
-    """Greedy rankings of the test examples of every need, shared out among the processes, and their metrics."""
+    """Greedy rankings of the test examples of every need, shared out among the processes, and their metrics.
+
+    Example:
+        >>> from flexrec.evaluation import Evaluation
+        >>> tests = {"interest": [examples[0], examples[1]]}  # as in FlexRecTrainer's example
+        >>> values = Evaluation(tests, examples.task.builder, num_ranked=None)(model, "the model")
+        >>> values["interest"]["ndcg@5"].shape
+        (2,)
+    """
 
     def __init__(self, tests: dict[str, list[Example]], builder: PromptBuilder, num_ranked: int | None) -> None:
         self.tests = tests

@@ -42,6 +42,12 @@ def rank_metrics(
 
     Raises:
         ValueError, TypeError: as ``flexrec.ranking_metric``; ``lengths`` beside a sequence of arrays.
+
+    Example:
+        >>> gains = np.array([[0.0, 1.0], [1.0, 0.0]])  # in rank order
+        >>> values = flexrec.rank_metrics(gains, ["mrr", "recall@1"])
+        >>> values["mrr"], values["recall@1"]
+        (array([0.5, 1. ]), array([0., 1.]))
     """
     if not isinstance(gains, np.ndarray | torch.Tensor):
         if lengths is not None:
@@ -66,6 +72,11 @@ class Comparison:
 
     ``difference`` is mean_new - mean_base, ``percent`` the same in per cent of mean_base (NaN where that is 0); low and
     high are the ends of their confidence intervals, ``p_value`` is two-sided.
+
+    Example:
+        >>> found = flexrec.relative_change(np.array([0.6, 0.3]), np.array([0.4, 0.2]))
+        >>> round(found.difference, 2), round(found.percent)
+        (0.15, 50)
     """
 
     mean_new: float
@@ -101,6 +112,12 @@ def bootstrap_interval(
 
     Raises:
         ValueError: wrong shapes, no values, a value that is not finite, a level outside (0, 1).
+
+    Example:
+        >>> users = np.arange(100) // 2  # two lists of each
+        >>> low, high = flexrec.bootstrap_interval(np.arange(100.0), clusters=users)
+        >>> low < 49.5 < high
+        True
     """
     sums, counts = _cluster_sums([_values("values", values)], clusters)
     _check_resampling(level, num_samples)
@@ -134,6 +151,12 @@ def relative_change(
 
     Raises:
         ValueError: as ``bootstrap_interval``, and arrays of different lengths.
+
+    Example:
+        >>> before, after = np.array([0.2, 0.4, 0.3, 0.5]), np.array([0.3, 0.5, 0.4, 0.6])
+        >>> found = flexrec.relative_change(after, before)
+        >>> round(found.percent, 1), found.percent_low < found.percent < found.percent_high
+        (28.6, True)
     """
     new, base = _values("new", new), _values("base", base)
     if len(new) != len(base):
@@ -188,6 +211,15 @@ def comparison_table(
 
     Raises:
         ValueError: no ``base``, a ranker without a need or a metric that ``base`` has, and as ``relative_change``.
+
+    Example:
+        >>> from flexrec.evaluation import comparison_table
+        >>> def values(*numbers):
+        ...     return {"interest": {"ndcg@5": np.array(numbers)}}
+        ...
+        >>> results = {"base": values(0.2, 0.4, 0.3), "trained": values(0.3, 0.6, 0.4)}
+        >>> comparison_table(results).row_count  # the need, and a row for each ranker
+        3
     """
     header, rows = _table_cells(results, base, headline, clusters, level, num_samples, seed)
     # 80 columns hold five metrics: the need heads its rows, the interval stands behind its change.
@@ -216,7 +248,17 @@ def comparison_markdown(
     num_samples: int = 2000,
     seed: int = 0,
 ) -> str:
-    """The rows of ``comparison_table`` as a Markdown table (same arguments, same errors)."""
+    """The rows of ``comparison_table`` as a Markdown table (same arguments, same errors).
+
+    Example:
+        >>> from flexrec.evaluation import comparison_markdown
+        >>> def values(*numbers):
+        ...     return {"interest": {"ndcg@5": np.array(numbers)}}
+        ...
+        >>> results = {"base": values(0.2, 0.4, 0.3), "trained": values(0.3, 0.6, 0.4)}
+        >>> print(comparison_markdown(results, num_samples=100).splitlines()[-1])
+        | interest | trained | 0.433 | +44.4 % | +33.3, +50.0 | 0.257 |
+    """
     header, rows = _table_cells(results, base, headline, clusters, level, num_samples, seed)
     rule = ["---" if column < 2 else "---:" for column in range(len(header))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows]) + "\n"

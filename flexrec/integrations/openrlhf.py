@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from flexrec.checks import check_choice
-from flexrec.integrations.responses import GroundTruth, score_responses, score_texts
-from flexrec.integrations.verl import score_of
+from flexrec.integrations.responses import GroundTruth, score_of, score_responses, score_texts
 from flexrec.ops.advantages import item_advantages, uncertainty_weights
 from flexrec.rankings.text import item_values_to_tokens
 
@@ -126,7 +125,7 @@ def set_item_advantages(
     item_mask = torch.arange(rewards.shape[1]) < counts[:, None]  # (N, K)
     weights = None
     if variance is not None and uncertainty == "rollout":
-        weights = uncertainty_weights(variance, n_samples_per_prompt, item_mask=item_mask)
+        weights = uncertainty_weights(variance, n_samples_per_prompt, rewards=rewards, item_mask=item_mask)
     advantages = item_advantages(
         rewards, n_samples_per_prompt, baseline=baseline, scale=scale, item_mask=item_mask, weights=weights
     )

@@ -95,6 +95,14 @@ def score_texts(
     )
 
 
+def score_of(scored: ScoredCompletions, row: int) -> dict[str, float]:
+    """One response's numbers by the names that trainers log: "score" and "acc", both the metric, and the parser's
+    "valid", "repeated", "missing" and "unknown"."""
+    value, parsed = float(scored.metric[row]), scored.parsed
+    counts = {name: float(getattr(parsed, name)[row]) for name in ("valid", "repeated", "missing", "unknown")}
+    return {"score": value, "acc": value, **counts}
+
+
 def score_responses(
     tokenizer: Any,
     responses: Sequence[Sequence[int]],

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexrec.ops.restricted_logprobs import restricted_logprobs
-from flexrec.policy.scores import decision_states, final_hidden, make_batch
-from flexrec.rankings import Candidates, Spelling, encode_rankings, parse_rankings
+from flexrec.policy.batch import make_batch
+from flexrec.policy.scores import decision_scores, ranking_states
+from flexrec.rankings.state import Candidates, Spelling, encode_rankings, parse_rankings
 
 
 def read_rankings(
@@ -70,37 +70,21 @@ def restricted_token_logprobs(
         Two (N, width) float32, differentiable; exactly 0 at forced tokens and beyond a completion.
 
     Raises:
-        ValueError: as :func:`read_rankings`; a model whose output layer is not at hand whole, that changes its logits
-            after it, or that puts states of its own before those of the tokens.
+        ValueError: as :func:`read_rankings`; a model that changes its logits after the output layer, or whose adapters
+            change the prompt.
     """
     rankings = read_rankings(completions, candidates, spelling)
     batch = make_batch(
         prompts, candidates, rankings, separator=spelling.separator, end=spelling.end, device=device, by_token=True
     )
-    hidden = final_hidden(model, batch.tokens)
-    if hidden.shape[:2] != batch.tokens.input_ids.shape:
-        raise ValueError(
-            f"the model returned states of shape {tuple(hidden.shape)} for tokens of shape "
-            f"{tuple(batch.tokens.input_ids.shape)}: adapters that put tokens of their own in front are not supported"
-        )
-    states = decision_states(model, batch, hidden)
-    encoded = batch.encoded
+    found = decision_scores(ranking_states(model, batch), batch, temperature=temperature)
+    decisions = batch.encoded.decision_rows, batch.encoded.decision_positions
+    rows, positions = (torch.from_numpy(array).to(device).long() for array in decisions)
 
-    def on_device(array: np.ndarray) -> torch.Tensor:
-        return torch.as_tensor(array, dtype=torch.int64, device=device)
+    def at_tokens(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(len(completions), width).index_put((rows, positions), values).float()
 
-    logprobs, entropy, _ = restricted_logprobs(
-        states.hidden,
-        states.weight,
-        on_device(encoded.allowed_ids),
-        on_device(encoded.allowed_offsets),
-        on_device(encoded.targets),
-        bias=states.bias,
-        temperature=temperature,
-    )
-    where = on_device(encoded.decision_rows), on_device(encoded.decision_positions)
-    empty = logprobs.new_zeros(len(completions), width)
-    return empty.index_put(where, logprobs).float(), empty.index_put(where, entropy).float()
+    return at_tokens(found.logprobs), at_tokens(found.entropy)
 
 
 def token_item_ids(tokenizer: Any, completions: Sequence[Sequence[int]], item_ids: NDArray[np.int32]) -> torch.Tensor:

@@ -39,7 +39,7 @@ from flexrec.integrations.token_logprobs import (
 from flexrec.integrations.trl_vllm import per_prompt
 from flexrec.metrics import parse_metric
 from flexrec.ops.advantages import BASELINES, SCALES, item_advantages, uncertainty_weights
-from flexrec.rankings import RankingState, Spelling, encode_rankings
+from flexrec.rankings.state import RankingState, Spelling, encode_rankings
 from flexrec.rankings.text import ScoredCompletions, item_values_to_tokens, score_completions
 
 __all__ = ["FlexRecGRPOConfig", "FlexRecGRPOTrainer", "RankingReward"]
@@ -260,12 +260,17 @@ class FlexRecGRPOTrainer(GRPOTrainer):
         args = self.args
         mask = torch.arange(scored.gains.shape[1]) < scored.num_ranked[:, None]  # (B, K)
         item_mask = self._gathered(mask.float()) > 0
-        weights = None
+        rewards, weights = self._gathered(scored.item_rewards), None
         if scored.variance is not None:
-            variance = self._gathered(scored.variance)
-            weights = uncertainty_weights(variance, self._group_size, level=args.uncertainty, item_mask=item_mask)
+            weights = uncertainty_weights(
+                self._gathered(scored.variance),
+                self._group_size,
+                level=args.uncertainty,
+                rewards=rewards,
+                item_mask=item_mask,
+            )
         advantages = item_advantages(
-            self._gathered(scored.item_rewards),
+            rewards,
             self._group_size,
             baseline=args.baseline,
             scale=args.scale,

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from flexrec.integrations.vllm_request import RankingRequest
-from flexrec.rankings import Candidates, Spelling
+from flexrec.rankings.state import Candidates, Spelling
 
 PROCESSOR = "flexrec.integrations.vllm:RankingLogitsProcessor"
 MAX_CONNECTIONS = 64

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from flexrec.checks import check_finite, check_tensor, values_are_checked
-from flexrec.integrations.responses import GroundTruth, score_texts
+from flexrec.integrations.responses import GroundTruth, score_of, score_texts
 from flexrec.ops.advantages import item_advantages, uncertainty_weights
 from flexrec.ops.losses import policy_loss
 from flexrec.rankings.text import item_values_to_tokens
@@ -78,13 +78,6 @@ def compute_score(
         ValueError, TypeError: as ``score_texts``.
     """
     return score_of(score_texts([solution_str], [ground_truth], **options), 0)
-
-
-def score_of(scored: Any, row: int) -> dict[str, float]:
-    """What :func:`compute_score` returns, from one row of :class:`flexrec.rankings.text.ScoredCompletions`."""
-    value, parsed = float(scored.metric[row]), scored.parsed
-    counts = {name: float(getattr(parsed, name)[row]) for name in ("valid", "repeated", "missing", "unknown")}
-    return {"score": value, "acc": value, **counts}
 
 
 def pack_token_rewards(
@@ -202,13 +195,15 @@ def item_advantage_estimator(
         return values.new_zeros(num_slots, values.shape[1]).index_copy(0, at, values)
 
     item_mask = grouped(found.item_mask)
-    weights = None
+    rewards, weights = grouped(found.rewards.float()), None
     if options.pop("uncertainty", "rollout") == "rollout":
-        has_items = item_mask.any(1, keepdim=True)
-        weights = uncertainty_weights(grouped(found.variance[:, None]), num_generations, item_mask=has_items)
-    advantages = item_advantages(
-        grouped(found.rewards.float()), num_generations, item_mask=item_mask, weights=weights, **options
-    )
+        size = (
+            torch.where(item_mask, rewards, 0.0).square().sum(1, keepdim=True).sqrt()
+        )  # as a rollout's variance adds up
+        weights = uncertainty_weights(
+            grouped(found.variance[:, None]), num_generations, rewards=size, item_mask=item_mask.any(1, keepdim=True)
+        )
+    advantages = item_advantages(rewards, num_generations, item_mask=item_mask, weights=weights, **options)
     per_token = item_values_to_tokens(_with_parity(advantages[at]), found.item_ids)
     per_token = per_token.where(response_mask.bool(), 0.0)
     return per_token, per_token

@@ -13,8 +13,8 @@ import torch
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
-from flexrec.integrations.responses import score_responses
-from flexrec.integrations.verl import pack_token_rewards, score_of
+from flexrec.integrations.responses import score_of, score_responses
+from flexrec.integrations.verl import pack_token_rewards
 
 
 class RankingOutput(AgentLoopOutput):

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from flexrec.integrations.vllm_request import ARGUMENT, RankingRequest
-from flexrec.rankings import step_states
+from flexrec.rankings.state import step_states
 
 __all__ = ["RankingLogitsProcessor", "RankingRequest"]
 

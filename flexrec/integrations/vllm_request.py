@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from flexrec.rankings import RankingState, TokenIds
 from flexrec.rankings.reasoning import ReasoningRule, reasoning_rule
+from flexrec.rankings.state import RankingState, TokenIds
 
 ARGUMENT = "flexrec"
 """The name under which a request carries its `RankingRequest`."""

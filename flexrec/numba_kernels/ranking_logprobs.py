@@ -23,6 +23,7 @@ from flexrec.numba_kernels.softmax import (
     NO_TARGET,
     Sets,
     floored,
+    logit_of,
     new_results,
     results_of,
     softmax,
@@ -124,17 +125,15 @@ def triangle_logits(
         hidden: (N, T, D), rows: (R, D), bias: (R,) or (0,), logits: (N, T, K), all of one dtype.
         index: (N, K) int64, the row of the candidate at each rank; lengths: (N,) int64.
     """
-    divisor = logits.dtype.type(temperature)
+    divisor, zero = logits.dtype.type(temperature), logits.dtype.type(0)
     for n in prange(len(hidden)):
         length = lengths[n]
         steps = min(hidden.shape[1], length)
         _dots(hidden[n], rows, index[n], steps, length, logits[n])
         for t in range(steps):
             for k in range(t, length):
-                z = logits[n, t, k]
-                if len(bias):
-                    z += bias[index[n, k]]
-                logits[n, t, k] = floored(z / divisor)
+                own = bias[index[n, k]] if len(bias) else zero
+                logits[n, t, k] = logit_of(logits[n, t, k], own, divisor)
 
 
 @njit(cache=True, nogil=True, parallel=True)

@@ -20,7 +20,7 @@ from flexrec.numba_kernels.softmax import (
     MISSING,
     NO_TARGET,
     Sets,
-    floored,
+    logit_of,
     new_results,
     results_of,
     softmax,
@@ -95,7 +95,7 @@ def _logits(
     Args:
         hidden: (M, D), rows: (R, D), bias: (R,) or (0,), logits: (nnz,) out, all of one dtype. ids: (nnz,) < R.
     """
-    divisor = logits.dtype.type(temperature)
+    divisor, zero = logits.dtype.type(temperature), logits.dtype.type(0)
     for part in prange(parts):
         low, high = share(offsets[:-1], len(ids), part, parts)
         for m in range(low, high):
@@ -115,11 +115,7 @@ def _logits(
                     z3 += h[d] * w3[d]
                 logits[e], logits[e1], logits[e2], logits[e3] = z0, z1, z2, z3
             for e in range(begin, end):
-                z = logits[e]
-                if len(bias):
-                    z += bias[ids[e]]
-                z /= divisor
-                logits[e] = floored(z)
+                logits[e] = logit_of(logits[e], bias[ids[e]] if len(bias) else zero, divisor)
 
 
 @njit(cache=True, nogil=True)

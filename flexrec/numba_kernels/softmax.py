@@ -108,7 +108,7 @@ def softmax(sets: Sets, logits: Array, values: Array, ref_logits: Array, parts: 
                 total += shares[i]
                 weighted += shares[i] * shifted
             log_total = math.log(total)
-            norm[m, 0], norm[m, 1] = largest, log_total
+            norm[m, 0], norm[m, 1] = largest if total > 0.0 else math.nan, log_total  # a maximum may overlook a NaN
             entropy[m] = log_total - weighted / total
             if target >= 0:
                 logprob = (logits[target] - largest) - log_total
@@ -160,7 +160,8 @@ def softmax_gradient(
             z, slopes = logits[begin:end], dlogits[begin:end]
             largest, log_total = results.norm[m, 0], results.norm[m, 1]
             if end - begin < 2 or largest < IMPOSSIBLE:
-                slopes[:] = 0.0
+                for i in range(len(z)):
+                    slopes[i] = z[i] - z[i]  # 0, and NaN for a NaN
                 continue
             grad_logprob = upstream.logprobs[m] if sets.target[m] >= 0 else 0.0
             grad_entropy = upstream.entropy[m]
@@ -190,3 +191,9 @@ def softmax_gradient(
 def floored(z: float) -> float:
     """-inf as FLOOR; a NaN stays."""
     return FLOOR if z < FLOOR else z
+
+
+@njit(cache=True)
+def logit_of(product: float, bias: float, temperature: float) -> float:
+    """Only a bias makes a candidate impossible: a product that is not finite is a fault, and gives NaN."""
+    return floored((product + (product - product) + bias) / temperature)

@@ -304,7 +304,7 @@ def swap_rewards(
         OutOfRange: a gain or variance inside its list's length is out of its range.
     """
     array, length, ranked = arrays_of(gains, lengths, num_ranked, max_ranked)
-    plan, variances = plan_of(metric, gains.shape[1]), None
+    plan, variances = plan_of(metric, gains.shape[1], gains.dtype), None
     if variance is not None and metric.definition.gain == "binary":
         plan = plan._replace(gain=GAIN, high=1.0)
     options = length, ranked, plan, CREDITS[credit]
@@ -316,5 +316,5 @@ def swap_rewards(
         both = variance_of_lists, variance_of_lists_in_parallel
         is_good = run_over_lists(*both, array, spots, *options, variances)
     if not is_good:
-        raise OutOfRange
+        raise OutOfRange("a gain or its variance is out of its range")
     return torch.from_numpy(rewards), None if variances is None else torch.from_numpy(variances)

@@ -156,10 +156,10 @@ def swap_scores(
     """
     array, length, ranked = arrays_of(gains, lengths, num_ranked, max_ranked)
     rows, size = array.shape
-    plan = plan_of(metric, size)
+    plan = plan_of(metric, size, gains.dtype)
     is_good, w, inverse_norms = term_gains_and_norms(plan, array, length)
     if not is_good:
-        raise OutOfRange
+        raise OutOfRange("a gain is out of its range")
     shares = np.empty((0, 0, 0), array.dtype)
     if weights is not None:
         shares = weights.to(torch.from_numpy(shares).dtype).contiguous().numpy()

@@ -57,9 +57,11 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def plan_of(metric: Metric, size: int) -> Plan:
-    """Of a built-in metric."""
+def plan_of(metric: Metric, size: int, dtype: torch.dtype) -> Plan:
+    """Of a built-in metric and gains of this dtype, in which their bound is rounded as they are: 0.3 as float32 is more
+    than 0.3."""
     definition = metric.definition
+    high = torch.tensor(largest_gain(metric), dtype=torch.float64).to(dtype).item()
     return Plan(
         discounts=discount_table(metric, size),
         cutoff=NO_CUTOFF if metric.cutoff is None else metric.cutoff,
@@ -67,7 +69,7 @@ def plan_of(metric: Metric, size: int) -> Plan:
         gain=GAINS[definition.gain],
         normaliser=NORMALISERS[definition.normaliser],
         top=metric.max_gain or 0.0,
-        high=largest_gain(metric),
+        high=min(high, torch.finfo(dtype).max),
     )
 
 

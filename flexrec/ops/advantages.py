@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -52,6 +53,12 @@ def item_advantages(
         ValueError: a wrong shape or choice, a reward that is not finite, a negative weight, N that is no multiple of
             G, and ``baseline="rank"`` with one rollout per prompt, where every advantage would be 0.
         TypeError: a wrong type or dtype.
+
+    Example:
+        >>> rewards = torch.tensor([[1.0, 0.0], [3.0, 0.0]])  # two rollouts of one prompt
+        >>> flexrec.item_advantages(rewards, 2, baseline="rank", scale="none")
+        tensor([[-1.,  0.],
+                [ 1.,  0.]])
     """
     check_tensor("item_rewards", item_rewards, ("N", "K"))
     check_choice("baseline", baseline, BASELINES)
@@ -110,40 +117,60 @@ def uncertainty_weights(
     num_generations: int,
     *,
     level: str = "rollout",
-    eps: float = 1e-3,
-    max_ratio: float = 10.0,
+    eps: float | str = "auto",
+    normalise: str = "batch",
+    rewards: torch.Tensor | None = None,
     item_mask: torch.Tensor | None = None,
+    max_ratio: float = 10.0,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """c = 1 / (u + eps), divided by its mean over the group: the direction of an update kept, its strength scaled.
+    """c = 1 / (u + eps), divided by its mean: the direction of an update kept, its strength scaled.
 
-    (Uncertainty-aware GRPO, arXiv 2603.11901.) The mean keeps the learning rate's meaning; weights are then clamped to
-    [1 / ``max_ratio``, ``max_ratio``], so that one certain rollout cannot silence the rest of its group.
+    (Uncertainty-aware GRPO, arXiv 2603.11901.) u is the variance of an item's reward, or summed over the items of a
+    rollout. With s^2 = mean(r^2) - mean(u) what is left of the rewards' second moment without their noise, eps = s^2
+    makes c proportional to s^2 / (s^2 + u): the best linear shrinkage of a reward that is known with variance u. The
+    mean keeps the learning rate's meaning; weights are then clamped to [1 / ``max_ratio``, ``max_ratio``], so that one
+    certain rollout cannot silence the rest.
 
     Args:
         variance: (N, K) floating, >= 0, of the item rewards; N = P * G, the G rollouts of one prompt adjacent.
         num_generations: G >= 1.
-        level: "rollout": u is the rollout's variance summed over its items, the mean is over the group's rollouts (with
-            G = 1 all weights are 1). "item": u is each item's own, the mean is over all items of the group.
-        eps: > 0, in squared units of the reward: variances well below it make no difference.
-        max_ratio: >= 1.
+        level: "rollout": u is the rollout's variance summed over its items. "item": u is each item's own.
+        eps: > 0, in squared units of the reward, or "auto": max(s^2, mean(r^2) / 100) over the batch with ``rewards``,
+            r^2 and u at the same level; mean(u) without.
+        normalise: what c is divided by: "batch", its mean over all rollouts or items of the batch, which acts with any
+            number of rollouts; "group", its mean over those of one prompt (with one rollout per prompt all weights are
+            then 1); "none", nothing, and it is not clamped either.
+        rewards: (N, K) floating, the item rewards, for ``eps="auto"``.
         item_mask: (N, K) bool, the items that count; all by default.
+        max_ratio: >= 1.
+        reduce: takes a tensor of sums over this batch and returns their sums over all processes, such as
+            ``accelerator.reduce``; called once for "auto" and once for "batch". Without it the batch is this tensor's.
 
     Returns:
         (N, 1) for "rollout", (N, K) for "item", in the dtype of ``variance`` (float32 for half precision). 0 where
-        there is no item to weigh.
+        there is no item to weigh; 1 where nothing tells rewards from noise apart, as all of both are 0.
 
     Raises:
-        ValueError, TypeError: a wrong shape or dtype, a negative or non-finite variance, N not a multiple of G.
+        ValueError, TypeError: a wrong shape or dtype, a negative or non-finite variance, a reward that is not finite,
+            N not a multiple of G.
+
+    Example:
+        >>> variance = torch.tensor([[0.0, 0.1], [0.1, 0.2]])  # of the rewards of two rollouts of one prompt
+        >>> flexrec.uncertainty_weights(variance, 2).round(decimals=2)
+        tensor([[1.5000],
+                [0.5000]])
     """
     check_tensor("variance", variance, ("N", "K"))
     check_choice("level", level, ("rollout", "item"))
+    check_choice("normalise", normalise, ("batch", "group", "none"))
     rows = variance.shape[0]
     if not isinstance(num_generations, int) or num_generations < 1 or rows % num_generations:
         raise ValueError(
             f"num_generations must be an integer >= 1 that divides the {rows} rows of variance, got {num_generations}"
         )
-    if not eps > 0:
-        raise ValueError(f"eps must be > 0, got {eps}")
+    if eps != "auto" and (isinstance(eps, str) or not 0 < eps < math.inf):
+        raise ValueError(f"eps must be > 0 and finite, or 'auto'; got {eps!r}")
     if not max_ratio >= 1:
         raise ValueError(f"max_ratio must be >= 1, got {max_ratio}")
     if item_mask is None:
@@ -151,14 +178,43 @@ def uncertainty_weights(
     check_tensor("item_mask", item_mask, tuple(variance.shape), "bool")
     check_finite("variance", variance, item_mask)
     check_range("variance", variance, 0.0, math.inf, item_mask)
+    if rewards is not None:
+        check_tensor("rewards", rewards, tuple(variance.shape))
+        check_finite("rewards", rewards, item_mask)
 
-    u = torch.where(item_mask, variance.detach().double(), 0.0)  # (N, K)
-    counted = item_mask  # (N, K), or (N, 1) below
-    if level == "rollout":
-        u, counted = u.sum(-1, keepdim=True), item_mask.any(-1, keepdim=True)  # (N, 1)
-    c = torch.where(counted, 1.0 / (u + eps), 0.0)
-    grouped, size = c.view(-1, num_generations * c.shape[1]), counted.view(-1, num_generations * c.shape[1])
-    mean = grouped.sum(-1) / size.sum(-1).clamp(min=1)  # (P,)
-    mean = mean.repeat_interleave(num_generations)[:, None]  # (N, 1)
-    weight = (c / torch.where(mean > 0, mean, 1.0)).clamp(1.0 / max_ratio, max_ratio)
+    def at_level(x: torch.Tensor) -> torch.Tensor:  # (N, 1) or (N, K) float64
+        x = torch.where(item_mask, x.detach().double(), 0.0)
+        return x.sum(-1, keepdim=True) if level == "rollout" else x
+
+    def totals(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        sums = torch.stack([x.sum() for x in tensors])
+        return list(sums if reduce is None else reduce(sums))
+
+    u = at_level(variance)
+    counted = item_mask.any(-1, keepdim=True) if level == "rollout" else item_mask  # as u
+    weighed = counted.double()
+    if eps != "auto":
+        scale = torch.full((), float(eps), dtype=torch.float64, device=u.device)
+    else:
+        square = u if rewards is None else at_level(rewards.detach().double() ** 2)
+        squares, noise, count = totals(square, u, weighed)
+        signal = noise if rewards is None else torch.maximum(squares - noise, squares / 100)
+        scale = signal / count.clamp(min=1)
+
+    # eps / (u + eps) is c but for a factor, and within [0, 1].
+    share = torch.where(scale > 0, scale / (u + scale), 1.0)
+    if normalise == "none":
+        weight = torch.where(scale > 0, share / scale, 1.0)
+    else:
+        if normalise == "batch":
+            total, count = totals(share * weighed, weighed)
+        else:
+            total, count = (
+                x.reshape(rows // num_generations, num_generations * u.shape[1])
+                .sum(-1, keepdim=True)
+                .repeat_interleave(num_generations, dim=0)
+                for x in (share * weighed, weighed)
+            )  # (N, 1)
+        mean = total / count.clamp(min=1)
+        weight = (share / torch.where(mean > 0, mean, 1.0)).clamp(1.0 / max_ratio, max_ratio)
     return torch.where(counted, weight, 0.0).to(result_dtype(variance))

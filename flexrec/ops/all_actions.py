@@ -110,6 +110,14 @@ def all_actions_objective(
 
     Raises:
         TypeError, ValueError: as of :func:`ranking_logprobs` and :func:`flexrec.ranking_metric`.
+
+    Example:
+        >>> hidden, weight = torch.zeros(1, 3, 4), torch.zeros(9, 4)  # every token is equally likely
+        >>> candidates, ranking = torch.tensor([[5, 6, 7]]), torch.tensor([[2, 0, 1]])  # 7, then 5, then 6
+        >>> gains = torch.tensor([[0.0, 1.0, 0.0]])  # of 7, 5 and 6
+        >>> found = flexrec.all_actions_objective(hidden, weight, candidates, ranking, gains, "dcg")
+        >>> found.objective.round(decimals=3)  # at rank 1, 5 is one of three and would gain 1 - 1 / log2(3)
+        tensor([[ 0.1230, -0.0650,  0.0000]])
     """
     lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
     objective, result = _evaluate(

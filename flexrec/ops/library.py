@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from flexrec.checks import check_choice
+from flexrec.checks import check_choice, is_transformed
 from flexrec.metrics import Metric
+from flexrec.numba_kernels import FLOOR
 
 BACKENDS = ("auto", "triton", "numba", "torch")
 
@@ -79,6 +80,14 @@ def choose_backend(backend: str, name: str, tensor: Tensor, obstacle: Exception 
     return backend
 
 
+def choose_kernels(backend: str, hidden: Tensor, weight: Tensor) -> str:
+    """The backend that will run, see :func:`choose_backend`, for log-probs."""
+    obstacle = None
+    if accumulation_dtype(hidden, weight) == torch.float64:
+        obstacle = TypeError("backend='triton' computes in float32, got float64 operands; use 'auto' or 'torch'")
+    return choose_backend(backend, "hidden", hidden, obstacle)
+
+
 # --- operations -------------------------------------------------------------------------------------------------------
 
 
@@ -89,6 +98,16 @@ def is_traced(*arguments: object) -> bool:
     """Whether registered operations must be called: under torch.compile, or for tensors of a class of their own."""
     others = {type(x) for x in arguments} - _PLAIN
     return torch.compiler.is_compiling() or any(issubclass(kind, Tensor) for kind in others)
+
+
+def _refuse_transforms(arguments: Sequence[object]) -> None:
+    if torch._C._functorch.peek_interpreter_stack() is None:  # the usual case: nothing is being transformed
+        return
+    if any(isinstance(x, Tensor) and is_transformed(x) for x in arguments):
+        raise TypeError(
+            "the kernels cannot be transformed by torch.func (vmap, grad, jvp): use backend='torch', or "
+            "torch.autograd.grad for gradients"
+        )
 
 
 class Operation:
@@ -108,6 +127,7 @@ class Operation:
     def __call__(self, *arguments: Any) -> Any:
         if is_traced(*arguments):
             return self.registered(*(str(x) if isinstance(x, Metric) else x for x in arguments))
+        _refuse_transforms(arguments)
         return self.run(*arguments)
 
 
@@ -176,6 +196,7 @@ class LogprobsOperation:
         """The results; ``weight_grad`` as of ``flexrec.ops.weight_grad``."""
         if is_traced(*inputs):  # where weight_grad is "dense"
             return self.registered(*inputs)[:RESULTS]
+        _refuse_transforms(inputs)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3]):
             return _Eager.apply(self, inputs, weight_grad, *inputs[:3])
         return self.forward(inputs, False)[:RESULTS]
@@ -265,3 +286,17 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """A context in which operands are taken as they are: autocast has no say inside these operations."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def finite_or_nan(products: Tensor) -> Tensor:
+    """Only a bias makes a candidate impossible: a product that is not finite is a fault, and gives NaN."""
+    return products + 0 * products.detach()
+
+
+def log_probs_of(logits: Tensor, pool: Tensor) -> Tensor:
+    """(N, T, K): a differentiable log-softmax over the entries that are in the pool, (N, T, K) bool.
+
+    Finite everywhere: below ``IMPOSSIBLE`` for impossible entries, meaningless outside the pool.
+    """
+    floored = torch.where(logits < FLOOR, FLOOR, logits)  # a NaN stays and has a gradient, which clamp would take away
+    return torch.where(pool, floored, 2 * FLOOR).log_softmax(-1)

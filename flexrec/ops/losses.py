@@ -11,8 +11,14 @@ from flexrec.metrics import IMPORTANCE_LEVELS
 
 LOSS_AGGREGATIONS = ("item-mean", "token-mean", "seq-mean-item-mean", "seq-mean-item-sum", "sum")
 
-# exp(20) = 5e8: far beyond any clip range, far from the end of float32.
-_MAX_LOG_RATIO = 20.0
+
+def _max_log_ratio(dtype: torch.dtype) -> float:
+    """What log-ratios are clamped to.
+
+    exp(20) = 5e8 is far beyond any clip range and far from the end of float32; in float16, to which the gradients
+    return, exp(8) leaves room for an advantage.
+    """
+    return 8.0 if dtype == torch.float16 else 20.0
 
 
 def policy_loss(
@@ -60,7 +66,7 @@ def policy_loss(
         beta: weight of the KL divergence from the reference policy.
         kl: (B, T) exact KL(pi || pi_ref) at every token, differentiable.
         ref_per_token_logps: (B, T), used where ``kl`` is not given: the single-sample estimator
-            exp(ref - logp) - (ref - logp) - 1, never negative ("k3", Schulman 2020).
+            exp(ref - logp) - (ref - logp) - 1, never negative ("k3", Schulman 2020), its ratio clamped as the others.
         entropy: (B, T) entropy of the restricted distribution at every token, differentiable.
         entropy_coef: weight of the entropy bonus.
         importance_level: the unit, "item", "token" or "sequence".
@@ -78,6 +84,16 @@ def policy_loss(
     Raises:
         ValueError, TypeError: wrong shape, dtype or choice; NaN or infinite values at tokens that count; ``beta``
             without ``kl`` or reference; ``entropy_coef`` without ``entropy``.
+
+    Example:
+        >>> logprobs = torch.log(torch.tensor([[0.5, 0.25]])).requires_grad_()
+        >>> old, advantages = torch.log(torch.tensor([[0.25, 0.25]])), torch.tensor([[1.0, -1.0]])
+        >>> loss, metrics = flexrec.policy_loss(logprobs, old, advantages, torch.ones(1, 2), epsilon_high=0.5)
+        >>> round(loss.item(), 3)  # the first ratio is 2, of which 1.5 counts; the second is 1
+        -0.25
+        >>> loss.backward()
+        >>> logprobs.grad  # nothing for what was held back
+        tensor([[-0.0000, 0.5000]])
     """
     check_choice("importance_level", importance_level, IMPORTANCE_LEVELS)
     check_choice("loss_agg", loss_agg, LOSS_AGGREGATIONS)
@@ -105,7 +121,7 @@ def policy_loss(
     counted = mask if importance_level == "sequence" else items.mask
     token_advantages = _token_advantages(advantages, advantage_level, item_ids, counted)
     check_finite("per_token_logps", per_token_logps, counted)
-    logps = _prepare(per_token_logps, counted)  # (B, T)
+    logps, furthest = _prepare(per_token_logps, counted), _max_log_ratio(per_token_logps.dtype)  # (B, T)
 
     with torch.no_grad():
         log_ratio = torch.zeros_like(logps)
@@ -119,7 +135,7 @@ def policy_loss(
             unit_size = counted.sum(1, keepdim=True).clamp(min=1).expand(shape)
         else:
             unit_size = torch.ones_like(items.size)
-        log_ratio = log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+        log_ratio = log_ratio.clamp(-furthest, furthest)
         ratio = log_ratio.exp()
         free = ratio * token_advantages
         bounded = ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * token_advantages
@@ -132,8 +148,10 @@ def policy_loss(
     metrics = {"policy_loss": loss.detach()}
 
     if kl is None and ref_per_token_logps is not None:
-        log_ref_ratio = _prepare(ref_per_token_logps, counted) - logps
-        kl = torch.expm1(log_ref_ratio) - log_ref_ratio
+        check_finite("ref_per_token_logps", ref_per_token_logps, counted)
+        log_ref_ratio = (_prepare(ref_per_token_logps, counted) - logps).detach()
+        excess = torch.expm1(log_ref_ratio.clamp(-furthest, furthest))
+        kl = (excess - log_ref_ratio) - excess * moved  # the gradient, too, of the clamped ratio
     for name, per_token, coefficient in (("kl", kl, beta), ("entropy", entropy, -entropy_coef)):
         if per_token is None:
             continue

@@ -20,18 +20,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexrec.checks import check_finite, check_range, check_tensor
-from flexrec.ops.library import LogprobsOperation, accumulation_dtype, is_traced, kernels, without_autocast
+from flexrec.checks import check_bias, check_finite, check_range, check_temperature, check_tensor
+from flexrec.ops.library import (
+    LogprobsOperation,
+    accumulation_dtype,
+    choose_kernels,
+    finite_or_nan,
+    is_traced,
+    kernels,
+    log_probs_of,
+    without_autocast,
+)
 from flexrec.ops.rank_order import by_candidate, checked_positions, in_rank_order, lengths_per_ranking, pools
 from flexrec.ops.restricted_logprobs import (
     RankingLogprobs,
     RankingLogprobsWithKL,
     Results,
-    check_bias,
     check_reference,
-    check_temperature,
-    choose_kernels,
-    log_probs_of,
     results_of,
 )
 from flexrec.ops.weight_grad import accumulated_grad, check_weight_grad, deliver
@@ -90,6 +95,13 @@ def ranking_logprobs(
     Raises:
         TypeError, ValueError: wrong types or shapes, a candidate twice in a ranking, an index or token out of range,
             a backend or a ``weight_grad`` that cannot be had.
+
+    Example:
+        >>> hidden, weight = torch.zeros(1, 3, 4), torch.zeros(9, 4)  # every token is equally likely
+        >>> candidates, ranking = torch.tensor([[5, 6, 7]]), torch.tensor([[2, 0, 1]])  # 7, then 5, then 6
+        >>> found = flexrec.ranking_logprobs(hidden, weight, candidates, ranking)
+        >>> found.logprobs.exp()  # one of three, one of two, and what is left
+        tensor([[0.3333, 0.5000, 1.0000]])
     """
     lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
     logprobs, entropy, expectations, _ = evaluate_lists(lists, values, weight_grad=weight_grad, backend=backend)
@@ -128,6 +140,15 @@ def ranking_logprobs_with_kl(
 
     Raises:
         TypeError, ValueError: as of :func:`ranking_logprobs`; no reference, or two.
+
+    Example:
+        >>> hidden, candidates, ranking = torch.ones(1, 3, 4), torch.tensor([[5, 6, 7]]), torch.tensor([[2, 0, 1]])
+        >>> unsure, sure = torch.zeros(2, 9, 4)
+        >>> sure[7] = 5.0
+        >>> reference = {"ref_hidden": hidden, "ref_weight": unsure}
+        >>> found = flexrec.ranking_logprobs_with_kl(hidden, sure, candidates, ranking, **reference)
+        >>> found.kl.round(decimals=3)  # at rank 1, 7 is certain to the one, and one of three to the other: log 3
+        tensor([[1.0990, 0.0000, 0.0000]])
     """
     lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
     lists = add_reference(lists, ref_hidden, ref_weight, ref_bias, ref_logits)
@@ -155,6 +176,12 @@ def ranking_kl(
 
     Where log-probs are wanted too, :func:`ranking_logprobs_with_kl` has both for the price of one; arguments, results
     and errors are its own.
+
+    Example:
+        >>> hidden, other = torch.zeros(1, 3, 4), torch.ones(1, 3, 4)
+        >>> weight, candidates, ranking = torch.zeros(9, 4), torch.tensor([[5, 6, 7]]), torch.tensor([[2, 0, 1]])
+        >>> flexrec.ranking_kl(hidden, weight, other, weight, candidates, ranking)  # to both, all tokens are alike
+        tensor([[0., 0., 0.]])
     """
     return ranking_logprobs_with_kl(
         hidden,
@@ -188,6 +215,14 @@ def ranking_probs(
         (N, T, K) float32 (float64 if an input is): entry [n, t, k] is the probability at step t of the candidate whose
         position in rank order is k. Exactly 0 for k < t (already placed) and beyond ``lengths``, so that the diagonal
         holds the probabilities of the ranked items. Differentiable in ``hidden``, ``weight`` and ``bias``.
+
+    Example:
+        >>> hidden, weight = torch.zeros(1, 3, 4), torch.zeros(9, 4)  # every token is equally likely
+        >>> candidates, ranking = torch.tensor([[5, 6, 7]]), torch.tensor([[2, 0, 1]])  # 7, then 5, then 6
+        >>> flexrec.ranking_probs(hidden, weight, candidates, ranking)
+        tensor([[[0.3333, 0.3333, 0.3333],
+                 [0.0000, 0.5000, 0.5000],
+                 [0.0000, 0.0000, 1.0000]]])
     """
     lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
     log_probs, pool = step_log_probs(lists)
@@ -328,7 +363,7 @@ def step_log_probs(lists: RankedLists) -> tuple[Tensor, Tensor]:
     hidden = hidden.reshape(p, n // max(p, 1) * t, d)  # (P, G T, D)
     rows = lists.weight.index_select(0, lists.candidates.flatten()).to(dtype).view(p, k, d)
     with without_autocast(hidden):
-        logits = hidden @ rows.transpose(1, 2)  # (P, G T, K)
+        logits = finite_or_nan(hidden @ rows.transpose(1, 2))  # (P, G T, K)
     if lists.bias is not None:
         logits = logits + lists.bias.to(dtype)[lists.candidates][:, None]
     return log_probs_of((logits / lists.temperature).view(n, t, k), pool), pool

@@ -47,6 +47,13 @@ def ranking_metric(
     Raises:
         ValueError, TypeError: unknown metric, wrong shape or dtype, a gain that is negative, NaN or infinite, a length
             or ``num_ranked`` outside [0, K].
+
+    Example:
+        >>> gains = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])  # two lists, in rank order
+        >>> flexrec.ranking_metric(gains, "mrr")
+        tensor([0.5000, 1.0000])
+        >>> flexrec.ranking_metric(gains, "recall@2")
+        tensor([1.0000, 0.5000])
     """
     metric = metric_of(metric)
     lists = check_lists(gains, metric, lengths, num_ranked)
@@ -71,6 +78,14 @@ def register_metric(name: str, f: Callable[[Any, int], float]) -> None:
     Raises:
         ValueError: the name is malformed or belongs to a built-in metric.
         TypeError: ``f`` is not callable, or numba cannot compile it, or it does not return a float.
+
+    Example:
+        >>> def last_word(gains, num_ranked):
+        ...     return gains[num_ranked - 1]
+        ...
+        >>> flexrec.register_metric("last_word", last_word)
+        >>> flexrec.ranking_metric(torch.tensor([[0.0, 1.0, 3.0]]), "last_word@2")
+        tensor([1.])
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"name must be lower-case letters, digits and '_', starting with a letter; got {name!r}")
@@ -178,7 +193,7 @@ def term_gains(gains: torch.Tensor, metric: Metric, *, probabilities: bool = Fal
     if kind == "binary":
         return gains if probabilities else (gains > 0).double()
     if kind == "burges":
-        return torch.exp2(gains) - 1.0
+        return torch.where(gains < 1.0, torch.expm1(gains * LN2), torch.exp2(gains) - 1.0)  # no digit lost near 0
     if kind == "gain":
         return gains
     # (2^g - 1) / 2^top = 2^(g - top) (1 - 2^-g): no overflow, whatever the gain. Where top is the list's largest gain

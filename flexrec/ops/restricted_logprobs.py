@@ -28,14 +28,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexrec.checks import check_finite, check_range, check_tensor, values_are_checked
+from flexrec.checks import check_bias, check_finite, check_range, check_temperature, check_tensor, values_are_checked
 from flexrec.numba_kernels import FLOOR, IMPOSSIBLE
 from flexrec.ops.library import (
     LogprobsOperation,
     accumulation_dtype,
-    choose_backend,
+    choose_kernels,
+    finite_or_nan,
     is_traced,
     kernels,
+    log_probs_of,
     without_autocast,
 )
 from flexrec.ops.weight_grad import accumulated_grad, check_weight_grad
@@ -102,6 +104,12 @@ def restricted_logprobs(
     Raises:
         TypeError, ValueError: wrong types or shapes, offsets that do not ascend, a token out of range or twice in a
             set, a target that is not among its row's allowed tokens, a backend that cannot do what is asked.
+
+    Example:
+        >>> hidden, weight = torch.zeros(2, 4), torch.zeros(9, 4)  # all tokens are alike
+        >>> allowed, offsets = torch.tensor([5, 6, 7, 3, 4]), torch.tensor([0, 3, 5])  # {5, 6, 7}, then {3, 4}
+        >>> flexrec.restricted_logprobs(hidden, weight, allowed, offsets, torch.tensor([6, 3])).logprobs.exp()
+        tensor([0.3333, 0.5000])
     """
     sets = _check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, targets, temperature)
     logprobs, entropy, expectations, _ = _evaluate(sets, values, weight_grad, backend)
@@ -141,6 +149,13 @@ def restricted_logprobs_with_kl(
         ``RankingLogprobsWithKL(logprobs (M,), entropy (M,), expectations (M, C) or None, kl (M,))``. kl is >= 0 up
         to rounding, exactly 0 where the two agree bit by bit and where one token is allowed, or none; infinite, and
         without a gradient, where the policy allows what the reference's bias makes impossible.
+
+    Example:
+        >>> hidden, weight = torch.zeros(2, 4), torch.zeros(9, 4)  # all tokens are alike
+        >>> allowed, offsets = torch.tensor([5, 6, 7, 3, 4]), torch.tensor([0, 3, 5])  # {5, 6, 7}, then {3, 4}
+        >>> given = hidden, weight, allowed, offsets, torch.tensor([6, 3])
+        >>> flexrec.restricted_logprobs_with_kl(*given, ref_hidden=hidden, ref_weight=weight).kl
+        tensor([0., 0.])
     """
     sets = _check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, targets, temperature)
     sets = _add_reference(sets, ref_hidden, ref_weight, ref_bias, ref_logits)
@@ -173,6 +188,12 @@ def restricted_kl(
     Returns:
         (M,) float32 (float64 if the policy's inputs are), as of :func:`restricted_logprobs_with_kl`, which gives the
         log-probabilities as well at no further cost.
+
+    Example:
+        >>> hidden, other, weight = torch.zeros(2, 4), torch.ones(2, 4), torch.zeros(9, 4)
+        >>> allowed, offsets = torch.tensor([5, 6, 7, 3, 4]), torch.tensor([0, 3, 5])  # {5, 6, 7}, then {3, 4}
+        >>> flexrec.restricted_kl(hidden, weight, other, weight, allowed, offsets)  # to both, all tokens are alike
+        tensor([0., 0.])
     """
     sets = _check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, None, temperature)
     kl = _evaluate(_add_reference(sets, ref_hidden, ref_weight, ref_bias, None), None, weight_grad, backend).kl
@@ -215,37 +236,6 @@ def check_reference(
         check_bias("ref_bias", bias, weight)
     hidden, weight, bias, logits = (None if x is None else x.detach() for x in reference)
     return hidden, weight, bias, logits
-
-
-def check_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
-    """Raise unless ``bias`` is None or (V,), numbers or -inf."""
-    if bias is not None:
-        check_tensor(name, bias, (weight.shape[0],))
-        check_range(name, bias, -math.inf, torch.finfo(bias.dtype).max)
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise unless ``temperature`` is a positive finite number."""
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-
-
-def choose_kernels(backend: str, hidden: Tensor, weight: Tensor) -> str:
-    """The backend that will run, see :func:`flexrec.ops.library.choose_backend`."""
-    obstacle = None
-    if accumulation_dtype(hidden, weight) == torch.float64:
-        obstacle = TypeError("backend='triton' computes in float32, got float64 operands; use 'auto' or 'torch'")
-    return choose_backend(backend, "hidden", hidden, obstacle)
-
-
-def log_probs_of(logits: Tensor, pool: Tensor) -> Tensor:
-    """(N, T, K): a differentiable log-softmax over the entries that are in the pool, (N, T, K) bool.
-
-    Finite everywhere: below ``IMPOSSIBLE`` for impossible entries, meaningless outside the pool.
-    """
-    return torch.where(pool, logits.clamp(min=FLOOR), 2 * FLOOR).log_softmax(-1)
 
 
 def results_of(
@@ -402,7 +392,7 @@ def _torch_results(sets: AllowedSets) -> Results:
         return entries.new_zeros((m, size, *entries.shape[1:])).index_put((row, column), entries)
 
     def log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        logits = (hidden.to(dtype)[row] * weight.index_select(0, ids).to(dtype)).sum(-1)  # (nnz,)
+        logits = finite_or_nan((hidden.to(dtype)[row] * weight.index_select(0, ids).to(dtype)).sum(-1))  # (nnz,)
         if bias is not None:
             logits = logits + bias.to(dtype)[ids]
         return log_probs_of(padded(logits / sets.temperature)[:, None], pool)

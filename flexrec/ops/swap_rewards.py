@@ -70,6 +70,11 @@ def swap_rewards(
     Raises:
         ValueError, TypeError: unknown name, wrong shape or dtype, a value out of its range, a backend that cannot do
             what is asked. Values on a GPU are checked only where ``flexrec.validation`` is told to.
+
+    Example:
+        >>> gains = torch.tensor([[0.0, 1.0, 0.0]])  # the only good item is second
+        >>> flexrec.swap_rewards(gains, "mrr")  # first, it would have been worth 1/2 more; third, 1/6 less
+        tensor([[-0.2500,  0.1667,  0.0000]])
     """
     return _evaluate(gains, None, metric_of(metric), credit, lengths, num_ranked, weights, backend)[0]
 
@@ -108,6 +113,12 @@ def swap_rewards_with_variance(
 
     Raises:
         ValueError, TypeError: as ``swap_rewards``; a negative or non-finite variance; a metric without a variance.
+
+    Example:
+        >>> gains, variance = torch.tensor([[0.0, 1.0, 0.5]]), torch.tensor([[0.0, 0.0, 0.4]])
+        >>> rewards, spread = flexrec.swap_rewards_with_variance(gains, variance, "dcg")
+        >>> spread.round(decimals=4)  # an exchange with the last item is as unsure as its gain
+        tensor([[0.0250, 0.0069, 0.0000]])
     """
     metric = metric_of(metric)
     if metric.family not in WITH_VARIANCE:
@@ -154,6 +165,12 @@ def swap_scores(
     Returns:
         (N, K, K), symmetric with zero diagonal, 0 beyond each list's length; float64 for float64 gains, else float32.
         No gradient.
+
+    Example:
+        >>> flexrec.swap_scores(torch.tensor([[0.0, 1.0, 0.0]]), "mrr").round(decimals=3)
+        tensor([[[ 0.0000, -0.5000,  0.0000],
+                 [-0.5000,  0.0000,  0.1670],
+                 [ 0.0000,  0.1670,  0.0000]]])
     """
     metric = metric_of(metric)
     lists = check_lists(gains, metric, lengths, num_ranked, values=False)

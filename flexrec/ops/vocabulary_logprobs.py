@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flexrec.checks import check_tensor, values_are_checked
+from flexrec.checks import check_temperature, check_tensor, values_are_checked
 from flexrec.ops.library import accumulation_dtype
 
 
@@ -50,8 +50,7 @@ def vocabulary_logprobs(
     check_tensor("targets", targets, (hidden.shape[0],), "integer")
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],))
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    check_temperature(temperature)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     size = weight.shape[0]

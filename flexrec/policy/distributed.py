@@ -7,17 +7,13 @@ more tokens to decode than another, so nothing inside of a rollout may wait for 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-
-from flexrec.policy.lora import causal_lm
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -74,7 +70,8 @@ def spreads_parameters() -> bool:
 
 def is_fsdp(model: Any) -> bool:
     """Whether ``fully_shard`` (FSDP2) has spread the parameters of ``model``."""
-    return isinstance(model, FSDPModule)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # who has spread one has imported it
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
 def _is_zero(parameter: Tensor) -> bool:
@@ -114,18 +111,6 @@ def whole_model(model: Any, *, reshard_after_forward: bool = True) -> Iterator[A
         yield inside
 
 
-def hidden_states(model: Any, **inputs: Any) -> Tensor:
-    """(B, L, D) states that enter the output layer, for a model used without gradients and wrappers.
-
-    The layers below are called where that will do. It will not where somebody has laid a hand on the pass through the
-    model as a whole, FSDP2 or accelerate's mixed precision: that pass is made then, with no logits.
-    """
-    if not is_fsdp(model) and not hasattr(model, "_original_forward"):
-        return causal_lm(model).base_model(**inputs).last_hidden_state
-    none = torch.empty(0, dtype=torch.int64, device=inputs["input_ids"].device)
-    return model(**inputs, output_hidden_states=True, logits_to_keep=none).hidden_states[-1]
-
-
 def gather_layer(model: Any, layer: Any) -> bool:
     """Make the parameters of ``layer``, an output layer that is used outside of its forward pass, whole.
 
@@ -147,8 +132,8 @@ def gather_layer(model: Any, layer: Any) -> bool:
 def whole_state_dict(model: Any) -> dict[str, Tensor]:
     """The state of ``model`` with whole parameters, on the CPU, in every process. All processes call this together."""
     if is_fsdp(model):
-        state = model.state_dict()
-        return {n: (value.full_tensor() if isinstance(value, DTensor) else value).cpu() for n, value in state.items()}
+        state = model.state_dict().items()
+        return {name: (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu() for name, value in state}
     with whole_model(model) as inside:
         return {name: value.detach().cpu().clone() for name, value in inside.state_dict().items()}
 

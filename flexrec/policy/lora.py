@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -201,42 +201,3 @@ def reference_policy(model: Any) -> Iterator[None]:
         model.requires_grad_(False)  # switching adapters trains all that it switches on
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """(V, D) and (V,) or None: what an output layer multiplies by and adds, its adapters included; differentiable.
-
-    LoRA of the output layer makes the whole W + B A alpha / r anew by every call: (V, D) numbers, and as many of their
-    gradient.
-
-    Raises:
-        ValueError: adapters with which the layer is no such product, or not always the same.
-    """
-    peft = sys.modules.get("peft")
-    if peft is None or not isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
-        bias = getattr(layer, "bias", None)
-        if bias is None:  # PEFT's layers of which some rows are trained give the weight, but not the bias
-            bias = getattr(getattr(layer, "original_module", None), "bias", None)
-        return layer.weight, bias
-    if layer.disable_adapters and layer.merged:
-        layer.unmerge()  # as its forward pass does
-    base = layer.get_base_layer()
-    if layer.disable_adapters or layer.merged:
-        return base.weight, getattr(base, "bias", None)
-    if not isinstance(layer, peft.tuners.lora.Linear):
-        raise ValueError(
-            f"the output layer is adapted by {type(layer).__module__}.{type(layer).__name__}, whose weight restricted "
-            f"log-probs cannot read: adapt other layers, or this one by LoRA"
-        )
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    for name in active:
-        dropout = layer.lora_dropout[name]
-        if layer.lora_variant.get(name) or layer.lora_bias.get(name) or (layer.training and getattr(dropout, "p", 0)):
-            raise ValueError(
-                f"the adapter {name!r} of the output layer has dropout, a bias, or is a variant of LoRA (DoRA ..): "
-                f"restricted log-probs need plain LoRA there, or none"
-            )
-    weight = base.weight
-    for name in active:
-        weight = weight + layer.get_delta_weight(name).to(weight.dtype)
-    return weight, getattr(base, "bias", None)

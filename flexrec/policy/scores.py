@@ -1,13 +1,11 @@
-"""The policy's view of rankings: model inputs for given rankings, and their candidate-restricted log-probs.
+"""The policy's view of rankings: their candidate-restricted log-probs.
 
-Rollout, supervised stages, trainer and evaluation all score rankings through this one module, so the distribution
+Supervised stages, trainer, evaluation and integrations all score rankings through this one module, so the distribution
 that is trained, compared with a reference or reported is always the one that is sampled from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,153 +17,8 @@ from flexrec.ops.ranking_logprobs import ranking_logprobs, ranking_logprobs_with
 from flexrec.ops.restricted_logprobs import Results, restricted_logprobs, restricted_logprobs_with_kl
 from flexrec.ops.swap_rewards import swap_scores
 from flexrec.ops.vocabulary_logprobs import vocabulary_logprobs
-from flexrec.policy.distributed import gather_layer
-from flexrec.policy.lora import causal_lm, weight_and_bias
-from flexrec.policy.packing import TokenRows, attention_mask, pack_rankings
-from flexrec.profiling import span
-from flexrec.rankings import Candidates, EncodedRankings, encode_rankings
-from flexrec.rankings.reasoning import ReasoningTokens
-
-
-@dataclass(frozen=True)
-class RankingBatch:
-    """Model inputs for N rankings of P lists (N = P * num_generations, rankings of one list adjacent).
-
-    A decision is a token with an alternative; all other tokens of an answer are forced and carry no log-prob.
-    """
-
-    tokens: TokenRows  # prompts and answers, which begin with reasoning where there is any
-    rankings: torch.Tensor  # (N, T) int64, index into the row's candidates, -1 beyond a row's own
-    lengths: torch.Tensor  # (N,) int64, number of candidates
-    encoded: EncodedRankings  # without what was allowed where there are candidate_ids, which say it
-    candidate_ids: torch.Tensor | None  # (P, K) int64 token ids, where every candidate is a single token
-    num_generations: int
-    reasoning: ReasoningTokens | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, T)"""
-        return self.rankings.shape[0], self.rankings.shape[1]
-
-    @property
-    def reasoning_mask(self) -> torch.Tensor:
-        """(N, R) bool, R the longest sampled reasoning: where a row has a token of it that was sampled."""
-        if self.reasoning is None:
-            return torch.zeros(self.shape[0], 0, dtype=torch.bool, device=self.rankings.device)
-        counts = torch.from_numpy(self.reasoning.num_sampled).to(self.rankings.device)
-        return torch.arange(int(self.reasoning.num_sampled.max()), device=counts.device) < counts[:, None]
-
-
-def make_batch(
-    prompts: Sequence[Sequence[int]],
-    candidates: Candidates,
-    rankings: np.ndarray,
-    *,
-    separator: Sequence[int] = (),
-    end: Sequence[int] = (),
-    num_generations: int = 1,
-    rankings_per_row: int = 1,
-    reasoning: ReasoningTokens | None = None,
-    pad_token_id: int = 0,
-    device: torch.device | str = "cpu",
-    by_token: bool = False,
-) -> RankingBatch:
-    """Model inputs that score ``rankings`` (N, T; -1 beyond a row's own) under P prompts and candidate lists.
-
-    With ``rankings_per_row`` > 1 the rankings of a prompt share it: see :mod:`flexrec.policy.packing`. ``reasoning``,
-    that of a rollout, stands between a prompt and its ranking, and :func:`reasoning_logprobs` scores it. With
-    ``by_token`` candidates of a single token are treated as those of several are.
-    """
-    candidate_ids = None if by_token else _single_tokens(candidates, separator, device)
-    encoded = encode_rankings(
-        candidates,
-        rankings,
-        separator=separator,
-        end=end,
-        num_ranked=(np.asarray(rankings) >= 0).sum(axis=1),
-        num_generations=num_generations,
-        with_allowed=candidate_ids is None,
-    )
-    answers = [answer[:-1] for answer in np.split(encoded.tokens, encoded.offsets[1:-1])]  # what predicts the next
-    if reasoning is not None:
-        if len(reasoning.tokens) != len(answers):
-            raise ValueError(f"reasoning must have one row per ranking, {len(answers)}, got {len(reasoning.tokens)}")
-        answers = [np.concatenate(pair) for pair in zip(reasoning.tokens, answers, strict=True)]
-    tokens = pack_rankings(
-        prompts,
-        answers,
-        num_generations=num_generations,
-        per_row=rankings_per_row,
-        pad_token_id=pad_token_id,
-        device=device,
-    )
-    sizes = torch.tensor([len(lst) for lst in candidates]).repeat_interleave(num_generations)
-    return RankingBatch(
-        tokens=tokens,
-        rankings=torch.as_tensor(np.asarray(rankings), dtype=torch.int64).to(device),
-        lengths=sizes.to(device),
-        encoded=encoded,
-        candidate_ids=candidate_ids,
-        num_generations=num_generations,
-        reasoning=reasoning,
-    )
-
-
-def _single_tokens(candidates: Candidates, separator: Sequence[int], device: torch.device | str) -> torch.Tensor | None:
-    """(P, K) token ids, padded with 0, if each candidate is one token and nothing stands between two of them."""
-    if separator or any(len(sequence) != 1 for lst in candidates for sequence in lst):
-        return None
-    ids = np.zeros((len(candidates), max(map(len, candidates))), dtype=np.int64)
-    for p, lst in enumerate(candidates):
-        ids[p, : len(lst)] = [sequence[0] for sequence in lst]
-    return torch.from_numpy(ids).to(device)
-
-
-def final_hidden(model: Any, tokens: TokenRows) -> torch.Tensor:
-    """(B, L, D) states that enter the output layer, which itself computes nothing.
-
-    The call goes through ``model`` itself, so that wrappers (DDP, FSDP) see their forward pass.
-    """
-    config = getattr(model, "module", model).config
-    dtype = next(model.parameters()).dtype
-    with span("forward"):
-        output = model(
-            input_ids=tokens.input_ids,
-            attention_mask=attention_mask(tokens, config._attn_implementation, dtype),
-            output_hidden_states=True,
-            use_cache=False,
-            logits_to_keep=torch.empty(0, dtype=torch.int64, device=tokens.input_ids.device),
-            **({"position_ids": tokens.position_ids} if tokens.shared else {}),
-        )
-    return output.hidden_states[-1]
-
-
-def output_layer(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The output embedding (V, D), its adapters included, and its bias (V,) or None.
-
-    Where parameters are spread over processes it is gathered: all processes call this together, after their forward
-    pass.
-
-    Raises:
-        ValueError: a model whose logits are not ``hidden @ weight.T + bias`` (soft-capped or scaled logits), or its
-            adapters make no such weight (see :mod:`flexrec.policy.lora`).
-    """
-    outer, model = getattr(model, "module", model), causal_lm(model)
-    config = model.config
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(
-                f"this model changes its logits after the output layer ({name}={getattr(config, name)}), "
-                f"which restricted log-probs do not reproduce: use a model without it"
-            )
-    layer = model.get_output_embeddings()
-    is_spread = gather_layer(outer, layer)
-    weight, bias = weight_and_bias(layer)
-    if is_spread and (not torch.is_grad_enabled() or weight.device.type == "cpu"):
-        # States without gradients may be kept for longer than the layer stays whole; and the memory of what NumPy has
-        # read, as kernels on the CPU do, could not be given back.
-        weight, bias = weight.clone(), None if bias is None else bias.clone()
-    return weight, bias
+from flexrec.policy.batch import RankingBatch
+from flexrec.policy.lm_head import hidden_of_rows, output_layer
 
 
 class RankingStates(NamedTuple):
@@ -196,7 +49,7 @@ class ActionScores(NamedTuple):
 
 def ranking_states(model: Any, batch: RankingBatch) -> RankingStates:
     """Run the model over the batch and keep the states at decisions; differentiable."""
-    return decision_states(model, batch, final_hidden(model, batch.tokens))
+    return decision_states(model, batch, hidden_of_rows(model, batch.tokens))
 
 
 def decision_states(model: Any, batch: RankingBatch, hidden: torch.Tensor) -> RankingStates:
@@ -255,8 +108,7 @@ def ranking_scores(
     Differentiable in ``states``; ``reference``, another model's states for the same batch, gets no gradient.
     """
     if batch.candidate_ids is None:
-        decisions = _decisions(batch)
-        return _sum_scores(_at_decisions(states, decisions, temperature, reference), decisions, batch)
+        return _sum_scores(decision_scores(states, batch, temperature=temperature, reference=reference), batch)
     arguments = _list_arguments(states, batch)
     options: dict[str, Any] = {"bias": states.bias, "temperature": temperature, "lengths": batch.lengths}
     if reference is None:
@@ -306,20 +158,42 @@ def _all_actions_over_branches(
     tilt: float | None,
     reference: RankingStates | None,
 ) -> ActionScores:
-    decisions = _decisions(batch)
     change = _branch_values(batch, gains, metric, num_ranked)  # (nnz,)
     values = change
-    best = change.new_full((len(decisions.targets),), -torch.inf)  # (M,)
+    best = change.new_full((len(batch.encoded.targets),), -torch.inf)  # (M,)
     if tilt is not None:  # exp of what a branch lacks to its decision's best, so that nothing overflows
-        rows = torch.arange(len(best), device=change.device).repeat_interleave(decisions.offsets.diff())
+        per_decision = _on_device(np.diff(batch.encoded.allowed_offsets), batch)
+        rows = torch.arange(len(best), device=change.device).repeat_interleave(per_decision)
         best = best.scatter_reduce(0, rows, change, "amax")
         values = ((change - best[rows]) / tilt).exp()
-    found = _at_decisions(states, decisions, temperature, reference, values[:, None])
+    found = decision_scores(states, batch, temperature=temperature, reference=reference, values=values[:, None])
     assert found.expectations is not None
     objective = found.expectations[:, 0]  # (M,)
     if tilt is not None:
         objective = best + tilt * objective.clamp(min=torch.finfo(objective.dtype).tiny).log()
-    return ActionScores(_sum_per_rank(objective, decisions, batch), *_sum_scores(found, decisions, batch))
+    return ActionScores(_sum_per_rank(objective, batch), *_sum_scores(found, batch))
+
+
+def decision_scores(
+    states: RankingStates,
+    batch: RankingBatch,
+    *,
+    temperature: float = 1.0,
+    reference: RankingStates | None = None,
+    values: torch.Tensor | None = None,
+) -> Results:
+    """Log-probs (M,), entropies (M,), expectations of ``values`` (nnz, C) and KL of the batch's decisions one by one.
+
+    Decisions are those of ``batch.encoded``, in its order; the batch says what was allowed at each (see
+    :func:`make_batch`, ``by_token``). Differentiable as :func:`ranking_scores`.
+    """
+    encoded = batch.encoded
+    allowed = (_on_device(array, batch) for array in (encoded.allowed_ids, encoded.allowed_offsets, encoded.targets))
+    arguments = (states.hidden, states.weight, *allowed)
+    options: dict[str, Any] = {"values": values, "bias": states.bias, "temperature": temperature}
+    if reference is None:
+        return Results(*restricted_logprobs(*arguments, **options), None)
+    return Results(*restricted_logprobs_with_kl(*arguments, **options | _reference_arguments(reference)))
 
 
 def _list_arguments(
@@ -332,21 +206,6 @@ def _list_arguments(
 
 def _reference_arguments(reference: RankingStates) -> dict[str, Any]:
     return {"ref_hidden": reference.hidden, "ref_weight": reference.weight, "ref_bias": reference.bias}
-
-
-def _at_decisions(
-    states: RankingStates,
-    decisions: _Decisions,
-    temperature: float,
-    reference: RankingStates | None,
-    values: torch.Tensor | None = None,
-) -> Results:
-    """Per decision, (M,) or (M, C)."""
-    arguments = (states.hidden, states.weight, decisions.ids, decisions.offsets, decisions.targets)
-    options: dict[str, Any] = {"values": values, "bias": states.bias, "temperature": temperature}
-    if reference is None:
-        return Results(*restricted_logprobs(*arguments, **options), None)
-    return Results(*restricted_logprobs_with_kl(*arguments, **options | _reference_arguments(reference)))
 
 
 def completed_rankings(batch: RankingBatch) -> torch.Tensor:
@@ -366,44 +225,28 @@ def _branch_values(batch: RankingBatch, gains: torch.Tensor, metric: str, num_ra
     scores = swap_scores(gains, metric, lengths=batch.lengths, num_ranked=num_ranked)  # (N, K, K)
     position = rank_order(batch.rankings, batch.lengths, gains.shape[1]).argsort(dim=1)  # (N, K) of each candidate
     per_branch = np.diff(encoded.allowed_offsets)
-    rows = torch.as_tensor(np.repeat(encoded.decision_rows, per_branch), dtype=torch.int64, device=gains.device)
-    ranks = torch.as_tensor(np.repeat(encoded.decision_ranks, per_branch), dtype=torch.int64, device=gains.device)
-    counts = torch.as_tensor(np.diff(encoded.below_offsets), dtype=torch.int64, device=gains.device)
-    items = torch.as_tensor(encoded.below_items, dtype=torch.int64, device=gains.device)
+    rows = _on_device(np.repeat(encoded.decision_rows, per_branch), batch)
+    ranks = _on_device(np.repeat(encoded.decision_ranks, per_branch), batch)
+    counts, items = _on_device(np.diff(encoded.below_offsets), batch), _on_device(encoded.below_items, batch)
     branch = torch.arange(len(counts), device=gains.device).repeat_interleave(counts)
     change = -scores[rows[branch], ranks[branch], position[rows[branch], items]]
     return change.new_zeros(len(counts)).index_add(0, branch, change) / counts
 
 
-class _Decisions(NamedTuple):
-    rows: torch.Tensor  # (M,)
-    ranks: torch.Tensor  # (M,)
-    targets: torch.Tensor  # (M,)
-    ids: torch.Tensor  # (nnz,)
-    offsets: torch.Tensor  # (M + 1,)
-
-
-def _decisions(batch: RankingBatch) -> _Decisions:
-    encoded = batch.encoded
-    arrays = (
-        encoded.decision_rows,
-        encoded.decision_ranks,
-        encoded.targets,
-        encoded.allowed_ids,
-        encoded.allowed_offsets,
-    )
-    return _Decisions(*(torch.as_tensor(a, dtype=torch.int64).to(batch.rankings.device) for a in arrays))
-
-
-def _sum_per_rank(per_decision: torch.Tensor, decisions: _Decisions, batch: RankingBatch) -> torch.Tensor:
+def _sum_per_rank(per_decision: torch.Tensor, batch: RankingBatch) -> torch.Tensor:
+    """(N, T) sums of (M,) over the decisions of each item."""
     n, t = batch.shape
-    sums = per_decision.new_zeros(n * t)
-    return sums.index_add(0, decisions.rows * t + decisions.ranks, per_decision).view(n, t)
+    rows, ranks = (_on_device(a, batch) for a in (batch.encoded.decision_rows, batch.encoded.decision_ranks))
+    return per_decision.new_zeros(n * t).index_add(0, rows * t + ranks, per_decision).view(n, t)
 
 
-def _sum_scores(found: Results, decisions: _Decisions, batch: RankingBatch) -> RankingScores:
+def _sum_scores(found: Results, batch: RankingBatch) -> RankingScores:
     return RankingScores(
-        _sum_per_rank(found.logprobs, decisions, batch),
-        _sum_per_rank(found.entropy, decisions, batch),
-        None if found.kl is None else _sum_per_rank(found.kl, decisions, batch),
+        _sum_per_rank(found.logprobs, batch),
+        _sum_per_rank(found.entropy, batch),
+        None if found.kl is None else _sum_per_rank(found.kl, batch),
     )
+
+
+def _on_device(array: np.ndarray, batch: RankingBatch) -> torch.Tensor:
+    return torch.as_tensor(array, dtype=torch.int64).to(batch.rankings.device)

@@ -27,7 +27,6 @@ Common to the three:
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flexrec import _core
+from flexrec.rankings.arrays import as_integer, as_integers, offsets_of, run_offsets, to_numpy
 
 TokenIds = Sequence[int]
 Candidates = Sequence[Sequence[TokenIds]]  # P lists of K token-id sequences, ragged in K
@@ -65,6 +65,11 @@ class CandidateTries:
     Raises:
         ValueError: a list or a sequence is empty, or a token id is negative or beyond int32; the message says where.
         TypeError: something is not a sequence of token ids.
+
+    Example:
+        >>> tries = flexrec.CandidateTries([[[10, 20], [10, 21], [11]]])  # read once ..
+        >>> flexrec.RankingState(tries).allowed()[0]  # .. and used as often as one likes
+        array([10, 11], dtype=int32)
     """
 
     def __init__(self, candidates: Candidates) -> None:
@@ -80,15 +85,15 @@ class CandidateTries:
             list_offsets: (P + 1,) integers: list p owns the sequences from ``list_offsets[p]`` to
                 ``list_offsets[p + 1] - 1``.
         """
-        ids = _integers("tokens", tokens, 1)
+        ids = as_integers("tokens", tokens, 1)
         if ids.max(initial=0) > np.iinfo(np.int32).max or ids.min(initial=0) < 0:
             at = int(np.argmax((ids < 0) | (ids > np.iinfo(np.int32).max)))
             raise ValueError(f"tokens must hold token ids from 0 to 2147483647, got {ids[at]} at index {at}")
         tries = cls.__new__(cls)
         tries._core = _core.CandidateTries.from_arrays(
             ids.astype(np.int32),
-            _integers("sequence_offsets", sequence_offsets, 1),
-            _integers("list_offsets", list_offsets, 1),
+            as_integers("sequence_offsets", sequence_offsets, 1),
+            as_integers("list_offsets", list_offsets, 1),
         )
         return tries
 
@@ -185,6 +190,15 @@ class RankingState:
         ValueError: a list or sequence is empty, a token id is negative, it cannot be told whether a ranking is
             finished, or counts are out of range; the message says where.
         TypeError: something is not a sequence of token ids.
+
+    Example:
+        >>> state = flexrec.RankingState([[[10, 20], [10, 21], [11]]], separator=[30], end=[31])
+        >>> state.advance([10])
+        >>> state.allowed()[0]
+        array([20, 21], dtype=int32)
+        >>> state.advance([21])
+        >>> state.forced()[0]  # the separator: nothing else may follow
+        array([30], dtype=int32)
     """
 
     def __init__(
@@ -225,7 +239,7 @@ class RankingState:
         Raises:
             ValueError: ``vocab_size`` does not exceed every token id in use.
         """
-        shape = (len(self), max(0, -(-_integer("vocab_size", vocab_size) // 32)))
+        shape = (len(self), max(0, -(-as_integer("vocab_size", vocab_size) // 32)))
         bits = self._shown if reuse and self._shown.words.shape == shape else _Bits.none(*shape)
         bits = bits._replace(set=self._core.allowed_bitmask(vocab_size, bits.words, *bits.set))
         if not reuse:
@@ -250,20 +264,20 @@ class RankingState:
             ValueError: a token is not allowed (the message names row, step and token), or a shape is wrong. The state
                 is then as it was before the call.
         """
-        token_array = _integers("tokens", tokens, 1)
+        token_array = as_integers("tokens", tokens, 1)
         if offsets is None:
             if len(token_array) != len(self):
                 raise ValueError(f"tokens must have shape ({len(self)},), one per row, got {token_array.shape}")
             self._core.advance(token_array, None, strict)
             return
-        self._core.advance(token_array, _run_offsets(offsets, len(self), len(token_array)), strict)
+        self._core.advance(token_array, run_offsets(offsets, len(self), len(token_array)), strict)
 
     def restart(self, rows: ArrayLike | None = None) -> None:
         """Put rows back to their beginning: those where ``rows`` (N,) is true, or all."""
         if rows is None:
             self._core.restart(None)
             return
-        chosen = np.ascontiguousarray(_to_numpy(rows))
+        chosen = np.ascontiguousarray(to_numpy(rows))
         if chosen.dtype != np.bool_ or chosen.shape != (len(self),):
             raise ValueError(f"rows must be ({len(self)},) booleans, got {chosen.dtype} of shape {chosen.shape}")
         self._core.restart(chosen)
@@ -304,9 +318,15 @@ def step_states(
     Returns:
         ids (nnz,) int32 and offsets (N + 1,) int64 as from `RankingState.allowed`, and done (N,) bool. A row that
         allows nothing and is not done is lost.
+
+    Example:
+        >>> from flexrec.rankings import RankingState, step_states
+        >>> states = [RankingState([[[10], [11]]]), RankingState([[[12], [13]]])]
+        >>> step_states(states, [10], [0, 1, 1])[:2]  # the first read 10, the second nothing
+        (array([11, 12, 13], dtype=int32), array([0, 1, 3]))
     """
-    token_array = _integers("tokens", tokens, 1)
-    offset_array = _run_offsets(offsets, sum(len(state) for state in states), len(token_array))
+    token_array = as_integers("tokens", tokens, 1)
+    offset_array = run_offsets(offsets, sum(len(state) for state in states), len(token_array))
     return _core.step_states([state._core for state in states], token_array, offset_array)
 
 
@@ -339,13 +359,18 @@ def parse_rankings(
 
     Raises:
         ValueError, TypeError: as `RankingState`, and for shapes that do not fit; never for what the tokens say.
+
+    Example:
+        >>> completions, candidates = [[11, 30, 10, 20, 30, 10, 21, 31]], [[[10, 20], [10, 21], [11]]]
+        >>> flexrec.parse_rankings(completions, candidates, separator=[30], end=[31]).ranking
+        array([[2, 0, 1]], dtype=int32)
     """
     grammar = _grammar(candidates, separator, end, num_ranked, num_generations)
     if hasattr(completions, "shape"):
-        padded = _integers("completions", completions, 2)
+        padded = as_integers("completions", completions, 2)
         mask = np.ones(padded.shape, dtype=bool)
         if completion_mask is not None:
-            mask = _to_numpy(completion_mask).astype(bool)
+            mask = to_numpy(completion_mask).astype(bool)
             if mask.shape != padded.shape:
                 raise ValueError(
                     f"completion_mask must have the shape of completions, {padded.shape}, got {mask.shape}"
@@ -354,14 +379,16 @@ def parse_rankings(
     else:
         if completion_mask is not None:
             raise ValueError("completion_mask needs completions as a padded (N, L) array, got a sequence of rows")
-        rows = [_integers(f"completions[{i}]", row, 1) for i, row in enumerate(completions)]  # type: ignore[arg-type]
+        rows = [as_integers(f"completions[{i}]", row, 1) for i, row in enumerate(completions)]  # type: ignore[arg-type]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         tokens = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
         mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
     if len(lengths) != grammar.num_rows:
         raise ValueError(f"completions must have one row per ranking, {grammar.num_rows}, got {len(lengths)}")
 
-    parsed = ParsedRankings(*_core.parse_rankings(grammar, tokens, _offsets(lengths)))  # item_ids still without padding
+    parsed = ParsedRankings(
+        *_core.parse_rankings(grammar, tokens, offsets_of(lengths))
+    )  # item_ids still without padding
     item_ids = np.full(mask.shape, -1, dtype=np.int32)
     item_ids[mask] = parsed.item_ids
     return parsed._replace(item_ids=item_ids)
@@ -390,9 +417,14 @@ def encode_rankings(
     Raises:
         ValueError: as `RankingState`, or for a ranking that repeats a candidate, is out of range, has not T items, or
             is spelled as another one is.
+
+    Example:
+        >>> candidates = [[[10, 20], [10, 21], [11]]]
+        >>> flexrec.encode_rankings(candidates, [[2, 0, 1]], separator=[30], end=[31]).tokens
+        array([11, 30, 10, 20, 30, 10, 21, 31], dtype=int32)
     """
     grammar = _grammar(candidates, separator, end, num_ranked, num_generations)
-    ranking_array = _integers("rankings", rankings, 2)
+    ranking_array = as_integers("rankings", rankings, 2)
     if len(ranking_array) != grammar.num_rows:
         raise ValueError(f"rankings must have one row per ranking, {grammar.num_rows}, got {len(ranking_array)}")
     return EncodedRankings(*_core.encode_rankings(grammar, ranking_array, with_allowed))
@@ -410,12 +442,16 @@ def inverse_permutation(rankings: ArrayLike, num_candidates: int | ArrayLike) ->
 
     Raises:
         ValueError: a candidate out of range, ranked twice, or after a -1; the message names row and rank.
+
+    Example:
+        >>> flexrec.inverse_permutation([[2, 0, 1]], 3)  # candidate 0 is at rank 1, ..
+        array([[1, 2, 0]], dtype=int32)
     """
-    ranking_array = _integers("rankings", rankings, 2)
+    ranking_array = as_integers("rankings", rankings, 2)
     if np.ndim(num_candidates) == 0:
-        counts = np.full(len(ranking_array), _integer("num_candidates", num_candidates), dtype=np.int64)
+        counts = np.full(len(ranking_array), as_integer("num_candidates", num_candidates), dtype=np.int64)
     else:
-        counts = _integers("num_candidates", num_candidates, 1)
+        counts = as_integers("num_candidates", num_candidates, 1)
         if len(counts) != len(ranking_array):
             raise ValueError(f"num_candidates must be an int or have shape ({len(ranking_array)},), got {counts.shape}")
     if counts.min(initial=0) < 0:
@@ -424,7 +460,11 @@ def inverse_permutation(rankings: ArrayLike, num_candidates: int | ArrayLike) ->
 
 
 def validate_rankings(rankings: ArrayLike, num_candidates: int | ArrayLike) -> None:
-    """Raise what `inverse_permutation` raises."""
+    """Raise what `inverse_permutation` raises.
+
+    Example:
+        >>> flexrec.validate_rankings([[2, 0, 1]], 3)  # nothing to complain of
+    """
     inverse_permutation(rankings, num_candidates)
 
 
@@ -439,50 +479,10 @@ def _grammar(
     by_row: NDArray[np.int64] | None = None
     if num_ranked is not None:
         if np.ndim(num_ranked) == 0:
-            at_most = _integer("num_ranked", num_ranked)
+            at_most = as_integer("num_ranked", num_ranked)
         else:
-            by_row = _integers("num_ranked", num_ranked, 1)
+            by_row = as_integers("num_ranked", num_ranked, 1)
     tries = candidates if isinstance(candidates, CandidateTries) else CandidateTries(candidates)
     return _core.RankingGrammar(
-        tries._core, separator, end, at_most, by_row, _integer("num_generations", num_generations)
+        tries._core, separator, end, at_most, by_row, as_integer("num_generations", num_generations)
     )
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
-
-
-def _to_numpy(value: Any) -> NDArray[Any]:
-    """Arrays, nested lists, and tensors of any device."""
-    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
-
-
-def _integers(name: str, value: Any, num_dims: int) -> NDArray[np.int64]:
-    """``value`` as a C-contiguous int64 array of this many dimensions."""
-    array = _to_numpy(value)
-    if array.ndim != num_dims:
-        raise ValueError(f"{name} must have {num_dims} dimension(s), got shape {array.shape}")
-    if array.dtype.kind not in "iu" and array.size > 0:  # an empty list has a float dtype
-        raise TypeError(f"{name} must hold integers, got {array.dtype}")
-    if array.dtype.kind == "u" and array.size > 0 and array.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{name} must hold integers below 2**63, got {array.max()}")
-    return np.ascontiguousarray(array, dtype=np.int64)
-
-
-def _run_offsets(value: ArrayLike, num_rows: int, num_tokens: int) -> NDArray[np.int64]:
-    """The (num_rows + 1,) offsets of runs that make up ``num_tokens`` tokens."""
-    offsets = _integers("offsets", value, 1)
-    if len(offsets) != num_rows + 1:
-        raise ValueError(f"offsets must have shape ({num_rows + 1},), got {offsets.shape}")
-    if offsets[0] != 0 or offsets[-1] != num_tokens or (np.diff(offsets) < 0).any():
-        raise ValueError(f"offsets must rise from 0 to the number of tokens, {num_tokens}; got {offsets}")
-    return offsets
-
-
-def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets

@@ -121,7 +121,17 @@ class _Ensemble(nn.Module):
 
 
 class Critic:
-    """Predicts mean and variance of the interest in unobserved user-item pairs; made by ``Critic.fit``."""
+    """Predicts mean and variance of the interest in unobserved user-item pairs; made by ``Critic.fit``.
+
+    Example:
+        >>> from flexrec.data import simulate
+        >>> from flexrec.task import Critic
+        >>> data = simulate(num_users=60, num_items=120, num_topics=4, num_test_users=2, num_candidates=6)
+        >>> critic = Critic.fit(data.log, data.catalogue, seed=0)
+        >>> interest, variance = critic.fill_many(data.train[:1])[0]  # predicted where nothing was observed
+        >>> bool(np.isnan(data.train[0].interest).any()), bool(np.isnan(interest).any())
+        (True, False)
+    """
 
     def __init__(self, network: _Ensemble, log: Interactions, num_items: int, variance_scale: float) -> None:
         self._network = network

@@ -17,7 +17,15 @@ from flexrec.task.prompts import PromptBuilder
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with its candidates and what each of them is worth; arrays are by candidate."""
+    """One prompt with its candidates and what each of them is worth; arrays are by candidate.
+
+    Example:
+        >>> from flexrec.task import Example
+        >>> gains, certain = np.array([0.0, 1.0], dtype=np.float32), np.zeros(2, dtype=np.float32)
+        >>> example = Example([1, 2, 3], [[10], [11, 12]], gains, certain, history_span=(1, 2), need="interest", user=7)
+        >>> example.candidates[example.gains.argmax()]
+        [11, 12]
+    """
 
     prompt: list[int]
     candidates: list[list[int]]  # K token sequences
@@ -39,6 +47,17 @@ class RankingTask:
     Args:
         critic: fills in the interest of candidates without feedback, with its variance; None counts them as 0, as is
             right where they are sampled negatives.
+
+    Example:
+        >>> from flexrec.data import simulate
+        >>> from flexrec.policy.small_model import build_tokenizer
+        >>> from flexrec.task import PromptBuilder, RankingTask, get_need
+        >>> data = simulate(num_users=8, num_items=80, num_topics=4, num_test_users=2, num_candidates=6)
+        >>> need = get_need("interest")
+        >>> tokenizer = build_tokenizer(data.catalogue, need.wordings)
+        >>> task = RankingTask(data.catalogue, [need], PromptBuilder(tokenizer, encoding="item_token"))
+        >>> len(task.test_example(data.test[0], need).candidates)
+        6
     """
 
     def __init__(
@@ -79,6 +98,20 @@ class TrainingExamples(Dataset):
     Args:
         lists: the lists of the first epoch.
         resample: gives the lists of a later epoch (new cut points and negatives); None keeps the first ones.
+
+    Example:
+        >>> from flexrec.data import simulate
+        >>> from flexrec.policy.small_model import build_tokenizer
+        >>> from flexrec.task import PromptBuilder, RankingTask, TrainingExamples, get_need
+        >>> data = simulate(num_users=8, num_items=80, num_topics=4, num_test_users=2, num_candidates=6)
+        >>> need = get_need("interest")
+        >>> tokenizer = build_tokenizer(data.catalogue, need.wordings)
+        >>> task = RankingTask(data.catalogue, [need], PromptBuilder(tokenizer, encoding="item_token"))
+        >>> examples = TrainingExamples(task, data.train, seed=3)
+        >>> before = examples[0].prompt
+        >>> examples.set_epoch(1)
+        >>> examples[0].prompt == before  # words and order are drawn anew
+        False
     """
 
     def __init__(

@@ -39,6 +39,15 @@ class Need:
         gains: ``need.gains(lst, catalogue, interest, variance)`` takes the mean interest (K,) in each candidate and
             the variance (K,) of that knowledge, by candidate, and returns the gains (K,) >= 0 and their variance (K,),
             both float32.
+
+    Example:
+        >>> from flexrec.task import Need
+        >>> def short(lst, catalogue, interest, variance):
+        ...     factor = np.array([len(catalogue.titles[item]) < 12 for item in lst.candidates], dtype=np.float32)
+        ...     return interest * factor, variance * factor**2
+        ...
+        >>> Need("short titles", ("I am tired of long names.",), short).name
+        'short titles'
     """
 
     name: str
@@ -145,7 +154,13 @@ NEEDS: dict[str, Need] = {
 
 
 def get_need(name: str) -> Need:
-    """The need of this name; ValueError listing the known ones if there is none."""
+    """The need of this name; ValueError listing the known ones if there is none.
+
+    Example:
+        >>> from flexrec.task import get_need
+        >>> get_need("trend").wordings[0]
+        'Promote what is trending: prefer items that are rising in popularity and that the user will like.'
+    """
     if name not in NEEDS:
         raise ValueError(f"unknown need {name!r}; known needs: {', '.join(NEEDS)}")
     return NEEDS[name]

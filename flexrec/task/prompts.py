@@ -27,14 +27,26 @@ RISING, CANDIDATES, RANKING = "Rising now:\n", "Candidates:\n", "Ranking, best f
 
 @dataclass(frozen=True)
 class Item:
-    """An item as a prompt shows it."""
+    """An item as a prompt shows it.
+
+    Example:
+        >>> from flexrec.task import Item
+        >>> Item("318", "The Shawshank Redemption").title
+        'The Shawshank Redemption'
+    """
 
     id: str
     title: str
 
 
 def item_token(item_id: str) -> str:
-    """The text of the vocabulary entry that stands for one item under ``encoding="item_token"``."""
+    """The text of the vocabulary entry that stands for one item under ``encoding="item_token"``.
+
+    Example:
+        >>> from flexrec.task import item_token
+        >>> item_token("318")
+        '<item:318>'
+    """
     return f"<item:{item_id}>"
 
 
@@ -43,6 +55,16 @@ def add_item_tokens(model: Any, tokenizer: Any, catalogue: Catalogue) -> int:
 
     The model's embeddings are resized where needed. New rows start at the mean of the old ones plus noise (the
     default of transformers), so they mean nothing before the ``format`` stage has seen the histories.
+
+    Example:
+        >>> from flexrec.data import Catalogue
+        >>> from flexrec.policy.small_model import build_model, build_tokenizer
+        >>> from flexrec.task import add_item_tokens
+        >>> few, more = (Catalogue(ids, ids, ((),) * len(ids)) for ids in (("a",), ("a", "b", "c")))
+        >>> tokenizer = build_tokenizer(few, [])
+        >>> model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+        >>> add_item_tokens(model, tokenizer, more)
+        2
     """
     added = tokenizer.add_tokens([item_token(item_id) for item_id in catalogue.ids], special_tokens=True)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
@@ -63,6 +85,26 @@ class PromptBuilder:
 
     Attributes:
         separator, end: token ids between two items of an answer and after the last.
+
+    Example:
+        >>> from flexrec.data import Catalogue
+        >>> from flexrec.policy.small_model import build_tokenizer
+        >>> from flexrec.task import Item, PromptBuilder
+        >>> catalogue = Catalogue(ids=("a", "b"), titles=("Alien", "Amelie"), topics=((), ()))
+        >>> tokenizer = build_tokenizer(catalogue, [])
+        >>> builder = PromptBuilder(tokenizer, encoding="index", show_rising=False)
+        >>> items = [Item("a", "Alien"), Item("b", "Amelie")]
+        >>> print(tokenizer.decode(builder.prompt("Something sweet", items[:1], items)[0]), end="")
+        <s>Something sweet
+        Liked before:
+        Seen before:
+        Alien
+        Candidates:
+        [1] Alien
+        [2] Amelie
+        Ranking, best first:
+        >>> tokenizer.decode(builder.candidate_tokens(items)[1])
+        '[2]'
     """
 
     def __init__(

@@ -14,9 +14,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from flexrec.policy.batch import RankingBatch, make_batch
 from flexrec.policy.distributed import whole_model
 from flexrec.policy.lora import ADAPTER_FILE, has_adapters
-from flexrec.policy.scores import RankingBatch, make_batch
 from flexrec.profiling import active_profile, span
 from flexrec.rankings.reasoning import ReasoningTokens
 from flexrec.task.examples import Example, prompts_and_candidates
@@ -42,6 +42,19 @@ class RankingTrainer(Trainer):
         model: a causal language model.
         train_dataset: of :class:`flexrec.task.Example`; one with a ``set_epoch`` is told when an epoch begins.
         separator, end: token ids between two items of an answer and after the last.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> from flexrec.trainer import RankingTrainer
+        >>> class Regression(RankingTrainer):  # to a loss of one's own; the model and examples of FlexRecTrainer
+        ...     def ranking_loss(self, model, examples):
+        ...         loss = model.get_output_embeddings().weight.square().mean()
+        ...         return loss, {"size": loss.detach()}
+        ...
+        >>> args = TrainingArguments(output_dir="out", max_steps=1, save_strategy="no", report_to="none")
+        >>> Regression(model, args, examples).train().global_step
+        {'...
+        1
     """
 
     def __init__(
@@ -174,6 +187,12 @@ class EpochOrder(Sampler):
 
     Args:
         per_update, repeats: the examples of each update, of so many, come so many times in a row.
+
+    Example:
+        >>> from flexrec.trainer import EpochOrder
+        >>> order = list(EpochOrder(5, seed=0, per_update=2, repeats=2))
+        >>> len(order), order[:2] == order[2:4]  # each pair comes twice, and the fifth example is left out
+        (8, True)
     """
 
     def __init__(self, size: int, seed: int, *, per_update: int = 1, repeats: int = 1) -> None:

@@ -24,12 +24,12 @@ from flexrec.ops.rank_order import rank_order
 from flexrec.ops.ranking_logprobs import ranking_probs
 from flexrec.ops.ranking_metric import ranking_metric
 from flexrec.ops.swap_rewards import swap_rewards, swap_rewards_with_variance
+from flexrec.policy.batch import RankingBatch
 from flexrec.policy.distributed import place_reference
 from flexrec.policy.lora import causal_lm, has_adapters, keep_reference, reference_policy
 from flexrec.policy.packing import can_pack, sharing
 from flexrec.policy.scores import (
     ActionScores,
-    RankingBatch,
     RankingStates,
     all_actions,
     completed_rankings,
@@ -49,6 +49,12 @@ class FlexRecConfig(TrainerOptions, TrainingArguments):
     """Arguments of :class:`FlexRecTrainer`: those of transformers and :class:`TrainerOptions`.
 
     ``per_device_train_batch_size`` counts prompts; each gives ``num_generations`` rankings.
+
+    Example:
+        >>> from flexrec.trainer import FlexRecConfig
+        >>> args = FlexRecConfig(output_dir="out", metric="ndcg@10", num_generations=8, credit="swap", use_cpu=True)
+        >>> args.scale, args.uncertainty
+        ('batch', 'rollout')
     """
 
     max_reasoning_tokens: int | None = option(
@@ -85,6 +91,22 @@ class FlexRecTrainer(RankingTrainer):
         reasoning_end: token ids of the marker between reasoning and ranking, where ``max_reasoning_tokens`` asks for
             reasoning. It is trained by the metric of the ranking that it leads to, against the mean of its prompt's:
             with ``num_generations`` = 1 there is nothing to compare with, and no gradient through it.
+
+    Example:
+        >>> from flexrec.data import simulate
+        >>> from flexrec.policy.small_model import build_model, build_tokenizer
+        >>> from flexrec.task import PromptBuilder, RankingTask, TrainingExamples, get_need
+        >>> from flexrec.trainer import FlexRecConfig, FlexRecTrainer
+        >>> data = simulate(num_users=8, num_items=80, num_topics=4, num_test_users=2, num_candidates=6)
+        >>> need = get_need("interest")
+        >>> tokenizer = build_tokenizer(data.catalogue, need.wordings)
+        >>> task = RankingTask(data.catalogue, [need], PromptBuilder(tokenizer, encoding="item_token"))
+        >>> examples = TrainingExamples(task, data.train)
+        >>> model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+        >>> args = FlexRecConfig(output_dir="out", max_steps=1, num_generations=4, save_strategy="no", report_to="none")
+        >>> FlexRecTrainer(model, args, examples).train().global_step
+        {'...
+        1
     """
 
     args: FlexRecConfig
@@ -131,7 +153,12 @@ class FlexRecTrainer(RankingTrainer):
             rewards, reward_variance = self._rewards(states, batch, gains, variance)  # (N, T) both
             if args.uncertainty != "none" and reward_variance is not None:
                 weights = uncertainty_weights(
-                    reward_variance, args.num_generations, level=args.uncertainty, item_mask=item_mask
+                    reward_variance,
+                    args.num_generations,
+                    level=args.uncertainty,
+                    rewards=rewards,
+                    item_mask=item_mask,
+                    reduce=self.accelerator.reduce,
                 )
 
         metrics: Mapping[str, float | torch.Tensor]

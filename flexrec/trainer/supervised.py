@@ -10,7 +10,9 @@ import torch
 
 from flexrec.checks import check_choice
 from flexrec.ops.vocabulary_logprobs import vocabulary_logprobs
-from flexrec.policy.scores import RankingBatch, decision_states, final_hidden, output_layer, ranking_scores
+from flexrec.policy.batch import RankingBatch
+from flexrec.policy.lm_head import hidden_of_rows, output_layer
+from flexrec.policy.scores import decision_states, ranking_scores
 from flexrec.task.examples import Example
 from flexrec.trainer.base import LossAndMetrics, RankingTrainer, pad_rows
 
@@ -25,6 +27,15 @@ class SupervisedTrainer(RankingTrainer):
             answer are learnt, nothing of what is good. "listwise" is ListMLE (Xia et al. 2008) towards the order of
             the gains: the log-likelihood of placing the candidates with a gain best first, each among all that are
             left. Ties are broken at random; candidates without a gain have no order and are not imitated.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> from flexrec.trainer import SupervisedTrainer
+        >>> args = TrainingArguments(output_dir="out", max_steps=1, save_strategy="no", report_to="none")
+        >>> trainer = SupervisedTrainer(model, args, examples, stage="listwise")  # those of FlexRecTrainer's example
+        >>> trainer.train().global_step
+        {'...
+        1
     """
 
     def __init__(self, *args: Any, stage: str, **kwargs: Any) -> None:
@@ -37,7 +48,7 @@ class SupervisedTrainer(RankingTrainer):
         # Ranks that are not imitated are not spelled either.
         targets = [_best_first(e.gains, rng) if listwise else rng.permutation(len(e.gains)) for e in examples]
         batch = self._batch(examples, pad_rows(targets, -1))
-        hidden = final_hidden(model, batch.tokens)
+        hidden = hidden_of_rows(model, batch.tokens)
         logprobs = ranking_scores(decision_states(model, batch, hidden), batch).logprobs
         placed = batch.rankings >= 0
         loss = -logprobs[placed].mean() * self.share(placed.sum())

@@ -21,7 +21,8 @@ from transformers import (
 from flexrec.decoding import sample as rollouts
 from flexrec.decoding.logits_processor import RankingLogitsProcessor
 from flexrec.decoding.sample import Rollout, best_of, sample_rankings, search_rankings
-from flexrec.policy.scores import make_batch, ranking_scores, ranking_states
+from flexrec.policy.batch import make_batch
+from flexrec.policy.scores import ranking_scores, ranking_states
 from flexrec.rankings import RankingState
 from flexrec.rankings.reasoning import ReasoningTokens
 

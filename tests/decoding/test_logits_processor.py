@@ -22,7 +22,8 @@ from transformers import (
 
 from flexrec.decoding.logits_processor import RankingLogitsProcessor
 from flexrec.decoding.sample import sample_rankings
-from flexrec.policy.scores import make_batch, ranking_scores, ranking_states
+from flexrec.policy.batch import make_batch
+from flexrec.policy.scores import ranking_scores, ranking_states
 from flexrec.rankings import CandidateTries, RankingState, parse_rankings, validate_rankings
 
 VOCAB = 60

@@ -13,12 +13,11 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from transformers.cache_utils import DynamicLayer
 
-from flexrec.decoding import cache as shared_decoding
 from flexrec.decoding import sample as rollouts
 from flexrec.decoding.sample import sample_rankings, search_rankings
-from flexrec.policy.scores import make_batch, ranking_scores, ranking_states
+from flexrec.policy.batch import make_batch
+from flexrec.policy.scores import ranking_scores, ranking_states
 from flexrec.rankings import RankingState
 
 VOCAB = 60
@@ -260,24 +259,3 @@ def test_training_mode_is_restored_and_errors_are_clear():
         sample_rankings(model, PROMPTS, SINGLE[:1])
     with pytest.raises(ValueError, match="at least one token"):
         sample_rankings(model, [[]], SINGLE[:1])
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_growing_cache_holds_what_a_copied_one_does(seed):
-    """After tokens have been appended, rows repeated and rows reordered, in any order."""
-    rng, ours, plain = np.random.default_rng(seed), shared_decoding._GrowingLayer(), DynamicLayer()
-    rows = 2
-    for _ in range(20):
-        action = rng.choice(["append", "append", "append", "repeat", "reorder"])
-        if action == "append":
-            states = torch.randn(rows, 3, int(rng.integers(1, 4)), 5)
-            for held, expected in zip(ours.update(states, -states), plain.update(states, -states), strict=True):
-                assert torch.equal(held, expected)
-        elif ours.keys is not None and action == "reorder":
-            index = torch.from_numpy(rng.integers(0, rows, size=rows))
-            ours.reorder_cache(index)
-            plain.reorder_cache(index)
-        elif ours.keys is not None and rows < 8:
-            ours.batch_repeat_interleave(2)
-            plain.batch_repeat_interleave(2)
-            rows *= 2

@@ -148,9 +148,9 @@ def test_unsure_responses_count_less(tokenizer):
     variance = [[0.2, 0.1, 0.0], [0.0, 0.1, 0.2], [0.1, 0.0, 0.2], [0.1, 0.2, 0.0]]
     gains = torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.5, 1.0], [0.5, 0.0, 1.0], [0.5, 1.0, 0.0]])
     counts = torch.tensor([3, 3, 1, 3])
-    _, spread = flexrec.swap_rewards_with_variance(gains, torch.tensor(variance), "ndcg", num_ranked=counts)
+    rewards, spread = flexrec.swap_rewards_with_variance(gains, torch.tensor(variance), "ndcg", num_ranked=counts)
     named = torch.arange(3) < counts[:, None]
-    weights = flexrec.uncertainty_weights(spread, 4, item_mask=named)
+    weights = flexrec.uncertainty_weights(spread, 4, rewards=rewards, item_mask=named)
     label = json.dumps({"gains": [0.0, 0.5, 1.0], "gain_variance": [0.0, 0.1, 0.2]})
 
     def strength(**options):

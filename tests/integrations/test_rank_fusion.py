@@ -13,7 +13,8 @@ from flexrec.data import Catalogue
 from flexrec.integrations.openrlhf import MetricReward
 from flexrec.integrations.ranking_reward import RankingReward
 from flexrec.integrations.verl import compute_score
-from flexrec.policy.scores import make_batch, ranking_scores, ranking_states
+from flexrec.policy.batch import make_batch
+from flexrec.policy.scores import ranking_scores, ranking_states
 from flexrec.policy.small_model import build_tokenizer
 from flexrec.rankings.text import index_labels, parse_ranking_texts, score_completions
 

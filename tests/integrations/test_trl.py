@@ -95,7 +95,13 @@ def test_every_credit_trains(tmp_path, credit):
 
 @pytest.mark.parametrize(
     ("metric", "num_ranked", "expected"),
-    [("ndcg", None, [3, 4, 5]), ("ndcg@2", None, [2, 2, 2]), ("ndcg@2", 4, [2, 2, 2]), ("mrr", 4, [3, 4, 4])],
+    [
+        ("ndcg", None, [3, 4, 5]),
+        ("ndcg", 9, [3, 4, 5]),
+        ("ndcg@2", None, [2, 2, 2]),
+        ("ndcg@2", 4, [2, 2, 2]),
+        ("mrr", 4, [3, 4, 4]),
+    ],
 )
 def test_no_more_ranks_than_count_are_sampled(tmp_path, metric, num_ranked, expected):
     trainer = make_trainer(tmp_path, metric=metric, num_ranked=num_ranked)

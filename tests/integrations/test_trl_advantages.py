@@ -207,9 +207,9 @@ def test_free_text_is_read_as_asked(tmp_path):
     texts = {"[3]/[1]</s>": "000.111.", "[2]</s>": "000.", "[1]/[2]</s>": "000.111.", "[2] > [1]</s>": "000...111."}
     options = {"separator": "/", "num_ranked": 2, "baseline": "group", "shuffle_dataset": False, "max_steps": 1}
     trainer, batch = unconstrained(tmp_path, list(texts), **options)
-    repaired = torch.tensor([[0.5, 1.0, 0.0], [0.0, 1.0, 0.5], [1.0, 0.0, 0.5], [0.0, 1.0, 0.5]])
-    rewards = flexrec.swap_rewards(repaired, "ndcg", num_ranked=2)
+    ranked = torch.tensor([[0.5, 1.0, 0.0], [0.0, 1.0, 0.5], [1.0, 0.0, 0.5], [0.0, 1.0, 0.5]])
     named = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 1, 0]]).bool()
+    rewards = flexrec.swap_rewards(ranked, "ndcg", num_ranked=named.sum(1))
     advantages = flexrec.item_advantages(rewards, 4, baseline="group", item_mask=named)
     for found, expected, ranks in zip(batch["advantages"], advantages, texts.values(), strict=True):
         of_tokens = torch.tensor([0.0 if rank == "." else expected[int(rank)] for rank in ranks])

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 import flexrec
 from flexrec.integrations import responses
 from flexrec.integrations.responses import score_responses, score_texts
+from flexrec.integrations.token_logprobs import token_item_ids
 from flexrec.integrations.verl import (
     compute_score,
     item_advantage_estimator,
@@ -105,7 +106,7 @@ def test_advantages_are_those_of_item_advantages(options, sure):
     weights = None
     if not sure:
         total = (variance * named).sum(1, keepdim=True)
-        weights = flexrec.uncertainty_weights(total, 4)
+        weights = flexrec.uncertainty_weights(total, 4, rewards=(rewards * named).norm(dim=1, keepdim=True))
     expected = flexrec.item_advantages(rewards, 4, item_mask=named, weights=weights, **options)
     token_rewards = as_verl(rewards, item_ids, response_mask, None if sure else variance)
     advantages, returns = item_advantage_estimator(token_rewards, response_mask, {"flexrec": options}, index)
@@ -215,6 +216,7 @@ def test_items_that_were_masked_out_enter_no_statistic():
     kept = named & (torch.arange(4) != 1)[:, None]
     expected = item_values_to_tokens(flexrec.item_advantages(rewards, 4, item_mask=kept), item_ids)
     torch.testing.assert_close(advantages, expected, rtol=3e-7, atol=1e-30)
+    assert (advantages[left == 0] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -326,6 +328,12 @@ def test_two_items_in_one_token_are_an_error():
         score_responses(tokenizer, [tokenizer.encode("ab")], [truth], separator="")
 
 
+def test_a_token_that_joins_two_items_is_the_firsts():
+    tokenizer = byte_tokenizer(merges=[("a", "b")])
+    of_characters = np.array([[0, 1, 1]], dtype=np.int32)
+    assert token_item_ids(tokenizer, [tokenizer.encode("abc")], of_characters).tolist() == [[0, 1]]
+
+
 def test_empty_responses_name_nothing():
     tokenizer = byte_tokenizer()
     for ids in ([], [tokenizer.eos_token_id]):
@@ -371,9 +379,10 @@ def test_every_option_of_a_score_arrives(monkeypatch):
     monkeypatch.setattr(responses, "score_completions", lambda *args, **kwargs: asked.append((args, kwargs)))
     truths = [{"gains": [1.0, 0.0, 0.5], "candidates": ["a", "b", "c"]}, json.dumps({"gains": [0.0, 1.0]})]
     options = {"metric": "dcg@2", "credit": "independent", "separator": "|"}
-    score_texts(["a|b", "[1]"], truths, **options, num_ranked=2, reasoning_end="</think>")
+    score_texts(["a|b", "[1]"], truths, **options, num_ranked=2, reasoning_end="</think>", invalid="repair")
     names, gains = [["a", "b", "c"], ["[1]", "[2]"]], [[1.0, 0.0, 0.5], [0.0, 1.0]]
-    passed = {"credit": "independent", "variance": None, "separator": "|", "num_ranked": 2, "after": "</think>"}
+    passed = {"credit": "independent", "variance": None, "separator": "|", "num_ranked": 2}
+    passed |= {"after": "</think>", "invalid": "repair"}
     assert asked == [((["a|b", "[1]"], names, gains, "dcg@2"), passed)]
 
 

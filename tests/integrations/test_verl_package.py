@@ -135,8 +135,9 @@ def expected_advantages(outputs, tokenizer):
     scored = score_responses(tokenizer, [output["responses"] for output in outputs], truths)
     named = torch.arange(3) < (scored.item_ids.max(1).values + 1)[:, None]
     total = (scored.completions.variance * named).sum(1, keepdim=True)
-    weights = flexrec.uncertainty_weights(total, 3, item_mask=named.any(1, keepdim=True))
     rewards = scored.completions.item_rewards
+    size = (rewards * named).norm(dim=1, keepdim=True)
+    weights = flexrec.uncertainty_weights(total, 3, rewards=size, item_mask=named.any(1, keepdim=True))
     return flexrec.item_advantages(rewards, 3, item_mask=named, weights=weights), scored.item_ids
 
 

@@ -126,8 +126,9 @@ def test_item_rewards_reach_the_trainers_advantages(tmp_path):
     scored = score_responses(tokenizer, found["responses"].unbind(), truths)
     named = torch.arange(3) < (scored.item_ids.max(1).values + 1)[:, None]
     total = (scored.completions.variance * named).sum(1, keepdim=True)
-    weights = flexrec.uncertainty_weights(total, GENERATIONS, item_mask=named.any(1, keepdim=True))
     rewards = scored.completions.item_rewards
+    size = (rewards * named).norm(dim=1, keepdim=True)
+    weights = flexrec.uncertainty_weights(total, GENERATIONS, rewards=size, item_mask=named.any(1, keepdim=True))
     advantages = flexrec.item_advantages(rewards, GENERATIONS, item_mask=named, weights=weights)
     expected = item_values_to_tokens(advantages, scored.item_ids)
     torch.testing.assert_close(found["advantages"].to_padded_tensor(0.0), expected, rtol=3e-7, atol=1e-30)

@@ -336,6 +336,10 @@ def test_a_request_whose_ranking_cannot_go_on_ends_alone(
 BAD_IN_THE_ENGINE = {
     "not what was validated": ({"flexrec": {"candidates": []}}, "candidates is empty"),
     "token beyond the vocabulary": ({"flexrec": {"candidates": [[VOCAB]]}}, "token 40, but the model has 40 tokens"),
+    "marker beyond the vocabulary": (
+        {"flexrec": {"candidates": [[10]], "reasoning_end": [VOCAB], "max_reasoning_tokens": 3}},
+        "token 40, but the model has 40 tokens",
+    ),
     "candidate holds the model's end": ({"flexrec": {"candidates": [[10, EOS], [11]]}}, "token 2 is one of candidates"),
     "marker holds the model's end": (
         {"flexrec": {"candidates": [[10]], "reasoning_end": [6, EOS], "max_reasoning_tokens": 3}},

@@ -310,7 +310,7 @@ def test_a_missing_target_is_no_number_where_nobody_checks(device, monkeypatch):
 
 def test_tokens_out_of_range_are_neither_read_nor_written(weighted_sum, device, small_tiles, monkeypatch):
     """Where value checks are off: NaN for their rows, and what lies beside the buffers stays as it was."""
-    monkeypatch.setattr("flexrec.ops.allowed_sets.values_are_checked", lambda tensor: False)
+    monkeypatch.setattr("flexrec.ops.restricted_logprobs.values_are_checked", lambda tensor: False)
     case = make_case(13, [4, 20, 3], vocab=30).to(torch.float32, device)
     whole = torch.zeros(34, case.weight.shape[1], device=device)  # two rows too many on either side
     case.ids[1], case.ids[25] = -1, 30

@@ -192,28 +192,97 @@ def test_rollout_weights_by_hand():
     variance = torch.tensor([[0.1, 0.3], [0.2, 0.0], [0.5, 0.5], [0.5, 0.5]], dtype=torch.float64)
     c = [1 / (0.4 + 0.1), 1 / (0.2 + 0.1)]
     expected = torch.tensor([[2 * c[0] / sum(c)], [2 * c[1] / sum(c)], [1.0], [1.0]], dtype=torch.float64)
-    torch.testing.assert_close(uncertainty_weights(variance, 2, eps=0.1), expected)
+    torch.testing.assert_close(uncertainty_weights(variance, 2, eps=0.1, normalise="group"), expected)
 
 
 def test_item_weights_by_hand_with_a_mask():
     variance = torch.tensor([[0.1, 0.3], [0.4, math.nan]])
     mask = torch.tensor([[True, True], [True, False]])
     c = torch.tensor([[1 / 0.2, 1 / 0.4], [1 / 0.5, 0.0]])
-    weights = uncertainty_weights(variance, 2, level="item", eps=0.1, item_mask=mask)
+    weights = uncertainty_weights(variance, 2, level="item", eps=0.1, normalise="group", item_mask=mask)
     torch.testing.assert_close(weights, c / (c.sum() / 3))
 
 
 def test_weights_are_clamped_after_their_mean_is_one():
     variance = torch.zeros(4, 3)
     variance[1:] = 1e6
-    weights = uncertainty_weights(variance, 4, max_ratio=3.0)
+    weights = uncertainty_weights(variance, 4, eps=1e-3, max_ratio=3.0)
     torch.testing.assert_close(weights, torch.tensor([[3.0], [1 / 3], [1 / 3], [1 / 3]]))
+
+
+def test_a_certain_and_an_uncertain_prompt_differ_with_one_rollout_each():
+    variance = torch.tensor([[0.0, 0.0], [0.3, 0.1]], dtype=torch.float64)
+    weights = uncertainty_weights(variance, 1)  # eps is the mean variance, 0.2
+    c = torch.tensor([[1 / 0.2], [1 / 0.6]], dtype=torch.float64)
+    torch.testing.assert_close(weights, c / c.mean())
+    assert uncertainty_weights(variance, 1, normalise="group").eq(1).all()
+    torch.testing.assert_close(uncertainty_weights(variance, 1, normalise="none"), c)
+
+
+@pytest.mark.parametrize("level", ["rollout", "item"])
+def test_automatic_eps_is_what_noise_leaves_of_the_rewards_second_moment(level):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(6, 4, generator=generator) < 0.8
+    variance = torch.where(mask, torch.rand(6, 4, generator=generator, dtype=torch.float64) * 0.02, math.nan)
+    for size in (1.0, 0.01):  # in the second case noise is larger than what is seen, and 1 % of that is taken
+        rewards = torch.where(mask, size * torch.randn(6, 4, generator=generator, dtype=torch.float64), math.nan)
+        if level == "rollout":
+            u, square = variance.nansum(-1, keepdim=True), (rewards**2).nansum(-1, keepdim=True)
+        else:
+            u, square = variance, rewards**2
+        eps = max(float(square.nanmean() - u.nanmean()), float(square.nanmean()) / 100)
+        assert (eps == float(square.nanmean()) / 100) == (size == 0.01)
+        c = 1 / (u + eps)
+        got = uncertainty_weights(variance, 2, level=level, rewards=rewards, item_mask=mask, max_ratio=1e9)
+        torch.testing.assert_close(got, (c / c.nanmean()).nan_to_num(0.0))
+        torch.testing.assert_close(
+            got, uncertainty_weights(variance, 2, level=level, eps=eps, item_mask=mask, max_ratio=1e9)
+        )
+
+
+def test_two_processes_that_share_their_sums_are_one_batch():
+    generator = torch.Generator().manual_seed(1)
+    variance, rewards = torch.rand(8, 3, generator=generator).double(), torch.randn(8, 3, generator=generator).double()
+    whole = uncertainty_weights(variance, 2, rewards=rewards)
+    given: list[list[torch.Tensor]] = [[], []]
+    halves = (slice(0, 4), slice(4, 8))
+    for _ in range(3):  # the sums of one exchange depend on the result of the one before
+        found = []
+        for own, half in enumerate(halves):
+            calls = iter(range(2))
+            seen: list[torch.Tensor] = []
+
+            def reduce(sums, own=own, calls=calls, seen=seen):
+                seen.append(sums)
+                step = next(calls)
+                other = given[1 - own]
+                return sums + other[step] if step < len(other) else sums
+
+            found.append(uncertainty_weights(variance[half], 2, rewards=rewards[half], reduce=reduce))
+            given[own] = seen
+    torch.testing.assert_close(torch.cat(found), whole)
+
+
+def test_weights_of_any_layout_and_of_nothing():
+    variance = torch.rand(3, 4).t()
+    torch.testing.assert_close(
+        uncertainty_weights(variance, 2, level="item", normalise="group"),
+        uncertainty_weights(variance.contiguous(), 2, level="item", normalise="group"),
+    )
+    for normalise in ("batch", "group", "none"):
+        for shape in ((4, 0), (0, 3), (0, 0)):
+            for level, columns in (("rollout", 1), ("item", shape[1])):
+                empty = uncertainty_weights(torch.zeros(shape), 2, level=level, normalise=normalise)
+                assert empty.shape == (shape[0], columns)
+                assert empty.eq(0).all()
+        nothing = torch.zeros(4, 2)
+        assert uncertainty_weights(nothing, 2, normalise=normalise, rewards=nothing).eq(1).all()
 
 
 def test_equal_variances_single_rollouts_and_empty_ones():
     assert uncertainty_weights(torch.full((6, 4), 0.7), 3).eq(1).all()
     assert uncertainty_weights(torch.zeros(6, 4), 3, level="item").eq(1).all()
-    assert uncertainty_weights(torch.rand(5, 4), 1).eq(1).all()
+    assert uncertainty_weights(torch.rand(5, 4), 1, normalise="group").eq(1).all()
     mask = torch.tensor([[True, True], [False, False]])
     assert uncertainty_weights(torch.rand(2, 2), 2, item_mask=mask).tolist() == [[1.0], [0.0]]
     assert uncertainty_weights(torch.rand(2, 2), 2, item_mask=mask & False).eq(0).all()
@@ -227,6 +296,11 @@ def test_equal_variances_single_rollouts_and_empty_ones():
         ({"num_generations": 0}, ValueError, "num_generations"),
         ({"level": "token"}, ValueError, "level must be one of 'rollout', 'item'"),
         ({"eps": 0.0}, ValueError, "eps must be > 0"),
+        ({"eps": math.nan}, ValueError, "eps must be > 0"),
+        ({"eps": "own"}, ValueError, "or 'auto'; got 'own'"),
+        ({"normalise": "prompt"}, ValueError, "normalise must be one of 'batch', 'group', 'none'"),
+        ({"rewards": torch.ones(6, 3)}, ValueError, r"rewards must have shape \(6, 2\)"),
+        ({"rewards": torch.full((6, 2), math.inf)}, ValueError, "rewards must be finite"),
         ({"max_ratio": 0.5}, ValueError, "max_ratio must be >= 1"),
         ({"variance": -torch.ones(6, 2)}, ValueError, "variance must lie in"),
         ({"variance": torch.ones(6)}, ValueError, "variance must have shape"),

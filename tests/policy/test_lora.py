@@ -23,8 +23,10 @@ from transformers import (
 
 from flexrec.decoding import sample as rollouts
 from flexrec.decoding.sample import sample_rankings
+from flexrec.policy.batch import make_batch
+from flexrec.policy.lm_head import output_layer
 from flexrec.policy.lora import REFERENCE, add_lora, keep_reference, load_model, reference_policy, save_adapters
-from flexrec.policy.scores import make_batch, output_layer, ranking_scores, ranking_states
+from flexrec.policy.scores import ranking_scores, ranking_states
 from flexrec.task.examples import Example
 from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
 from flexrec.trainer.supervised import SupervisedTrainer

@@ -11,8 +11,9 @@ from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from flexrec.policy import packing
+from flexrec.policy.batch import make_batch
 from flexrec.policy.packing import attention_mask, can_pack, pack_rankings, rankings_per_row
-from flexrec.policy.scores import make_batch, ranking_scores, ranking_states
+from flexrec.policy.scores import ranking_scores, ranking_states
 
 SMALL = {
     "vocab_size": 50,

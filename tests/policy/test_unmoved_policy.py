@@ -16,7 +16,8 @@ from flexrec.data import simulate
 from flexrec.decoding import sample as rollouts
 from flexrec.decoding.logits_processor import RankingLogitsProcessor
 from flexrec.decoding.sample import Rollout, sample_rankings
-from flexrec.policy.scores import make_batch, ranking_scores, ranking_states, reasoning_logprobs
+from flexrec.policy.batch import make_batch
+from flexrec.policy.scores import ranking_scores, ranking_states, reasoning_logprobs
 from flexrec.policy.small_model import build_model, build_tokenizer
 from flexrec.rankings import RankingState
 from flexrec.task.needs import get_need

@@ -17,7 +17,8 @@ from flexrec.decoding.logits_processor import RankingLogitsProcessor
 from flexrec.decoding.sample import Rollout, sample_rankings
 from flexrec.ops.losses import policy_loss
 from flexrec.ops.ranking_metric import ranking_metric
-from flexrec.policy.scores import make_batch, ranking_scores, ranking_states, reasoning_logprobs
+from flexrec.policy.batch import make_batch
+from flexrec.policy.scores import ranking_scores, ranking_states, reasoning_logprobs
 from flexrec.rankings.reasoning import ReasoningRule, ReasoningTokens, eos_token_ids, reasoning_rule
 
 VOCAB, EOS, SEPARATOR = 60, 52, 50

@@ -235,5 +235,6 @@ def advantages_by_hand(of: Valued, scores: ByHand, metric: str, options: dict[st
     if options["uncertainty"] == "none":
         return Advantages(advantages / unit, unit, 1.0)
     variance = swap_rewards_with_variance(of.gains, of.variance, metric, **common)[1][:, :shown]
-    weights = uncertainty_weights(variance, GENERATIONS, level=options["uncertainty"], item_mask=of.mask)
+    known = {"level": options["uncertainty"], "rewards": rewards, "item_mask": of.mask}
+    weights = uncertainty_weights(variance, GENERATIONS, **known)
     return Advantages(advantages / unit * weights, unit, weights)

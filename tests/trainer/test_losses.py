@@ -58,7 +58,8 @@ def test_the_all_actions_loss_by_hand(tmp_path, options):
     if options.get("scale") != "none":
         per_item = per_item / spread(rewards[:, :shown], of.mask)
     if options["uncertainty"] != "none":
-        weights = uncertainty_weights(variance[:, :shown], GENERATIONS, level=options["uncertainty"], item_mask=of.mask)
+        known = {"level": options["uncertainty"], "rewards": rewards[:, :shown], "item_mask": of.mask}
+        weights = uncertainty_weights(variance[:, :shown], GENERATIONS, **known)
         assert weights[of.mask.any(1)].std() > 0.1
         per_item = per_item * weights
     per_item = -per_item - entropy_coef * scores.entropy + beta * scores.kl

@@ -1,0 +1,107 @@
+"""Rankings as a model takes them: token rows, and where in them the decisions are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flexrec.policy.packing import TokenRows, pack_rankings
+from flexrec.rankings.reasoning import ReasoningTokens
+from flexrec.rankings.state import Candidates, EncodedRankings, encode_rankings
+
+
+@dataclass(frozen=True)
+class RankingBatch:
+    """Model inputs for N rankings of P lists (N = P * num_generations, rankings of one list adjacent).
+
+    A decision is a token with an alternative; all other tokens of an answer are forced and carry no log-prob.
+    """
+
+    tokens: TokenRows  # prompts and answers, which begin with reasoning where there is any
+    rankings: torch.Tensor  # (N, T) int64, index into the row's candidates, -1 beyond a row's own
+    lengths: torch.Tensor  # (N,) int64, number of candidates
+    encoded: EncodedRankings  # without what was allowed where there are candidate_ids, which say it
+    candidate_ids: torch.Tensor | None  # (P, K) int64 token ids, where every candidate is a single token
+    num_generations: int
+    reasoning: ReasoningTokens | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, T)"""
+        return self.rankings.shape[0], self.rankings.shape[1]
+
+    @property
+    def reasoning_mask(self) -> torch.Tensor:
+        """(N, R) bool, R the longest sampled reasoning: where a row has a token of it that was sampled."""
+        if self.reasoning is None:
+            return torch.zeros(self.shape[0], 0, dtype=torch.bool, device=self.rankings.device)
+        counts = torch.from_numpy(self.reasoning.num_sampled).to(self.rankings.device)
+        return torch.arange(int(self.reasoning.num_sampled.max()), device=counts.device) < counts[:, None]
+
+
+def make_batch(
+    prompts: Sequence[Sequence[int]],
+    candidates: Candidates,
+    rankings: np.ndarray,
+    *,
+    separator: Sequence[int] = (),
+    end: Sequence[int] = (),
+    num_generations: int = 1,
+    rankings_per_row: int = 1,
+    reasoning: ReasoningTokens | None = None,
+    pad_token_id: int = 0,
+    device: torch.device | str = "cpu",
+    by_token: bool = False,
+) -> RankingBatch:
+    """Model inputs that score ``rankings`` (N, T; -1 beyond a row's own) under P prompts and candidate lists.
+
+    With ``rankings_per_row`` > 1 the rankings of a prompt share it: see :mod:`flexrec.policy.packing`. ``reasoning``,
+    that of a rollout, stands between a prompt and its ranking, and :func:`reasoning_logprobs` scores it. With
+    ``by_token`` candidates of a single token are treated as those of several are.
+    """
+    candidate_ids = None if by_token else _single_tokens(candidates, separator, device)
+    encoded = encode_rankings(
+        candidates,
+        rankings,
+        separator=separator,
+        end=end,
+        num_ranked=(np.asarray(rankings) >= 0).sum(axis=1),
+        num_generations=num_generations,
+        with_allowed=candidate_ids is None,
+    )
+    answers = [answer[:-1] for answer in np.split(encoded.tokens, encoded.offsets[1:-1])]  # what predicts the next
+    if reasoning is not None:
+        if len(reasoning.tokens) != len(answers):
+            raise ValueError(f"reasoning must have one row per ranking, {len(answers)}, got {len(reasoning.tokens)}")
+        answers = [np.concatenate(pair) for pair in zip(reasoning.tokens, answers, strict=True)]
+    tokens = pack_rankings(
+        prompts,
+        answers,
+        num_generations=num_generations,
+        per_row=rankings_per_row,
+        pad_token_id=pad_token_id,
+        device=device,
+    )
+    sizes = torch.tensor([len(lst) for lst in candidates]).repeat_interleave(num_generations)
+    return RankingBatch(
+        tokens=tokens,
+        rankings=torch.as_tensor(np.asarray(rankings), dtype=torch.int64).to(device),
+        lengths=sizes.to(device),
+        encoded=encoded,
+        candidate_ids=candidate_ids,
+        num_generations=num_generations,
+        reasoning=reasoning,
+    )
+
+
+def _single_tokens(candidates: Candidates, separator: Sequence[int], device: torch.device | str) -> torch.Tensor | None:
+    """(P, K) token ids, padded with 0, if each candidate is one token and nothing stands between two of them."""
+    if separator or any(len(sequence) != 1 for lst in candidates for sequence in lst):
+        return None
+    ids = np.zeros((len(candidates), max(map(len, candidates))), dtype=np.int64)
+    for p, lst in enumerate(candidates):
+        ids[p, : len(lst)] = [sequence[0] for sequence in lst]
+    return torch.from_numpy(ids).to(device)

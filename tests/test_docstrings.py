@@ -1,0 +1,74 @@
+"""Every public name has an example in its docstring, and the example runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import flexrec
+from flexrec import checks
+
+# Not flexrec.experiment: a run takes minutes, and README shows how to start one.
+FRONTS = (
+    "flexrec",
+    "flexrec.trainer",
+    "flexrec.task",
+    "flexrec.data",
+    "flexrec.rankings",
+    "flexrec.decoding",
+    "flexrec.evaluation",
+)
+
+
+def public_objects() -> dict[str, Any]:
+    """Functions and classes of the fronts by name, each once; what functions return is shown by the functions."""
+    found: dict[str, Any] = {}
+    for front in FRONTS:
+        module = importlib.import_module(front)
+        for name in module.__all__:
+            thing = getattr(module, name)
+            is_class = inspect.isclass(thing) and not issubclass(thing, tuple)
+            if (inspect.isfunction(thing) or is_class) and thing not in found.values():
+                found[f"{front}.{name}"] = thing
+    return found
+
+
+OBJECTS = public_objects()
+TRAINER = "flexrec.trainer.FlexRecTrainer"
+
+
+def run(name: str, world: dict[str, Any]) -> dict[str, Any]:
+    """Run the examples of a docstring; the names that they have made."""
+    text = inspect.getdoc(OBJECTS[name]) or ""
+    assert ">>>" in text, f"the docstring of {name} has no example"
+    names = {"flexrec": flexrec, "math": math, "np": np, "torch": torch, **world}
+    test = doctest.DocTestParser().get_doctest(text, names, name, None, None)
+    report: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    runner.run(test, out=report.append, clear_globs=False)
+    assert not report, "".join(report)
+    return test.globs
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The model and the examples that trainers' docstrings take from the first of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("trainer"))
+        names = run(TRAINER, {})
+    return {name: names[name] for name in ("model", "examples")}
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTS if name != TRAINER])
+def test_example_runs(name: str, world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checks, "_value_checks", checks._value_checks)  # which one of them switches
+    run(name, world)
