@@ -1,4 +1,4 @@
-"""Data of the ranking task: catalogue, log and lists; a simulator of them, and loaders of published data sets."""
+"""Data of the ranking task: catalogue, log and lists; a simulator of them, and loaders of data of all kinds."""
 
 import lazy_loader
 

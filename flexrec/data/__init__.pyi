@@ -1,5 +1,11 @@
 from .build import ListBuilder as ListBuilder
 from .build import build_dataset as build_dataset
+from .columns import parse_columns as parse_columns
+from .describe import describe as describe
+from .describe import draw_description as draw_description
+from .esci import load_esci as load_esci
+from .interactions import load_interactions as load_interactions
+from .kuairec import load_kuairec as load_kuairec
 from .lists import Catalogue as Catalogue
 from .lists import Interactions as Interactions
 from .lists import RankingDataset as RankingDataset

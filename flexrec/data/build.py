@@ -17,6 +17,7 @@ import numpy as np
 
 from flexrec.checks import check_choice
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset, RankingList
+from flexrec.data.thinning import Thinning
 
 
 class Moment(NamedTuple):
@@ -100,8 +101,12 @@ class ListBuilder:
     - history: the up to ``history_length`` events before p;
     - candidates with feedback: the ``num_positives`` events from p on, whatever their feedback was;
     - candidates without: items that the user has no event with, drawn without replacement with probability
-      proportional to their popularity in ``log`` before the cut; their interest is NaN;
+      proportional to their popularity in ``log`` before the cut, or equal for all that are in it (``negatives``);
+      their interest is NaN;
     - shuffled, so that a candidate's place says nothing.
+    Where a user has several events with an item, it is a candidate once, at the first, with what the last of them
+    tells as its interest, and stands in the history once, at the latest before the cut, with what was known then.
+    Items whose interest is NaN (seen, but not rated) are in histories and never among the candidates.
     Cuts lie only where time moves on (t[p-1] < t[p]), so that all of the history is strictly older than the list's
     ``time`` t[p]: the order inside a burst of equal time stamps is unknown and never turned into past and future.
 
@@ -118,6 +123,8 @@ class ListBuilder:
         history_length: the most items that a history shows.
         min_history: the least number of events before a cut.
         trend_window, trend_smoothing, num_rising: see ``moments``.
+        negatives: "popularity" or "uniform".
+        thinning: which feedback was collected; the interest of all other is NaN in the lists, and their ``truth``.
 
     Example:
         >>> from flexrec.data import Interactions, ListBuilder
@@ -140,8 +147,11 @@ class ListBuilder:
     num_positives: int = 10
     history_length: int = 20
     min_history: int = 10
+    negatives: str = "popularity"
+    thinning: Thinning | None = None
 
     def __post_init__(self) -> None:
+        check_choice("negatives", self.negatives, ("popularity", "uniform"))
         for name in ("num_items", "num_candidates", "num_positives", "history_length", "min_history"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -158,6 +168,7 @@ class ListBuilder:
         seed: int,
         not_before: float = -math.inf,
         max_lists: int | None = None,
+        candidate_rows: np.ndarray | None = None,
     ) -> list[RankingList]:
         """Lists at random cuts of every user in ``events``, ordered by user and time.
 
@@ -167,16 +178,17 @@ class ListBuilder:
             seed: which cuts, negatives and orders.
             not_before: no list lies before this time.
             max_lists: of more cuts than this, a random choice of this many is kept.
+            candidate_rows: (M,) bool, the rows of ``events`` that may be candidates; the others are history. None: all.
 
         A user with fewer than ``min_history + num_positives`` events gives no list, nor does a cut before which the
         log knows too few items to fill the list.
         """
-        cuts = []  # (time, user, position, the user's items and interest)
+        cuts = []  # (time, user, position, the user's events)
         for user, rows in _rows_by_user(events):
-            times = events.times[rows]
+            own = _UserEvents.of(events, rows, None if candidate_rows is None else candidate_rows[rows])
             rng = np.random.default_rng((seed, user))
-            for position in self._cut_positions(times, lists_per_user, not_before, rng):
-                cuts.append((times[position], user, position, events.items[rows], events.interest[rows]))
+            for position in self._cut_positions(own, lists_per_user, not_before, rng):
+                cuts.append((own.times[own.targets[position]], user, position, own))
         if max_lists is not None and len(cuts) > max_lists:
             kept = np.random.default_rng(seed).choice(len(cuts), size=max_lists, replace=False)
             cuts = [cuts[i] for i in np.sort(kept)]
@@ -189,57 +201,88 @@ class ListBuilder:
             trend_smoothing=self.trend_smoothing,
             num_rising=self.num_rising,
         ):
-            _, user, position, items, interest = cuts[i]
+            time, user, position, own = cuts[i]
             rng = np.random.default_rng((seed, user, position))
-            drawn[i] = self._list(user, float(cuts[i][0]), position, items, interest, moment, rng)
+            drawn[i] = self._list(user, float(time), position, own, moment, rng)
         return [one for one in drawn if one is not None]
 
     def _cut_positions(
-        self, times: np.ndarray, lists_per_user: int, not_before: float, rng: np.random.Generator
+        self, own: _UserEvents, lists_per_user: int, not_before: float, rng: np.random.Generator
     ) -> list[int]:
-        positions = np.arange(self.min_history, len(times) - self.num_positives + 1)
-        positions = positions[(times[positions - 1] < times[positions]) & (times[positions] >= not_before)]
+        """Positions in ``own.targets`` of the first candidate after each cut."""
+        times = own.times[own.targets]
+        positions = np.arange(0, len(times) - self.num_positives + 1)
+        positions = positions[np.searchsorted(own.times[own.first], times[positions]) >= self.min_history]
+        moved = (positions == 0) | (times[positions - 1] < times[positions])
+        positions = positions[moved & (times[positions] >= not_before)]
         count = min(lists_per_user, math.ceil(len(positions) / self.num_positives))
         return sorted(rng.choice(positions, size=count, replace=False).tolist())
 
     def _list(
-        self,
-        user: int,
-        time: float,
-        position: int,
-        items: np.ndarray,
-        interest: np.ndarray,
-        moment: Moment,
-        rng: np.random.Generator,
+        self, user: int, time: float, position: int, own: _UserEvents, moment: Moment, rng: np.random.Generator
     ) -> RankingList | None:
         num_negatives = self.num_candidates - self.num_positives
         # Exponential races: the item whose Exp(popularity) clock rings first is drawn with probability proportional
         # to its popularity, and the order of ringing is that of drawing without replacement.
         known = np.flatnonzero(moment.popularity)
-        clock = rng.exponential(size=len(known)) / moment.popularity[known]
+        clock = rng.exponential(size=len(known))
+        if self.negatives == "popularity":
+            clock /= moment.popularity[known]
         untouched = np.ones(self.num_items, dtype=bool)
-        untouched[items] = False
+        untouched[own.items] = False
         clock, pool = clock[untouched[known]], known[untouched[known]]
         if len(pool) < num_negatives:
             return None
         first = np.argpartition(clock, num_negatives - 1)[:num_negatives] if num_negatives else np.zeros(0, np.int64)
         negatives = pool[first[np.argsort(clock[first])]]
-        shown = slice(max(0, position - self.history_length), position)
         observed = slice(position, position + self.num_positives)
         order = rng.permutation(self.num_candidates)
-        candidates = np.concatenate([items[observed], negatives])[order]
-        feedback = np.concatenate([interest[observed], np.full(num_negatives, np.nan, dtype=np.float32)])[order]
-        return RankingList(
+        candidates = np.concatenate([own.items[own.targets[observed]], negatives])[order]
+        feedback = np.concatenate([own.labels[observed], np.full(num_negatives, np.nan, dtype=np.float32)])[order]
+        shown = own.latest_before(time, self.history_length)
+        drawn = RankingList(
             user=user,
             time=time,
-            history=items[shown].copy(),
-            history_interest=interest[shown].astype(np.float32),
+            history=own.items[shown].copy(),
+            history_interest=own.interest[shown].astype(np.float32),
             candidates=candidates,
             interest=feedback.astype(np.float32),
             popularity=moment.popularity[candidates].astype(np.float32),
             trend=moment.trend[candidates],
             rising=moment.rising,
         )
+        return drawn if self.thinning is None else self.thinning.withhold(drawn)
+
+
+@dataclass(frozen=True)
+class _UserEvents:
+    """One user's events in order of time, ties by item."""
+
+    items: np.ndarray  # (n,)
+    times: np.ndarray  # (n,)
+    interest: np.ndarray  # (n,), as known after each event
+    first: np.ndarray  # rows at which an item occurs for the first time
+    targets: np.ndarray  # those of them that may be candidates
+    labels: np.ndarray  # (targets,) the interest that the item's last event tells
+
+    @classmethod
+    def of(cls, events: Interactions, rows: np.ndarray, allowed: np.ndarray | None) -> _UserEvents:
+        items, interest = events.items[rows], events.interest[rows]
+        distinct, first, inverse = np.unique(items, return_index=True, return_inverse=True)
+        last = np.zeros(len(distinct), dtype=np.int64)
+        last[inverse] = np.arange(len(items))
+        labels = interest[last[inverse]]
+        first = np.sort(first)
+        targets = first[~np.isnan(labels[first])]
+        if allowed is not None:
+            targets = targets[allowed[targets]]
+        return cls(items, events.times[rows], interest, first, targets, labels[targets])
+
+    def latest_before(self, time: float, count: int) -> np.ndarray:
+        """Rows of the last ``count`` distinct items strictly before ``time``, each at its latest, oldest first."""
+        end = int(np.searchsorted(self.times, time, side="left"))
+        _, back = np.unique(self.items[:end][::-1], return_index=True)
+        return end - 1 - np.sort(back)[:count][::-1]
 
 
 def _rows_by_user(events: Interactions) -> Iterator[tuple[int, np.ndarray]]:
@@ -256,12 +299,14 @@ def build_dataset(
     catalogue: Catalogue,
     events: Interactions,
     *,
-    trend_window: float,
+    trend_window: float | None,
     trend_smoothing: float = 5.0,
     split: Literal["user", "time"] = "user",
+    test_rows: np.ndarray | None = None,
     test_fraction: float = 0.2,
     num_test_users: int | None = None,
     time_quantile: float = 0.8,
+    time_boundary: float | None = None,
     num_candidates: int = 30,
     num_positives: int = 10,
     history_length: int = 20,
@@ -270,22 +315,29 @@ def build_dataset(
     test_lists_per_user: int = 10,
     max_train_lists: int | None = None,
     max_test_lists: int | None = None,
+    negatives: Literal["popularity", "uniform"] = "popularity",
+    thinning: Thinning | None = None,
     seed: int = 0,
 ) -> RankingDataset:
-    """Training and test lists of disjoint users from one log of explicit feedback; see ``ListBuilder`` for a list.
+    """Training and test lists of disjoint users from one log of feedback; see ``ListBuilder`` for a list.
 
     The users to test on are drawn from the set of users alone, so that nothing they did moves the split. Candidates
-    without feedback are sampled negatives (``unobserved="zero"``).
+    without feedback are sampled negatives (``unobserved="zero"``) unless ``thinning`` withholds feedback ("critic").
 
     Args:
         name: of the data set.
         catalogue: the items that ``events.items`` points into.
-        events: everybody's interactions, sorted by time, at most one per user and item.
+        events: everybody's interactions, sorted by time; NaN interest where an item was seen and not rated.
+        trend_window: see ``moments``; None where the times order each user's events and mean nothing else.
         split: "user": test users are never trained on, but training users' events from after a test list's time may
             be. "time": in addition one boundary is drawn, the ``time_quantile`` quantile of the training users' event
             times; ``log`` and ``train`` hold only what lies before it, and test lists lie at or after it.
+        test_rows: (M,) bool, a split given by the data: the rows of ``events`` to test on, which nothing else sees.
+            A test list then has test rows as candidates, and all of its user's earlier rows as history.
         test_fraction: share of the users to test on, unless ``num_test_users`` says how many.
+        time_boundary: the boundary itself, instead of a quantile.
         lists_per_user, test_lists_per_user, max_train_lists, max_test_lists: see ``ListBuilder.lists``.
+        negatives, thinning: see ``ListBuilder``.
         seed: of the split and of all lists.
 
     Popularity, trend and negatives of a list, training or test, come from training users' events before the list's
@@ -309,53 +361,106 @@ def build_dataset(
         raise ValueError(f"seed must not be negative, got {seed}")
     if not 0.0 < time_quantile < 1.0:
         raise ValueError(f"time_quantile must lie strictly between 0 and 1, got {time_quantile}")
-    is_test = _choose_test_users(np.unique(events.users), test_fraction, num_test_users, seed)
-    tested = is_test[events.users]
-    background, boundary = events.select(~tested), None
-    log = background
+    given = test_rows is not None
+    if test_rows is None:
+        test_rows = choose_test_users(events.users, test_fraction, num_test_users, seed)[events.users]
+    of_test_users = np.isin(events.users, np.unique(events.users[test_rows]))
+    background, boundary = events.select(~test_rows), None
+    if not 0 < len(background) < len(events):
+        raise ValueError(f"{len(background)} of {len(events)} interactions are to train on; some must be, and not all")
+    if thinning is not None:
+        collected = background.select(thinning.keeps(background.users, background.items))
+    else:
+        collected = background
+    log, cut = collected, background
     if split == "time":
-        boundary = float(np.quantile(background.times, time_quantile, method="higher"))
-        log = background.select(background.times < boundary)
+        quantile = float(np.quantile(background.times, time_quantile, method="higher"))
+        boundary = quantile if time_boundary is None else time_boundary
+        log, cut = (some.select(some.times < boundary) for some in (collected, background))
+    elif given and trend_window is not None and background.times[-1] < events.times[test_rows].min():
+        boundary = float(events.times[test_rows].min())
     builder = ListBuilder(
-        background,
+        collected,
         len(catalogue),
-        trend_window=trend_window,
+        # Times drawn from [0, 1) have no window before the last 2: no item rises.
+        trend_window=2.0 if trend_window is None else trend_window,
         trend_smoothing=trend_smoothing,
         num_candidates=num_candidates,
         num_positives=num_positives,
         history_length=history_length,
         min_history=min_history,
+        negatives=negatives,
+        thinning=thinning,
     )
     # A training list is older than the boundary, so that the log alone gives it the same popularity and trend.
     resample = partial(
-        _draw_lists, replace(builder, log=log), log, lists_per_user=lists_per_user, max_lists=max_train_lists
+        _draw_lists, replace(builder, log=log), cut, lists_per_user=lists_per_user, max_lists=max_train_lists
     )
     test = builder.lists(
-        events.select(tested),
+        events.select(of_test_users),
         lists_per_user=test_lists_per_user,
         seed=seed,
-        not_before=-math.inf if boundary is None else boundary,
+        not_before=boundary if split == "time" and boundary is not None else -math.inf,
         max_lists=max_test_lists,
+        candidate_rows=test_rows[of_test_users],
     )
     train = resample(seed)
-    for role, lists in (("train on", train), ("test on", test)):
+    for role, lists, candidates in (("train on", train, cut), ("test on", test, events.select(of_test_users))):
         if not lists:
             raise ValueError(
                 f"no list to {role} in {name}: no user has {min_history} events, then {num_positives} more at later "
                 f"times, and {num_candidates - num_positives} items popular before them to fill the list; choose "
-                f"smaller min_history, num_positives or num_candidates, or more users"
+                f"smaller min_history, num_positives or num_candidates, or more users. "
+                + why_few_lists(candidates, min_history, num_positives)
+                + (f" Test lists lie at or after {boundary:.0f}." if role == "test on" and split == "time" else "")
             )
+    trend = None
+    if trend_window is not None:
+        trend = trend_after(log, len(catalogue), trend_window=trend_window, trend_smoothing=trend_smoothing)
     return RankingDataset(
         name=name,
         catalogue=catalogue,
-        log=log,
+        log=log.select(~np.isnan(log.interest)),
         train=train,
         test=test,
-        unobserved="zero",
+        unobserved="zero" if thinning is None else "critic",
         resample=resample,
-        trend=trend_after(log, len(catalogue), trend_window=trend_window, trend_smoothing=trend_smoothing),
+        trend=trend,
         time_boundary=boundary,
+        unsupported=unsupported_needs(catalogue, trend),
     )
+
+
+def unsupported_needs(catalogue: Catalogue, trend: np.ndarray | None) -> dict[str, str]:
+    reasons = {"search": "its lists have no queries"}
+    if trend is None:
+        reasons["trend"] = "its interactions have no times, so that nothing can be seen to rise"
+    if not any(catalogue.topics):
+        reasons["explore"] = "its items have no categories, so that none is new to a history"
+    return reasons
+
+
+def why_few_lists(events: Interactions, min_history: int, num_positives: int) -> str:
+    """In numbers, how many users have enough events for a list, and what would let more of them have one."""
+    if not len(events):
+        return "There are no interactions."
+    pairs = np.unique(np.stack([events.users, events.items]), axis=1)
+    sizes = np.unique(pairs[0], return_counts=True)[1]
+    needed = min_history + num_positives
+    median, most = np.quantile(sizes, (0.5, 0.9)).astype(int)
+    enough = np.count_nonzero(sizes >= needed)
+    text = (
+        f"Of {len(sizes)} users {enough} have the {needed} items that min_history={min_history} and "
+        f"num_positives={num_positives} take; half of the users have {median} or more, a tenth {most} or more."
+    )
+    times = np.unique(np.stack([events.users.astype(np.float64), events.times]), axis=1)
+    moments_of = np.unique(times[0], return_counts=True)[1]
+    if still := np.count_nonzero(moments_of == 1):
+        text += f" {still} users have all their events at one moment, where nothing is past and nothing to come."
+    for fewer in ((min_history + 1) // 2, (num_positives + 1) // 2), (1, 1):
+        if sum(fewer) < needed and (would := np.count_nonzero(sizes >= sum(fewer))) > enough:
+            text += f" With min_history={fewer[0]} and num_positives={fewer[1]} it would be {would}."
+    return text
 
 
 def _draw_lists(
@@ -365,8 +470,9 @@ def _draw_lists(
     return builder.lists(events, lists_per_user=lists_per_user, max_lists=max_lists, seed=seed)
 
 
-def _choose_test_users(users: np.ndarray, fraction: float, count: int | None, seed: int) -> np.ndarray:
-    """(largest user + 1,) bool: who is tested on."""
+def choose_test_users(users: np.ndarray, fraction: float, count: int | None, seed: int) -> np.ndarray:
+    """(largest user + 1,) bool: who is tested on, drawn from the set of ``users`` (any shape, repeated or not)."""
+    users = np.unique(users)
     if count is None:
         if not 0.0 < fraction < 1.0:
             raise ValueError(f"test_fraction must lie strictly between 0 and 1, got {fraction}")

@@ -6,7 +6,7 @@ aligned with its candidates ("by candidate"), not with any ranking.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -17,6 +17,10 @@ import numpy as np
 @dataclass(frozen=True)
 class Catalogue:
     """The items that exist: public id, title and topics (genres, categories) of each.
+
+    Attributes:
+        columns: what else is known of the items, by name, in the order of ``ids``: (items,) float64 for numbers (NaN
+            where there is none), else (items,) object, str.
 
     Example:
         >>> from flexrec.data import Catalogue
@@ -29,6 +33,7 @@ class Catalogue:
     ids: tuple[str, ...]
     titles: tuple[str, ...]
     topics: tuple[tuple[str, ...], ...]
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not len(self.ids) == len(self.titles) == len(self.topics):
@@ -38,6 +43,9 @@ class Catalogue:
             )
         if len(set(self.ids)) != len(self.ids):
             raise ValueError("ids must be unique")
+        for name, values in self.columns.items():
+            if len(values) != len(self.ids):
+                raise ValueError(f"column {name!r} must have one value per item, {len(self.ids)}, got {len(values)}")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -66,6 +74,8 @@ class Catalogue:
 @dataclass(frozen=True)
 class Interactions:
     """A log of feedback, sorted by time.
+
+    Where a user comes back to an item, each row holds the interest as all rows up to it tell it.
 
     Example:
         >>> from flexrec.data import Interactions
@@ -113,6 +123,7 @@ class RankingList:
         None  # (H,) float32 in [0, 1], feedback on the history; NaN where none is known
     )
     truth: np.ndarray | None = None  # (K,) float32 in [0, 1], the noise-free interest where it is known; scoring only
+    query: str = ""  # what the user searches for, in words; empty where nothing is searched
 
     @property
     def history_liked(self) -> np.ndarray:
@@ -144,6 +155,9 @@ class RankingDataset:
             takes what was logged for the truth.
         time_boundary: with a split in time, the moment before which everything in ``log`` and ``train`` lies and at or
             after which every test list lies; None otherwise.
+        unsupported: names of needs that these data cannot answer, each with the reason; see ``check_needs``.
+        user_ids: public ids of the users, by their number; None where the numbers are the ids.
+        notes: what the loader found worth saying, such as skipped rows, in sentences.
 
     Example:
         >>> from flexrec.data import simulate
@@ -162,3 +176,12 @@ class RankingDataset:
     trend: np.ndarray | None = None
     time_boundary: float | None = None
     noise: float = 0.0
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    user_ids: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    def check_needs(self, names: Iterable[str]) -> None:
+        """Raise a ValueError naming the first of these needs that the data cannot answer, and why."""
+        for name in names:
+            if name in self.unsupported:
+                raise ValueError(f"the {self.name} data cannot answer the need {name!r}: {self.unsupported[name]}")

@@ -7,18 +7,19 @@ under the licence in the folder's README; they may not be used commercially with
 
 from __future__ import annotations
 
-import csv
-import gzip
-import zlib
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
 
 from flexrec.data.build import build_dataset
+from flexrec.data.layouts import GENRES_100K, LAYOUTS
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset
+from flexrec.data.tables import BadRows, Dialect, errors_of, iter_rows, shown
+from flexrec.data.values import number_moments
 
 NO_GENRES = "(no genres listed)"
 DAY = 24 * 60 * 60  # of MovieLens time stamps, which are seconds
@@ -44,6 +45,7 @@ def load_movielens(
     max_test_lists: int | None = None,
     trend_days: float = 180.0,
     trend_smoothing: float = 5.0,
+    strict: bool = True,
     seed: int = 0,
 ) -> RankingDataset:
     """Lists of the next ``num_positives`` rated movies and popular movies that the user never rated.
@@ -55,7 +57,9 @@ def load_movielens(
 
     Args:
         folder: holds ``ratings.csv`` and ``movies.csv``, either of them gzipped or not (ml-latest-small, ml-latest,
-            ml-25m, ml-32m), or ``ratings.dat`` and ``movies.dat`` (ml-1m).
+            ml-25m, ml-32m), or ``ratings.dat`` and ``movies.dat`` (ml-1m, ml-10m), or ``u.data`` and ``u.item``
+            (ml-100k).
+        strict: a broken row is an error; False skips it, counts it and says so in the data set's ``notes``.
 
     Raises:
         FileNotFoundError: no such folder, or a file is not in it.
@@ -76,8 +80,10 @@ def load_movielens(
         >>> len(data.catalogue), len(data.test) > 0
         (60, True)
     """
-    catalogue, ratings, _ = read_movielens(folder)
-    return build_dataset(
+    bad = BadRows(strict)
+    notes: list[str] = []
+    catalogue, ratings, user_ids = _read(Path(folder), bad, notes)
+    dataset = build_dataset(
         "movielens",
         catalogue,
         ratings,
@@ -97,6 +103,7 @@ def load_movielens(
         max_test_lists=max_test_lists,
         seed=seed,
     )
+    return replace(dataset, user_ids=tuple(map(str, user_ids.tolist())), notes=(*notes, *bad.notes()))
 
 
 def read_movielens(folder: str | Path) -> tuple[Catalogue, Interactions, np.ndarray]:
@@ -115,11 +122,14 @@ def read_movielens(folder: str | Path) -> tuple[Catalogue, Interactions, np.ndar
         >>> catalogue.titles, catalogue.topics, log.interest
         (('Alien (1979)',), (('Horror', 'Sci-Fi'),), array([0.75], dtype=float32))
     """
-    folder = Path(folder)
+    return _read(Path(folder), BadRows(strict=True), [])
+
+
+def _read(folder: Path, bad: BadRows, notes: list[str]) -> tuple[Catalogue, Interactions, np.ndarray]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no MovieLens folder at {folder}: expected a folder with ratings.csv and movies.csv")
-    catalogue = _read_movies(_find(folder, "movies"))
-    users, movies, stars, times = _read_ratings(_find(folder, "ratings"), catalogue)
+    catalogue = _read_movies(_find(folder, "movies"), bad)
+    users, movies, stars, times = _read_ratings(_find(folder, "ratings"), catalogue, bad, notes)
     user_ids, users = np.unique(users, return_inverse=True)
     order = np.lexsort((movies, users, times))
     interest = np.clip((stars - 3.0) / 2.0, 0.0, 1.0).astype(np.float32)
@@ -128,54 +138,50 @@ def read_movielens(folder: str | Path) -> tuple[Catalogue, Interactions, np.ndar
 
 
 def _find(folder: Path, stem: str) -> Path:
-    names = [f"{stem}{ending}" for ending in (".csv", ".csv.gz", ".dat", ".dat.gz")]
+    of_100k = {"movies": "u.item", "ratings": "u.data"}[stem]
+    names = [*(f"{stem}{ending}" for ending in (".csv", ".csv.gz", ".dat", ".dat.gz")), of_100k, f"{of_100k}.gz"]
     for name in names:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(f"no {stem} file in {folder}: expected one of {', '.join(names)}")
 
 
-def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: Path, stem: str, bad: BadRows) -> Iterator[tuple[int, list[str]]]:
     """(line number, fields) of every row that is not blank; the header of a CSV file is checked and left out."""
-    stem = path.name.split(".")[0]
-    is_csv = ".csv" in path.suffixes
     expected = _FIELDS[stem]
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig" if is_csv else "latin-1", newline="") as file:
-            rows = _csv_rows(file) if is_csv else _dat_rows(file)
-            if is_csv and (header := next(rows, (1, [])))[1] != list(expected):
-                raise ValueError(f"{path}:1: expected the header {','.join(expected)}, got {','.join(header[1])!r}")
-            for line, row in rows:
-                if len(row) != len(expected):
-                    raise ValueError(
-                        f"{path}:{line}: expected {len(expected)} fields ({', '.join(expected)}), got {len(row)}: {row}"
-                    )
+    is_csv, is_item = ".csv" in path.suffixes, ".item" in path.suffixes
+    dialect = Dialect() if is_csv else LAYOUTS[path.name.removesuffix(".gz")].dialect
+    width = len(LAYOUTS["u.item"].names) if is_item else len(expected)
+    with errors_of(path):
+        rows = iter_rows(path, dialect, bad)
+        if is_csv and (header := next(rows, (1, [])))[1] != list(expected):
+            raise ValueError(f"{path}:1: expected the header {','.join(expected)}, got {','.join(header[1])!r}")
+        for line, row in rows:
+            if len(row) != width:
+                reason = f"expected {width} fields ({', '.join(expected)})"
+                bad.reject(path, line, reason, f"{reason}, got {len(row)}: {shown(row, 200)}")
+            elif is_item:
+                genres = (genre for genre, flag in zip(GENRES_100K, row[5:], strict=True) if flag == "1")
+                yield line, [row[0], row[1], "|".join(genre for genre in genres if genre != "unknown")]
+            else:
                 yield line, row
-    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read as {stem}: {error}") from error
 
 
-def _csv_rows(file: IO[str]) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(file, strict=True)
-    return ((reader.line_num, row) for row in reader if row)
-
-
-def _dat_rows(file: IO[str]) -> Iterator[tuple[int, list[str]]]:
-    return ((i, line.rstrip("\r\n").split("::")) for i, line in enumerate(file, start=1) if line.strip())
-
-
-def _read_movies(path: Path) -> Catalogue:
+def _read_movies(path: Path, bad: BadRows) -> Catalogue:
     ids, titles, topics = [], [], []
     first_line: dict[str, int] = {}
-    for line, row in _rows(path):
+    for line, row in _rows(path, "movies", bad):
         movie, title, genres = row
         try:
             movie = str(int(movie))
         except ValueError:
-            raise ValueError(f"{path}:{line}: movieId must be a whole number, got {movie!r} in {row}") from None
+            reason = "movieId must be a whole number"
+            bad.reject(path, line, reason, f"{reason}, got {shown(movie)} in {shown(row, 200)}")
+            continue
         if movie in first_line:
-            raise ValueError(f"{path}:{line}: movieId {movie} is already on line {first_line[movie]}: {row}")
+            message = f"movieId {movie} is already on line {first_line[movie]}: {shown(row, 200)}"
+            bad.reject(path, line, "movieId is already there", message)
+            continue
         first_line[movie] = line
         ids.append(movie)
         titles.append(title)
@@ -185,24 +191,36 @@ def _read_movies(path: Path) -> Catalogue:
     return Catalogue(tuple(ids), tuple(titles), tuple(topics))
 
 
-def _read_ratings(path: Path, catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _read_ratings(
+    path: Path, catalogue: Catalogue, bad: BadRows, notes: list[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Users' public ids (M,) int64, items (M,) int64, stars (M,) float64 and times (M,) float64, in file order."""
     # Typed arrays: 32 million ratings as Python objects would need many gigabytes.
     users, items, stars, times, lines = array("q"), array("q"), array("d"), array("d"), array("q")
     item_of_movie = {int(movie): i for i, movie in enumerate(catalogue.ids)}
-    for line, row in _rows(path):
+    for line, row in _rows(path, "ratings", bad):
         try:
-            user, movie, rating, time = int(row[0]), int(row[1]), float(row[2]), int(row[3])
-        except ValueError:
-            raise ValueError(
-                f"{path}:{line}: expected whole numbers for userId, movieId and timestamp and a number for rating, "
-                f"got {row}"
-            ) from None
+            user, movie, rating, time = int(row[0]), int(row[1]), float(row[2]), float(int(row[3]))
+            if not -(2**63) <= user < 2**63:
+                raise ValueError
+        except (ValueError, OverflowError):
+            reason = "expected whole numbers for userId, movieId and timestamp and a number for rating"
+            bad.reject(path, line, reason, f"{reason}, got {shown(row, 200)}")
+            continue
         if not 0.5 <= rating <= 5.0:
-            raise ValueError(f"{path}:{line}: rating must lie in [0.5, 5], got {row[2]} in {row}")
+            reason = "rating must lie in [0.5, 5]"
+            bad.reject(
+                path,
+                line,
+                reason,
+                f"{reason}, got {row[2][:60]} in {shown(row, 200)}",
+            )
+            continue
         item = item_of_movie.get(movie)
         if item is None:
-            raise ValueError(f"{path}:{line}: movieId {movie} is not in the movies file: {row}")
+            reason = "movieId is not in the movies file"
+            bad.reject(path, line, reason, f"movieId {row[1][:60]} is not in the movies file: {shown(row, 200)}")
+            continue
         users.append(user)
         items.append(item)
         stars.append(rating)
@@ -210,19 +228,29 @@ def _read_ratings(path: Path, catalogue: Catalogue) -> tuple[np.ndarray, np.ndar
         lines.append(line)
     if not users:
         raise ValueError(f"{path}: no ratings in it")
-    table = np.array(users), np.array(items), np.array(stars), np.array(times)
-    _check_rated_once(path, catalogue, table[0], table[1], np.array(lines))
-    return table
+    unit, in_seconds = number_moments(np.array(times))
+    seconds = in_seconds(np.array(times))
+    if unit not in ("seconds", "numbers of no known unit"):
+        notes.append(f"{path.name}: timestamps are in {unit}: converted to seconds")
+    for row_number in np.flatnonzero(np.isnan(seconds)).tolist():
+        bad.add(path, lines[row_number], "timestamp", f"{unit}, as the others are in", times[row_number])
+    kept = ~np.isnan(seconds) & _rated_once(path, catalogue, np.array(users), np.array(items), np.array(lines), bad)
+    return np.array(users)[kept], np.array(items)[kept], np.array(stars)[kept], seconds[kept]
 
 
-def _check_rated_once(
-    path: Path, catalogue: Catalogue, users: np.ndarray, items: np.ndarray, lines: np.ndarray
-) -> None:
+def _rated_once(
+    path: Path, catalogue: Catalogue, users: np.ndarray, items: np.ndarray, lines: np.ndarray, bad: BadRows
+) -> np.ndarray:
+    """(M,) bool: the first row of each user and movie; the others are bad."""
     order = np.lexsort((lines, items, users))
-    again = np.flatnonzero((np.diff(users[order]) == 0) & (np.diff(items[order]) == 0))
-    if len(again):
-        first, second = order[again[0]], order[again[0] + 1]
-        raise ValueError(
-            f"{path}:{lines[second]}: user {users[second]} has rated movieId {catalogue.ids[items[second]]} already on "
-            f"line {lines[first]}; expected one rating per user and movie"
+    again = 1 + np.flatnonzero((np.diff(users[order]) == 0) & (np.diff(items[order]) == 0))
+    kept = np.ones(len(users), dtype=bool)
+    kept[order[again]] = False
+    for at in again.tolist():
+        row = order[at]
+        message = (
+            f"user {users[row]} has rated movieId {catalogue.ids[items[row]]} already on line {lines[order[at - 1]]}; "
+            f"expected one rating per user and movie"
         )
+        bad.reject(path, int(lines[row]), "expected one rating per user and movie", message)
+    return kept

@@ -11,7 +11,7 @@ from flexrec.task.prompts import ENCODINGS
 from flexrec.trainer.options import TrainerOptions
 
 EMBEDDED = "embedded"
-DATASETS = ("simulated", "movielens")
+DATASETS = ("simulated", "movielens", "kuairec", "interactions")
 MAX_SEED = 2**32 - 1  # NumPy's
 
 
@@ -26,7 +26,9 @@ class ExperimentConfig(TrainerOptions):
     output: str = option(MISSING, "folder for the model, the log and metrics.json", metavar="DIR")
     dataset: str = option("simulated", "the data", choices=DATASETS)
     data: str | None = option(
-        None, "the data set's folder, in its published format; default: none, as simulated needs none", metavar="DIR"
+        None,
+        "the data set's folder, as published, or that of a log of your own; default: none, as simulated needs none",
+        metavar="DIR",
     )
     needs: tuple[str, ...] = option(tuple(NEEDS), "what users ask for", flag="need", metavar="NAME")
     model: str = option(

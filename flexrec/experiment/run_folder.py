@@ -277,7 +277,8 @@ class RunFolder:
         _write_json(self.path / "catalogue.json", {**items, "trend": rises})
         histories: dict[str, list[dict[str, Any]]] = {}
         for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
-            histories.setdefault(str(user), []).append({"id": catalogue.ids[item], "liked": interest >= 0.5})
+            name = str(user) if dataset.user_ids is None else dataset.user_ids[user]
+            histories.setdefault(name, []).append({"id": catalogue.ids[item], "liked": interest >= 0.5})
         latest = {user: events[-info.max_history :] for user, events in histories.items()}
         _write_json(self.path / "histories.json", latest)
         _save_model(self.path, model, tokenizer, info)

@@ -19,6 +19,8 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 
+from flexrec.data.interactions import load_interactions
+from flexrec.data.kuairec import load_kuairec
 from flexrec.data.lists import RankingDataset, RankingList
 from flexrec.data.movielens import load_movielens
 from flexrec.data.simulator import simulate
@@ -55,6 +57,10 @@ def load_dataset(name: str, folder: str | None, seed: int) -> RankingDataset:
         return simulate(seed=seed)
     if folder is None:
         raise ValueError(f"--dataset {name} needs --data FOLDER, the folder with its published files")
+    if name == "kuairec":
+        return load_kuairec(folder, seed=seed)
+    if name == "interactions":
+        return load_interactions(folder, seed=seed)
     return load_movielens(folder, seed=seed)
 
 
@@ -86,6 +92,9 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
 
     say(f"Loading the {config.dataset} data ..")
     dataset = load_dataset(config.dataset, config.data, config.seed)
+    for note in dataset.notes:
+        say(note)
+    dataset.check_needs(config.needs)
     model, tokenizer, builder = make_model(config, dataset, needs)
     say(
         f"{len(dataset.catalogue)} items; {len(dataset.train)} lists of training users, {len(dataset.test)} of "

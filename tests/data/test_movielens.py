@@ -9,6 +9,7 @@ import pytest
 
 from flexrec.data import movielens as module
 from flexrec.data.movielens import load_movielens, read_movielens
+from flexrec.data.simulator import simulate
 
 REAL_DATA = Path(os.environ.get("FLEXREC_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 REAL_FOLDER = REAL_DATA / "ml-latest-small"
@@ -174,8 +175,8 @@ def test_too_few_ratings_for_any_list_is_said(tmp_path):
 
 
 def test_every_option_reaches_the_lists(tmp_path, monkeypatch):
-    built = []
-    monkeypatch.setattr(module, "build_dataset", lambda *args, **options: built.append((args, options)) or "built")
+    built, made = [], simulate(num_users=4, num_items=80, num_topics=4, num_test_users=1, num_candidates=6)
+    monkeypatch.setattr(module, "build_dataset", lambda *args, **options: built.append((args, options)) or made)
     given = {
         "num_candidates": 7,
         "num_positives": 3,
@@ -192,10 +193,111 @@ def test_every_option_reaches_the_lists(tmp_path, monkeypatch):
         "trend_smoothing": 2.5,
         "seed": 14,
     }
-    assert load_movielens(write_csv(tmp_path), trend_days=90.0, **given) == "built"
+    assert load_movielens(write_csv(tmp_path), trend_days=90.0, **given).train is made.train
     (((name, catalogue, ratings), options),) = built
     assert (name, catalogue.ids, len(ratings)) == ("movielens", ("1", "7", "12"), 4)
     assert options == {**given, "trend_window": 90.0 * 24 * 60 * 60}
+
+
+@pytest.mark.parametrize("write", [write_csv, write_dat])
+@pytest.mark.parametrize(
+    "row",
+    [
+        (str(2**63), "1", "5", "100"),
+        ("9" * 5000, "1", "5", "100"),
+        ("5", "9" * 400, "5", "100"),
+        ("5", "1", "5", "9" * 400),
+        ("5", "1", "5", "1e3"),
+        ("5", "1", "5"),
+        ("5", "1", "5", ""),
+    ],
+    ids=[
+        "user 2^63",
+        "user of 5000 digits",
+        "movie of 400 digits",
+        "time of 400 digits",
+        "float",
+        "cut off",
+        "no time",
+    ],
+)
+def test_a_bad_row_may_be_skipped(tmp_path, write, row):
+    rows = [(str(u), str((1, 7, 12)[m]), "4", str(100 + 10 * m)) for u in range(1, 9) for m in range(3)]
+    write(tmp_path, ratings=[*rows, row])
+    options = {"num_positives": 1, "min_history": 1, "num_candidates": 1}
+    dataset = load_movielens(tmp_path, strict=False, **options)
+    (note,) = dataset.notes
+    assert note.startswith("skipped 1 rows of ratings.")
+    assert f"the first is on line {25 if write is write_dat else 26}: " in note
+    assert len(note) < 400
+    with pytest.raises(ValueError, match=rf"ratings\.(csv|dat):{25 if write is write_dat else 26}: "):
+        load_movielens(tmp_path, **options)
+
+
+def test_moments_in_milliseconds_are_converted_and_an_odd_one_is_a_bad_row(tmp_path):
+    start = 1_500_000_000
+    rows = [(str(u), str((1, 7, 12)[m]), "4", str(start + 10 * m)) for u in range(1, 9) for m in range(3)]
+    (tmp_path / "s").mkdir()
+    (tmp_path / "ms").mkdir()
+    options = {"num_positives": 1, "min_history": 1, "num_candidates": 1}
+    seconds = load_movielens(write_csv(tmp_path / "s", ratings=rows), **options)
+    in_ms = [(*row[:3], row[3] + "000") for row in rows]
+    milliseconds = load_movielens(write_csv(tmp_path / "ms", ratings=in_ms), **options)
+    assert milliseconds.notes == ("ratings.csv: timestamps are in milliseconds: converted to seconds",)
+    assert milliseconds.log.times.tolist() == seconds.log.times.tolist()
+    assert [lst.time for lst in milliseconds.train] == [lst.time for lst in seconds.train]
+    odd = ("9", "1", "4", str(start))
+    with pytest.raises(
+        ValueError, match=r"ratings\.csv:26: timestamp: expected milliseconds, as the others are in, got"
+    ):
+        load_movielens(write_csv(tmp_path / "ms", ratings=[*in_ms, odd]), **options)
+    skipped = load_movielens(tmp_path / "ms", strict=False, **options)
+    assert len(skipped.notes) == 2
+    assert skipped.log.times.tolist() == seconds.log.times.tolist()
+    assert "9" not in skipped.user_ids
+
+
+def test_the_files_of_100k(tmp_path):
+    formats = Path(__file__).parent / "formats" / "ml_100k"
+    catalogue, ratings, user_ids = read_movielens(formats)
+    assert catalogue.ids == ("242", "302", "267")
+    assert catalogue.topics == (("Comedy",), ("Crime", "Film-Noir", "Mystery", "Thriller"), ())
+    assert catalogue.titles[2] == "Dél"
+    assert user_ids.tolist() == [22, 186, 196]
+    assert ratings.interest.tolist() == [0.0, 0.0, 1.0]
+    assert ratings.times.tolist() == [878887116, 881250949, 891717742]
+
+
+def test_no_row_of_a_test_user_and_none_after_the_boundary_is_trained_on(tmp_path):
+    """On times and interests: another history, feedback and time of test users, and of all after the boundary."""
+    rng = np.random.default_rng(0)
+    ids = [str(i) for i in range(1, 31)]
+    movies = [(i, f"Movie {i}", "Drama" if int(i) % 2 else "Comedy") for i in ids]
+    ratings = [
+        (str(user), movie, str(rng.integers(1, 6)), str(1_500_000_000 + int(rng.integers(1000)) * 3600))
+        for user in range(1, 21)
+        for movie in rng.permutation(ids)[:20].tolist()
+    ]
+    options = {"num_candidates": 6, "num_positives": 3, "min_history": 4, "split": "time", "time_quantile": 0.7}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    dataset = load_movielens(write_csv(tmp_path / "a", movies=movies, ratings=ratings), **options)
+    tested = {dataset.user_ids[lst.user] for lst in dataset.test}
+    changed = [
+        (user, movie, str(6 - int(stars)), str(int(time) + 10**5 if user in tested else int(time)))
+        if user in tested or int(time) >= dataset.time_boundary
+        else (user, movie, stars, time)
+        for user, movie, stars, time in ratings
+    ]
+    again = load_movielens(write_csv(tmp_path / "b", movies=movies, ratings=changed), **options)
+    assert again.time_boundary == dataset.time_boundary
+    for name in ("users", "items", "interest", "times"):
+        np.testing.assert_array_equal(getattr(dataset.log, name), getattr(again.log, name))
+    for one, other in zip(dataset.train, again.train, strict=True):
+        assert (one.user, one.time) == (other.user, other.time)
+        for name in ("history", "history_interest", "candidates", "interest", "popularity", "trend"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert dataset.log.times.max() < dataset.time_boundary <= min(lst.time for lst in dataset.test)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Every option of an experiment arrives where it belongs: in the configuration, the trainers, the model, every seed."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 from transformers import LlamaForCausalLM
@@ -140,11 +141,22 @@ def test_the_tilt_reaches_the_trainer(tmp_path, recorded):
     assert recorded.of("reinforcement")[0].args.tilt == 0.7
 
 
-def test_data_sets_are_loaded_with_their_folder_and_seed(monkeypatch, dataset):
+@pytest.mark.parametrize("name", ["movielens", "kuairec", "interactions"])
+def test_data_sets_are_loaded_with_their_folder_and_seed(monkeypatch, dataset, name):
     asked = []
-    monkeypatch.setattr(stages, "load_movielens", lambda folder, *, seed: asked.append((folder, seed)) or dataset)
-    assert stages.load_dataset("movielens", "somewhere", 13) is dataset
+    monkeypatch.setattr(stages, f"load_{name}", lambda folder, *, seed: asked.append((folder, seed)) or dataset)
+    assert stages.load_dataset(name, "somewhere", 13) is dataset
     assert asked == [("somewhere", 13)]
+
+
+def test_what_a_loader_found_is_said_and_what_it_lacks_is_refused(tmp_path, recorded, dataset, monkeypatch):
+    found = replace(dataset, notes=("skipped 2 rows of log.csv",), unsupported={"trend": "it has no times"})
+    monkeypatch.setattr(stages, "load_dataset", lambda *_: found)
+    recorded.run(tmp_path / "run", needs=("interest",), listwise_baseline=False)
+    assert "skipped 2 rows of log.csv" in recorded.said
+    with pytest.raises(ValueError, match="cannot answer the need 'trend': it has no times"):
+        recorded.run(tmp_path / "other", needs=("interest", "trend"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_separator_and_end_reach_the_trainers(tmp_path, recorded):

@@ -1,0 +1,211 @@
+"""Lists as they were shown: the items of one impression, of which some were chosen and the others passed over."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from flexrec.data.build import choose_test_users, moments, trend_after, unsupported_needs
+from flexrec.data.lists import Catalogue, Interactions, RankingDataset, RankingList
+
+
+class Shown(NamedTuple):
+    """Impressions of items, row by row; rows of one group were shown together to one user."""
+
+    rows: Interactions  # sorted by time; interest 0 where the item was passed over
+    groups: np.ndarray  # (M,) int64
+
+    def select(self, mask: np.ndarray) -> Shown:
+        return Shown(self.rows.select(mask), self.groups[mask])
+
+
+@dataclass(frozen=True)
+class ImpressionLists:
+    """Draws lists from impressions; what was chosen before is the history, see ``RankingList``.
+
+    A list has all items of one impression, in an order drawn anew; of more than ``num_candidates`` the chosen ones and
+    a random choice of the others. An impression without a chosen or without another item gives none.
+
+    Attributes:
+        log: what training users chose, sorted by time: for popularity and trend.
+        num_items: number of items in the catalogue.
+        min_history, history_length: the least and the most items of a history.
+    """
+
+    log: Interactions
+    num_items: int
+    trend_window: float
+    trend_smoothing: float = 5.0
+    num_candidates: int = 30
+    history_length: int = 20
+    min_history: int = 1
+
+    def lists(
+        self,
+        shown: Shown,
+        *,
+        lists_per_user: int,
+        seed: int,
+        not_before: float = -math.inf,
+        max_lists: int | None = None,
+    ) -> list[RankingList]:
+        """Lists of the impressions in ``shown``, at most ``lists_per_user`` of each user and ``max_lists`` in all."""
+        rows = shown.rows
+        chosen = rows.select(rows.interest > 0)
+        order = np.lexsort((chosen.times, chosen.users))
+        before = chosen.select(order)  # sorted by user
+        users = np.unique(before.users)
+        starts = dict(zip(users.tolist(), np.searchsorted(before.users, users).tolist(), strict=True))
+        ends = dict(zip(users.tolist(), np.searchsorted(before.users, users, side="right").tolist(), strict=True))
+        by_user: dict[int, list[tuple[float, int, np.ndarray]]] = {}
+        by_group = np.argsort(shown.groups, kind="stable")
+        bounds = np.flatnonzero(np.r_[True, np.diff(shown.groups[by_group]) != 0, True])
+        for start, end in pairwise(bounds):
+            members = by_group[start:end]
+            worth = rows.interest[members]
+            time, user = float(rows.times[members[0]]), int(rows.users[members[0]])
+            if shown.groups[members[0]] < 0 or time < not_before or not np.count_nonzero(worth > 0) > 0:
+                continue
+            past = np.unique(_past(before, starts[user], ends[user], time))
+            if len(past) >= self.min_history and len(np.unique(rows.items[members])) > np.count_nonzero(worth > 0):
+                by_user.setdefault(user, []).append((time, int(shown.groups[members[0]]), members))
+        cuts = []
+        for user, own in sorted(by_user.items()):
+            own.sort(key=lambda one: one[:2])
+            rng = np.random.default_rng((seed, user))
+            kept = rng.choice(len(own), size=min(lists_per_user, len(own)), replace=False)
+            # A list is known by its place among its user's, on which other users have no influence.
+            cuts += [(user, own[i][0], i, own[i][2]) for i in sorted(kept.tolist())]
+        if max_lists is not None and len(cuts) > max_lists:
+            kept = np.random.default_rng(seed).choice(len(cuts), size=max_lists, replace=False)
+            cuts = [cuts[i] for i in np.sort(kept)]
+        drawn: list[RankingList | None] = [None] * len(cuts)
+        times = np.array([cut[1] for cut in cuts])
+        window, smoothing = self.trend_window, self.trend_smoothing
+        for i, moment in moments(self.log, self.num_items, times, trend_window=window, trend_smoothing=smoothing):
+            user, time, place, members = cuts[i]
+            rng = np.random.default_rng((seed, user, place))
+            items, interest = _strongest(rows.items[members], rows.interest[members])
+            passed = rng.permutation(np.flatnonzero(interest == 0))
+            taken = np.concatenate([np.flatnonzero(interest > 0)[: self.num_candidates - 1], passed])
+            order = rng.permutation(taken[: self.num_candidates])
+            candidates = items[order]
+            history = _latest(_past(before, starts[user], ends[user], time), self.history_length)
+            drawn[i] = RankingList(
+                user=user,
+                time=time,
+                history=history,
+                history_interest=np.ones(len(history), dtype=np.float32),
+                candidates=candidates,
+                interest=interest[order].astype(np.float32),
+                popularity=moment.popularity[candidates].astype(np.float32),
+                trend=moment.trend[candidates],
+                rising=moment.rising,
+            )
+        return [one for one in drawn if one is not None]
+
+
+def _past(before: Interactions, start: int, end: int, time: float) -> np.ndarray:
+    return before.items[start : start + int(np.searchsorted(before.times[start:end], time, side="left"))]
+
+
+def _latest(items: np.ndarray, count: int) -> np.ndarray:
+    """The last ``count`` distinct items, each at its latest."""
+    _, back = np.unique(items[::-1], return_index=True)
+    return items[len(items) - 1 - np.sort(back)[:count][::-1]]
+
+
+def _strongest(items: np.ndarray, interest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    distinct, inverse = np.unique(items, return_inverse=True)
+    strongest = np.zeros(len(distinct), dtype=np.float32)
+    np.maximum.at(strongest, inverse, interest)
+    return distinct, strongest
+
+
+def build_from_impressions(
+    name: str,
+    catalogue: Catalogue,
+    shown: Shown,
+    *,
+    trend_window: float,
+    trend_smoothing: float = 5.0,
+    test_rows: np.ndarray | None = None,
+    test_fraction: float = 0.2,
+    num_test_users: int | None = None,
+    num_candidates: int = 30,
+    history_length: int = 20,
+    min_history: int = 1,
+    lists_per_user: int = 32,
+    test_lists_per_user: int = 10,
+    max_train_lists: int | None = None,
+    max_test_lists: int | None = None,
+    time_boundary: float | None = None,
+    seed: int = 0,
+) -> RankingDataset:
+    """Training and test lists from impressions; ``build_dataset`` says what the arguments mean.
+
+    Args:
+        time_boundary: training lies before it and testing at or after it.
+    """
+    rows = shown.rows
+    if test_rows is None:
+        test_rows = choose_test_users(rows.users, test_fraction, num_test_users, seed)[rows.users]
+    background = rows.select(~test_rows & (rows.interest > 0))
+    training = ~test_rows if time_boundary is None else ~test_rows & (rows.times < time_boundary)
+    log = rows.select(training & (rows.interest > 0))
+    builder = partial(
+        ImpressionLists,
+        num_items=len(catalogue),
+        trend_window=trend_window,
+        trend_smoothing=trend_smoothing,
+        num_candidates=num_candidates,
+        history_length=history_length,
+        min_history=min_history,
+    )
+    resample = partial(
+        _draw_lists, builder(log), shown.select(training), lists_per_user=lists_per_user, max_lists=max_train_lists
+    )
+    of_test_users = np.isin(rows.users, np.unique(rows.users[test_rows]))
+    tested = shown.select(of_test_users)
+    # Rows of a test user that are not test rows are history, and no list.
+    tested = Shown(tested.rows, np.where(test_rows[of_test_users], tested.groups, -1))
+    test = builder(background).lists(
+        tested,
+        lists_per_user=test_lists_per_user,
+        seed=seed,
+        not_before=-math.inf if time_boundary is None else time_boundary,
+        max_lists=max_test_lists,
+    )
+    train = resample(seed)
+    for role, lists, mask in (("train on", train, training), ("test on", test, test_rows)):
+        if not lists:
+            groups, chosen = np.unique(shown.groups[mask]), np.unique(shown.groups[mask & (rows.interest > 0)])
+            raise ValueError(
+                f"no list to {role} in {name}: of {len(groups)} impressions {len(chosen)} have a chosen item, and none "
+                f"of them also an item passed over and a user with min_history={min_history} items chosen before; "
+                f"choose a smaller min_history, or other negatives than those of the impressions"
+            )
+    trend = trend_after(log, len(catalogue), trend_window=trend_window, trend_smoothing=trend_smoothing)
+    return RankingDataset(
+        name=name,
+        catalogue=catalogue,
+        log=log,
+        train=train,
+        test=test,
+        unobserved="zero",
+        resample=resample,
+        trend=trend,
+        time_boundary=time_boundary,
+        unsupported=unsupported_needs(catalogue, trend),
+    )
+
+
+def _draw_lists(
+    builder: ImpressionLists, shown: Shown, seed: int, *, lists_per_user: int, max_lists: int | None
+) -> list[RankingList]:
+    return builder.lists(shown, lists_per_user=lists_per_user, max_lists=max_lists, seed=seed)

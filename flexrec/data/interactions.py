@@ -1,0 +1,337 @@
+"""Any log of interactions that a person has, from files to a data set to train on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from flexrec.checks import check_choice
+from flexrec.data.build import build_dataset, choose_test_users, why_few_lists
+from flexrec.data.columns import parse_columns
+from flexrec.data.impressions import Shown, build_from_impressions
+from flexrec.data.interest import Gain, interest_of
+from flexrec.data.items import Codes, ItemIndex, bare_catalogue, read_items
+from flexrec.data.layouts import LOG_STEMS, find_items, find_log, open_source
+from flexrec.data.lists import Catalogue, Interactions, RankingDataset
+from flexrec.data.log import Log, read_log
+from flexrec.data.tables import BadRows
+from flexrec.data.thinning import uniform_hash
+from flexrec.data.values import id_order
+
+DAY = 24 * 60 * 60  # seconds
+FEW_LISTS = 100
+
+
+def load_interactions(
+    folder: str | Path,
+    *,
+    columns: str | Path | Mapping[str, Any] | None = None,
+    log_file: str | None = None,
+    items_file: str | None = None,
+    events: Collection[str] | None = None,
+    event_values: Mapping[str, float] | None = None,
+    gain: Literal["linear", "threshold", "quantile"] = "linear",
+    gain_range: tuple[float, float] | None = None,
+    threshold: float | None = None,
+    codes: Mapping[float, str] | None = None,
+    day_first: bool | None = None,
+    strict: bool = False,
+    negatives: Literal["popularity", "uniform", "impressions"] = "popularity",
+    num_candidates: int = 30,
+    num_positives: int = 5,
+    history_length: int = 20,
+    min_history: int = 3,
+    split: Literal["given", "user", "time"] | None = None,
+    test_fraction: float = 0.2,
+    num_test_users: int | None = None,
+    time_quantile: float = 0.8,
+    lists_per_user: int = 32,
+    test_lists_per_user: int = 10,
+    max_train_lists: int | None = 50_000,
+    max_test_lists: int | None = 5_000,
+    trend_days: float | None = None,
+    trend_smoothing: float = 5.0,
+    seed: int = 0,
+) -> RankingDataset:
+    """A data set from a folder with a log of interactions and, if there is one, a table of its items.
+
+    The log is a file such as ``interactions.csv`` (or .tsv, .jsonl, .parquet, each gzipped or not; ``ratings``,
+    ``events``, ``behaviors`` and other usual names too) with a user and an item in each row, and any of: a rating, a
+    watch ratio, an amount, a click (0 or 1), the word of an event; a timestamp; a split; the impression that a row
+    belongs to, or whole impressions ("N1-0 N2-1"). The items are a file such as ``items.csv`` (``movies``, ``books``,
+    ``news`` ..) with an id and any of title, text, categories and further columns. Columns are found by their usual
+    names (``flexrec.data.columns``), and moments, codes and written forms by what they are; the data set's ``notes``
+    say what was found, and what was skipped.
+
+    Args:
+        folder: the folder, or the log itself.
+        columns: which columns are what, where their names do not tell: "user=customer,item=sku", a YAML file or a
+            mapping; see ``flexrec.data.columns.parse_columns``.
+        log_file, items_file: names of the files in the folder, where they are not the usual ones.
+        events: read only these kinds of events; None: all.
+        event_values, gain, gain_range, threshold, codes: how feedback becomes interest, see
+            ``flexrec.data.interest.Gain``; ``gain_range`` are its low and high.
+        day_first: whether in 03/04/2020 the day is 3; None: as the file tells.
+        strict: a bad row is an error; else it is skipped, counted and reported.
+        negatives: candidates without feedback are drawn by popularity or uniformly, or a list is one impression of the
+            log: what was shown and passed over are its negatives.
+        num_candidates, num_positives, history_length, min_history: of a list, see ``flexrec.data.build.ListBuilder``.
+            With negatives="impressions" ``num_candidates`` is the most that a list has.
+        split: "given": as the log's column of splits says (validation rows are left out); "user" and "time": see
+            ``build_dataset``. None: "given" where there is such a column, else "user".
+        test_fraction, num_test_users, time_quantile, lists_per_user, test_lists_per_user, max_train_lists,
+            max_test_lists: see ``build_dataset``.
+        trend_days: length of the windows in which trends are seen; None: 30 days, or a tenth of the training log where
+            that is less. Where moments are of no known unit it is in theirs.
+        seed: of the split, the lists and, in a log without times, the order of each user's events.
+
+    Without times the order of events is not known: each user's are put into an order drawn from the seed, popularity
+    counts what lies before a list's place in it, and nothing can be said of trends.
+
+    Raises:
+        FileNotFoundError: no such folder, or no log in it.
+        ValueError: files that cannot be read as such tables, a bad row with ``strict``, too few events for any list,
+            bad arguments; always on one line, naming file, line, column, what was got and expected where it applies.
+        ImportError: a Parquet file without pyarrow.
+    """
+    check_choice("negatives", negatives, ("popularity", "uniform", "impressions"))
+    low, high = gain_range or (None, None)
+    read = read_interactions(
+        folder,
+        columns=columns,
+        log_file=log_file,
+        items_file=items_file,
+        events=events,
+        gain=Gain(gain, low, high, threshold, codes, event_values),
+        day_first=day_first,
+        strict=strict,
+        split=split,
+        test_fraction=test_fraction,
+        num_test_users=num_test_users,
+        time_quantile=time_quantile,
+        seed=seed,
+    )
+    options: dict[str, Any] = {
+        "trend_smoothing": trend_smoothing,
+        "num_candidates": num_candidates,
+        "history_length": history_length,
+        "min_history": min_history,
+        "lists_per_user": lists_per_user,
+        "test_lists_per_user": test_lists_per_user,
+        "max_train_lists": max_train_lists,
+        "max_test_lists": max_test_lists,
+        "time_boundary": read.time_boundary,
+        "trend_window": _trend_window(read.rows.times[read.training], trend_days) if read.timed else None,
+        "seed": seed,
+    }
+    notes = list(read.notes)
+    if negatives == "impressions":
+        if not read.timed or read.groups is None:
+            raise ValueError(f"negatives='impressions' needs times and what was passed over, and {folder} has none")
+        shown = Shown(read.rows, read.groups)
+        dataset = build_from_impressions("interactions", read.catalogue, shown, test_rows=read.test, **options)
+    else:
+        # What was shown in an impression and passed over is no interaction.
+        chosen = np.ones(len(read.rows), dtype=bool) if not read.has_impressions else read.rows.interest != 0
+        dataset = build_dataset(
+            "interactions",
+            read.catalogue,
+            read.rows.select(chosen),
+            test_rows=read.test[chosen],
+            split="user" if read.time_boundary is None else "time",
+            num_positives=num_positives,
+            negatives=negatives,
+            **options,
+        )
+        if len(dataset.train) < FEW_LISTS:
+            why = why_few_lists(dataset.log, min_history, num_positives)
+            notes.append(f"only {len(dataset.train)} lists to train on. {why}")
+    return replace(dataset, user_ids=read.user_ids, notes=tuple(notes))
+
+
+@dataclass(frozen=True)
+class ReadInteractions:
+    """What a folder holds, read; M rows in order of time.
+
+    Attributes:
+        catalogue: the items.
+        user_ids: public ids of the users.
+        rows: all interactions; interest is NaN where an item was seen and not rated.
+        test: (M,) bool, the rows to test on.
+        timed: whether the times are the log's own; else they are drawn, see ``in_order_of_time``.
+        time_boundary: with split="time", the moment before which training lies.
+        groups: (M,) int64, which rows were shown together; or None.
+        has_impressions: whether the log says so itself; else rows of one user and moment are taken together.
+        notes: what was found and what was skipped.
+    """
+
+    catalogue: Catalogue
+    user_ids: tuple[str, ...]
+    rows: Interactions
+    test: np.ndarray
+    timed: bool
+    time_boundary: float | None
+    groups: np.ndarray | None
+    has_impressions: bool
+    notes: tuple[str, ...]
+
+    @property
+    def training(self) -> np.ndarray:
+        """(M,) bool: the rows that something may be fitted on."""
+        return ~self.test if self.time_boundary is None else ~self.test & (self.rows.times < self.time_boundary)
+
+
+def read_interactions(
+    folder: str | Path,
+    *,
+    columns: str | Path | Mapping[str, Any] | None = None,
+    log_file: str | None = None,
+    items_file: str | None = None,
+    events: Collection[str] | None = None,
+    gain: Gain | None = None,
+    day_first: bool | None = None,
+    strict: bool = False,
+    split: Literal["given", "user", "time"] | None = None,
+    test_fraction: float = 0.2,
+    num_test_users: int | None = None,
+    time_quantile: float = 0.8,
+    seed: int = 0,
+) -> ReadInteractions:
+    """Read a folder without drawing lists; arguments and errors are those of ``load_interactions``."""
+    if split is not None:
+        check_choice("split", split, ("given", "user", "time"))
+    mapping = parse_columns(columns)
+    bad = BadRows(strict)
+    notes: list[str] = []
+    log_path, items_path = find_files(Path(folder), log_file, items_file)
+    index: Codes | ItemIndex = Codes()
+    if items_path is not None:
+        named = dict(mapping.items)
+        table = open_source(items_path, named)
+        if "id" not in named and set(mapping.interactions.get("item", ())) & set(table.names):
+            named["id"] = mapping.interactions["item"]  # both tables call it alike
+        catalogue = read_items(table, named, bad, notes)
+        index = ItemIndex(catalogue.ids)
+    source = open_source(log_path, mapping.interactions)
+    notes += source.table.notes
+    log = read_log(source, mapping.interactions, index, bad, notes, events=events, day_first=day_first)
+    if items_path is None:
+        catalogue, log = _items_of_log(log, index)
+    log, test = _split(log, split, test_fraction, num_test_users, seed)
+    log, test, timed = in_order_of_time(log, test, catalogue.ids, seed)
+    assert log.times is not None
+    boundary, training = None, ~test
+    if split == "time":
+        if not timed:
+            raise ValueError(f"split='time' needs times, and {log_path} has none")
+        boundary = float(np.quantile(log.times[~test], time_quantile, method="higher"))
+        training = ~test & (log.times < boundary)
+    kept, interest = interest_of(log, training, test, gain or Gain(), notes)
+    log = log.select(kept)
+    assert log.times is not None
+    return ReadInteractions(
+        catalogue=catalogue,
+        user_ids=tuple(log.user_ids),
+        rows=Interactions(log.users.astype(np.int64), log.items.astype(np.int64), interest[kept], log.times),
+        test=test[kept],
+        timed=timed,
+        time_boundary=boundary,
+        groups=_groups(log, timed),
+        has_impressions=log.groups is not None,
+        notes=(*notes, *bad.notes()),
+    )
+
+
+def find_files(folder: Path, log_file: str | None, items_file: str | None) -> tuple[Path, Path | None]:
+    """The log and the items of a folder; see ``load_interactions``."""
+    if folder.is_file():
+        folder, log_file = folder.parent, folder.name
+        items = None
+    elif folder.is_dir():
+        items = find_items(folder)
+    else:
+        raise FileNotFoundError(f"there is no folder {folder}")
+    for name in (log_file, items_file):
+        if name is not None and not (folder / name).is_file():
+            raise FileNotFoundError(f"there is no file {name} in {folder}")
+    log = folder / log_file if log_file is not None else find_log(folder)
+    if log is None:
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+        raise FileNotFoundError(
+            f"no log of interactions in {folder}: expected a file such as interactions.csv, with one of the names "
+            f"{', '.join(LOG_STEMS[:9])} and .csv, .tsv, .jsonl or .parquet, gzipped or not; there is {there}"
+        )
+    if items_file is not None:
+        items = folder / items_file
+    return log, None if items == log else items
+
+
+def _items_of_log(log: Log, codes: Mapping[str, int]) -> tuple[Catalogue, Log]:
+    """A catalogue of the ids that the log names, in an order that the order of rows has no part in."""
+    ids = id_order(codes)
+    rank = np.empty(len(ids), dtype=np.int32)
+    rank[[codes[item_id] for item_id in ids]] = np.arange(len(ids))
+    return bare_catalogue(ids), replace(log, items=rank[log.items])
+
+
+def _split(
+    log: Log, split: str | None, test_fraction: float, num_test_users: int | None, seed: int
+) -> tuple[Log, np.ndarray]:
+    """The log, without validation rows where it says which are, and which of its rows are to test on."""
+    if split != "given" and (split is not None or log.splits is None):
+        return replace(log, splits=None), choose_test_users(log.users, test_fraction, num_test_users, seed)[log.users]
+    if log.splits is None:
+        raise ValueError("split='given' needs a column that says train or test, which the log does not have")
+    kept = log.splits != 2
+    test = (log.splits == 1)[kept]
+    log = log.select(kept)
+    if not 0 < np.count_nonzero(test) < len(log):
+        raise ValueError(f"of {len(log)} rows {np.count_nonzero(test)} are to test on: some must be, and not all")
+    return log, test
+
+
+def in_order_of_time(log: Log, test: np.ndarray, item_ids: Collection[str], seed: int) -> tuple[Log, np.ndarray, bool]:
+    """The log and its test rows sorted by time, and whether its times are times; where it has none they are drawn.
+
+    Drawn times lie in [0, 1), those of the test rows of a given split in [1, 2). A row's time depends on the seed and
+    the ids of its user and its item alone, so that no other row has a part in it.
+    """
+    timed = log.times is not None
+    if not timed:
+        users, items = stable_keys(log.user_ids), stable_keys(item_ids)
+        drawn = uniform_hash(seed, users[log.users], items[log.items])
+        log = replace(log, times=drawn if log.splits is None else np.add(drawn, test))
+    order = np.lexsort((log.items, log.users, log.times))  # type: ignore[arg-type]
+    return log.select(order), test[order], timed
+
+
+def stable_keys(ids: Collection[str]) -> np.ndarray:
+    """(n,) uint64 from the text of the ids alone."""
+    digests = (hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in ids)
+    return np.frombuffer(b"".join(digests), dtype=np.uint64)
+
+
+def _trend_window(times: np.ndarray, trend_days: float | None) -> float:
+    """In the unit of the times: seconds, or where they are small numbers no known one."""
+    in_seconds = np.median(times) > 1e8
+    if trend_days is not None:
+        return trend_days * DAY if in_seconds else trend_days
+    tenth = float(times.max() - times.min()) / 10 or 1.0
+    return min(30.0 * DAY, tenth) if in_seconds else tenth
+
+
+def _groups(log: Log, timed: bool) -> np.ndarray | None:
+    """(M,) which rows were shown together, to one user: by impression, else by user and moment; -1 for none."""
+    if log.groups is not None:
+        keys = np.stack([log.groups, np.where(log.groups < 0, 0, log.users)])
+        groups = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
+        return np.where(log.groups < 0, -1, groups)
+    if log.feedback not in ("clicked", "event") or not timed:
+        return None
+    assert log.times is not None
+    return np.unique(np.stack([log.users.astype(np.float64), log.times]), axis=1, return_inverse=True)[1].reshape(-1)

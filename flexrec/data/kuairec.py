@@ -1,0 +1,150 @@
+"""KuaiRec, from a folder in the format in which its authors publish it, or a sample of it.
+
+Chongming Gao et al. 2022. KuaiRec: A Fully-observed Dataset and Insights for Evaluating Recommender Systems. CIKM '22.
+https://doi.org/10.1145/3511808.3557220, https://kuairec.com, CC BY-SA 4.0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from flexrec.checks import check_choice
+from flexrec.data.build import build_dataset, choose_test_users
+from flexrec.data.interactions import DAY, in_order_of_time
+from flexrec.data.interest import Gain, interest_of
+from flexrec.data.items import ItemIndex, read_items
+from flexrec.data.layouts import open_source
+from flexrec.data.lists import Catalogue, Interactions, RankingDataset
+from flexrec.data.log import read_log
+from flexrec.data.tables import BadRows, find_table
+from flexrec.data.thinning import Thinning
+
+FEEDBACK = (100, 30, 10, 3)
+_LOG_COLUMNS = {"user": ("user_id",), "item": ("video_id",), "watch_ratio": ("watch_ratio",)}
+_ITEM_FILES = ("kuairec_caption_category", "items", "item_categories")
+# Published names first, then those of the sample.
+_CAPTIONS, _CATEGORIES = ("caption",), (("first_level_category_name",), ("category1_en",), ("category1",), ("feat",))
+
+
+def load_kuairec(
+    folder: str | Path,
+    *,
+    feedback: int = 100,
+    matrix: Literal["big", "small"] | None = None,
+    watched_twice: float = 2.0,
+    num_candidates: int = 30,
+    history_length: int = 20,
+    min_history: int = 10,
+    split: Literal["user", "time"] = "user",
+    test_fraction: float = 0.2,
+    num_test_users: int | None = None,
+    time_quantile: float = 0.8,
+    lists_per_user: int = 8,
+    test_lists_per_user: int = 3,
+    max_train_lists: int | None = 20_000,
+    max_test_lists: int | None = 2_000,
+    trend_days: float = 1.0,
+    trend_smoothing: float = 5.0,
+    strict: bool = False,
+    seed: int = 0,
+) -> RankingDataset:
+    """Lists of the next ``num_candidates`` videos that a user watched, all with feedback, some of it withheld.
+
+    The interest of a view is clip(watch ratio / ``watched_twice``, 0, 1): a video watched to its end counts 1/2, one
+    watched twice 1 (the authors take a watch ratio above 2 for a like). Topics are the categories of the first level;
+    titles are captions. All candidates were watched, so that no negative is sampled; a share of the feedback is
+    withheld and belongs to pairs of a user and a video drawn from the seed: it is NaN in lists and their histories,
+    absent from the log (``unobserved="critic"``), and kept as ``RankingList.truth`` for scoring. Trends compare the
+    last ``trend_days`` days with those before. How lists are cut and split: see ``flexrec.data.build``.
+
+    Args:
+        folder: holds ``big_matrix.csv`` or ``small_matrix.csv`` and, for captions and categories,
+            ``kuairec_caption_category.csv`` (else ``item_categories.csv``, whose categories are numbers), itself or in
+            a folder ``data``; or a sample's ``interactions.csv`` and ``items.csv``. Each may be gzipped.
+        feedback: per cent of the feedback that is kept: 100, 30, 10 or 3.
+        matrix: the big one (13 % of all pairs, as the platform recommended) or the small one (nearly all pairs of
+            1,411 users and 3,327 videos). None: the big one if it is there.
+        strict: a bad row is an error; else it is skipped, counted and reported.
+
+    A sample without times has no order: see ``flexrec.data.interactions.load_interactions``. Then nothing can be said
+    of trends, and ``split="time"`` is refused. Views without a time in a matrix that has times are skipped and counted.
+
+    Raises:
+        FileNotFoundError: no such folder, or no matrix in it.
+        ValueError: a file that is not as published; too few views; bad arguments.
+    """
+    if feedback not in FEEDBACK:
+        raise ValueError(f"feedback must be one of {', '.join(map(str, FEEDBACK))} per cent, got {feedback}")
+    if matrix is not None:
+        check_choice("matrix", matrix, ("big", "small"))
+    folder = Path(folder)
+    bad = BadRows(strict)
+    notes: list[str] = []
+    catalogue = _read_videos(folder, bad, notes)
+    source = open_source(_find_matrix(folder, matrix))
+    for (name,) in _LOG_COLUMNS.values():
+        if name not in source.names:
+            raise ValueError(f"{source.path}: has no column {name}; it is no matrix of KuaiRec")
+    columns = {**_LOG_COLUMNS, **({"timestamp": ("timestamp",)} if "timestamp" in source.names else {})}
+    log = read_log(source, columns, ItemIndex(catalogue.ids), bad, notes)
+    test = choose_test_users(log.users, test_fraction, num_test_users, seed)[log.users]
+    log, test, timed = in_order_of_time(log, test, catalogue.ids, seed)
+    assert log.times is not None
+    if split == "time" and not timed:
+        raise ValueError(f"split='time' needs times, and {source.path} has none")
+    kept, interest = interest_of(log, ~test, test, Gain(high=watched_twice), notes)
+    log, test, interest = log.select(kept), test[kept], interest[kept]
+    assert log.times is not None
+    views = Interactions(log.users.astype(np.int64), log.items.astype(np.int64), interest, log.times)
+    dataset = build_dataset(
+        "kuairec",
+        catalogue,
+        views,
+        trend_window=trend_days * DAY if timed else None,
+        trend_smoothing=trend_smoothing,
+        split=split,
+        test_rows=test,
+        time_quantile=time_quantile,
+        num_candidates=num_candidates,
+        num_positives=num_candidates,
+        history_length=history_length,
+        min_history=min_history,
+        lists_per_user=lists_per_user,
+        test_lists_per_user=test_lists_per_user,
+        max_train_lists=max_train_lists,
+        max_test_lists=max_test_lists,
+        thinning=Thinning(feedback / 100, seed) if feedback < 100 else None,
+        seed=seed,
+    )
+    return replace(dataset, user_ids=tuple(log.user_ids), notes=(*notes, *bad.notes()))
+
+
+def _find_matrix(folder: Path, matrix: str | None) -> Path:
+    stems = ("big_matrix", "small_matrix", "interactions") if matrix is None else (f"{matrix}_matrix",)
+    return _find(folder, stems)
+
+
+def _find(folder: Path, stems: tuple[str, ...]) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no KuaiRec folder at {folder}")
+    places = [place for place in (folder, folder / "data") if place.is_dir()]
+    found = next(filter(None, (find_table(place, (stem,)) for stem in stems for place in places)), None)
+    if found is None:
+        raise FileNotFoundError(f"none of {', '.join(f'{stem}.csv' for stem in stems)} in {folder} or its folder data")
+    return found
+
+
+def _read_videos(folder: Path, bad: BadRows, notes: list[str]) -> Catalogue:
+    """Captions and categories; rows that the line breaks in captions have broken are bad rows."""
+    source = open_source(_find(folder, _ITEM_FILES))
+    if "video_id" not in source.names:
+        raise ValueError(f"{source.path}: has no column video_id; it is no table of KuaiRec's videos")
+    categories = next((names for names in _CATEGORIES if names[0] in source.names), ())
+    columns = {"id": ("video_id",), **({"categories": categories} if categories else {})}
+    if _CAPTIONS[0] in source.names:
+        columns["title"] = _CAPTIONS
+    return read_items(source, columns, bad, notes)
