@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,6 +19,8 @@ from typing import IO, Any, get_args, get_origin, get_type_hints
 
 from flexrec.decoding.options import Decoding
 from flexrec.experiment.config import ExperimentConfig
+
+MISTAKES = (ValueError, TypeError, OSError, ImportError)  # a user's: one line, no traceback
 
 TRAIN_EXAMPLES = """examples:
   flexrec train --output runs/first
@@ -136,15 +140,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get("FLEXREC_DEBUG"):
+    except Exception as error:
+        full = _disk_is_full(error, getattr(arguments, "output", None))
+        if os.environ.get("FLEXREC_DEBUG") or not (full or isinstance(error, MISTAKES)):
             raise
-        print(f"flexrec {arguments.command}: error: {error}", file=sys.stderr)
+        said = f"no space is left on the disk{_kept(arguments)}" if full else error
+        print(f"flexrec {arguments.command}: error: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resume = "; --resume continues it" if arguments.command == "train" else ""
-        print(f"\nflexrec {arguments.command}: interrupted; what was written is kept{resume}", file=sys.stderr)
+        print(f"\nflexrec {arguments.command}: interrupted{_kept(arguments)}", file=sys.stderr)
         return 130
+
+
+def _kept(arguments: argparse.Namespace) -> str:
+    return "; what was written is kept" + ("; --resume continues it" if arguments.command == "train" else "")
+
+
+def _disk_is_full(error: BaseException, output: str | None) -> bool:
+    """Whether a write failed for want of space; libraries say so in ways of their own, or say something else."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return True
+    folder = Path(output or ".").absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return isinstance(error, RuntimeError) and shutil.disk_usage(existing).free < 1 << 20
 
 
 def _command(commands: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
@@ -172,10 +190,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from flexrec.evaluation.statistics import comparison_table
     from flexrec.evaluation.summary import summary
+    from flexrec.experiment.run_folder import RunFolder
     from flexrec.experiment.stages import run_experiment
     from flexrec.policy.distributed import process_index
 
-    config = ExperimentConfig(**given(arguments, ExperimentConfig))
+    options = given(arguments, ExperimentConfig)
+    if options.get("resume"):  # what is not said is as it was
+        options = {**RunFolder(arguments.output).read_config(), **options}
+    config = ExperimentConfig(**options)
     console = Console()
     results = run_experiment(config, say=console.print)
     if process_index() > 0:
@@ -204,7 +226,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         table.add_row(need, *(f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in values.values()))
     Console().print(table)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(scores, indent=2) + "\n")
+        Path(arguments.json).write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n")
     return 0
 
 
@@ -233,7 +255,7 @@ def _rank(arguments: argparse.Namespace) -> int:
                 if "error" in answer:
                     failed += 1
                     print(f"{arguments.input}, line {answer['line']}: {answer['error']}", file=sys.stderr)
-                target.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                target.write(json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n")
             target.flush()
     return 1 if failed else 0
 

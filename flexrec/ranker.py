@@ -11,6 +11,7 @@ import torch
 
 from flexrec.decoding.options import Decoding
 from flexrec.decoding.sample import Rollout, best_of, sample_rankings, search_rankings
+from flexrec.evaluation.evaluate import check_outputs
 from flexrec.experiment.run_folder import RunFolder
 from flexrec.task.needs import get_need, novelty_of
 from flexrec.task.prompts import Item, strongest_risers
@@ -67,6 +68,7 @@ class Ranker:
             readable.append((i, items))
         if prompts:
             rollout = self._decode(prompts, candidates, marks if self.builder.marked else None, decoding, generator)
+            check_outputs(rollout)
             for (i, items), ranking, logprobs in zip(readable, rollout.rankings, rollout.logprobs, strict=True):
                 answers[i] = {
                     "ranking": [

@@ -1,12 +1,15 @@
 """The command line end to end on a small world, and what it says to a user's mistakes."""
 
+import errno
 import json
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexrec import ranker
@@ -271,7 +274,7 @@ def test_interrupted_run_resumes(tmp_path, monkeypatch, capsys):
     shutil.rmtree(middle / "checkpoints" / "checkpoint-4")
     expected = AutoModelForCausalLM.from_pretrained(whole).state_dict()
     base = AutoModelForCausalLM.from_pretrained(whole / "base").state_dict()
-    for resumed, steps in ((folder, [1, 2, 3, 4]), (middle, [1, 2, 3, 4, 3, 4])):
+    for resumed in (folder, middle):
         assert main(["train", "--output", str(resumed), *options, "--resume"]) == 0
         metrics = json.loads((resumed / "metrics.json").read_text())
         assert not {"format", "listwise warm-up"} & set(metrics["seconds"]), "finished stages are not run again"
@@ -282,7 +285,7 @@ def test_interrupted_run_resumes(tmp_path, monkeypatch, capsys):
             torch.testing.assert_close(found[name], value, atol=1e-6, rtol=0)
         assert any((expected[name] - base[name]).abs().max() > 1e-4 for name in expected)
         lines = [json.loads(line) for line in (resumed / "log.jsonl").read_text().splitlines()]
-        assert [s["step"] for s in lines if s["stage"] == "reinforcement" and "loss" in s] == steps
+        assert [s["step"] for s in lines if s["stage"] == "reinforcement" and "loss" in s] == [1, 2, 3, 4]
 
 
 def test_every_option_of_rank_reaches_the_ranker(tmp_path, monkeypatch):
@@ -343,6 +346,70 @@ def test_the_table_of_train_resamples_users(tmp_path, monkeypatch, capsys):
     assert f"{change.percent:+.1f} % [{change.percent_low:+.1f}, {change.percent_high:+.1f}]" in shown
     assert f"{len(users)} lists of 9 test users" in shown
     assert "7 seconds in all" in shown
+
+
+def test_a_run_that_diverges_ends_with_advice(tmp_path, capsys):
+    """And reports nothing; the last good checkpoint stays. (The first step is of a warm-up, at the rate 0.)"""
+    folder = tmp_path / "run"
+    options = ["--learning-rate", "1e38", "--save-every", "1", "--steps", "6", "--warmup", "format"]
+    arguments = [*SMALL, "--need", "interest", "--no-critic", *options]
+    assert main(["train", "--output", str(folder), *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "of reinforcement: the loss or its gradient was not finite 3 times in a row; lower the learning" in error
+    assert not (folder / "metrics.json").exists()
+    assert not (folder / "model.safetensors").exists()
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"checkpoint-1", "checkpoint-2"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:626] . unexpected pos 704 vs 598"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["open", "torch", "safetensors"],
+)
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys, error):
+    """However the library that was writing says it."""
+
+    def fail(config, say):
+        raise error
+
+    monkeypatch.setattr(experiment, "run_experiment", fail)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
+    assert main(["train", "--output", str(tmp_path / "run")]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert "no space is left on the disk" in shown
+    assert "--resume" in shown
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
+    if type(error) is RuntimeError:
+        with pytest.raises(RuntimeError, match="unexpected pos"):
+            main(["train", "--output", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--beta", "nan", "beta must be finite, got nan"),
+        ("--beta", "-1", "beta must be at least 0, got -1.0"),
+        ("--learning-rate", "inf", "learning_rate must be finite, got inf"),
+        ("--learning-rate", "-0.1", "learning_rate must be at least 0, got -0.1"),
+        ("--temperature", "0", "temperature must be positive, got 0.0"),
+        ("--entropy-coef", "-1", "entropy_coef must be at least 0"),
+        ("--tilt", "0", "tilt must be positive"),
+        ("--steps", "0", "steps must be at least 1, got 0"),
+        ("--seed", "-1", "seed must lie in [0, 4294967295], got -1"),
+        ("--save-every", "-1", "save_every must be at least 0, got -1"),
+        ("--lora", "0", "lora must be at least 1, got 0"),
+        ("--epsilon-low", "-0.5", "epsilon_low must be at least 0"),
+    ],
+)
+def test_options_outside_of_their_range_are_refused(tmp_path, capsys, option, value, message):
+    assert main(["train", "--output", str(tmp_path / "run"), option, value]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("options", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["rank", "--help"]])

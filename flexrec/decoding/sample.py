@@ -281,7 +281,9 @@ class _Sampling(NamedTuple):
         if self.greedy:
             column = logprobs.argmax(dim=1, keepdim=True)
         else:
-            column = torch.multinomial(_nucleus(logprobs.exp(), self.top_p), 1, generator=self.generator)
+            probs = _nucleus(logprobs.exp(), self.top_p).nan_to_num(0.0)
+            probs[:, 0] += probs.sum(dim=1) == 0  # where all is NaN, whichever: its log-prob tells of it
+            column = torch.multinomial(probs, 1, generator=self.generator)
         return column, logprobs.gather(1, column)
 
 

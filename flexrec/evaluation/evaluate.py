@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from flexrec.decoding.sample import sample_rankings
+from flexrec.decoding.sample import Rollout, sample_rankings
 from flexrec.evaluation.statistics import METRICS, rank_metrics
 from flexrec.policy.distributed import map_over_processes, process_index
 from flexrec.task.examples import Example, marks_of, prompts_and_candidates
@@ -49,8 +49,15 @@ def rank_examples(
             num_ranked=num_ranked,
             greedy=True,
         )
+        check_outputs(rollout)
         rankings += [row[row >= 0] for row in rollout.rankings]
     return rankings
+
+
+def check_outputs(rollout: Rollout) -> None:
+    """Refuse rankings of a model whose log-probs are not finite: there is no order in them."""
+    if not np.isfinite(rollout.logprobs[rollout.rankings >= 0]).all():
+        raise ValueError("the model's outputs are not finite, so that it ranks nothing: are its weights numbers?")
 
 
 class Evaluation:

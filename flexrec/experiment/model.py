@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flexrec.data.lists import RankingDataset
 from flexrec.experiment.config import EMBEDDED, ExperimentConfig
 from flexrec.experiment.run_folder import RunFolder
-from flexrec.policy.lora import ADAPTER_FILE, add_lora, has_adapters
+from flexrec.policy.lora import ADAPTER_FILE, OF_A_RUN, add_lora, has_adapters
 from flexrec.policy.small_model import HIDDEN_SIZE, build_model, build_tokenizer, item_vectors, topic_vectors
 from flexrec.task.needs import Need
 from flexrec.task.prompts import NOVELTY_MARKS, RISE_MARKS, PromptBuilder, add_item_tokens, item_token
@@ -23,7 +23,7 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
     marked = config.model == EMBEDDED and encoding == "item_token"
     folder = RunFolder(config.output)
     if config.resume and folder.has_base():
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder.base)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder.base, **OF_A_RUN)
         model: Any = folder.load_base(tokenizer, config.lora)
     elif config.model == EMBEDDED:
         tokenizer = build_tokenizer(dataset.catalogue, [wording for need in needs for wording in need.wordings])
@@ -44,8 +44,9 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
         # LoRA leaves alone may stay as it was saved.
         dtype = torch.float32 if config.lora is None else "auto"
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            how = {"trust_remote_code": False, "local_files_only": given.is_dir()}
+            tokenizer = AutoTokenizer.from_pretrained(name, **how)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **how)
         except (OSError, ValueError) as error:
             raise ValueError(f"--model {config.model!r} cannot be loaded: {error}") from error
         if encoding == "item_token":

@@ -1,5 +1,6 @@
 """The folder of a run: the one place that knows its files and their formats.
 
+    experiment.json   what the run was configured with
     flexrec.json      how the model is to be prompted and what it was trained on (:class:`RunInfo`)
     catalogue.json    titles and topics of the items, and how strongly they rise at the end of the log
     histories.json    the last items of every logged user
@@ -9,14 +10,19 @@
     base/             the model after the format stage                reference/     the one that the KL refers to
     backbone/         the embedded model, which adapters belong to
 
-and the model and the tokenizer as transformers writes them, adapters as PEFT does.
+base/, reference/, backbone/ and checkpoints are whole where they have a manifest.json, which is written last. Beside
+them stand the model and the tokenizer as transformers writes them, adapters as PEFT does.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +34,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flexrec.data.lists import Catalogue, RankingDataset
 from flexrec.evaluation.statistics import Comparison, relative_change
 from flexrec.experiment.config import ExperimentConfig
-from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, has_adapters, load_model, save_adapters
+from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, OF_A_RUN, has_adapters, load_model, save_adapters
 from flexrec.task.prompts import PromptBuilder
+from flexrec.trainer.callbacks import to_json
+
+MANIFEST, LOCK = "manifest.json", ".lock"
+CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "listwise_baseline"}  # by --resume
+
+
+try:
+    import fcntl
+except ImportError:  # on Windows nothing is locked
+    fcntl = None  # type: ignore[assignment]
 
 WARM_START = "warm start"  # what the policy that reinforcement starts from is called, where it is not the base
 
@@ -105,33 +121,132 @@ class RunFolder:
         self.backbone = self.path / BACKBONE
         self.log = self.path / "log.jsonl"
 
-    def check_usable(self, resume: bool) -> None:
-        """Refuse a folder whose contents a run would touch."""
-        folder = self.path
-        if folder.exists() and not folder.is_dir():
-            raise FileExistsError(f"--output {folder} exists and is no folder")
-        if folder.is_dir() and any(folder.iterdir()) and not resume:
+    def check_usable(self, config: ExperimentConfig) -> None:
+        """Refuse a folder whose contents a run would touch, and one of a run that was configured otherwise."""
+        folder, resume = self.path, config.resume
+        if self._holds_something() and not resume:
             raise FileExistsError(
                 f"--output {folder} exists and is not empty: choose another folder, or continue that run with --resume"
             )
         if resume and (folder / "metrics.json").is_file():
             raise FileExistsError(f"--output {folder} holds a finished run: there is nothing to resume")
+        stored = self.read_config() if resume else {}
+        for name in stored:
+            if name not in CHANGEABLE and getattr(config, name) != stored[name]:
+                raise ValueError(
+                    f"--resume continues the run as it was configured, with {name}={stored[name]!r}: got "
+                    f"{getattr(config, name)!r}; only {', '.join(sorted(CHANGEABLE - {'output', 'resume'}))} may change"
+                )
+
+    def _holds_something(self) -> bool:
+        return self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside of it no other process may run into this folder, which is left away again if nothing comes into it.
+
+        Raises:
+            FileExistsError: another run is at it, or it is no folder.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"--output {self.path} exists and is no folder")
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / LOCK).open("a") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise FileExistsError(f"--output {self.path} is in use by another run") from None
+            try:
+                yield
+            finally:
+                if not self._holds_something():
+                    (self.path / LOCK).unlink()
+                    for path in made:
+                        path.rmdir()
+
+    def cut_log(self, step: int | None) -> None:
+        """Take out of the log what a resumed run is going to do again: all after the format stage, or, from a
+        checkpoint, after its step."""
+        kept, reinforced = [], False
+        for line in self.log.read_text().splitlines() if self.log.is_file() else ():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the run was killed while it wrote
+                break
+            stage = entry["stage"]
+            reinforced = reinforced or stage in ("reinforcement", "evaluation")
+            if stage != "format" and (step is None or (reinforced and (stage == "listwise" or entry["step"] > step))):
+                break
+            kept.append(line + "\n")
+        self.log.write_text("".join(kept))
+
+    def write_config(self, config: ExperimentConfig) -> None:
+        _write_json(self.path / "experiment.json", asdict(config), indent=2)
+
+    def read_config(self) -> dict[str, Any]:
+        """The options of the run to be resumed; none where the folder is empty."""
+        path = self.path / "experiment.json"
+        if not path.is_file():
+            if self._holds_something():
+                raise FileNotFoundError(f"--output {self.path} is not the folder of a run: it has no {path.name}")
+            return {}
+        stored = json.loads(path.read_text())
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
 
     def has_base(self) -> bool:
         """Whether the format stage was finished."""
-        return (self.base / "flexrec.json").is_file()
+        return (self.base / MANIFEST).is_file()
 
-    def latest_checkpoint(self) -> tuple[int, Path] | None:
-        """The step and the folder of the latest checkpoint of reinforcement."""
-        found = {int(path.name.rpartition("-")[2]): path for path in self.checkpoints.glob("checkpoint-*")}
-        return max(found.items(), default=None)
+    def seal(self, folder: Path) -> None:
+        """Say that a folder is whole: sizes and checksums of its files, all of which are on the disk, in a manifest."""
+        manifest = {"run": self._fingerprint(), "files": settle(folder)}
+        _write_json(folder / MANIFEST, manifest, indent=2)
+
+    def check_sealed(self, folder: Path) -> None:
+        """Raise an error that names the first file that is not as it was written, or says whose folder it is."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is missing or was not written to its end: it has no {MANIFEST}")
+        try:
+            manifest = json.loads(path.read_text())
+            of_run, files = manifest["run"], manifest["files"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete {folder.name} to go on without it") from None
+        if of_run != self._fingerprint():
+            raise ValueError(f"{folder} is of another run: delete it to go on without it")
+        for name, (size, checksum) in files.items():
+            file = folder / name
+            if not file.is_file() or [file.stat().st_size, _checksum(file)] != [size, checksum]:
+                state = "is not as it was written" if file.is_file() else "is missing"
+                raise ValueError(f"{file} {state}: delete {folder.name} to go on without it")
+
+    def latest_checkpoint(self, say: Callable[[str], None]) -> tuple[int, Path] | None:
+        """The step and the folder of the latest checkpoint of reinforcement that was written to its end."""
+        found = {int(m[1]): p for p in self.checkpoints.glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))}
+        for step, checkpoint in sorted(found.items(), reverse=True):
+            if (checkpoint / MANIFEST).is_file():
+                self.check_sealed(checkpoint)
+                return step, checkpoint
+            say(f"{checkpoint} was not written to its end and is passed over")
+        return None
+
+    def _fingerprint(self) -> str:
+        """What tells this run from those that give other results."""
+        stored = {name: value for name, value in self.read_config().items() if name not in CHANGEABLE}
+        return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
 
     def save_base(self, model: Any, tokenizer: Any, info: RunInfo) -> None:
         """Write the model as it is after the format stage."""
         _save_model(self.base, model, tokenizer, info)
+        self.seal(self.base)
 
     def load_base(self, tokenizer: Any, lora: int | None) -> Any:
         """The model as it was after the format stage, with the adapters, of rank ``lora``, that other stages train."""
+        self.check_sealed(self.base)
+        if self.backbone.is_dir():
+            self.check_sealed(self.backbone)
         if (self.base / ADAPTER_FILE).is_file() != (lora is not None):
             raise ValueError(f"{self.base} was made {'without' if lora else 'with'} --lora: resume the run as it began")
         model = load_model(self.base, tokenizer, backbone=self.backbone, trainable=True)
@@ -142,13 +257,16 @@ class RunFolder:
     def save_backbone(self, model: Any) -> None:
         """Write the embedded model, which has no name to load it by, without its adapters."""
         copy.deepcopy(model).unload().save_pretrained(self.backbone)
+        self.seal(self.backbone)
 
     def save_reference(self, model: Any) -> None:
         """Write the policy that reinforcement starts from, for a resumed run."""
         model.save_pretrained(self.reference)
+        self.seal(self.reference)
 
     def load_reference(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.reference)
+        self.check_sealed(self.reference)
+        return AutoModelForCausalLM.from_pretrained(self.reference, **OF_A_RUN)
 
     def save(self, model: Any, tokenizer: Any, info: RunInfo, dataset: RankingDataset) -> None:
         """Write the trained model and what is needed to answer requests: the catalogue, what rises, histories."""
@@ -156,18 +274,19 @@ class RunFolder:
         trend = np.zeros(len(catalogue)) if dataset.trend is None else dataset.trend
         rises = {catalogue.ids[i]: round(float(trend[i]), 4) for i in np.flatnonzero(trend)}
         items = {"ids": catalogue.ids, "titles": catalogue.titles, "topics": catalogue.topics}
-        self._write("catalogue.json", {**items, "trend": rises})
+        _write_json(self.path / "catalogue.json", {**items, "trend": rises})
         histories: dict[str, list[dict[str, Any]]] = {}
         for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
             histories.setdefault(str(user), []).append({"id": catalogue.ids[item], "liked": interest >= 0.5})
         latest = {user: events[-info.max_history :] for user, events in histories.items()}
-        self._write("histories.json", latest)
+        _write_json(self.path / "histories.json", latest)
         _save_model(self.path, model, tokenizer, info)
+        settle(self.path, deep=False)
 
     def load(self) -> tuple[RunInfo, Any, PromptBuilder]:
         """The trained model, to be used, with how it is to be prompted."""
         info = RunInfo.load(self.path)
-        tokenizer = AutoTokenizer.from_pretrained(self.path)
+        tokenizer = AutoTokenizer.from_pretrained(self.path, **OF_A_RUN)
         model = load_model(self.path, tokenizer).eval()
         if torch.cuda.is_available():
             model.to("cuda")
@@ -208,7 +327,7 @@ class RunFolder:
             "config": config,
             "seconds": {name: round(seconds, 2) for name, seconds in results.seconds.items()},
         }
-        self._write("metrics.json", metrics, indent=2)
+        _write_json(self.path / "metrics.json", metrics, indent=2)
 
     def save_warm_start(self, results: Results) -> None:
         """Write what the warm start is worth, which nobody can measure any more once it is trained on."""
@@ -225,11 +344,38 @@ class RunFolder:
                 _, need, metric = name.split("/")
                 of_needs.setdefault(need, {})[metric] = saved[name]
 
-    def _write(self, name: str, content: Any, indent: int | None = None) -> None:
-        """Write a JSON file, whole or not at all."""
-        partial = self.path / f"{name}.partial"
-        partial.write_text(json.dumps(content, indent=indent) + "\n")
-        partial.replace(self.path / name)
+
+def _write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Write a file whole or not at all, to the disk."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(to_json(content, indent) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def settle(folder: Path, deep: bool = True) -> dict[str, tuple[int, str]]:
+    """Give the files of a folder the mode that others have, make sure that they are on the disk, and return the size
+    and checksum of each."""
+    umask = os.umask(0)
+    os.umask(umask)
+    found = {}
+    for path in sorted(folder.rglob("*") if deep else folder.glob("*")):
+        if path.is_file() and not path.name.startswith(MANIFEST):
+            path.chmod(0o666 & ~umask)
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+            found[path.relative_to(folder).as_posix()] = (path.stat().st_size, _checksum(path))
+    return found
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _arrays(results: Results, systems: Iterable[str]) -> dict[str, Any]:
@@ -247,7 +393,7 @@ def load_checkpoint(model: Any, checkpoint: Path) -> None:
     if has_adapters(model):
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
     else:
-        model.load_state_dict(AutoModelForCausalLM.from_pretrained(checkpoint).state_dict())
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(checkpoint, **OF_A_RUN).state_dict())
 
 
 def _save_model(folder: Path, model: Any, tokenizer: Any, info: RunInfo) -> None:
@@ -256,4 +402,4 @@ def _save_model(folder: Path, model: Any, tokenizer: Any, info: RunInfo) -> None
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "flexrec.json").write_text(json.dumps(asdict(info), indent=2) + "\n")
+    _write_json(folder / "flexrec.json", asdict(info), indent=2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 
 from flexrec.data.lists import RankingDataset, RankingList
@@ -69,10 +69,13 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
         ImportError: ``config.lora`` without PEFT.
     """
     PartialState()  # where there are several processes, they meet
-    if process_index() > 0:
-        say = _say_nothing
     folder = RunFolder(config.output)
-    on_main_process(lambda: folder.check_usable(config.resume))
+    with folder.locked() if process_index() == 0 else nullcontext():
+        return _run_in(folder, config, say if process_index() == 0 else _say_nothing)
+
+
+def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], None]) -> Results:
+    on_main_process(lambda: folder.check_usable(config))
     needs = [get_need(name) for name in config.needs]
     _reinforcement_arguments(config)  # options that contradict each other are an error before anything is loaded
     parse_metric(config.metric)
@@ -113,10 +116,14 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
     evaluate = Evaluation(tests, builder, config.num_ranked)
 
     # From here on the folder is written to; mistakes that can be seen before have left no trace.
-    folder.path.mkdir(parents=True, exist_ok=True)
-    log = StepLog(folder.log, append=config.resume)
+    on_main_process(lambda: folder.write_config(config))
     info = RunInfo.of(config, builder, dataset)
-    if not (config.resume and folder.has_base()):
+    resumed = config.resume and folder.has_base()
+    checkpoint = of_main_process(folder.latest_checkpoint(say) if resumed and process_index() == 0 else None)
+    if resumed:
+        on_main_process(lambda: folder.cut_log(checkpoint[0] if checkpoint else None))
+    log = StepLog(folder.log, append=resumed)
+    if not resumed:
         if config.lora is not None and config.model == EMBEDDED:
             on_main_process(lambda: folder.save_backbone(model))
             model.active_peft_config.base_model_name_or_path = str(folder.backbone.absolute())
@@ -124,7 +131,7 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
             _supervise(model, "format", config.warmup_steps, config, examples, builder, log)
         on_main_process(lambda: folder.save_base(model, tokenizer, info))
     results.per_list["base"] = evaluate(model, "base")
-    if config.warmup == "listwise" and not _checkpoint(config):
+    if config.warmup == "listwise" and checkpoint is None:
         with clock.stage("listwise warm-up"):
             _supervise(model, "listwise", config.listwise_steps, config, examples, builder, log)
         results.per_list[WARM_START] = evaluate(model, WARM_START)
@@ -134,7 +141,7 @@ def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print)
 
     with clock.stage("reinforcement") as stage, ExitStack() as listening:
         profile = listening.enter_context(profile_steps()) if config.profile else None
-        _reinforce(model, config, examples, builder, log, evaluate, stage)
+        _reinforce(model, config, examples, builder, log, evaluate, stage, checkpoint)
     if profile is not None:
         say(profile.table())
     if config.lora is not None and config.lora_save == "merged":
@@ -198,11 +205,6 @@ def evaluate_run(
 
 def _say_nothing(text: str) -> None:
     """What the other processes say."""
-
-
-def _checkpoint(config: ExperimentConfig) -> tuple[int, Path] | None:
-    """Step and folder of the checkpoint that a resumed run goes on from."""
-    return RunFolder(config.output).latest_checkpoint() if config.resume else None
 
 
 def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, learning_rate: float) -> dict[str, Any]:
@@ -281,12 +283,23 @@ def _reinforcement_arguments(config: ExperimentConfig) -> FlexRecConfig:
     return FlexRecConfig(**common, **config.of_trainer())
 
 
-def _reference(model: Any, config: ExperimentConfig) -> Any:
+class _Seal(TrainerCallback):
+    """Says of every checkpoint that it is whole, after all processes have written their part."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        on_main_process(lambda: None)
+        on_main_process(lambda: self.folder.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+
+
+def _reference(model: Any, config: ExperimentConfig, resumed: bool) -> Any:
     """A copy of the policy that reinforcement starts from, where the KL needs one; adapters need none."""
     if config.beta == 0 or config.lora is not None:
         return None
     folder = RunFolder(config.output)
-    if _checkpoint(config):  # the policy has moved on
+    if resumed:  # the policy has moved on
         return folder.load_reference()
     on_main_process(lambda: folder.save_reference(model))
     return copy.deepcopy(model)
@@ -300,12 +313,15 @@ def _reinforce(
     log: StepLog,
     evaluate: Evaluation,
     stage: Stage,
+    checkpoint: tuple[int, Path] | None,
 ) -> None:
-    step, checkpoint = _checkpoint(config) or (0, None)
-    if checkpoint is not None and step >= config.steps:  # interrupted after the last step
-        load_checkpoint(model, checkpoint)
+    step, saved = checkpoint or (0, None)
+    if saved is not None and step >= config.steps:  # interrupted after the last step
+        load_checkpoint(model, saved)
         return
-    reference = _reference(model, config)  # before there are arguments, by which DeepSpeed would spread it
+    reference = _reference(
+        model, config, resumed=saved is not None
+    )  # before there are arguments, by which DeepSpeed would spread it
     trainer = FlexRecTrainer(
         _to_train(model),
         _reinforcement_arguments(config),
@@ -313,7 +329,7 @@ def _reinforce(
         reference=reference,
         separator=builder.separator,
         end=builder.end,
-        callbacks=[log.of_stage("reinforcement"), ProgressBar("reinforcement")],
+        callbacks=[log.of_stage("reinforcement"), ProgressBar("reinforcement"), _Seal(RunFolder(config.output))],
     )
     if config.eval_every:
 
@@ -322,7 +338,7 @@ def _reinforce(
                 return evaluate(whole, name)
 
         trainer.add_callback(Curve(evaluate_whole, log, config.eval_every, stage))
-    _train(trainer, model, checkpoint)
+    _train(trainer, model, saved)
 
 
 def _equal_time_steps(clock: Clock, config: ExperimentConfig) -> int:

@@ -158,8 +158,8 @@ def uncertainty_weights(
     Example:
         >>> variance = torch.tensor([[0.0, 0.1], [0.1, 0.2]])  # of the rewards of two rollouts of one prompt
         >>> flexrec.uncertainty_weights(variance, 2).round(decimals=2)
-        tensor([[1.5000],
-                [0.5000]])
+        tensor([[1.2500],
+                [0.7500]])
     """
     check_tensor("variance", variance, ("N", "K"))
     check_choice("level", level, ("rollout", "item"))

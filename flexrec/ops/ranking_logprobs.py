@@ -142,13 +142,10 @@ def ranking_logprobs_with_kl(
         TypeError, ValueError: as of :func:`ranking_logprobs`; no reference, or two.
 
     Example:
-        >>> hidden, candidates, ranking = torch.ones(1, 3, 4), torch.tensor([[5, 6, 7]]), torch.tensor([[2, 0, 1]])
-        >>> unsure, sure = torch.zeros(2, 9, 4)
-        >>> sure[7] = 5.0
-        >>> reference = {"ref_hidden": hidden, "ref_weight": unsure}
-        >>> found = flexrec.ranking_logprobs_with_kl(hidden, sure, candidates, ranking, **reference)
-        >>> found.kl.round(decimals=3)  # at rank 1, 7 is certain to the one, and one of three to the other: log 3
-        tensor([[1.0990, 0.0000, 0.0000]])
+        >>> given = torch.ones(1, 3, 4), torch.zeros(9, 4), torch.tensor([[5, 6, 7]]), torch.tensor([[2, 0, 1]])
+        >>> found = flexrec.ranking_logprobs_with_kl(*given, ref_hidden=given[0], ref_weight=torch.eye(9, 4))
+        >>> found.kl  # to both models 5, 6 and 7 are alike
+        tensor([[0., 0., 0.]])
     """
     lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
     lists = add_reference(lists, ref_hidden, ref_weight, ref_bias, ref_logits)
@@ -178,9 +175,8 @@ def ranking_kl(
     and errors are its own.
 
     Example:
-        >>> hidden, other = torch.zeros(1, 3, 4), torch.ones(1, 3, 4)
-        >>> weight, candidates, ranking = torch.zeros(9, 4), torch.tensor([[5, 6, 7]]), torch.tensor([[2, 0, 1]])
-        >>> flexrec.ranking_kl(hidden, weight, other, weight, candidates, ranking)  # to both, all tokens are alike
+        >>> models = torch.zeros(1, 3, 4), torch.zeros(9, 4), torch.ones(1, 3, 4), torch.eye(9, 4)
+        >>> flexrec.ranking_kl(*models, torch.tensor([[5, 6, 7]]), torch.tensor([[2, 0, 1]]))  # alike to both
         tensor([[0., 0., 0.]])
     """
     return ranking_logprobs_with_kl(

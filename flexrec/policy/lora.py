@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 OLDEST_PEFT = "0.19.0"  # as in pyproject.toml; in older ones a second adapter breaks tied embeddings with trained rows
 ADAPTER_FILE = "adapter_config.json"  # PEFT's; a folder that has it holds adapters and no whole model
 BACKBONE = "backbone"  # in a run's folder: the model that its adapters belong to, where that has no name
+# How what a run wrote is loaded: from its folder alone, and nothing of it is executed.
+OF_A_RUN = {"local_files_only": True, "trust_remote_code": False}
 REFERENCE = "reference"  # name of the frozen adapter that the policy is compared with
 
 
@@ -135,12 +137,18 @@ def load_model(folder: Path, tokenizer: Any, *, backbone: Path | None = None, tr
         ValueError: the adapters' model cannot be loaded.
     """
     if not (folder / ADAPTER_FILE).is_file():
-        return AutoModelForCausalLM.from_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, **OF_A_RUN)
     peft = require_peft()
     backbone = folder / BACKBONE if backbone is None else backbone
-    name = backbone if backbone.is_dir() else peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
+    name = (
+        backbone
+        if backbone.is_dir()
+        else peft.PeftConfig.from_pretrained(folder, local_files_only=True).base_model_name_or_path
+    )
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name)
+        # A model with a name may have to be fetched by it; a folder is never looked up anywhere else.
+        here = isinstance(name, Path) or Path(name).is_absolute()
+        model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, local_files_only=here)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} holds adapters of the model {str(name)!r}, which cannot be loaded: {error}"
@@ -148,7 +156,7 @@ def load_model(folder: Path, tokenizer: Any, *, backbone: Path | None = None, tr
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         # The rows of new items come with the adapters; no other is ever read.
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8, mean_resizing=False)
-    return peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    return peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable, local_files_only=True)
 
 
 def keep_reference(model: Any) -> None:

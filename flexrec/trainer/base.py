@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from flexrec.profiling import active_profile, span
 from flexrec.rankings.reasoning import ReasoningTokens
 from flexrec.task.examples import Example, marks_of, prompts_and_candidates
 from flexrec.trainer.callbacks import ProfileSteps
+
+MAX_NOT_FINITE = 3  # updates in a row
 
 LossAndMetrics = tuple[torch.Tensor, Mapping[str, float | torch.Tensor]]
 
@@ -78,11 +81,13 @@ class RankingTrainer(Trainer):
         self.add_callback(ProfileSteps())
         self._told_epochs: list[Any] = [train_dataset] if hasattr(train_dataset, "set_epoch") else []
         self.add_callback(_TellEpochs(self._told_epochs))
+        self.add_callback(_KeepFinite(self))
         self.model_accepts_loss_kwargs = False  # the loss is a mean: the base class divides it among micro-batches
         self.separator = tuple(separator)
         self.end = tuple(end)
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
         self._slot = 0
+        self._loss_is_finite = True  # of every micro-batch of the update, on every process
 
     def ranking_loss(self, model: Any, examples: list[Example]) -> LossAndMetrics:
         """The loss of a micro-batch and numbers for the log, of which the means over the processes count."""
@@ -98,8 +103,12 @@ class RankingTrainer(Trainer):
         with span("log-probs and loss"):
             loss, metrics = self.ranking_loss(model, inputs["examples"])
         self._slot += 1
-        numbers = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=loss.device) for v in metrics.values()])
-        for name, value in zip(metrics, self.accelerator.reduce(numbers, "mean").tolist(), strict=True):
+        numbers = torch.stack(
+            [torch.as_tensor(v, dtype=torch.float32, device=loss.device) for v in (loss.detach(), *metrics.values())]
+        )
+        mean_loss, *means = self.accelerator.reduce(numbers, "mean").tolist()
+        self._loss_is_finite &= math.isfinite(mean_loss)
+        for name, value in zip(metrics, means, strict=True):
             self._step_metrics[name].append(value)
         return (loss, {}) if return_outputs else loss
 
@@ -131,6 +140,7 @@ class RankingTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._slot = 0  # the micro-batches of an update begin
+        self._loss_is_finite = True
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -203,6 +213,40 @@ class EpochOrder(Sampler):
         for start in range(0, self.size - self.per_update + 1, self.per_update):
             for _ in range(self.repeats):
                 yield from order[start : start + self.per_update]
+
+
+class _KeepFinite(TrainerCallback):
+    """Applies no update whose loss or gradient is not finite, saves nothing after one, and ends what goes on so."""
+
+    def __init__(self, trainer: RankingTrainer) -> None:
+        self.trainer = trainer
+        self.in_a_row = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norms = torch._foreach_norm(gradients) if gradients else []
+        finite = torch.stack([_whole(norm).isfinite().float() for norm in norms]).min() if norms else torch.ones(())
+        finite = self.trainer.accelerator.reduce(finite.to(args.device), "mean")
+        # In float16 gradients may overflow until their scale is found: the scaler passes such updates over.
+        if self.trainer._loss_is_finite and (args.fp16 or finite == 1):
+            self.in_a_row = 0
+            return
+        model.zero_grad(set_to_none=True)  # the optimiser leaves alone what has no gradient
+        self.in_a_row += 1
+        if self.in_a_row == MAX_NOT_FINITE:
+            raise ValueError(
+                f"step {state.global_step + 1} of {getattr(self.trainer, 'stage', 'reinforcement')}: the loss or its "
+                f"gradient was not finite {MAX_NOT_FINITE} times in a row; lower the learning rate "
+                f"({args.learning_rate:g}), or see whether the model's weights are numbers; checkpoints are kept"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save &= self.in_a_row == 0
+
+
+def _whole(norm: torch.Tensor) -> torch.Tensor:
+    """A norm that every process knows, of a gradient that may be spread over them."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 class _TellEpochs(TrainerCallback):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,19 @@ class Clock:
         self.seconds[name] = stage.elapsed()
 
 
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON as others read it: numbers that are not finite, of which it knows none, are null."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: known(one) for name, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [known(one) for one in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(known(content), indent=indent, allow_nan=False)
+
+
 class StepLog:
     """A line of JSON per optimiser step, written as it happens, by the main process."""
 
@@ -61,7 +75,7 @@ class StepLog:
     def write(self, **entry: Any) -> None:
         if process_index() == 0:
             with self.path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(to_json(entry) + "\n")
 
     def of_stage(self, stage: str) -> TrainerCallback:
         log = self

@@ -59,7 +59,7 @@ class FlexRecConfig(TrainerOptions, TrainingArguments):
     """
 
     max_reasoning_tokens: int | None = option(
-        None, "reason before the ranking, in so many tokens at most; default: do not", low=1
+        None, "reason before the ranking, in so many tokens at most; default: do not", low=0
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Examples carry no columns to remove."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "A batch is whole, or it is not trained on."})

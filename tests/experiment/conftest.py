@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from flexrec.data import simulate
 from flexrec.evaluation import evaluate
 from flexrec.experiment import model as model_module
-from flexrec.experiment import run_folder, stages
+from flexrec.experiment import stages
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.trainer import callbacks
 
@@ -57,6 +57,8 @@ class Recorder:
         self.recorded.seconds += self.recorded.pace[self.stage] * self.args.max_steps
         with torch.no_grad():
             marked(self.model).add_(MARKS[self.stage])
+        if self.stage == self.recorded.stops_after:
+            raise KeyboardInterrupt
 
     def remove_callback(self, callback):
         pass
@@ -83,26 +85,22 @@ class Recorded:
 
     def __init__(self, monkeypatch):
         self.monkeypatch = monkeypatch
-        self.stages, self.evaluated, self.seeds, self.num_ranked = [], [], {}, set()
+        self.stages, self.evaluated, self.said, self.seeds, self.num_ranked = [], [], [], {}, set()
+        self.stops_after = None
         self.seconds = 0.0
         self.pace = {"format": 1.0, "listwise": 1.0, "reinforcement": 1.0}  # seconds a step
 
-    @staticmethod
-    def run(folder, **changes):
+    def run(self, folder, **changes):
         few = {"steps": 4, "warmup_steps": 3, "listwise_steps": 2, "prompts_per_step": 4, "needs": ("interest",)}
         config = ExperimentConfig(output=str(folder), **{**few, **changes})
-        return stages.run_experiment(config, say=lambda text: None)
+        return stages.run_experiment(config, say=self.said.append)
 
     def interrupt(self, folder, **changes):
-        """Run up to where the trained model would be saved."""
-
-        def stop(*args, **kwargs):
-            raise KeyboardInterrupt
-
-        with self.monkeypatch.context() as patch:
-            patch.setattr(run_folder.RunFolder, "save", stop)
-            with pytest.raises(KeyboardInterrupt):
-                self.run(folder, **changes)
+        """Run up to the last step of reinforcement."""
+        self.stops_after = "reinforcement"
+        with pytest.raises(KeyboardInterrupt):
+            self.run(folder, **changes)
+        self.stops_after = None
 
     def of(self, stage):
         return [one for one in self.stages if one.stage == stage]

@@ -1,11 +1,17 @@
 """Resuming an interrupted run: from where, with which weights, with which reference."""
 
+import json
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flexrec.experiment import run_folder
+from flexrec import cli
+from flexrec.experiment import run_folder, stages
+from flexrec.experiment.run_folder import RunFolder
 
 
 def test_resuming_continues_from_the_latest_checkpoint_and_the_first_reference(tmp_path, recorded):
@@ -14,6 +20,7 @@ def test_resuming_continues_from_the_latest_checkpoint_and_the_first_reference(t
     recorded.interrupt(folder, **options)
     for step in (2, 9, 10):
         (folder / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+        RunFolder(folder).seal(folder / "checkpoints" / f"checkpoint-{step}")
     recorded.stages.clear()
     recorded.evaluated.clear()
     results = recorded.run(folder, **options, resume=True)
@@ -26,7 +33,7 @@ def test_resuming_continues_from_the_latest_checkpoint_and_the_first_reference(t
 
 
 def test_resuming_before_the_first_checkpoint_starts_from_the_base(tmp_path, recorded):
-    recorded.interrupt(tmp_path / "run")
+    recorded.interrupt(tmp_path / "run", listwise_baseline=False)
     recorded.stages.clear()
     recorded.run(tmp_path / "run", resume=True, listwise_baseline=False)
     assert [(s.stage, s.mark_before, s.checkpoint) for s in recorded.stages] == [
@@ -44,11 +51,12 @@ def test_resuming_after_the_last_step_takes_the_checkpoints_weights(tmp_path, re
     if lora:
         pytest.importorskip("peft")
     folder = tmp_path / "run"
-    recorded.interrupt(folder, listwise_baseline=False, **{**lora, **({"lora_save": "adapter"} if lora else {})})
+    recorded.interrupt(folder, listwise_baseline=False, **lora)
     trained = recorded.of("reinforcement")[0].model
     with torch.no_grad():
         recorded.marked(trained).fill_(0.375)
     trained.save_pretrained(folder / "checkpoints" / "checkpoint-4")
+    RunFolder(folder).seal(folder / "checkpoints" / "checkpoint-4")
     recorded.stages.clear()
     recorded.evaluated.clear()
     saved = []
@@ -88,3 +96,192 @@ def test_a_resumed_run_keeps_what_the_warm_start_was_worth(tmp_path, recorded):
     for metric, values in found.items():
         np.testing.assert_array_equal(values, expected[f"warm start/interest/{metric}"])
     assert list(results.per_list)[:3] == ["base", "warm start", "trained"]
+
+
+def test_a_run_is_resumed_as_it_was_configured(tmp_path, recorded):
+    """No option need be repeated; one that differs is refused by name, but for those that change no result."""
+    folder = tmp_path / "run"
+    recorded.interrupt(folder, seed=13)
+    before = (folder / "experiment.json").read_text()
+    for name, value in {
+        "seed": 14,
+        "needs": ("trend",),
+        "credit": "swap",
+        "encoding": "index",
+        "steps": 5,
+        "learning_rate": 0.25,
+        "temperature": 0.5,
+        "lora": 2,
+    }.items():
+        with pytest.raises(ValueError, match=rf"--resume continues the run .*\b{name}="):
+            recorded.run(folder, **{"seed": 13, name: value}, resume=True)
+    assert (folder / "experiment.json").read_text() == before
+    recorded.stages.clear()
+    recorded.run(folder, seed=13, resume=True, save_every=2, eval_every=1, listwise_baseline=False)
+    assert [stage.stage for stage in recorded.stages] == ["listwise", "reinforcement"]
+
+
+def test_resume_needs_no_other_option(tmp_path, recorded, capsys):
+    folder = tmp_path / "run"
+    recorded.interrupt(folder, seed=13, needs=("trend", "interest"), metric="recall@3")
+    command = ["train", "--output", str(folder), "--resume"]
+    assert cli.main([*command, "--seed", "0"]) == 2
+    assert "seed=13: got 0" in capsys.readouterr().err
+    moved = folder.rename(tmp_path / "moved")
+    assert cli.main([command[0], "--output", str(moved), "--resume", "--seed", "13", "--no-listwise-baseline"]) == 0
+    config = json.loads((moved / "metrics.json").read_text())["config"]
+    assert (config["seed"], config["needs"], config["metric"]) == (13, ["trend", "interest"], "recall@3")
+    assert not config["listwise_baseline"]
+
+
+def test_the_folder_of_something_else_is_not_resumed(tmp_path, recorded):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileNotFoundError, match=r"is not the folder of a run: it has no experiment\.json"):
+        recorded.run(tmp_path, resume=True)
+    recorded.run(tmp_path / "new", resume=True, listwise_baseline=False)
+    assert [stage.stage for stage in recorded.stages] == ["format", "listwise", "reinforcement"]
+
+
+@pytest.fixture
+def interrupted(tmp_path, recorded):
+    """A run with whole checkpoints of steps 2 and 9, and what was said when it was resumed."""
+    folder = tmp_path / "run"
+    recorded.interrupt(folder, steps=12, listwise_baseline=False)
+    for step in (2, 9):
+        checkpoint = folder / "checkpoints" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "optimizer.pt").write_bytes(b"moments" * 1000)
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        RunFolder(folder).seal(checkpoint)
+    recorded.stages.clear()
+    return folder
+
+
+def resume(recorded, folder):
+    """The checkpoint that a resumed run goes on from."""
+    recorded.run(folder, steps=12, resume=True, listwise_baseline=False)
+    return recorded.of("reinforcement")[0].checkpoint
+
+
+def test_what_was_not_written_to_its_end_is_passed_over(recorded, interrupted):
+    """As a kill or a full disk leaves it: without the manifest, which comes last; and so is what is no checkpoint."""
+    checkpoints = interrupted / "checkpoints"
+    (checkpoints / "checkpoint-best").mkdir()
+    (checkpoints / "checkpoint-11").mkdir()
+    (checkpoints / "checkpoint-11" / "optimizer.pt").write_bytes(b"mom")
+    (checkpoints / "checkpoint-10").mkdir()
+    (checkpoints / "checkpoint-10" / "manifest.json.partial").write_text("{")
+    assert resume(recorded, interrupted) == str(checkpoints / "checkpoint-9")
+    passed_over = [text for text in recorded.said if "passed over" in text]
+    assert ["checkpoint-11" in passed_over[0], "checkpoint-10" in passed_over[1]] == [True, True]
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt is missing: delete checkpoint-9"),
+        (lambda c: flip_a_bit(c / "optimizer.pt"), "optimizer.pt is not as it was written"),
+        (lambda c: (c / "optimizer.pt").write_bytes(b"mom"), "optimizer.pt is not as it was written"),
+        (lambda c: (c / "trainer_state.json").write_text('{"global_step": 3}'), "trainer_state.json is not as it was"),
+        (lambda c: (c / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (lambda c: (c / "manifest.json").write_text("[]"), "manifest.json is damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(recorded, interrupted, damage, message):
+    checkpoint = interrupted / "checkpoints" / "checkpoint-9"
+    damage(checkpoint)
+    with pytest.raises(ValueError, match=message):
+        resume(recorded, interrupted)
+    shutil.rmtree(checkpoint)
+    assert resume(recorded, interrupted).endswith("checkpoint-2")
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, recorded, interrupted):
+    other = tmp_path / "other"
+    recorded.interrupt(other, steps=12, seed=1)
+    checkpoint = other / "checkpoints" / "checkpoint-10"
+    shutil.copytree(interrupted / "checkpoints" / "checkpoint-9", checkpoint)
+    with pytest.raises(ValueError, match="checkpoint-10 is of another run"):
+        recorded.run(other, steps=12, seed=1, resume=True)
+
+
+def test_a_damaged_base_or_reference_is_refused_by_name(tmp_path, recorded):
+    folder = tmp_path / "run"
+    options = {"beta": 0.1, "steps": 12, "listwise_baseline": False}
+    recorded.interrupt(folder, **options)
+    checkpoint = folder / "checkpoints" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    RunFolder(folder).seal(checkpoint)
+    whole = (folder / "reference" / "model.safetensors").read_bytes()
+    (folder / "reference" / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"reference/model\.safetensors is not as it was written"):
+        recorded.run(folder, **options, resume=True)
+    shutil.rmtree(folder / "reference")
+    with pytest.raises(FileNotFoundError, match="reference is missing"):
+        recorded.run(folder, **options, resume=True)
+    flip_a_bit(folder / "base" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"base/model\.safetensors is not as it was written"):
+        recorded.run(folder, **options, resume=True)
+
+
+def test_checkpoints_of_a_training_are_sealed(tmp_path):
+    """By the callback that the trainer is given, in the folder that it writes to."""
+    run = RunFolder(tmp_path)
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "weights").write_bytes(b"1234")
+    args, state = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=3)
+    (tmp_path / "experiment.json").write_text("{}")
+    stages._Seal(run).on_save(args, state, None)
+    run.check_sealed(tmp_path / "checkpoint-3")
+
+
+def steps_of(folder):
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [(line["stage"], line["step"]) for line in lines]
+
+
+def test_the_log_of_a_resumed_run_has_no_step_twice(tmp_path):
+    run = RunFolder(tmp_path)
+    done = [("format", n) for n in (1, 2)] + [("listwise", n) for n in (1, 2)]
+    reinforced = [("reinforcement", 1), ("reinforcement", 2), ("evaluation", 2), ("reinforcement", 3)]
+    baseline = [("listwise", 1), ("listwise", 2)]
+
+    def cut(lines, step, torn=""):
+        text = "".join(json.dumps({"stage": stage, "step": step}) + "\n" for stage, step in lines)
+        run.log.write_text(text + torn)
+        run.cut_log(step)
+        return steps_of(tmp_path)
+
+    assert cut([*done, *reinforced], 2) == [*done, *reinforced[:3]]
+    assert cut([*done, *reinforced, *baseline], 3) == [*done, *reinforced], "the baseline is trained again"
+    assert cut([*done, *reinforced], None) == done[:2], "no checkpoint: the warm-up is made again"
+    assert cut(done, 2, torn='{"stage": "rein') == done
+    run.log.unlink()
+    run.cut_log(2)
+    assert run.log.read_text() == ""
+
+
+# One run at a time
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path, recorded, monkeypatch):
+    """Before anything is loaded; the folder is free again afterwards."""
+    folder = tmp_path / "deep" / "run"
+    with RunFolder(folder).locked():
+        monkeypatch.setattr(stages, "load_dataset", lambda *args: pytest.fail("loaded"))
+        for more in ({}, {"resume": True}):
+            with pytest.raises(FileExistsError, match=f"--output {folder} is in use by another run"):
+                recorded.run(folder, **more)
+    monkeypatch.undo()
+    assert not (tmp_path / "deep").exists(), "what came to nothing leaves no folder"
+    with RunFolder(folder).locked():
+        (folder / "log.jsonl").write_text("")
+    assert (folder / "log.jsonl").exists()
+    with RunFolder(folder).locked():
+        pass

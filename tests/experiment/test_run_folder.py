@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexrec.evaluation.statistics import relative_change
 from flexrec.experiment.config import ExperimentConfig
@@ -136,3 +139,37 @@ def test_metrics_compare_users_and_state_the_configuration(tmp_path, recorded):
     assert set(changes) == set(results.per_list) - {"trained"}
     for base, change in changes.items():
         assert change == pytest.approx(dataclasses.asdict(results.compare("trained", base, "interest")), nan_ok=True)
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora": 2, "lora_save": "adapter"}], ids=["whole", "adapter"])
+def test_what_a_run_wrote_is_loaded_from_there_alone_and_executes_nothing(tmp_path, recorded, monkeypatch, lora):
+    asked = []
+    for loader in (AutoModelForCausalLM, AutoTokenizer):
+
+        def spy(name, *args, load=loader.from_pretrained, **options):
+            asked.append((Path(name), options.get("local_files_only"), options.get("trust_remote_code")))
+            return load(name, *args, **options)
+
+        monkeypatch.setattr(loader, "from_pretrained", spy)
+    folder = tmp_path / "run"
+    beta = {"beta": 0.1, "listwise_baseline": False}
+    recorded.interrupt(folder, **beta, **lora)
+    checkpoint = folder / "checkpoints" / "checkpoint-2"
+    recorded.of("reinforcement")[0].model.save_pretrained(checkpoint)
+    RunFolder(folder).seal(checkpoint)
+    recorded.run(folder, **beta, **lora, resume=True)
+    RunFolder(folder).load()
+    loaded = {path.relative_to(folder).as_posix() for path, *_ in asked}
+    assert loaded >= ({"base", "backbone", "."} if lora else {"base", "reference", "."})
+    assert {(local, remote_code) for _, local, remote_code in asked} == {(True, False)}
+
+
+def test_files_of_a_run_have_the_mode_that_others_have(tmp_path, recorded):
+    before = os.umask(0o027)
+    try:
+        recorded.run(tmp_path / "run", beta=0.1, listwise_baseline=False)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {"model.safetensors", "tokenizer.json", "metrics.json", "per_list.npz", "log.jsonl"} <= set(modes)
+    assert {name: mode for name, mode in modes.items() if mode != 0o640} == {}
