@@ -13,7 +13,7 @@ from flexrec.experiment import stages as experiment
 from flexrec.experiment.run_folder import RunFolder
 from flexrec.policy.lora import add_lora, save_adapters
 from flexrec.policy.small_model import build_model, build_tokenizer
-from flexrec.task.prompts import item_token
+from flexrec.task.prompts import NOVELTY_MARKS, RISE_MARKS, item_token
 
 SMALL = ["--need", "interest", "--no-critic", "--prompts-per-step", "8"]
 SMALL += ["--warmup-steps", "2", "--listwise-steps", "2", "--steps", "4"]
@@ -70,7 +70,9 @@ def test_merged_run_is_a_whole_model(tmp_path):
     items = tokenizer.convert_tokens_to_ids([item_token(i) for i in ids])
     change = (model.get_input_embeddings().weight - start.get_input_embeddings().weight).abs().amax(dim=1)
     assert change[items].min() > 0, "every item's row is trained"
-    change[items] = 0
+    marks = tokenizer.convert_tokens_to_ids([*RISE_MARKS, *NOVELTY_MARKS])
+    assert (change[marks] > 0).sum() > 6, "and those of the marks that occurred"
+    change[[*items, *marks]] = 0
     assert change.max() == 0, "and no other"
     assert same_by_evaluate(folder, tmp_path)
     kl = kl_by_step(folder)
