@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import errno
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, Field, fields
 from functools import partial
@@ -244,28 +245,41 @@ def _rank(arguments: argparse.Namespace) -> int:
     generator = torch.Generator(ranker.model.device).manual_seed(arguments.seed)
     failed = 0
     with ExitStack() as files:
-        source: IO[str] = sys.stdin
-        target: IO[str] = sys.stdout
+        source: IO[bytes] = sys.stdin.buffer
+        target: IO[bytes] = sys.stdout.buffer
         if arguments.input != "-":
-            source = files.enter_context(open(arguments.input, encoding="utf-8"))
+            source = files.enter_context(open(arguments.input, "rb"))
         if arguments.output:
-            target = files.enter_context(open(arguments.output, "w", encoding="utf-8"))
+            target = files.enter_context(open(arguments.output, "xb"))
         for part in _in_parts(source, arguments.batch_size):
-            for answer in _answer(partial(ranker.rank, decoding=decoding, generator=generator), part):
+            answers = _answer(partial(ranker.rank, decoding=decoding, generator=generator), part)
+            for answer in answers:
                 if "error" in answer:
                     failed += 1
                     print(f"{arguments.input}, line {answer['line']}: {answer['error']}", file=sys.stderr)
-                target.write(json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n")
+            # UTF-8 whatever the locale, and whole lines only, however the process may end.
+            lines = [json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n" for answer in answers]
+            target.write("".join(lines).encode("utf-8", "backslashreplace"))
             target.flush()
     return 1 if failed else 0
 
 
-def _in_parts(lines: IO[str], size: int) -> Any:
-    """Non-empty lines with their numbers, a batch at a time."""
-    part: list[tuple[int, str]] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            part.append((number, line))
+MAX_LINE = 16 * 2**20  # bytes of a request
+
+
+def _in_parts(source: IO[bytes], size: int) -> Iterator[list[tuple[int, bytes | None]]]:
+    """Lines that are not empty with their numbers, a batch at a time; None in place of one that is too long to hold."""
+    part: list[tuple[int, bytes | None]] = []
+    number = 0
+    while line := source.readline(MAX_LINE + 1):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        whole = len(line) <= MAX_LINE
+        while not whole and not line.endswith(b"\n") and (line := source.readline(MAX_LINE)):
+            pass
+        if not whole or line.strip():
+            part.append((number, line if whole else None))
         if len(part) == size:
             yield part
             part = []
@@ -274,7 +288,7 @@ def _in_parts(lines: IO[str], size: int) -> Any:
 
 
 def _answer(
-    rank: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], part: list[tuple[int, str]]
+    rank: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], part: Sequence[tuple[int, bytes | None]]
 ) -> list[dict[str, Any]]:
     """Answers of a batch of lines, in order; a line that is no request gets its error."""
     answers: list[dict[str, Any]] = []
@@ -282,14 +296,30 @@ def _answer(
     for position, (number, line) in enumerate(part):
         answers.append({"line": number})
         try:
-            request = json.loads(line)
-        except json.JSONDecodeError as error:
-            answers[position]["error"] = f"no valid JSON: {error}"
-            continue
-        if not isinstance(request, dict):
-            answers[position]["error"] = f"a request is a JSON object, got {type(request).__name__}"
-            continue
-        requests.append((position, request))
+            requests.append((position, _request(line)))
+        except ValueError as error:
+            answers[position]["error"] = str(error)
     for (position, _), answer in zip(requests, rank([r for _, r in requests]), strict=True):
         answers[position] |= answer
     return answers
+
+
+def _request(line: bytes | None) -> dict[str, Any]:
+    """The request that a line holds; a ValueError says why it holds none."""
+    if line is None:
+        raise ValueError(f"a request has at most {MAX_LINE} bytes")
+
+    def no_number(text: str) -> Any:
+        raise ValueError(f"no valid JSON: {text} is no number of JSON's")
+
+    try:
+        request = json.loads(line.decode("utf-8"), parse_constant=no_number)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no valid UTF-8: byte {line[error.start]:#04x} at {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("no valid JSON: it is nested too deeply") from error
+    if not isinstance(request, dict):
+        raise ValueError(f"a request is a JSON object, got {type(request).__name__}")
+    return request

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from flexrec.evaluation.evaluate import check_outputs
 from flexrec.experiment.run_folder import RunFolder
 from flexrec.task.needs import get_need, novelty_of
 from flexrec.task.prompts import Item, strongest_risers
+
+MAX_TOKENS = 2**16  # of prompts that are decoded together, padding included
 
 
 class Ranker:
@@ -49,9 +52,10 @@ class Ranker:
         """
         decoding = decoding or Decoding()
         answers: list[dict[str, Any]] = [{} for _ in requests]
-        prompts, candidates, marks, readable = [], [], [], []
+        readable: list[_Readable] = []
         for i, request in enumerate(requests):
             try:
+                check_text(request)
                 items = self._candidates(request)
                 trend = np.array([self._trend.get(item.id, 0.0) for item in items])
                 rising = [items[j] for j in strongest_risers(trend)]
@@ -59,25 +63,39 @@ class Ranker:
                 prompt, _ = self.builder.prompt(self._wording(request), history, items, liked=liked, rising=rising)
                 tokens = self.builder.candidate_tokens(items)
                 described = self._marks(items, history, trend)
+                self._check_length(prompt, tokens, decoding)
             except ValueError as error:
                 answers[i] = {"error": str(error)}
                 continue
-            prompts.append(prompt)
-            candidates.append(tokens)
-            marks.append(described)
-            readable.append((i, items))
-        if prompts:
-            rollout = self._decode(prompts, candidates, marks if self.builder.marked else None, decoding, generator)
+            ids = [entry["id"] if isinstance(entry, dict) else entry for entry in request["candidates"]]
+            readable.append(_Readable(i, ids, prompt, tokens, described))
+        for part in _together(readable, max(decoding.num_beams, decoding.best_of)):
+            marks = [one.marks for one in part] if self.builder.marked else None
+            rollout = self._decode(
+                [one.prompt for one in part], [one.tokens for one in part], marks, decoding, generator
+            )
             check_outputs(rollout)
-            for (i, items), ranking, logprobs in zip(readable, rollout.rankings, rollout.logprobs, strict=True):
-                answers[i] = {
+            for one, ranking, logprobs in zip(part, rollout.rankings, rollout.logprobs, strict=True):
+                answers[one.position] = {
                     "ranking": [
-                        {"id": items[c].id, "probability": round(float(np.exp(lp)), 6)}
+                        {"id": one.ids[c], "probability": round(float(np.exp(lp)), 6)}
                         for c, lp in zip(ranking, logprobs, strict=True)
                         if c >= 0
                     ]
                 }
         return answers
+
+    def _check_length(self, prompt: list[int], tokens: list[list[int]], decoding: Decoding) -> None:
+        """Raise a ValueError where the model has no positions for the prompt and the longest answer to it."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        ranks = min(decoding.num_ranked or self.info.num_ranked or len(tokens), len(tokens))
+        longest = max(map(len, tokens)) + len(self.builder.separator)
+        needed = len(prompt) + ranks * longest + len(self.builder.end)
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"the request takes {needed} tokens ({len(prompt)} of the prompt, up to {needed - len(prompt)} of the "
+                f"answer), and the model has {limit} positions: give fewer candidates, or shorter titles"
+            )
 
     def _decode(
         self,
@@ -130,9 +148,10 @@ class Ranker:
         if not isinstance(given, list) or not given:
             raise ValueError("'candidates' must be a list of at least one {'id': .., 'title': ..}")
         items = [self._item(entry, f"candidates[{j}]") for j, entry in enumerate(given)]
-        repeated = {item.id for item in items if sum(other.id == item.id for other in items) > 1}
+        counts = Counter(item.id for item in items)
+        repeated = [item_id for item_id, count in counts.items() if count > 1]
         if repeated:
-            raise ValueError(f"'candidates' has the id {sorted(repeated)[0]!r} more than once")
+            raise ValueError(f"'candidates' has the id {min(repeated)!r} more than once")
         return items
 
     def _history(self, request: dict[str, Any]) -> tuple[list[Item], list[bool]]:
@@ -143,26 +162,27 @@ class Ranker:
                 raise ValueError("'history' must be a list of ids or of {'id': .., 'title': ..}, oldest first")
             where = "history"
         elif "user" in request:
-            user = str(request["user"])
+            user = _id(request["user"], "user")
             if user not in self._histories:
                 raise ValueError(f"user {user!r} is not in the log of this run: give a 'history' instead")
             given, where = self._histories[user], "the user's history"
         else:
             raise ValueError("a request needs a 'history' (may be empty) or a 'user'")
         items = [self._item(entry, f"{where}[{j}]") for j, entry in enumerate(given)]
-        liked = [bool(entry.get("liked", True)) if isinstance(entry, dict) else True for entry in given]
+        liked = [entry.get("liked", True) if isinstance(entry, dict) else True for entry in given]
+        for j, mark in enumerate(liked):
+            if not isinstance(mark, bool):
+                raise ValueError(f"'liked' of '{where}[{j}]' must be true or false, got {_shown(mark)}")
         return items[-self.info.max_history :], liked[-self.info.max_history :]
 
     def _item(self, entry: Any, where: str = "item") -> Item:
+        title = None
         if isinstance(entry, dict):
             if entry.get("id") is None:
                 raise ValueError(f"'{where}' has no 'id'")
-            item_id = str(entry["id"])
-            title = entry.get("title")
-        elif isinstance(entry, (str, int)):
-            item_id, title = str(entry), None
+            item_id, title = _id(entry["id"], f"{where}.id"), entry.get("title")
         else:
-            raise ValueError(f"'{where}' must be an id or {{'id': .., 'title': ..}}, got {type(entry).__name__}")
+            item_id = _id(entry, where)
         if title is None:
             index = self._catalogue.index.get(item_id)
             title = None if index is None else self._catalogue.titles[index]
@@ -171,3 +191,53 @@ class Ranker:
         if not isinstance(title, str):
             raise ValueError(f"the title of '{where}' must be a string, got {type(title).__name__}")
         return Item(item_id, title)
+
+
+class _Readable(NamedTuple):
+    """A request that can be answered."""
+
+    position: int
+    ids: list[Any]  # (K,) of the candidates, as they came
+    prompt: list[int]
+    tokens: list[list[int]]
+    marks: list[list[int]] | None
+
+
+def _together(requests: Sequence[_Readable], copies: int) -> Iterator[list[_Readable]]:
+    """Parts of the requests, in order, whose prompts take at most ``MAX_TOKENS`` tokens, or are single ones."""
+    part: list[_Readable] = []
+    longest = 0
+    for request in requests:
+        longest = max(longest, len(request.prompt))
+        if part and longest * (len(part) + 1) * copies > MAX_TOKENS:
+            yield part
+            part, longest = [], len(request.prompt)
+        part.append(request)
+    if part:
+        yield part
+
+
+def check_text(request: Any) -> None:
+    """Raise a ValueError where a string anywhere in the request is no text: half of a surrogate pair."""
+    waiting = [request]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"half of a surrogate pair is no text, got {_shown(value)}")
+
+
+def _id(value: Any, where: str) -> str:
+    """An id as the catalogue knows it: strings and whole numbers are ids."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f"'{where}' must be an id, a string or a whole number, got {_shown(value)}")
+    return str(value)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: short, on one line, and text."""
+    shown = ascii(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
