@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexrec.evaluation.statistics import relative_change
 from flexrec.experiment.config import ExperimentConfig
-from flexrec.experiment.run_folder import Results, RunFolder
+from flexrec.experiment.run_folder import Results, RunFolder, RunInfo
 
 
 @pytest.fixture
@@ -113,6 +114,15 @@ def test_the_run_says_how_it_is_to_be_asked(tmp_path, recorded):
     found = json.loads((tmp_path / "index" / "flexrec.json").read_text())
     assert (found["encoding"], found["show_titles"], found["show_rising"]) == ("index", True, True)
     assert (found["needs"], found["num_ranked"], found["temperature"]) == (["explore", "trend"], None, 0.3)
+
+
+def test_a_request_may_show_as_much_history_as_the_longest_that_was_trained(dataset):
+    """Some users had little before their list: that does not shorten what others are shown."""
+    lists = [dataclasses.replace(lst, history=lst.history[: i % 5 + 1]) for i, lst in enumerate(dataset.train[:9])]
+    assert {len(lst.history) for lst in lists} == {1, 2, 3, 4, 5}
+    trained_on = dataclasses.replace(dataset, train=lists)
+    builder = SimpleNamespace(encoding="index", show_titles=True, show_rising=False, marked=False)
+    assert RunInfo.of(ExperimentConfig(output="unused"), builder, trained_on).max_history == 5
 
 
 def test_metrics_compare_users_and_state_the_configuration(tmp_path, recorded):

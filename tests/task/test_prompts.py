@@ -125,6 +125,15 @@ def test_item_tokens_are_single_and_short_prompts_have_no_titles(tokenizer):
         builder.candidate_tokens([Item("zz", "Unknown")])
 
 
+@pytest.mark.parametrize("encoding", ["index", "title"])
+def test_without_tokens_of_their_own_items_are_known_by_their_titles_alone(tokenizer, encoding):
+    shown, asked_not_to = (PromptBuilder(tokenizer, encoding=encoding, show_titles=titles) for titles in (True, False))
+    expected = shown.prompt("Rank", ITEMS[:2], ITEMS[2:], liked=[False, True], rising=ITEMS[3:])
+    assert asked_not_to.show_titles
+    assert asked_not_to.prompt("Rank", ITEMS[:2], ITEMS[2:], liked=[False, True], rising=ITEMS[3:]) == expected
+    assert "Alien\n" in tokenizer.decode(expected[0])
+
+
 def test_title_that_gives_no_tokens_is_an_error(tokenizer):
     builder = PromptBuilder(tokenizer, encoding="title")
     with pytest.raises(ValueError, match=r"candidate 'e' has the title ' \\n ', which gives no tokens"):
