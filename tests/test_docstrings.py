@@ -69,6 +69,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [name for name in OBJECTS if name != TRAINER])
 def test_example_runs(name: str, world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "flexrec.data.draw_description":
+        pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checks, "_value_checks", checks._value_checks)  # which one of them switches
     run(name, world)

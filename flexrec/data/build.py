@@ -25,7 +25,6 @@ class Moment(NamedTuple):
 
     popularity: np.ndarray  # (items,) int64, interactions so far; reused for the next moment, copy what you keep
     trend: np.ndarray  # (items,) float32 in [0, 1]
-    rising: np.ndarray  # (R,) int64, the items with the largest positive trend, the strongest first
 
 
 def moments(
@@ -35,7 +34,6 @@ def moments(
     *,
     trend_window: float,
     trend_smoothing: float = 5.0,
-    num_rising: int = 10,
 ) -> Iterator[tuple[int, Moment]]:
     """Yield (index into ``times``, the log's ``Moment`` then) for every time, in order of time.
 
@@ -56,7 +54,6 @@ def moments(
         times: (L,) moments in any order.
         trend_window: w, in the unit of the log's times.
         trend_smoothing: s.
-        num_rising: at most how many rising items are named.
     """
     if np.any(np.diff(log.times) < 0):
         raise ValueError("log must be sorted by time")
@@ -80,9 +77,7 @@ def moments(
             recent = counts[0, touched] - counts[1, touched]
             expected = (counts[1, touched] - counts[2, touched]) * (in_recent / in_previous)
             trend[touched] = np.maximum(recent - expected, 0.0) / (recent + trend_smoothing)
-        risers = np.flatnonzero(trend)
-        rising = risers[np.argsort(-trend[risers], kind="stable")[:num_rising]]
-        yield int(index), Moment(counts[0], trend, rising)
+        yield int(index), Moment(counts[0], trend)
 
 
 def trend_after(log: Interactions, num_items: int, *, trend_window: float, trend_smoothing: float = 5.0) -> np.ndarray:
@@ -122,7 +117,7 @@ class ListBuilder:
         num_positives: of these, how many are the user's next events.
         history_length: the most items that a history shows.
         min_history: the least number of events before a cut.
-        trend_window, trend_smoothing, num_rising: see ``moments``.
+        trend_window, trend_smoothing: see ``moments``.
         negatives: "popularity" or "uniform".
         thinning: which feedback was collected; the interest of all other is NaN in the lists, and their ``truth``.
 
@@ -142,7 +137,6 @@ class ListBuilder:
     num_items: int
     trend_window: float
     trend_smoothing: float = 5.0
-    num_rising: int = 10
     num_candidates: int = 30
     num_positives: int = 10
     history_length: int = 20
@@ -199,7 +193,6 @@ class ListBuilder:
             np.array([cut[0] for cut in cuts]),
             trend_window=self.trend_window,
             trend_smoothing=self.trend_smoothing,
-            num_rising=self.num_rising,
         ):
             time, user, position, own = cuts[i]
             rng = np.random.default_rng((seed, user, position))
@@ -249,7 +242,6 @@ class ListBuilder:
             interest=feedback.astype(np.float32),
             popularity=moment.popularity[candidates].astype(np.float32),
             trend=moment.trend[candidates],
-            rising=moment.rising,
         )
         return drawn if self.thinning is None else self.thinning.withhold(drawn)
 

@@ -72,6 +72,11 @@ def parse_columns(columns: str | Path | Mapping[str, Any] | None) -> ColumnMappi
     Raises:
         ValueError: an unknown role, or a text or file that is none of these.
         FileNotFoundError: no such YAML file.
+
+    Example:
+        >>> from flexrec.data import parse_columns
+        >>> parse_columns("user=customer,item=sku,categories=kind+brand").interactions
+        {'user': ('customer',), 'item': ('sku',)}
     """
     if columns is None:
         columns = {}

@@ -39,6 +39,12 @@ def describe(dataset: RankingDataset, needs: Iterable[DescribedNeed] = ()) -> li
         needs: for each, how many lists have a candidate with a positive gain, and how many candidates have one; in a
             random part of the lists where there are more than 2,000. Needs that the data cannot answer are named with
             the reason.
+
+    Example:
+        >>> from flexrec.data import describe, simulate
+        >>> data = simulate(num_users=4, num_items=80, num_topics=4, num_test_users=1, num_candidates=6)
+        >>> describe(data)[1]
+        Row(what='items', train='80', test='')
     """
     log, catalogue = dataset.log, dataset.catalogue
     users, per_user = np.unique(log.users, return_counts=True)
@@ -136,6 +142,11 @@ def draw_description(dataset: RankingDataset, path: str | Path) -> None:
 
     Raises:
         ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from flexrec.data import draw_description, simulate
+        >>> data = simulate(num_users=4, num_items=80, num_topics=4, num_test_users=1, num_candidates=6)
+        >>> draw_description(data, "data.png")
     """
     try:
         from matplotlib.figure import Figure

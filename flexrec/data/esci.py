@@ -79,6 +79,19 @@ def load_esci(
         FileNotFoundError: no such folder, or a file is not in it.
         ValueError: a file that is not as published; no query to train or to test on; bad arguments.
         ImportError: Parquet files without pyarrow.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from flexrec.data import load_esci
+        >>> folder = Path("esci")
+        >>> folder.mkdir()
+        >>> names = "query,query_id,product_id,product_locale,esci_label,small_version,split"
+        >>> judged = ["red shoes,1,P1,us,E,1,train", "red shoes,1,P2,us,I,1,train", "lamp,2,P3,us,E,1,test"]
+        >>> _ = (folder / "judgments.csv").write_text("\\n".join([names, *judged]))
+        >>> _ = (folder / "products.csv").write_text("product_id,title,brand\\nP1,Sneaker,A\\nP2,Boot,B\\nP3,Lamp,C\\n")
+        >>> data = load_esci(folder, num_candidates=2)
+        >>> [lst.query for lst in data.train], data.train[0].interest
+        (['red shoes'], array([1., 0.], dtype=float32))
     """
     check_choice("version", version, ("small", "large"))
     if num_candidates < 2 or (max_candidates is not None and max_candidates < num_candidates):

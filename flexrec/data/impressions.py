@@ -105,7 +105,6 @@ class ImpressionLists:
                 interest=interest[order].astype(np.float32),
                 popularity=moment.popularity[candidates].astype(np.float32),
                 trend=moment.trend[candidates],
-                rising=moment.rising,
             )
         return [one for one in drawn if one is not None]
 

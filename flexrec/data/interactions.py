@@ -98,6 +98,18 @@ def load_interactions(
         ValueError: files that cannot be read as such tables, a bad row with ``strict``, too few events for any list,
             bad arguments; always on one line, naming file, line, column, what was got and expected where it applies.
         ImportError: a Parquet file without pyarrow.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from flexrec.data import load_interactions
+        >>> rng, shop = np.random.default_rng(0), Path("shop")
+        >>> shop.mkdir()
+        >>> bought = [(user, item) for user in range(20) for item in rng.permutation(30)[:20]]
+        >>> rows = [f"{user},{item},{rng.integers(1, 6)},{10**9 + 999 * n}" for n, (user, item) in enumerate(bought)]
+        >>> _ = (shop / "interactions.csv").write_text("\\n".join(["user,item,rating,timestamp", *rows]))
+        >>> data = load_interactions(shop, num_candidates=8)
+        >>> len(data.catalogue), len(data.test) > 0
+        (30, True)
     """
     check_choice("negatives", negatives, ("popularity", "uniform", "impressions"))
     low, high = gain_range or (None, None)

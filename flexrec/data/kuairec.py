@@ -76,6 +76,20 @@ def load_kuairec(
     Raises:
         FileNotFoundError: no such folder, or no matrix in it.
         ValueError: a file that is not as published; too few views; bad arguments.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from flexrec.data import load_kuairec
+        >>> rng, folder = np.random.default_rng(0), Path("kuairec")
+        >>> folder.mkdir()
+        >>> views = [(user, video) for user in range(20) for video in rng.permutation(30)[:20]]
+        >>> rows = [f"{user},{video},{rng.random():.2f},{10**9 + 999 * n}" for n, (user, video) in enumerate(views)]
+        >>> _ = (folder / "big_matrix.csv").write_text("\\n".join(["user_id,video_id,watch_ratio,timestamp", *rows]))
+        >>> videos = [f"{video},[{video % 3}]" for video in range(30)]
+        >>> _ = (folder / "item_categories.csv").write_text("\\n".join(["video_id,feat", *videos]))
+        >>> data = load_kuairec(folder, num_candidates=5, min_history=3)
+        >>> len(data.catalogue), data.unobserved
+        (30, 'zero')
     """
     if feedback not in FEEDBACK:
         raise ValueError(f"feedback must be one of {', '.join(map(str, FEEDBACK))} per cent, got {feedback}")

@@ -118,7 +118,6 @@ class RankingList:
     interest: np.ndarray  # (K,) float32 in [0, 1], the logged feedback; NaN where there is none
     popularity: np.ndarray  # (K,) float32, interactions with the candidate before `time`
     trend: np.ndarray  # (K,) float32 in [0, 1], how strongly the candidate rises just before `time`
-    rising: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # (R,) items that rise the most
     history_interest: np.ndarray | None = (
         None  # (H,) float32 in [0, 1], feedback on the history; NaN where none is known
     )

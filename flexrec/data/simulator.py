@@ -79,7 +79,7 @@ def simulate(
     *Lists.* A third of the candidates is drawn by the user's taste, a third by the popularity of the day, the rest
     uniformly; all are new to the user, and shuffled. The user rates the list at its time: that feedback, thinned,
     enters the log at that very time and is therefore unknown to the list's own popularity and trend. Popularity,
-    ``trend`` and ``rising`` are measured in the (thinned) log; see ``flexrec.data.build.moments``.
+    ``trend`` is measured in the (thinned) log; see ``flexrec.data.build.moments``.
 
     Args:
         num_users: training users.
@@ -353,7 +353,6 @@ def _to_lists(
             interest=users.interest[i],
             popularity=moment.popularity[users.candidates[i]].astype(np.float32),
             trend=moment.trend[users.candidates[i]],
-            rising=moment.rising,
             truth=users.truth[i],
         )
     return [one for one in lists if one is not None]

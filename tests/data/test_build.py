@@ -71,7 +71,7 @@ def users_to_test_on(events: Interactions, seed: int = 0) -> set[int]:
 
 def assert_same_list(one: RankingList, other: RankingList) -> None:
     assert (one.user, one.time) == (other.user, other.time)
-    for name in ("history", "history_interest", "candidates", "interest", "popularity", "trend", "rising"):
+    for name in ("history", "history_interest", "candidates", "interest", "popularity", "trend"):
         a, b = getattr(one, name), getattr(other, name)
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b, err_msg=name)
@@ -115,14 +115,12 @@ def test_moments_equal_counting_by_hand(log_times, times, window, data):
     items = data.draw(st.lists(st.integers(0, 3), min_size=len(log_times), max_size=len(log_times)))
     log = sorted_events([(float(t), 0, i, 0.5) for t, i in zip(log_times, items, strict=True)])
     seen = set()
-    for index, moment in moments(log, 4, np.array(times, float), trend_window=window, num_rising=2):
+    for index, moment in moments(log, 4, np.array(times, float), trend_window=window):
         seen.add(index)
         before, trend = moment_by_hand(log, 4, times[index], window, 5.0)
         assert moment.popularity.tolist() == before
         np.testing.assert_allclose(moment.trend, trend, rtol=1e-6, atol=1e-7)
         assert ((moment.trend >= 0) & (moment.trend <= 1)).all()
-        strongest = sorted((i for i in range(4) if moment.trend[i] > 0), key=lambda i: (-moment.trend[i], i))
-        assert moment.rising.tolist() == strongest[:2]
     assert seen == set(range(len(times)))
 
 
@@ -194,13 +192,12 @@ def test_a_place_in_the_list_says_nothing():
     )
 
 
-def test_popularity_trend_and_rising_are_those_of_the_log_before_the_cut():
+def test_popularity_and_trend_are_those_of_the_log_before_the_cut():
     dataset = make_dataset(make_events())
     for lst in dataset.train[::4] + dataset.test[::4]:
         before, trend = moment_by_hand(dataset.log, NUM_ITEMS, lst.time, 30.0, 5.0)
         np.testing.assert_array_equal(lst.popularity, np.array(before)[lst.candidates])
         np.testing.assert_allclose(lst.trend, np.array(trend)[lst.candidates], rtol=1e-6)
-        assert set(lst.rising.tolist()) <= {i for i in range(NUM_ITEMS) if trend[i] > 0}
 
 
 def test_no_cut_inside_a_burst_of_equal_times():
@@ -301,7 +298,6 @@ def test_the_users_own_future_changes_labels_and_which_negatives_are_withheld_on
         own = changed.select(changed.users == lst.user)
         again = lists_by_user_and_time(builder.lists(own, lists_per_user=2, seed=2))[lst.user, lst.time]
         np.testing.assert_array_equal(lst.history, again.history)
-        np.testing.assert_array_equal(lst.rising, again.rising)
         of_item = {i: (p, t) for i, p, t in zip(lst.candidates, lst.popularity, lst.trend, strict=True)}
         for item, popularity, trend in zip(again.candidates, again.popularity, again.trend, strict=True):
             assert of_item.get(item, (popularity, trend)) == (popularity, trend)
@@ -397,9 +393,6 @@ def test_every_option_reaches_the_lists():
     background = events.select(np.isin(events.users, np.unique(make_dataset(events).log.users)))
     for boundary, share in ((early, 0.3), (late, 0.7)):
         assert np.mean(background.times < boundary) == pytest.approx(share, abs=0.02)
-    for rising in (1, 3):
-        builder = ListBuilder(events, NUM_ITEMS, **{**sizes(), "num_rising": rising})
-        assert max(len(lst.rising) for lst in builder.lists(events, lists_per_user=3, seed=0)) == rising
 
 
 def test_the_seed_decides():
@@ -474,7 +467,7 @@ def test_a_reordered_list_is_the_same_list():
     for name in ("candidates", "interest", "popularity", "trend", "truth"):
         np.testing.assert_array_equal(getattr(again, name), getattr(lst, name)[order], err_msg=name)
         assert len(np.unique(getattr(lst, name))) > 1, name
-    for name in ("user", "time", "history", "history_interest", "rising"):
+    for name in ("user", "time", "history", "history_interest"):
         np.testing.assert_array_equal(getattr(again, name), getattr(lst, name), err_msg=name)
 
 

@@ -22,7 +22,7 @@ def as_text(dataset, lists):
         (
             dataset.user_ids[lst.user],
             lst.time,
-            *(lst.__dict__[n].tolist() for n in ("history", "candidates", "popularity", "trend", "rising")),
+            *(lst.__dict__[n].tolist() for n in ("history", "candidates", "popularity", "trend")),
             *(np.nan_to_num(lst.__dict__[n], nan=-1.0).tolist() for n in ("history_interest", "interest")),
         )
         for lst in lists
