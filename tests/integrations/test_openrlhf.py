@@ -144,17 +144,20 @@ def test_every_token_of_an_item_gets_its_advantage(tokenizer, options):
             torch.testing.assert_close(found[at][None], expected)
 
 
-def test_unsure_responses_count_less(tokenizer):
+@pytest.mark.parametrize("third", [ANSWERS[2], "none of them"])
+def test_unsure_responses_count_less(tokenizer, third):
+    """And one that names nothing neither weighs nor counts in the mean of the weights."""
     variance = [[0.2, 0.1, 0.0], [0.0, 0.1, 0.2], [0.1, 0.0, 0.2], [0.1, 0.2, 0.0]]
     gains = torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.5, 1.0], [0.5, 0.0, 1.0], [0.5, 1.0, 0.0]])
-    counts = torch.tensor([3, 3, 1, 3])
+    counts = torch.tensor([3, 3, 1 if third == ANSWERS[2] else 0, 3])
+    answers = [*ANSWERS[:2], third, ANSWERS[3]]
     rewards, spread = flexrec.swap_rewards_with_variance(gains, torch.tensor(variance), "ndcg", num_ranked=counts)
     named = torch.arange(3) < counts[:, None]
     weights = flexrec.uncertainty_weights(spread, 4, rewards=rewards, item_mask=named)
     label = json.dumps({"gains": [0.0, 0.5, 1.0], "gain_variance": [0.0, 0.1, 0.2]})
 
     def strength(**options):
-        experiences = make_experiences(tokenizer)
+        experiences = make_experiences(tokenizer, answers=answers)
         for experience in experiences:
             experience.labels = [label] * 2
         set_item_advantages(experiences, tokenizer, 4, **options)
