@@ -80,7 +80,7 @@ def variants() -> tuple[Variant, ...]:
             call()
         for launch in launches:
             if all(launch != variant.launch for variant in found):
-                found.append(Variant(launch.kernel.__module__.rpartition(".")[2], _name(launch, label), launch))
+                found.append(Variant(launch.kernel.fn.__module__.rpartition(".")[2], _name(launch, label), launch))
     repeated = [name for name, count in Counter(variant.name for variant in found).items() if count > 1]
     if repeated:
         raise ValueError(
