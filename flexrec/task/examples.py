@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from flexrec.data.lists import Catalogue, RankingList
 from flexrec.profiling import span
 from flexrec.task.critic import Critic
+from flexrec.task.judge import JudgedGains
 from flexrec.task.needs import Need, evaluation_gains, novelty, observed_interest
 from flexrec.task.prompts import PromptBuilder
 
@@ -78,7 +79,10 @@ class RankingTask:
         self.critic = critic
 
     def training_feedback(self, lists: Sequence[RankingList]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(interest (K,), its variance (K,)) of each list, as training may know them."""
+        """(interest (K,), its variance (K,)) of each list, as training may know them; judges are asked."""
+        for need in self.needs:
+            if isinstance(need.gains, JudgedGains):
+                need.gains.prepare(lists, self.catalogue)
         if self.critic is not None:
             with span("critic"):
                 return self.critic.fill_many(lists)
