@@ -26,6 +26,8 @@ MISTAKES = (ValueError, TypeError, OSError, ImportError)  # a user's: one line, 
 TRAIN_EXAMPLES = """examples:
   flexrec train --output runs/first
   flexrec train --dataset movielens --data ml-latest-small --need interest --output runs/interest
+  flexrec train --need interest explore "0.7 interest + 0.3 explore" --output runs/mixed
+  flexrec train --dataset interactions --data shop --needs needs.yaml --need "cheap but good" --output runs/cheap
   flexrec train --model Qwen/Qwen2.5-0.5B-Instruct --encoding index --prompts-per-step 8 --learning-rate 1e-6 \\
       --num-generations 4 --output runs/qwen
   flexrec train --model Qwen/Qwen2.5-0.5B-Instruct --encoding index --lora 16 --lora-save adapter \\
@@ -44,7 +46,8 @@ By default the most probable item is taken at every rank. A request is one line 
   {"history": ["17", "4"], "need": "interest", "candidates": [{"id": "8", "title": "Night market 3"}, {"id": "9"}]}
 "history" lists ids (or {"id", "title", "liked": false} for what was seen and not liked), oldest first;
 {"user": "12"} takes a user's history from the run's log;
-"need" is a name (interest, explore, trend) or an instruction in words. The answer on the same line of the output:
+"need" is a name (interest, explore, trend), names with weights ("0.7 interest + 0.3 explore") or an instruction in
+words. The answer on the same line of the output, with a "warning" where the run was not trained on such a need:
   {"line": 1, "ranking": [{"id": "9", "probability": 0.83}, {"id": "8", "probability": 1.0}]}
 or {"line": 1, "error": "what was wrong"}.
 """
@@ -65,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = _command(commands, "evaluate", "measure a trained run on a data set's test users", EVALUATE_EXAMPLES)
     evaluate.add_argument("--run", dest="folder", required=True, metavar="DIR", help="folder of a finished run")
-    add_options(evaluate, ExperimentConfig, ("dataset", "data", "needs"), default="that of the run")
+    add_options(evaluate, ExperimentConfig, ("dataset", "data", "needs", "needs_file"), default="that of the run")
     evaluate.add_argument("--json", metavar="FILE", help="write the figures here as well (default: only show them)")
     evaluate.set_defaults(run=_evaluate)
 
@@ -218,14 +221,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from flexrec.experiment.stages import evaluate_run
 
-    scores = evaluate_run(Path(arguments.folder), **given(arguments, ExperimentConfig))
+    console = Console()
+    scores = evaluate_run(Path(arguments.folder), **given(arguments, ExperimentConfig), say=console.print)
     table = Table(title=f"{arguments.folder}: mean over test lists [95 % interval over users]")
     table.add_column("need")
     for name in next(iter(scores.values())):
         table.add_column(name, justify="right")
     for need, values in scores.items():
         table.add_row(need, *(f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in values.values()))
-    Console().print(table)
+    console.print(table)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,8 +14,11 @@ import torch
 from flexrec.decoding.options import Decoding
 from flexrec.decoding.sample import Rollout, best_of, sample_rankings, search_rankings
 from flexrec.evaluation.evaluate import check_outputs
+from flexrec.experiment.config import EMBEDDED
+from flexrec.experiment.needs import known_needs, renamed, untrained, wordings_of
 from flexrec.experiment.run_folder import RunFolder
-from flexrec.task.needs import get_need, novelty_of
+from flexrec.task.mixtures import find_need, is_mixture
+from flexrec.task.needs import Need, novelty_of
 from flexrec.task.prompts import Item, strongest_risers
 
 MAX_TOKENS = 2**16  # of prompts that are decoded together, padding included
@@ -23,14 +27,19 @@ MAX_TOKENS = 2**16  # of prompts that are decoded together, padding included
 class Ranker:
     """A trained run, loaded from its folder, that ranks the candidates of requests.
 
-    A request is a dictionary: ``need`` (a known name, or an instruction in words), ``candidates`` (a list of
-    ``{"id": .., "title": ..}``), and ``history`` (ids, or dictionaries like the candidates', oldest first; ``"liked":
-    false`` marks what was seen and not liked) or ``user`` (whose history the run has logged).
+    A request is a dictionary: ``need`` (a known name, a mixture of such, or an instruction in words), ``candidates``
+    (a list of ``{"id": .., "title": ..}``), and ``history`` (ids, or dictionaries like the candidates', oldest first;
+    ``"liked": false`` marks what was seen and not liked) or ``user`` (whose history the run has logged).
+
+    Args:
+        needs: made in Python, to be known by their names beside the run's own.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, needs: Sequence[Need] = ()) -> None:
         run = RunFolder(folder)
         self.info, self.model, self.builder = run.load()
+        self._needs = known_needs(kept=self.info.own_needs, made=needs)
+        self._wordings = wordings_of(self.info, self._needs)
         self._catalogue, self._trend = run.read_catalogue()
         self._histories = run.read_histories()
 
@@ -41,7 +50,8 @@ class Ranker:
         *,
         generator: torch.Generator | None = None,
     ) -> list[dict[str, Any]]:
-        """Answer requests together: ``{"ranking": [{"id", "probability"}, ..]}`` each, best first.
+        """Answer requests together: ``{"ranking": [{"id", "probability"}, ..]}`` each, best first, and ``"warning"``
+        where the need is not one that the run was trained on.
 
         ``probability`` is that of the item at its rank, given those above it and all that remain, at the temperature
         of training, or of ``decoding``. A malformed request gets ``{"error": why}``; the others are answered.
@@ -60,7 +70,8 @@ class Ranker:
                 trend = np.array([self._trend.get(item.id, 0.0) for item in items])
                 rising = [items[j] for j in strongest_risers(trend)]
                 history, liked = self._history(request)
-                prompt, _ = self.builder.prompt(self._wording(request), history, items, liked=liked, rising=rising)
+                wording, warning = self._wording(request)
+                prompt, _ = self.builder.prompt(wording, history, items, liked=liked, rising=rising)
                 tokens = self.builder.candidate_tokens(items)
                 described = self._marks(items, history, trend)
                 self._check_length(prompt, tokens, decoding)
@@ -68,7 +79,7 @@ class Ranker:
                 answers[i] = {"error": str(error)}
                 continue
             ids = [entry["id"] if isinstance(entry, dict) else entry for entry in request["candidates"]]
-            readable.append(_Readable(i, ids, prompt, tokens, described))
+            readable.append(_Readable(i, ids, prompt, tokens, described, warning))
         for part in _together(readable, max(decoding.num_beams, decoding.best_of)):
             marks = [one.marks for one in part] if self.builder.marked else None
             rollout = self._decode(
@@ -81,7 +92,8 @@ class Ranker:
                         {"id": one.ids[c], "probability": round(float(np.exp(lp)), 6)}
                         for c, lp in zip(ranking, logprobs, strict=True)
                         if c >= 0
-                    ]
+                    ],
+                    **({"warning": one.warning} if one.warning else {}),
                 }
         return answers
 
@@ -137,11 +149,30 @@ class Ranker:
         )
         return self.builder.marks_of(trend, novelty_of(shown, ranked, self._catalogue))
 
-    def _wording(self, request: dict[str, Any]) -> str:
+    def _wording(self, request: dict[str, Any]) -> tuple[str, str]:
+        """The words of the request's need, and what to beware of."""
         need = request.get("need")
         if not isinstance(need, str) or not need.strip():
             raise ValueError("'need' must be the name of a need or an instruction in words")
-        return need if " " in need.strip() else get_need(need.strip()).wordings[0]
+        text = need.strip()
+        if text in self._needs or " " not in text or (is_mixture(text) and any(name in text for name in self._needs)):
+            found = find_need(text, self._needs)
+            return found.wordings[0], "; ".join([*renamed([text], self._needs), *untrained([found], self.info)])
+        return need, self._new_words(text)
+
+    def _new_words(self, text: str) -> str:
+        """A warning where most words of an instruction are new to a model that knows none but those of its training."""
+        if self.info.model != EMBEDDED or not self._wordings or text in self._wordings:
+            return ""
+        known = {word for wording in self._wordings for word in _words(wording)}
+        words = _words(text)
+        new = [word for word in words if word not in known]
+        if 2 * len(new) <= len(words):
+            return ""
+        return (
+            f"{len(new)} of the {len(words)} words of the need are new to the model ({', '.join(new[:5])}): it was "
+            f"trained on the needs {', '.join(self.info.needs)} and understands words like those of their wordings"
+        )
 
     def _candidates(self, request: dict[str, Any]) -> list[Item]:
         given = request.get("candidates")
@@ -201,6 +232,7 @@ class _Readable(NamedTuple):
     prompt: list[int]
     tokens: list[list[int]]
     marks: list[list[int]] | None
+    warning: str  # or nothing
 
 
 def _together(requests: Sequence[_Readable], copies: int) -> Iterator[list[_Readable]]:
@@ -228,6 +260,10 @@ def check_text(request: Any) -> None:
             waiting += value
         elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"half of a surrogate pair is no text, got {_shown(value)}")
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
 
 
 def _id(value: Any, where: str) -> str:

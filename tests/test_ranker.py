@@ -15,7 +15,9 @@ from flexrec.experiment.run_folder import RunFolder, RunInfo
 from flexrec.policy.small_model import build_model, build_tokenizer
 from flexrec.ranker import Decoding, Ranker
 from flexrec.task.examples import RankingTask, marks_of
-from flexrec.task.needs import get_need
+from flexrec.task.mixtures import find_need
+from flexrec.task.needs import Need, get_need
+from flexrec.task.own_needs import needs_of
 from flexrec.task.prompts import PromptBuilder
 
 SIZES = {"num_users": 24, "num_items": 70, "num_topics": 4, "num_test_users": 6, "num_candidates": 8}
@@ -40,7 +42,9 @@ def run(request, tmp_path_factory, dataset):
         tokenizer, encoding=encoding, show_titles=encoding != "item_token", show_rising=True, marked=marked
     )
     config = ExperimentConfig(output=str(folder), num_ranked=6, temperature=0.6)
-    RunFolder(folder).save(model, tokenizer, RunInfo.of(config, builder, dataset), dataset)
+    RunFolder(folder).save(
+        model, tokenizer, RunInfo.of(config, builder, dataset, [get_need(name) for name in config.needs]), dataset
+    )
     return folder, builder
 
 
@@ -220,3 +224,102 @@ def test_the_model_of_the_folder_answers(run):
         torch.testing.assert_close(value, expected[name])
     assert not ranker.model.training
     assert ranker._trend == json.loads((folder / "catalogue.json").read_text())["trend"] != {}
+
+
+@pytest.fixture(scope="module")
+def with_own_needs(tmp_path_factory, dataset):
+    """The folder of an embedded run with a mixture and a need from a file."""
+    folder = tmp_path_factory.mktemp("runs") / "own"
+    folder.mkdir()
+    (cheap,) = needs_of(
+        [{"name": "short ones", "wordings": ["I want short titles.", "Few words."], "gain": "interest * 2"}]
+    )
+    needs = [get_need("interest"), find_need("0.7 interest + 0.3 explore"), cheap]
+    tokenizer = build_tokenizer(dataset.catalogue, [wording for need in needs for wording in need.wordings])
+    model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+    builder = PromptBuilder(tokenizer, encoding="item_token", show_titles=False, show_rising=False, marked=True)
+    config = ExperimentConfig(output=str(folder))
+    RunFolder(folder).save(model, tokenizer, RunInfo.of(config, builder, dataset, needs), dataset)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("need", "wording", "warning"),
+    [
+        ("interest", get_need("interest").wordings[0], None),
+        ("short ones", "I want short titles.", None),
+        (" 0.7 interest + 0.3 explore ", find_need("0.7 interest + 0.3 explore").wordings[0], None),
+        ("Few words.", "Few words.", None),
+        ("Which titles will this user love the most?", None, None),
+        (
+            "7 interest + 3 explore",
+            find_need("0.7 interest + 0.3 explore").wordings[0],
+            "need '7 interest + 3 explore' is '0.7 interest + 0.3 explore': weights are made to sum to 1",
+        ),
+        (
+            "trend",
+            get_need("trend").wordings[0],
+            "the run was not trained on the need 'trend': it knows interest, 0.7 interest + 0.3 explore, short ones",
+        ),
+        (
+            "0.5 interest + 0.5 short ones",
+            None,
+            "the run was not trained on the need '0.5 interest + 0.5 short ones': it knows interest,",
+        ),
+        (
+            "Irgendetwas gegen lange Winterabende, bitte",
+            "Irgendetwas gegen lange Winterabende, bitte",
+            "5 of the 5 words of the need are new to the model (irgendetwas, gegen, lange, winterabende, bitte): it "
+            "was trained on the needs interest, 0.7 interest + 0.3 explore, short ones and understands words like "
+            "those of their wordings",
+        ),
+        ("Salt + pepper", "Salt + pepper", "2 of the 2 words of the need are new to the model (salt, pepper)"),
+    ],
+)
+def test_a_need_that_was_not_trained_is_answered_with_a_warning(
+    with_own_needs, dataset, decoded, need, wording, warning
+):
+    ranker = Ranker(with_own_needs)
+    (answer,) = ranker.rank([as_request(dataset.test[0], dataset, need)])
+    assert answer["ranking"]
+    assert ("warning" in answer) == (warning is not None)
+    if warning:
+        assert answer["warning"].startswith(warning)
+    if wording:
+        shown = ranker.builder.tokenizer.decode(decoded["sample"].calls[0][0][0])
+        assert wording in shown
+
+
+@pytest.mark.parametrize(
+    ("need", "message"),
+    [
+        (
+            "intrest",
+            "unknown need 'intrest'; did you mean 'interest'?; known needs: interest, ",
+        ),
+        ("0.7 interest + 0.3 short one", "unknown need 'short one'; did you mean 'short ones'?"),
+        ("0.7 interest + -0.3 explore", "the weight of 'explore' must be positive"),
+    ],
+)
+def test_a_need_that_is_none_is_an_error(with_own_needs, dataset, need, message):
+    (answer,) = Ranker(with_own_needs).rank([as_request(dataset.test[0], dataset, need)])
+    assert message in answer["error"]
+    assert "ranking" not in answer
+
+
+def test_needs_made_in_python_are_handed_over(with_own_needs, dataset, decoded):
+    mine = Need("mine", ("It must be mine.",), get_need("interest").gains)
+    info = json.loads((with_own_needs / "flexrec.json").read_text())
+    request = as_request(dataset.test[0], dataset, "mine")
+    assert "unknown need 'mine'" in Ranker(with_own_needs).rank([request])[0]["error"]
+    ranker = Ranker(with_own_needs, needs=[mine])
+    assert "it knows" in ranker.rank([request])[0]["warning"]
+    ranker.info = dataclasses.replace(ranker.info, needs=[*info["needs"], "mine"])
+    assert "warning" not in ranker.rank([request])[0]
+
+
+def test_pretrained_models_are_not_warned_of_words(with_own_needs, dataset, decoded):
+    ranker = Ranker(with_own_needs)
+    ranker.info = dataclasses.replace(ranker.info, model="Qwen/Qwen2.5-0.5B-Instruct")
+    (answer,) = ranker.rank([as_request(dataset.test[0], dataset, "Irgendetwas gegen lange Winterabende")])
+    assert "warning" not in answer

@@ -30,7 +30,18 @@ class ExperimentConfig(TrainerOptions):
         "the data set's folder, as published, or that of a log of your own; default: none, as simulated needs none",
         metavar="DIR",
     )
-    needs: tuple[str, ...] = option(tuple(NEEDS), "what users ask for", flag="need", metavar="NAME")
+    needs: tuple[str, ...] = option(
+        tuple(NEEDS),
+        "what users ask for: a name, or names with weights, '0.7 interest + 0.3 explore'",
+        flag="need",
+        metavar="NEED",
+    )
+    needs_file: str | None = option(
+        None,
+        "a YAML file of needs of your own, which --need can name (docs/needs.md); default: none",
+        flag="needs",
+        metavar="FILE",
+    )
     model: str = option(
         EMBEDDED,
         f"a causal language model by hub name or folder; {EMBEDDED}: a small one made from the catalogue",

@@ -14,6 +14,7 @@ from flexrec.experiment.run_folder import RunFolder
 from flexrec.policy.lora import ADAPTER_FILE, OF_A_RUN, add_lora, has_adapters
 from flexrec.policy.small_model import HIDDEN_SIZE, build_model, build_tokenizer, item_vectors, topic_vectors
 from flexrec.task.needs import Need
+from flexrec.task.own_needs import asks_of_data
 from flexrec.task.prompts import NOVELTY_MARKS, RISE_MARKS, PromptBuilder, add_item_tokens, item_token
 
 
@@ -67,7 +68,7 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
         tokenizer,
         encoding=encoding,
         show_titles=config.model != EMBEDDED or encoding != "item_token",
-        show_rising=not marked and any(need.name == "trend" for need in needs),  # which marks say better
+        show_rising=not marked and any("trend" in asks_of_data(need) for need in needs),  # which marks say better
         marked=marked,
     )
     return model, tokenizer, builder

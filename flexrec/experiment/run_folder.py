@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +35,8 @@ from flexrec.data.lists import Catalogue, RankingDataset
 from flexrec.evaluation.statistics import Comparison, relative_change
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, OF_A_RUN, has_adapters, load_model, save_adapters
+from flexrec.task.needs import Need
+from flexrec.task.own_needs import definitions_of
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.callbacks import to_json
 
@@ -85,9 +87,13 @@ class RunInfo:
     needs: list[str]
     seed: int
     marked: bool = False
+    model: str = ""  # which the run began with
+    own_needs: list[dict[str, Any]] = field(default_factory=list)  # that were written as expressions
 
     @classmethod
-    def of(cls, config: ExperimentConfig, builder: PromptBuilder, dataset: RankingDataset) -> RunInfo:
+    def of(
+        cls, config: ExperimentConfig, builder: PromptBuilder, dataset: RankingDataset, needs: Sequence[Need]
+    ) -> RunInfo:
         return cls(
             encoding=builder.encoding,
             show_titles=builder.show_titles,
@@ -97,9 +103,11 @@ class RunInfo:
             temperature=config.temperature,
             dataset=config.dataset,
             data=config.data,
-            needs=list(config.needs),
+            needs=[need.name for need in needs],
+            own_needs=definitions_of(needs),
             seed=config.seed,
             marked=builder.marked,
+            model=config.model,
         )
 
     @classmethod

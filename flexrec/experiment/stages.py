@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from flexrec.evaluation.evaluate import Evaluation
 from flexrec.evaluation.statistics import bootstrap_interval
 from flexrec.experiment.config import EMBEDDED, ExperimentConfig
 from flexrec.experiment.model import make_model
+from flexrec.experiment.needs import check_answerable, choose_needs, known_needs, renamed, unseen_columns, untrained
 from flexrec.experiment.run_folder import WARM_START, Results, RunFolder, RunInfo, load_checkpoint
 from flexrec.metrics import parse_metric
 from flexrec.policy.distributed import (
@@ -43,7 +44,7 @@ from flexrec.policy.lora import require_peft
 from flexrec.profiling import profile_steps
 from flexrec.task.critic import Critic
 from flexrec.task.examples import RankingTask, TrainingExamples
-from flexrec.task.needs import get_need
+from flexrec.task.needs import Need
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.base import RankingTrainer
 from flexrec.trainer.callbacks import Clock, Curve, ProgressBar, Stage, StepLog
@@ -64,25 +65,39 @@ def load_dataset(name: str, folder: str | None, seed: int) -> RankingDataset:
     return load_movielens(folder, seed=seed)
 
 
-def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print) -> Results:
+def _say_nothing(text: str) -> None:
+    """What the other processes say."""
+
+
+def run_experiment(
+    config: ExperimentConfig, say: Callable[[str], None] = print, *, needs: Sequence[Need] | None = None
+) -> Results:
     """Train and evaluate as ``config`` says; writes the run's folder and returns the results.
 
     In several processes (``accelerate launch``, ``torchrun``) all call this; the main one writes and says.
+
+    Args:
+        needs: made in Python, in place of those that ``config`` names.
 
     Raises:
         FileExistsError: the output folder holds something, and ``config.resume`` is not set.
         FileNotFoundError, ValueError: data, needs or options that cannot be used.
         ImportError: ``config.lora`` without PEFT.
     """
+    if needs is not None:
+        config = replace(config, needs=tuple(need.name for need in needs), needs_file=None)
     PartialState()  # where there are several processes, they meet
     folder = RunFolder(config.output)
     with folder.locked() if process_index() == 0 else nullcontext():
-        return _run_in(folder, config, say if process_index() == 0 else _say_nothing)
+        return _run_in(folder, config, say if process_index() == 0 else _say_nothing, needs or ())
 
 
-def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], None]) -> Results:
+def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], None], made: Sequence[Need]) -> Results:
     on_main_process(lambda: folder.check_usable(config))
-    needs = [get_need(name) for name in config.needs]
+    resumed = config.resume and folder.has_base()
+    kept = RunInfo.load(folder.base).own_needs if resumed else ()
+    known = known_needs(None if resumed else config.needs_file, kept, made)
+    needs = choose_needs(config.needs, known)
     _reinforcement_arguments(config)  # options that contradict each other are an error before anything is loaded
     parse_metric(config.metric)
     if config.lora is not None:
@@ -94,8 +109,10 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
     dataset = load_dataset(config.dataset, config.data, config.seed)
     for note in dataset.notes:
         say(note)
-    dataset.check_needs(config.needs)
+    notes = [*renamed(config.needs, known), *check_answerable(needs, dataset)]
     model, tokenizer, builder = make_model(config, dataset, needs)
+    for note in (*notes, *unseen_columns(needs, builder)):
+        say(note)
     say(
         f"{len(dataset.catalogue)} items; {len(dataset.train)} lists of training users, {len(dataset.test)} of "
         f"{len({lst.user for lst in dataset.test})} other users to test on; model {config.model} with "
@@ -126,8 +143,7 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
 
     # From here on the folder is written to; mistakes that can be seen before have left no trace.
     on_main_process(lambda: folder.write_config(config))
-    info = RunInfo.of(config, builder, dataset)
-    resumed = config.resume and folder.has_base()
+    info = RunInfo.of(config, builder, dataset, needs)
     checkpoint = of_main_process(folder.latest_checkpoint(say) if resumed and process_index() == 0 else None)
     if resumed:
         on_main_process(lambda: folder.cut_log(checkpoint[0] if checkpoint else None))
@@ -189,18 +205,33 @@ def critic_rankings(critic: Critic, task: RankingTask, lists: Sequence[RankingLi
 
 
 def evaluate_run(
-    folder: Path, dataset: str | None = None, data: str | None = None, needs: Sequence[str] | None = None
+    folder: Path,
+    dataset: str | None = None,
+    data: str | None = None,
+    needs: Sequence[str | Need] | None = None,
+    needs_file: str | None = None,
+    say: Callable[[str], None] = _say_nothing,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """need -> metric -> mean, low and high (95 % interval over users) of a finished run on a data set's test users.
 
     Arguments that are None are those that the run was trained with.
+
+    Args:
+        needs: names of needs, of mixtures, of needs that the run was trained with or that ``needs_file`` holds; or
+            needs made in Python.
+        say: takes what is to be told, in sentences.
     """
     trained_with, model, builder = RunFolder(folder).load()
     name = dataset or trained_with.dataset
     loaded = load_dataset(
         name, data or (trained_with.data if name == trained_with.dataset else None), trained_with.seed
     )
-    task = RankingTask(loaded.catalogue, [get_need(need) for need in needs or trained_with.needs], builder)
+    asked = trained_with.needs if needs is None else needs
+    names = [need.name if isinstance(need, Need) else need for need in asked]
+    known = known_needs(needs_file, trained_with.own_needs, [need for need in asked if isinstance(need, Need)])
+    task = RankingTask(loaded.catalogue, choose_needs(names, known), builder)
+    for note in (*renamed(names, known), *check_answerable(task.needs, loaded), *untrained(task.needs, trained_with)):
+        say(note)
     tests = {need.name: [task.test_example(lst, need) for lst in loaded.test] for need in task.needs}
     values = Evaluation(tests, builder, trained_with.num_ranked)(model, str(folder))
     users = np.array([lst.user for lst in loaded.test])
@@ -210,10 +241,6 @@ def evaluate_run(
         return {"mean": float(of_lists.mean()), "low": low, "high": high}
 
     return {need: {metric: summary(v) for metric, v in metrics.items()} for need, metrics in values.items()}
-
-
-def _say_nothing(text: str) -> None:
-    """What the other processes say."""
 
 
 def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, learning_rate: float) -> dict[str, Any]:

@@ -91,6 +91,11 @@ def expressions_of(need: Need) -> list[tuple[str, Expression]]:
     return [(part.name, part.gains) for part in parts_of(need) if isinstance(part.gains, Expression)]
 
 
+def columns_of(need: Need) -> tuple[str, ...]:
+    """The columns of the items that a need is about."""
+    return tuple(dict.fromkeys(name for _, expression in expressions_of(need) for name in expression.columns))
+
+
 def asks_of_data(need: Need) -> tuple[str, ...]:
     """Names of the needs that data must be able to answer for this one: its parts, and those whose numbers it reads."""
     named: list[str] = []

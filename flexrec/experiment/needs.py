@@ -1,0 +1,75 @@
+"""Which needs a run has: named, mixed, from a file, kept by an earlier run, or made in Python; and what data make of
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flexrec.data.lists import RankingDataset
+from flexrec.experiment.run_folder import RunInfo
+from flexrec.task.mixtures import find_need, told_apart
+from flexrec.task.needs import NEEDS, Need
+from flexrec.task.own_needs import asks_of_data, check_needs, columns_of, needs_of, read_needs
+from flexrec.task.prompts import PromptBuilder
+
+
+def known_needs(
+    file: str | None = None, kept: Sequence[Mapping[str, Any]] = (), made: Sequence[Need] = ()
+) -> dict[str, Need]:
+    """The needs that can be named, by name.
+
+    Args:
+        file: of needs of one's own (``--needs``).
+        kept: those that a run was trained with (``RunInfo.own_needs``); the file's count where both have one.
+        made: in Python.
+    """
+    own = [*(needs_of(kept) if kept else ()), *(read_needs(file) if file else ()), *made]
+    return {**NEEDS, **{need.name: need for need in own}}
+
+
+def choose_needs(names: Sequence[str], known: Mapping[str, Need]) -> list[Need]:
+    """The needs of these names, mixtures among them, each once."""
+    found = {need.name: need for need in (find_need(name, known) for name in names)}
+    return told_apart(list(found.values()))
+
+
+def renamed(names: Sequence[str], known: Mapping[str, Need]) -> list[str]:
+    """Which names of needs were taken as others, in sentences."""
+    pairs = ((name.strip(), find_need(name, known).name) for name in names)
+    return [f"need {name!r} is {found!r}: weights are made to sum to 1" for name, found in pairs if found != name]
+
+
+def untrained(needs: Sequence[Need], info: RunInfo) -> list[str]:
+    """Which needs a run was not trained on, in sentences."""
+    return [
+        f"the run was not trained on the need {need.name!r}: it knows {', '.join(info.needs)}"
+        for need in needs
+        if need.name not in info.needs
+    ]
+
+
+def wordings_of(info: RunInfo, known: Mapping[str, Need]) -> set[str]:
+    """The wordings that a run was trained on; none where it has needs that are not known here."""
+    try:
+        return {wording for need in choose_needs(info.needs, known) for wording in need.wordings}
+    except ValueError:  # made in Python
+        return set()
+
+
+def check_answerable(needs: Sequence[Need], dataset: RankingDataset) -> list[str]:
+    """What is worth saying of needs on these data, in sentences; a ValueError where the data cannot answer one."""
+    dataset.check_needs(name for need in needs for name in asks_of_data(need))
+    return check_needs(needs, dataset.catalogue)
+
+
+def unseen_columns(needs: Sequence[Need], builder: PromptBuilder) -> list[str]:
+    """Which needs are about columns that prompts do not show, in sentences; marks say it without a prompt."""
+    if builder.marked:
+        return []
+    return [
+        f"need {need.name!r} is about {' and '.join(columns)}, which prompts do not show: the model can only guess it "
+        f"from what else it knows of an item"
+        for need in needs
+        if (columns := columns_of(need))
+    ]
