@@ -17,7 +17,7 @@ from flexrec.ranker import Decoding, Ranker
 from flexrec.task.examples import RankingTask, marks_of
 from flexrec.task.mixtures import find_need
 from flexrec.task.needs import Need, get_need
-from flexrec.task.own_needs import needs_of
+from flexrec.task.own_needs import make_needs
 from flexrec.task.prompts import PromptBuilder
 
 SIZES = {"num_users": 24, "num_items": 70, "num_topics": 4, "num_test_users": 6, "num_candidates": 8}
@@ -43,7 +43,7 @@ def run(request, tmp_path_factory, dataset):
     )
     config = ExperimentConfig(output=str(folder), num_ranked=6, temperature=0.6)
     RunFolder(folder).save(
-        model, tokenizer, RunInfo.of(config, builder, dataset, [get_need(name) for name in config.needs]), dataset
+        model, tokenizer, RunInfo.of(config, builder, dataset, [get_need("interest"), get_need("trend")]), dataset
     )
     return folder, builder
 
@@ -231,7 +231,7 @@ def with_own_needs(tmp_path_factory, dataset):
     """The folder of an embedded run with a mixture and a need from a file."""
     folder = tmp_path_factory.mktemp("runs") / "own"
     folder.mkdir()
-    (cheap,) = needs_of(
+    (cheap,) = make_needs(
         [{"name": "short ones", "wordings": ["I want short titles.", "Few words."], "gain": "interest * 2"}]
     )
     needs = [get_need("interest"), find_need("0.7 interest + 0.3 explore"), cheap]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from flexrec.checks import option
-from flexrec.task.needs import NEEDS
+from flexrec.data.options import OPTIONS, all_data_options
 from flexrec.task.prompts import ENCODINGS
 from flexrec.trainer.options import TrainerOptions
 
 EMBEDDED = "embedded"
-DATASETS = ("simulated", "movielens", "kuairec", "interactions")
+MADE_IN_PYTHON = "python"  # a data set that is handed to run_experiment, with no name to load it by
 MAX_SEED = 2**32 - 1  # NumPy's
 
 
@@ -19,26 +21,37 @@ MAX_SEED = 2**32 - 1  # NumPy's
 class ExperimentConfig(TrainerOptions):
     """What ``flexrec train`` takes: the trainer's options, some with defaults of their own, and the experiment's.
 
+    Attributes:
+        data_options: options of the data set's loader, by name (:mod:`flexrec.data.options`); those that are not given
+            are filled in by their defaults.
+
     Raises:
         ValueError: an option outside of its choices or its range, or options that contradict each other.
     """
 
     output: str = option(MISSING, "folder for the model, the log and metrics.json", metavar="DIR")
-    dataset: str = option("simulated", "the data", choices=DATASETS)
+    dataset: str = option(
+        "simulated",
+        f"the data; interactions: a log of your own; {MADE_IN_PYTHON}: what run_experiment(dataset=..) is given",
+        choices=(*OPTIONS, MADE_IN_PYTHON),
+    )
     data: str | None = option(
         None,
-        "the data set's folder, as published, or that of a log of your own; default: none, as simulated needs none",
+        "the data set's folder, as published, or that of a log of your own, or the log; default: none, as simulated "
+        "needs none",
         metavar="DIR",
     )
-    needs: tuple[str, ...] = option(
-        tuple(NEEDS),
-        "what users ask for: a name, or names with weights, '0.7 interest + 0.3 explore'",
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] | None = option(
+        None,
+        "what users ask for: names, or names with weights, '0.7 interest + 0.3 explore'; default: every need that the "
+        "data can answer, and those of --needs",
         flag="need",
         metavar="NEED",
     )
     needs_file: str | None = option(
         None,
-        "a YAML file of needs of your own, which --need can name (docs/needs.md); default: none",
+        "a YAML file of needs of your own (docs/needs.md); default: none",
         flag="needs",
         metavar="FILE",
     )
@@ -93,6 +106,11 @@ class ExperimentConfig(TrainerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data is not None:
+            self.data = str(Path(self.data).absolute())  # from wherever the run is continued or evaluated
+        if self.needs_file is not None:
+            self.needs_file = str(Path(self.needs_file).absolute())
+        self.data_options = all_data_options(self.dataset, self.data_options)
         if self.lora is None:
             for name in ("lora_alpha", "lora_targets", "lora_save"):
                 if getattr(self, name) != getattr(ExperimentConfig, name):

@@ -10,7 +10,7 @@ from flexrec.data.lists import RankingDataset
 from flexrec.experiment.run_folder import RunInfo
 from flexrec.task.mixtures import find_need, told_apart
 from flexrec.task.needs import NEEDS, Need
-from flexrec.task.own_needs import asks_of_data, check_needs, columns_of, needs_of, read_needs
+from flexrec.task.own_needs import asks_of_data, check_needs, columns_of, make_needs, read_needs
 from flexrec.task.prompts import PromptBuilder
 
 
@@ -24,12 +24,19 @@ def known_needs(
         kept: those that a run was trained with (``RunInfo.own_needs``); the file's count where both have one.
         made: in Python.
     """
-    own = [*(needs_of(kept) if kept else ()), *(read_needs(file) if file else ()), *made]
+    own = [*(make_needs(kept) if kept else ()), *(read_needs(file) if file else ()), *made]
     return {**NEEDS, **{need.name: need for need in own}}
 
 
-def choose_needs(names: Sequence[str], known: Mapping[str, Need]) -> list[Need]:
-    """The needs of these names, mixtures among them, each once."""
+def choose_needs(names: Sequence[str] | None, known: Mapping[str, Need], dataset: RankingDataset) -> list[Need]:
+    """The needs of these names, mixtures among them, each once; None: all of one's own, and those of FlexRec's that the
+    data can answer."""
+    if names is None:
+        names = [name for name in known if name not in NEEDS or name not in dataset.unsupported]
+    return _found(names, known)
+
+
+def _found(names: Sequence[str], known: Mapping[str, Need]) -> list[Need]:
     found = {need.name: need for need in (find_need(name, known) for name in names)}
     return told_apart(list(found.values()))
 
@@ -52,7 +59,7 @@ def untrained(needs: Sequence[Need], info: RunInfo) -> list[str]:
 def wordings_of(info: RunInfo, known: Mapping[str, Need]) -> set[str]:
     """The wordings that a run was trained on; none where it has needs that are not known here."""
     try:
-        return {wording for need in choose_needs(info.needs, known) for wording in need.wordings}
+        return {wording for need in _found(info.needs, known) for wording in need.wordings}
     except ValueError:  # made in Python
         return set()
 

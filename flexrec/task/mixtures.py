@@ -181,6 +181,8 @@ def find_need(text: str, known: Mapping[str, Need] = NEEDS) -> Need:
         parts.append((weight, known[given]))
     if len(parts) == 1:
         return parts[0][1]
+    order = {need.name: number for number, need in enumerate(known.values())}
+    parts.sort(key=lambda part: order[part[1].name])  # that of equal weights is the same whoever writes them
     try:
         return mix_needs(parts)
     except ValueError as error:

@@ -50,12 +50,12 @@ def read_needs(path: str | Path) -> list[Need]:
     """
     found = read_yaml(Path(path), "needs")
     try:
-        return needs_of(found.get("needs") if isinstance(found, Mapping) else found)
+        return make_needs(found.get("needs") if isinstance(found, Mapping) else found)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def needs_of(definitions: Any) -> list[Need]:
+def make_needs(definitions: Any) -> list[Need]:
     """The needs that definitions, mappings with ``name``, ``wordings`` and ``gain``, describe."""
     if not isinstance(definitions, Sequence) or isinstance(definitions, str) or not definitions:
         raise ValueError(f"expected a list of needs, each with {', '.join(_FIELDS[:3])}; got {_shown(definitions)}")
@@ -77,7 +77,7 @@ def needs_of(definitions: Any) -> list[Need]:
 
 
 def definitions_of(needs: Sequence[Need]) -> list[dict[str, Any]]:
-    """What a run keeps of needs that were written as expressions, so that :func:`needs_of` makes them again."""
+    """What a run keeps of needs that were written as expressions, so that :func:`make_needs` makes them again."""
     own = {part.name: part for need in needs for part in parts_of(need)}
     return [
         {"name": need.name, "wordings": list(need.wordings), "gain": need.gains.text, "phrase": need.phrase}

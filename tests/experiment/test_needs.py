@@ -15,6 +15,7 @@ from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.needs import choose_needs, known_needs
 from flexrec.experiment.run_folder import RunInfo
 from flexrec.ranker import Ranker
+from flexrec.task import NEEDS as FLEXREC
 from flexrec.task import InterestTimes, JudgedGains, Need, get_need
 
 REAL_DATA = Path(os.environ.get("FLEXREC_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -139,7 +140,7 @@ def test_real_data(name, tmp_path, monkeypatch, capsys):
     [
         (["--need", "0.7 intrest + 0.3 explore"], "unknown need 'intrest'; did you mean 'interest'?"),
         (["--needs", "needs.yaml", "--need", "cheap but god"], "did you mean 'cheap but good'?"),
-        (["--needs", "nothing.yaml"], "needs: there is no file nothing.yaml"),
+        (["--needs", "nothing.yaml"], "nothing.yaml"),
         (
             ["--needs", "wrong.yaml", "--need", "dear"],
             "wrong.yaml: need 'dear': gain: at character 12, 'prize[0]': a subscript is not allowed",
@@ -214,15 +215,19 @@ def test_needs_made_in_python(simulated, recorded):
     Ranker("run", needs=needs)
 
 
-def test_the_needs_of_a_file_count_before_those_that_a_run_kept(tmp_path):
-    path = tmp_path / "needs.yaml"
+def test_the_needs_of_a_file_count_before_those_that_a_run_kept(simulated, tmp_path):
+    path = tmp_path / "own.yaml"
     path.write_text("- {name: a, wordings: [New.], gain: interest}")
     kept = [{"name": "a", "wordings": ["Old."], "gain": "interest"}, {"name": "b", "wordings": ["B."], "gain": "trend"}]
     known = known_needs(str(path), kept)
     assert known["a"].wordings == ("New.",)
     assert known["b"].wordings == ("B.",)
-    assert [need.name for need in choose_needs(["b", "trend", "b", "a + trend", "2 a + 2 trend"], known)] == [
-        *("b", "trend", "0.5 trend + 0.5 a"),
+    asked = ["b", "trend", "b", "a + trend", "2 trend + 2 a"]
+    assert [need.name for need in choose_needs(asked, known, simulated)] == ["b", "trend", "0.5 trend + 0.5 a"]
+    without = dataclasses.replace(simulated, unsupported={"trend": "no times", "search": "no queries"})
+    assert [need.name for need in choose_needs(None, known, without)] == [
+        *(name for name in FLEXREC if name not in without.unsupported),
+        *("a", "b"),
     ]
 
 

@@ -86,6 +86,7 @@ def test_half_and_half_keeps_about_as_much_of_either(data, one, other):
         ("70% interest + 30 % explore", "0.7 interest + 0.3 explore"),
         ("7 interest + 3 explore", "0.7 interest + 0.3 explore"),
         ("interest + explore", "0.5 interest + 0.5 explore"),
+        ("explore + interest", "0.5 interest + 0.5 explore"),
         ("1e+1 interest + 1e1 trend", "0.5 interest + 0.5 trend"),
         ("interest + explore + trend", "0.333 interest + 0.333 explore + 0.333 trend"),
         ("2 interest + 1 trend", "0.667 interest + 0.333 trend"),

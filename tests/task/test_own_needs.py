@@ -9,7 +9,7 @@ from flexrec.data import simulate
 from flexrec.data.lists import Catalogue
 from flexrec.task.mixtures import find_need
 from flexrec.task.needs import NEEDS, get_need
-from flexrec.task.own_needs import asks_of_data, check_needs, definitions_of, needs_of, read_needs
+from flexrec.task.own_needs import asks_of_data, check_needs, definitions_of, make_needs, read_needs
 
 FILE = """
 - name: cheap but good
@@ -53,12 +53,12 @@ def test_a_list_under_needs_is_the_same(tmp_path, needs):
 def test_what_a_run_keeps_makes_them_again(needs):
     mixed = find_need("0.6 interest + 0.4 short", {**NEEDS, **{need.name: need for need in needs}})
     kept = definitions_of([get_need("trend"), needs[0], mixed])
-    assert needs_of(kept) == needs
+    assert make_needs(kept) == needs
     assert definitions_of([get_need("trend")]) == []
 
 
 def test_what_data_must_be_able_to_answer(needs):
-    (rising,) = needs_of([{"name": "rising", "wordings": "Up.", "gain": "interest * (trend + novelty)"}])
+    (rising,) = make_needs([{"name": "rising", "wordings": "Up.", "gain": "interest * (trend + novelty)"}])
     assert asks_of_data(needs[0]) == ("cheap but good",)
     assert asks_of_data(rising) == ("rising", "trend", "explore")
     assert asks_of_data(find_need("0.5 interest + 0.5 trend")) == ("interest", "trend")
@@ -70,7 +70,7 @@ def test_what_data_must_be_able_to_answer(needs):
 def test_what_is_worth_saying(needs):
     columns = {"price": np.array([1.0, np.nan, np.nan]), "len_of_title": np.array([1.0, 2.0, 3.0])}
     catalogue = Catalogue(tuple("abc"), tuple("ABC"), ((),) * 3, columns)
-    others = needs_of(
+    others = make_needs(
         [
             {"name": "squared", "wordings": "Twice.", "gain": "interest ** 2"},
             {"name": "dear", "wordings": "Dear.", "gain": "default(price, 0)"},
