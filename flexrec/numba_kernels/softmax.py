@@ -44,16 +44,20 @@ class Results(NamedTuple):
     norm: Array  # (M, 2), or (M, 4) with a reference
 
 
-def new_results(m: int, channels: int, reference: bool, kind: type) -> Results:
-    """To be written."""
-    shapes = ((m,), (m,), (m, channels), (m if reference else 0,), (m, 4 if reference else 2))
-    return Results(*(np.empty(shape, kind) for shape in shapes))
+def new_results(sets: tuple[int, ...], channels: int, reference: bool, kind: type) -> Results:
+    """To be written; ``sets`` is what their dimension M is shaped as."""
+    return Results(
+        np.empty(sets, kind),
+        np.empty(sets, kind),
+        np.empty((*sets, channels), kind),
+        np.empty(sets if reference else (0,) * len(sets), kind),
+        np.empty((*sets, 4 if reference else 2), kind),
+    )
 
 
 def results_of(tensors: Iterable[Tensor | None], dtype: torch.dtype, dims: int) -> Results:
     """Of tensors whose first ``dims`` dimensions count the sets; None, or of size 0, what is not there."""
-    flat = (x if x is None or x.dim() < dims else x.flatten(0, dims - 1) for x in tensors)
-    return Results(*(array_of(x, dtype, rank) for x, rank in zip(flat, (1, 1, 2, 1, 2), strict=True)))
+    return Results(*(array_of(x, dtype, dims + more) for x, more in zip(tensors, (0, 0, 1, 0, 1), strict=True)))
 
 
 @njit(cache=True)

@@ -26,7 +26,6 @@ from flexrec.ops.library import (
     accumulation_dtype,
     choose_kernels,
     finite_or_nan,
-    is_traced,
     kernels,
     log_probs_of,
     without_autocast,
@@ -104,6 +103,7 @@ def ranking_logprobs(
         tensor([[0.3333, 0.5000, 1.0000]])
     """
     lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
+    values = _check_values(lists, values)
     logprobs, entropy, expectations, _ = evaluate_lists(lists, values, weight_grad=weight_grad, backend=backend)
     return RankingLogprobs(logprobs, entropy, expectations)
 
@@ -149,7 +149,7 @@ def ranking_logprobs_with_kl(
     """
     lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
     lists = add_reference(lists, ref_hidden, ref_weight, ref_bias, ref_logits)
-    result = evaluate_lists(lists, values, weight_grad=weight_grad, backend=backend)
+    result = evaluate_lists(lists, _check_values(lists, values), weight_grad=weight_grad, backend=backend)
     assert result.kl is not None
     return RankingLogprobsWithKL(result.logprobs, result.entropy, result.expectations, result.kl)
 
@@ -305,6 +305,20 @@ def check_lists(
     return RankedLists(hidden, weight, bias, candidates, position, temperature=float(temperature), ragged=True)
 
 
+def _check_values(lists: RankedLists, values: Tensor | None) -> Tensor | None:
+    """``values`` (N, K, C), detached; their numbers are checked up to each list's length."""
+    if values is None:
+        return None
+    n, k = lists.position.shape
+    check_tensor("values", values, (n, k, "C"))
+    mask = None
+    if lists.ragged:
+        in_list = torch.arange(k, device=values.device) <= lists.position.amax(1, keepdim=True)  # (N, K)
+        mask = in_list[..., None].expand(values.shape)
+    check_finite("values", values, mask)
+    return values.detach()
+
+
 def add_reference(lists: RankedLists, *reference: Tensor | None) -> RankedLists:
     """The lists with the arguments ref_hidden, ref_weight, ref_bias and ref_logits, checked."""
     n, t, _ = lists.hidden.shape
@@ -319,18 +333,9 @@ def add_reference(lists: RankedLists, *reference: Tensor | None) -> RankedLists:
 def evaluate_lists(
     lists: RankedLists, values: Tensor | None = None, *, weight_grad: str = "dense", backend: str = "auto"
 ) -> Results:
-    """What the public functions have in common; ``values`` (N, K, C) in rank order."""
-    if values is not None:
-        n, k = lists.position.shape
-        check_tensor("values", values, (n, k, "C"))
-        mask = None
-        if lists.ragged:
-            in_list = torch.arange(k, device=values.device) <= lists.position.amax(1, keepdim=True)  # (N, K)
-            mask = in_list[..., None].expand(values.shape)
-        check_finite("values", values, mask)
-        values = values.detach()
+    """What the public functions have in common; ``values`` (N, K, C) finite, in rank order, without gradient."""
     backend = choose_kernels(backend, lists.hidden, lists.weight)
-    check_weight_grad(weight_grad, backend, lists.weight, is_traced(*lists))
+    check_weight_grad(weight_grad, backend, lists.weight, lists)
     lists = lists._replace(values=values, backend=backend)
     if backend == "torch":
         return from_distribution(*step_log_probs(lists), lists)
