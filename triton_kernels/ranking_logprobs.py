@@ -60,7 +60,6 @@ from flexrec.triton_kernels.segment_sum import sum_by_place
 __all__ = [
     "INTERPRETED",
     "Forward",
-    "Saved",
     "keeps_logits",
     "padded",
     "rank_positions_",
@@ -73,7 +72,8 @@ WeightAndBias = tuple[Tensor | None, Tensor | None]
 
 
 class Forward(NamedTuple):
-    """What the forward launcher returns, all float32. K' is K rounded up to a multiple of 8, see :func:`padded`.
+    """What the forward launcher returns and the backward launcher needs, all float32. K' is K rounded up to a multiple
+    of 8, see :func:`padded`.
 
     Attributes:
         logprobs, entropy: (N, T).
@@ -85,7 +85,7 @@ class Forward(NamedTuple):
         ref_norm: (N, T, 2), or None without a reference.
     """
 
-    logprobs: Tensor
+    logprobs: Tensor | None  # which the backward pass does without
     entropy: Tensor
     expectations: Tensor
     kl: Tensor | None
@@ -94,24 +94,7 @@ class Forward(NamedTuple):
     ref_logits: Tensor | None
     ref_norm: Tensor | None
 
-    @property
-    def saved(self) -> Saved:
-        """What the backward launcher needs of it."""
-        return Saved(*self[1:])
-
-
-class Saved(NamedTuple):
-    """What the backward pass needs of the forward pass; names and shapes as of :class:`Forward`."""
-
-    entropy: Tensor
-    expectations: Tensor
-    kl: Tensor | None
-    logits: Tensor | None
-    norm: Tensor
-    ref_logits: Tensor | None
-    ref_norm: Tensor | None
-
-    def present(self) -> Saved:
+    def present(self) -> Forward:
         """Itself with None for tensors without entries, by which a registered operation stands for None."""
         kl, logits, ref_logits, ref_norm = (
             None if x is None or x.numel() == 0 else x for x in (self.kl, self.logits, self.ref_logits, self.ref_norm)
@@ -192,7 +175,7 @@ def ranking_logprobs_forward(
 
 def ranking_logprobs_backward(
     upstream: tuple[Tensor, ...],
-    saved: Saved,
+    saved: Forward,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -212,7 +195,7 @@ def ranking_logprobs_backward(
 
     Args:
         upstream: gradients of log-probs (N, T), entropy (N, T), expectations (N, T, C); of KL (N, T) with a reference.
-        saved: ``Forward.saved`` of the forward pass; a tensor without entries counts as None.
+        saved: of the forward pass; a tensor without entries counts as None.
         weight_mode: "dense": weight (V, D) and bias (V,) in the dtype of what they belong to, summed in float32 by
             atomics, in no fixed order. "rows": weight (P K, D) and bias (P K,) float32, entry p K + k for token
             candidates[p, k]; no atomics, nothing zeroed first, bitwise repeatable. "accumulate": added to ``into``,
@@ -264,7 +247,7 @@ def ranking_logprobs_backward(
 def _slopes(
     problem: Problem,
     upstream: tuple[Tensor, ...],
-    saved: Saved,
+    saved: Forward,
     temperature: float,
     hidden_grad: Tensor | None,
     with_weights: bool,

@@ -122,18 +122,7 @@ def restricted_logprobs_forward(
     reference: tuple[Tensor, Tensor, Tensor | None] | Tensor | None,
     temperature: float,
 ) -> tuple[Tensor | None, ...]:
-    """What follows from the logits of every entry; all float32.
-
-    Args:
-        hidden, weight, bias, ids, offsets: as of :func:`sampled_logits`.
-        targets: (M,) int64 or None; values: (nnz, C) floating or None.
-        reference: its hidden states (M, D'), weight (V, D') and bias, or its logits (nnz,) up to a constant per row.
-
-    Returns:
-        log-probs (M,), NaN where the target is not allowed and 0 without targets; entropy (M,); expectations (M, C);
-        KL (M,) or None; for the backward pass norm (M, 4), logits (nnz,), the row (nnz,) int32 of every entry, and the
-        reference's logits (nnz,) if they were computed.
-    """
+    """As of ``flexrec/numba_kernels/restricted_logprobs.py``; all float32, norm (M, 4), the row of an entry int32."""
     row = owners(offsets, len(ids))
     logits = sampled_logits(hidden, weight, bias, ids, offsets, row, temperature)
     made = None

@@ -18,9 +18,10 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from flexrec.numba_kernels.rows import NUMPY, REORDER, Array, add_rows, array_of, operands_of, sum_rows
+from flexrec.numba_kernels.rows import NUMPY, REORDER, Array, Operands, add_rows, array_of, operands_of, sum_rows
 from flexrec.numba_kernels.softmax import (
     NO_TARGET,
+    Entries,
     Results,
     Sets,
     floored,
@@ -190,64 +191,51 @@ def _flat(x: Results) -> Results:
     return Results(x.logprobs.reshape(-1), x.entropy.reshape(-1), expectations, x.kl.reshape(-1), norm)
 
 
-@njit(cache=True, nogil=True)
-def _forward(
-    hidden: Array,
-    rows: Array,
-    bias: Array,
-    index: Array,
-    position: Array,
-    values: Array,
-    ref_logits: Array,
-    temperature: float,
-    parts: int,
-    logits: Array,
-    out: Results,
-) -> None:
-    """Logits (N, T, K) in rank order and all that follows from them; ``index`` (P, K) says which row is whose."""
-    order, lengths, sets = _in_rank_order(position, index, hidden.shape[1])
-    triangle_logits(hidden, rows, order, lengths, bias, temperature, logits)
-    softmax(sets, logits.reshape(-1), values, ref_logits.reshape(-1), parts, _flat(out))
+@njit(cache=True)
+def _flat_entries(x: Entries) -> Entries:
+    """Entries of (N, T, K) logits; the values are (N K, C) already."""
+    return Entries(x.logits.reshape(-1), x.values, x.ref_logits.reshape(-1))
 
 
 @njit(cache=True, nogil=True)
-def _reference_logits(
-    hidden: Array, rows: Array, bias: Array, index: Array, position: Array, temperature: float, logits: Array
-) -> None:
-    order, lengths, _ = _in_rank_order(position, index, hidden.shape[1])
-    triangle_logits(hidden, rows, order, lengths, bias, temperature, logits)
+def _logits_in_rank_order(x: Operands, position: Array, temperature: float, logits: Array) -> Sets:
+    """Fill ``logits`` (N, T, K); which of them are the steps' entries."""
+    order, lengths, sets = _in_rank_order(position, x.index, x.hidden.shape[1])
+    triangle_logits(x.hidden, x.rows, order, lengths, x.bias, temperature, logits)
+    return sets
+
+
+@njit(cache=True, nogil=True)
+def _forward(x: Operands, position: Array, temperature: float, parts: int, entries: Entries, out: Results) -> None:
+    """Fill the logits of the entries, and ``out`` with all that follows from them."""
+    sets = _logits_in_rank_order(x, position, temperature, entries.logits)
+    softmax(sets, _flat_entries(entries), parts, _flat(out))
 
 
 @njit(cache=True, nogil=True)
 def _backward(
-    hidden: Array,
-    rows: Array,
-    index: Array,
+    x: Operands,
     position: Array,
-    values: Array,
-    ref_logits: Array,
-    logits: Array,
-    results: Results,
-    upstream: Results,
     temperature: float,
     parts: int,
+    entries: Entries,
+    results: Results,
+    upstream: Results,
     hidden_grad: Array,
     row_grads: Array,
     bias_grads: Array,
 ) -> None:
     """Gradients of hidden states (N, T, D), of the candidates' rows (P, K, D) and bias (P, K); no rows where their D
     is 0, nothing of what has size 0."""
-    order, _, sets = _in_rank_order(position, index, hidden.shape[1])
-    dlogits = np.empty_like(logits)
-    flat, given = dlogits.reshape(-1), logits.reshape(-1)
-    softmax_gradient(
-        sets, given, values, ref_logits.reshape(-1), _flat(results), _flat(upstream), temperature, parts, flat
-    )
+    order, _, sets = _in_rank_order(position, x.index, x.hidden.shape[1])
+    dlogits = np.empty_like(entries.logits)
+    flat = dlogits.reshape(-1)
+    softmax_gradient(sets, _flat_entries(entries), _flat(results), _flat(upstream), temperature, parts, flat)
     if hidden_grad.size:
-        out = hidden_grad.reshape((len(sets.begin), hidden.shape[2]))  # (N T, D)
-        sum_rows(sets.begin, sets.end, sets.values, flat, order.reshape(-1), rows, sets.target[:0], 1, parts, out)
+        out = hidden_grad.reshape((len(sets.begin), hidden_grad.shape[2]))  # (N T, D)
+        sum_rows(sets.begin, sets.end, sets.values, flat, order.reshape(-1), x.rows, sets.target[:0], 1, parts, out)
     if bias_grads.size:
-        candidate_gradients(dlogits, hidden, position, row_grads, bias_grads)
+        candidate_gradients(dlogits, x.hidden, position, row_grads, bias_grads)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -283,14 +271,13 @@ def ranking_logprobs_forward(
     logits, ref_logits = np.zeros((n, t, k), kind), np.zeros((n if has_reference else 0, t, k), kind)
     out = new_results((n, t), 0 if values is None else values.shape[2], has_reference, kind)
     if logits.size:
-        places, parts = position.numpy(), parts_for((64 + d) * logits.size)
+        places, entries = position.numpy(), Entries(logits, _flat_values(values, dtype), ref_logits)
         if isinstance(reference, Tensor):
             logits_in_rank_order(array_of(reference, dtype, 3), places, ref_logits)
         elif reference is not None:
-            states, *operands = operands_of(*reference, candidates, dtype)
-            _reference_logits(states, *operands, places, temperature, ref_logits)
-        operands = operands_of(hidden, weight, bias, candidates, dtype)
-        _forward(*operands, places, _flat_values(values, dtype), ref_logits, temperature, parts, logits, out)
+            _logits_in_rank_order(operands_of(*reference, candidates, dtype), places, temperature, ref_logits)
+        operands, parts = operands_of(hidden, weight, bias, candidates, dtype), parts_for((64 + d) * logits.size)
+        _forward(operands, places, temperature, parts, entries, out)
     logprobs, entropy, expectations, kl, norm = (torch.from_numpy(x) for x in out)
     results = logprobs, entropy, expectations, kl if has_reference else None
     return *results, torch.from_numpy(logits), norm, torch.from_numpy(ref_logits) if has_reference else None, None
@@ -323,19 +310,14 @@ def ranking_logprobs_backward(
     rows_shape, bias_shape = (p, k, d if needs_grad[1] else 0), (p if needs_grad[1] or needs_grad[2] else 0, k)
     row_grads, bias_grads = torch.zeros(rows_shape, dtype=dtype), torch.zeros(bias_shape, dtype=dtype)
     if logits.numel():
-        states, rows, _, index = operands_of(hidden, weight, None, candidates, dtype)
         _backward(
-            states,
-            rows,
-            index,
+            operands_of(hidden, weight, None, candidates, dtype),
             position.numpy(),
-            _flat_values(values, dtype),
-            array_of(ref_logits, dtype, 3),
-            logits.numpy(),
-            results_of((None, entropy, expectations, kl, norm), dtype, 2),
-            results_of((*upstream, None), dtype, 2),
             temperature,
             parts_for((64 + d) * logits.numel()),
+            Entries(logits.numpy(), _flat_values(values, dtype), array_of(ref_logits, dtype, 3)),
+            results_of((None, entropy, expectations, kl, norm), dtype, 2),
+            results_of((*upstream, None), dtype, 2),
             hidden_grad.numpy(),
             row_grads.numpy(),
             bias_grads.numpy(),

@@ -17,10 +17,21 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from flexrec.numba_kernels.rows import NUMPY, REORDER, Array, array_of, embedding_rows, operands_of, share, sum_rows
+from flexrec.numba_kernels.rows import (
+    NUMPY,
+    REORDER,
+    Array,
+    Operands,
+    array_of,
+    embedding_rows,
+    operands_of,
+    share,
+    sum_rows,
+)
 from flexrec.numba_kernels.softmax import (
     MISSING,
     NO_TARGET,
+    Entries,
     Results,
     Sets,
     logit_of,
@@ -83,21 +94,9 @@ def _target_entries(ids: Array, offsets: Array, targets: Array) -> Array:
 
 
 @njit(cache=True, nogil=True, parallel=True, fastmath=REORDER)
-def _logits(
-    hidden: Array,
-    rows: Array,
-    bias: Array,
-    ids: Array,
-    offsets: Array,
-    temperature: float,
-    parts: int,
-    logits: Array,
-) -> None:
-    """logits[e] = (hidden[m] . rows[ids[e]] + bias[ids[e]]) / temperature, four entries of a row at a time.
-
-    Args:
-        hidden: (M, D), rows: (R, D), bias: (R,) or (0,), logits: (nnz,) out, all of one dtype. ids: (nnz,) < R.
-    """
+def _logits(x: Operands, offsets: Array, temperature: float, parts: int, logits: Array) -> None:
+    """logits[e] = (hidden[m] . rows[index[e]] + bias[index[e]]) / temperature, four entries of a row at a time."""
+    hidden, rows, bias, ids = x
     divisor, zero = logits.dtype.type(temperature), logits.dtype.type(0)
     for part in prange(parts):
         low, high = share(offsets[:-1], len(ids), part, parts)
@@ -169,40 +168,17 @@ def _forward(
     ids: Array,
     offsets: Array,
     targets: Array,
-    hidden: Array,
-    rows: Array,
-    bias: Array,
-    index: Array,
-    values: Array,
-    ref_logits: Array,
+    x: Operands,
     temperature: float,
     parts: int,
     row: Array,
-    logits: Array,
+    entries: Entries,
     out: Results,
 ) -> None:
-    """The row of every entry, its logit, and all that follows; ``index`` (nnz,) says which of ``rows`` it takes."""
+    """Fill the row and the logit of every entry, and ``out`` with all that follows from them."""
     _owners(offsets, row)
-    _logits(hidden, rows, bias, index, offsets, temperature, parts, logits)
-    softmax(_sets(ids, offsets, targets), logits, values, ref_logits, parts, out)
-
-
-@njit(cache=True, nogil=True)
-def _slopes(
-    ids: Array,
-    offsets: Array,
-    targets: Array,
-    logits: Array,
-    values: Array,
-    ref_logits: Array,
-    results: Results,
-    upstream: Results,
-    temperature: float,
-    parts: int,
-    dlogits: Array,
-) -> None:
-    sets = _sets(ids, offsets, targets)
-    softmax_gradient(sets, logits, values, ref_logits, results, upstream, temperature, parts, dlogits)
+    _logits(x, offsets, temperature, parts, entries.logits)
+    softmax(_sets(ids, offsets, targets), entries, parts, out)
 
 
 # --- on tensors -------------------------------------------------------------------------------------------------------
@@ -238,22 +214,12 @@ def restricted_logprobs_forward(
     row, logits = np.empty(ids.shape, np.int64), np.empty(ids.shape, kind)
     made = np.empty(ids.shape, kind) if isinstance(reference, tuple) else None
     if isinstance(reference, tuple):
-        _logits(*operands_of(*reference, ids, dtype), bounds, temperature, parts, made)
+        _logits(operands_of(*reference, ids, dtype), bounds, temperature, parts, made)
     ref_logits = array_of(reference if isinstance(reference, Tensor) else None, dtype, 1) if made is None else made
     out = new_results((len(bounds) - 1,), 0 if values is None else values.shape[1], has_reference, kind)
-    _forward(
-        ids.numpy(),
-        bounds,
-        array_of(targets, torch.int64, 1),
-        *operands_of(hidden, weight, bias, ids, dtype),
-        array_of(values, dtype, 2),
-        ref_logits,
-        temperature,
-        parts,
-        row,
-        logits,
-        out,
-    )
+    entries = Entries(logits, array_of(values, dtype, 2), ref_logits)
+    operands, target_ids = operands_of(hidden, weight, bias, ids, dtype), array_of(targets, torch.int64, 1)
+    _forward(ids.numpy(), bounds, target_ids, operands, temperature, parts, row, entries, out)
     logprobs, entropy, expectations, kl, norm, logits, row = (torch.from_numpy(x) for x in (*out, logits, row))
     results = logprobs, entropy, expectations, kl if has_reference else None
     return *results, norm, logits, row, None if made is None else torch.from_numpy(made)
@@ -278,13 +244,9 @@ def set_softmax_backward(
         results: entropy, expectations, KL and norm of the forward pass, and what it had or made of the others.
     """
     dtype, dlogits = logits.dtype, torch.empty_like(logits)
-    _slopes(
-        ids.numpy(),
-        offsets.numpy(),
-        array_of(targets, torch.int64, 1),
-        logits.numpy(),
-        array_of(values, dtype, 2),
-        array_of(ref_logits, dtype, 1),
+    softmax_gradient(
+        _sets(ids.numpy(), offsets.numpy(), array_of(targets, torch.int64, 1)),
+        Entries(logits.numpy(), array_of(values, dtype, 2), array_of(ref_logits, dtype, 1)),
         results_of((None, *results), dtype, 1),
         results_of((*upstream, None), dtype, 1),
         temperature,

@@ -7,7 +7,7 @@ order: results are bitwise repeatable for any number of threads.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -120,8 +120,15 @@ def embedding_rows(
     return array_of(weight, dtype, 2), array_of(bias, dtype, 1), index.contiguous().numpy()
 
 
-def operands_of(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, dtype: torch.dtype
-) -> tuple[Array, Array, Array, Array]:
-    """Hidden states, which have one dimension more than ``tokens``, and the :func:`embedding_rows`."""
-    return array_of(hidden, dtype, tokens.dim() + 1), *embedding_rows(weight, bias, tokens, dtype)
+class Operands(NamedTuple):
+    """What logits are made of, all of one dtype."""
+
+    hidden: Array  # (M, D), of rankings (N, T, D)
+    rows: Array  # (R, D)
+    bias: Array  # (R,) or (0,)
+    index: Array  # which row is each token's: (nnz,), of rankings (P, K)
+
+
+def operands_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, dtype: torch.dtype) -> Operands:
+    """Of hidden states with one dimension more than ``tokens``, and the :func:`embedding_rows`."""
+    return Operands(array_of(hidden, dtype, tokens.dim() + 1), *embedding_rows(weight, bias, tokens, dtype))

@@ -34,6 +34,14 @@ class Sets(NamedTuple):
     values: Array  # (M,) int64, the row of the values that belongs to entry begin[m]; the others follow
 
 
+class Entries(NamedTuple):
+    """Of E entries, all of one dtype."""
+
+    logits: Array  # (E,), -inf replaced by FLOOR
+    values: Array  # (rows, C)
+    ref_logits: Array  # (E,) the reference's up to a constant per set, or (0,) if there is none
+
+
 class Results(NamedTuple):
     """Of M sets, all of the logits' dtype; norm holds m and log s, those of the reference after them."""
 
@@ -77,15 +85,12 @@ def _largest(z: Array) -> float:
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def softmax(sets: Sets, logits: Array, values: Array, ref_logits: Array, parts: int, out: Results) -> None:
+def softmax(sets: Sets, entries: Entries, parts: int, out: Results) -> None:
     """Everything of a set that is a sum over its entries; exactly 0 where it has none.
 
     KL is summed as the mean of (z - m) - (r - m') less log s - log s': where the policies agree both are exactly 0.
-
-    Args:
-        logits, ref_logits: (E,) of one dtype, -inf replaced by FLOOR; the reference's up to a constant per set, (0,) if
-            there is none. values: (rows, C) of the same dtype.
     """
+    logits, values, ref_logits = entries
     logprobs, entropy, expectations, kl, norm = out  # numba would not see that a loop writes to the tuple's arrays
     for part in prange(parts):
         low, high = share(sets.begin, len(logits), part, parts)
@@ -139,15 +144,7 @@ def softmax(sets: Sets, logits: Array, values: Array, ref_logits: Array, parts: 
 
 @njit(cache=True, nogil=True, parallel=True)
 def softmax_gradient(
-    sets: Sets,
-    logits: Array,
-    values: Array,
-    ref_logits: Array,
-    results: Results,
-    upstream: Results,
-    temperature: float,
-    parts: int,
-    dlogits: Array,
+    sets: Sets, entries: Entries, results: Results, upstream: Results, temperature: float, parts: int, dlogits: Array
 ) -> None:
     """dlogits (E,), the gradient of the logits before they were divided by the temperature.
 
@@ -155,8 +152,8 @@ def softmax_gradient(
 
     Args:
         results: what :func:`softmax` wrote. upstream: gradients of it; its norm is not read.
-        The other arguments are those of :func:`softmax`.
     """
+    logits, values, ref_logits = entries
     for part in prange(parts):
         low, high = share(sets.begin, len(logits), part, parts)
         for m in range(low, high):

@@ -437,7 +437,7 @@ def _triton_backward(
         mode = "dense"
     hidden_grad, of_weight, of_bias = module.ranking_logprobs_backward(
         tuple(upstream),
-        module.Saved(*saved),
+        module.Forward(None, *saved),
         x.hidden,
         x.weight,
         x.bias,

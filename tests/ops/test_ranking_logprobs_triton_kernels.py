@@ -179,9 +179,7 @@ def test_outputs_and_gradients(shape, dtype, order, save, reference, device):
         assert_no_worse(ours, torchs, want, ulps=4)
         torch.testing.assert_close(ours.double(), want, rtol=1e-5, atol=1e-4)
     upstream = upstream_of(exact)
-    grads = ranking_logprobs_backward(
-        upstream, out.saved, *x.inputs, [True] * 3, reference=given, order=order, ragged=False
-    )
+    grads = ranking_logprobs_backward(upstream, out, *x.inputs, [True] * 3, reference=given, order=order, ragged=False)
     want_grads = grads_of(exact, exact_leaves, upstream)
     their_grads = grads_of(theirs, torch_leaves, upstream)
     for ours, torchs, want in zip(grads, their_grads, want_grads, strict=True):
@@ -205,7 +203,7 @@ def test_lists_of_many_lengths(order, device):
         torch.testing.assert_close(ours, want.float(), rtol=1e-4, atol=1e-4)
         assert (ours[dead] == 0).all()
     grads = ranking_logprobs_backward(
-        upstream, out.saved, *x.inputs, [True] * 3, reference=x.reference("hidden"), order=order
+        upstream, out, *x.inputs, [True] * 3, reference=x.reference("hidden"), order=order
     )
     for ours, want in zip(grads, want_grads, strict=True):
         torch.testing.assert_close(ours, want.float(), rtol=1e-4, atol=1e-4)
@@ -221,7 +219,7 @@ def test_ways_to_have_the_weight_gradient(group, steps, order, dtype, device):
     upstream = upstream_of(results(out))
 
     def backward(**options):
-        return ranking_logprobs_backward(upstream, out.saved, *x.inputs, [False, True, True], order=order, **options)
+        return ranking_logprobs_backward(upstream, out, *x.inputs, [False, True, True], order=order, **options)
 
     _, dense, dense_bias = backward()
     hidden_grad, rows, bias_rows = backward(weight_mode="rows")
@@ -260,14 +258,12 @@ def test_few_lists_of_many_steps_take_a_library_product(device, monkeypatch):
     monkeypatch.setattr(kernels, "weight_grad_by_matmul", lambda *shape: True)
     out = ranking_logprobs_forward(*x.inputs)
     upstream = upstream_of(results(out))
-    launched = ranking_logprobs_backward(upstream, out.saved, *x.inputs, [False, True, True], ragged=True)
+    launched = ranking_logprobs_backward(upstream, out, *x.inputs, [False, True, True], ragged=True)
     calls = []
     bmm = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda *a: calls.append(a) or bmm(*a))
     for mode in ("dense", "rows"):
-        found = ranking_logprobs_backward(
-            upstream, out.saved, *x.inputs, [False, True, True], ragged=False, weight_mode=mode
-        )
+        found = ranking_logprobs_backward(upstream, out, *x.inputs, [False, True, True], ragged=False, weight_mode=mode)
         if mode == "rows":
             tokens = x.candidates.flatten()
             found = (
@@ -285,7 +281,7 @@ def test_a_token_of_many_lists_is_added_up_before_it_is_rounded(device):
     out = ranking_logprobs_forward(*x.inputs)
     upstream = 1e-3 * torch.ones_like(out.logprobs), *(torch.zeros_like(y) for y in results(out)[1:])
     x.hidden[:] = 1.0
-    arguments = upstream, out.saved, *x.inputs, [False, True, True]
+    arguments = upstream, out, *x.inputs, [False, True, True]
     _, rows, bias_rows = ranking_logprobs_backward(*arguments, weight_mode="rows")
     into = torch.ones(3, 8, dtype=torch.bfloat16, device=device), torch.ones(3, dtype=torch.bfloat16, device=device)
     ranking_logprobs_backward(*arguments, weight_mode="accumulate", into=into)
@@ -308,7 +304,7 @@ def test_tokens_out_of_range_are_neither_read_nor_written(mode, order, device):
     assert out.logprobs.isnan().tolist() == [[True, True, False], [False] * 3]
     grads = ranking_logprobs_backward(
         upstream_of(results(out)),
-        out.saved,
+        out,
         *x.inputs,
         [True] * 3,
         weight_mode=mode,
@@ -326,7 +322,7 @@ def test_only_what_is_asked_for_is_computed(size, device, monkeypatch):
     x = make(1, 2, 6, size, 24, 30, device=device)
     out = ranking_logprobs_forward(*x.inputs)
     upstream = upstream_of(results(out))
-    whole = ranking_logprobs_backward(upstream, out.saved, *x.inputs, [True] * 3)
+    whole = ranking_logprobs_backward(upstream, out, *x.inputs, [True] * 3)
     launched = []
     launch = kernels.launch
 
@@ -343,7 +339,7 @@ def test_only_what_is_asked_for_is_computed(size, device, monkeypatch):
         ([False, False, True], ["dlogits", "weight_grad"]),
     ):
         launched.clear()
-        found = ranking_logprobs_backward(upstream, out.saved, *x.inputs, wanted)
+        found = ranking_logprobs_backward(upstream, out, *x.inputs, wanted)
         assert launched == expected
         for have, want, asked in zip(found, whole, wanted, strict=True):
             assert (have is not None) == asked
@@ -390,7 +386,7 @@ def test_impossible_tokens(order, device):
     assert out.kl[0, 0] == math.inf
     assert out.kl[0, 1:].isfinite().all()
     upstream = tuple(torch.ones_like(y) for y in results(out))
-    grads = ranking_logprobs_backward(upstream, out.saved, *x.inputs, [True] * 3, reference=reference, order=order)
+    grads = ranking_logprobs_backward(upstream, out, *x.inputs, [True] * 3, reference=reference, order=order)
     assert all(g.isfinite().all() for g in grads)
     assert (grads[2][[1, 3]] == 0).all()
     assert (grads[0][0, 2:] == 0).all()
@@ -401,8 +397,8 @@ def test_saved_logits_may_be_in_a_tensor_without_entries(device):
     out = ranking_logprobs_forward(*x.inputs, save_logits=False)
     upstream = upstream_of(results(out))
     nothing = torch.zeros(0, device=device)
-    saved = kernels.Saved(*(nothing if y is None else y for y in out.saved))
-    want = ranking_logprobs_backward(upstream, out.saved, *x.inputs, [True] * 3)
+    saved = kernels.Forward(*(nothing if y is None else y for y in out))
+    want = ranking_logprobs_backward(upstream, out, *x.inputs, [True] * 3)
     torch.testing.assert_close(ranking_logprobs_backward(upstream, saved, *x.inputs, [True] * 3), want)
 
 
@@ -416,7 +412,7 @@ def test_nothing_to_rank(n, t, device):
     for mode, rows in (("dense", 6), ("rows", n * 5)):
         grads = ranking_logprobs_backward(
             tuple(results(out)),
-            out.saved,
+            out,
             *x.inputs,
             [True] * 3,
             weight_mode=mode,
@@ -441,7 +437,7 @@ def test_a_weight_of_more_than_2_to_the_31_entries(tmp_path, device):
     for x in (near, far):
         out = ranking_logprobs_forward(*x.inputs)
         upstream = upstream_of(results(out))
-        grads = ranking_logprobs_backward(upstream, out.saved, *x.inputs, [True, True, False], weight_mode="rows")
+        grads = ranking_logprobs_backward(upstream, out, *x.inputs, [True, True, False], weight_mode="rows")
         found.append((out.logprobs, *grads[:2]))
     for close, distant in zip(*found, strict=True):
         assert torch.equal(close, distant)
@@ -450,7 +446,7 @@ def test_a_weight_of_more_than_2_to_the_31_entries(tmp_path, device):
 def test_wrong_modes_are_said(device):
     x = make(1, 2, 3, 4, 5, 6, device=device)
     out = ranking_logprobs_forward(*x.inputs)
-    arguments = upstream_of(results(out)), out.saved, *x.inputs, [True] * 3
+    arguments = upstream_of(results(out)), out, *x.inputs, [True] * 3
     with pytest.raises(ValueError, match="weight_mode must be one of dense, rows, accumulate, got 'sparse'"):
         ranking_logprobs_backward(*arguments, weight_mode="sparse")
     with pytest.raises(ValueError, match=r"needs into\[weight\] \(6, 5\) on .*, got None"):
