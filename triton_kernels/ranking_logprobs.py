@@ -6,8 +6,12 @@ softmax.py. Then
 
     dh = sum_j dz_j w_j / temperature,    dw_j = sum over the list's G T steps of dz_j h / temperature,
 
-and db_j is the same sum of the dz_j. These are rounded to the operands' dtype before the products, as torch does.
-(float16 ends at 6e-8: scale the loss, as with torch.)
+and db_j is the same sum of the dz_j. These are rounded to the operands' dtype before the products, as torch does, which
+in bfloat16 alone is an error of 1.6e-3 of the gradient's norm, as much as rounding the result. (float16 ends at 6e-8:
+scale the loss, as with torch.) Where dh follows at once, from dz in registers, what the rounding leaves is multiplied
+too, and only the result is rounded: one product more for as many warps. Products of dz from memory would read twice
+the bytes and take up to three times the registers (sm_90: hidden grad 70 to 230, weight grad 72 to 135), with spills
+on sm_80.
 
 Orders (`choose_order`). Canonical: candidates as given, the G T steps of a list are the rows of one problem, so that a
 weight row is read once per tile of steps of a list, and its gradient added to memory once per list; the pool comes from
@@ -20,7 +24,7 @@ what is read again (canonical; in the chosen order products, logits and dz are h
                   + 4 R K (positions: G of them, T times each from L1) + 4 R (C + 4);         2 R K D flops.
                   Hidden is read again for every 128 candidates (64 with a reference, which doubles the rest too).
     dlogits       4 R K (logits; or the forward's reads and flops) + e R K (dz out, if needed beyond)
-                  + up to 128 candidates: J P K D e (rows) + R D e (dh out);                  2 R K D flops
+                  + up to 128 candidates: J P K D e (rows) + R D e (dh out);    2 R K D flops, 4 in half precision
     hidden grad   beyond 128 candidates: e R K D/128 (dz) + J P K D e + R D e (dh out);       2 R K D flops
     weight grad   e R K D/128 (dz, from L2) + R D e ceil(K/64) (hidden) + 8 P K D (atomic adds; rows: 4 P K D written;
                   dense besides: 4 V D zeroed);                                               2 R K D flops

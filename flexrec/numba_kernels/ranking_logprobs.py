@@ -288,6 +288,7 @@ def ranking_logprobs_backward(
     saved: Sequence[Tensor],
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     candidates: Tensor,
     position: Tensor,
     values: Tensor | None,

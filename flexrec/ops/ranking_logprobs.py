@@ -260,6 +260,11 @@ class RankedLists(NamedTuple):
     backend: str = "numba"
 
     @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """What the kernels of every backend take first."""
+        return self.hidden, self.weight, self.bias, self.candidates, self.position
+
+    @property
     def reference(self) -> Any:
         """Hidden, weight and bias of the reference, or its logits, or None."""
         return self.ref_logits if self.ref_hidden is None else (self.ref_hidden, self.ref_weight, self.ref_bias)
@@ -397,15 +402,13 @@ _SCHEMA = (
 
 def _forward(x: RankedLists, with_grad: bool) -> Sequence[Tensor | None]:
     """The results; for the backward pass logits and norm, and those of the reference, in the backend's own layout."""
-    operands = (x.hidden, x.weight, x.bias, x.candidates, x.position)
     module = kernels(x.backend, "ranking_logprobs")
     if x.backend == "numba":
-        return module.ranking_logprobs_forward(*operands, x.values, x.temperature, x.reference)
+        return module.ranking_logprobs_forward(*x.operands, x.values, x.temperature, x.reference)
     kept = with_grad and module.keeps_logits(x.candidates.shape[1], x.hidden.shape[2])
+    options = {"reference": x.reference, "save_logits": kept}
     with without_autocast(x.hidden):
-        return module.ranking_logprobs_forward(
-            *operands, _values_or_empty(x), x.temperature, reference=x.reference, save_logits=kept
-        )
+        return module.ranking_logprobs_forward(*x.operands, _values_or_empty(x), x.temperature, **options)
 
 
 def _backward(
@@ -414,10 +417,9 @@ def _backward(
     if x.backend == "triton":
         with without_autocast(x.hidden):
             return _triton_backward(upstream, saved, x, needs_grad, weight_grad)
-    operands = (x.hidden, x.weight, x.candidates, x.position)
     numba = kernels("numba", "ranking_logprobs")
     hidden_grad, rows, bias_rows = numba.ranking_logprobs_backward(
-        upstream, saved, *operands, x.values, x.temperature, needs_grad
+        upstream, saved, *x.operands, x.values, x.temperature, needs_grad
     )
     return hidden_grad, *_by_token(rows, bias_rows, x, weight_grad)
 
@@ -435,21 +437,10 @@ def _triton_backward(
         into = (accumulated_grad(x.weight), bias_grad)
     elif mode == "accumulate":
         mode = "dense"
+    arguments = *x.operands, _values_or_empty(x), x.temperature, needs_grad
+    options = {"weight_mode": mode, "into": into, "reference": x.reference, "ragged": x.ragged}
     hidden_grad, of_weight, of_bias = module.ranking_logprobs_backward(
-        tuple(upstream),
-        module.Forward(None, *saved),
-        x.hidden,
-        x.weight,
-        x.bias,
-        x.candidates,
-        x.position,
-        _values_or_empty(x),
-        x.temperature,
-        needs_grad,
-        weight_mode=mode,
-        into=into,
-        reference=x.reference,
-        ragged=x.ragged,
+        tuple(upstream), module.Forward(None, *saved), *arguments, **options
     )
     if repeatable:
         k = x.candidates.shape[1]
