@@ -1,6 +1,6 @@
 """NDCG@5 over seconds of training: a run of ``flexrec train`` against TRL's GRPO from the same base.
 
-    flexrec train --dataset movielens --data DIR --need interest --eval-every 5 --no-listwise-baseline --output RUN
+    flexrec train --dataset movielens --data DIR --need interest --eval-every 5 --output RUN
     python bench/time_to_quality.py RUN --output DIR                    20 to 50 minutes
     python bench/time_to_quality.py RUN --output DIR --answers free     a further curve: TRL as it comes
     python bench/time_to_quality.py RUN --output DIR --only plot        the figure anew, from the curves

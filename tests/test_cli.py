@@ -83,7 +83,7 @@ def test_profile(tmp_path, capsys):
     """Where a step's seconds go is printed, and in the log step by step."""
     options = ["--warmup", "format", "--warmup-steps", "1", "--steps", "2", "--prompts-per-step", "8", "--profile"]
     folder = tmp_path / "run"
-    assert main(["train", "--output", str(folder), "--need", "interest", "--no-listwise-baseline", *options]) == 0
+    assert main(["train", "--output", str(folder), "--need", "interest", *options]) == 0
     shown = capsys.readouterr().out
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "seconds/decode" in line]
@@ -258,7 +258,7 @@ def test_existing_output_is_kept(run, capsys):
 
 def test_interrupted_run_resumes(tmp_path, monkeypatch, capsys):
     """After its last step or in the middle: what comes of it are the weights of a run that nobody interrupted."""
-    options = ["--save-every", "2", "--no-listwise-baseline", *SMALL, "--need", "interest", "--beta", "0.1"]
+    options = ["--save-every", "2", *SMALL, "--need", "interest", "--beta", "0.1"]
     folder, middle, whole = (tmp_path / name for name in ("end", "middle", "whole"))
     assert main(["train", "--output", str(whole), *options]) == 0
 
@@ -443,7 +443,6 @@ def test_title_and_index_answers(tmp_path):
             "1",
             "--prompts-per-step",
             "4",
-            "--no-listwise-baseline",
         ]
         arguments = ["--encoding", encoding, "--need", "interest", "--output", str(folder)]
         assert main(["train", *few, *arguments]) == 0

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from flexrec.data import simulate
 from flexrec.evaluation import evaluate
 from flexrec.experiment import model as model_module
-from flexrec.experiment import stages
+from flexrec.experiment import stages, training
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.trainer import callbacks
 
@@ -142,7 +142,7 @@ def recorded(monkeypatch, dataset):
     monkeypatch.setattr(stages, "Critic", type("Critic", (FakeCritic,), {"fit": staticmethod(fit)}))
     monkeypatch.setattr(stages, "set_seed", lambda seed: seen.seeds.update(set_seed=seed))
     for name in ("SupervisedTrainer", "FlexRecTrainer"):
-        monkeypatch.setattr(stages, name, lambda *args, **kwargs: Recorder(seen, *args, **kwargs))
+        monkeypatch.setattr(training, name, lambda *args, **kwargs: Recorder(seen, *args, **kwargs))
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: seen.seconds)
     rank = evaluate.rank_examples
 
