@@ -4,8 +4,8 @@
     python examples/plot_curves.py runs/all-seed? --rankers sequence_grpo rank_grpo listwise --output baselines.png
 
 Every stage of a run ends in a point; with --eval-every there are points on the way. A square is the base, a star the
-warm start. Runs whose names differ only in "-seedN" are averaged; a thin line is one seed. --rankers draws the baselines
-that are trained as well, each from where it began. Needs matplotlib (the extra "report").
+warm start. Runs whose names differ only in "-seedN" are averaged; a thin line is one seed. --rankers draws
+baselines that are trained as well, each from where it began. Needs matplotlib (the extra "report").
 """
 
 from __future__ import annotations

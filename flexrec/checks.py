@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import field, fields
+from dataclasses import Field, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def option(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
-    metavar: str | None = None,
+    metavar: str | tuple[str, ...] | None = None,
     flag: str | None = None,
 ) -> Any:
     """A dataclass's field that says of itself what it is for and which values it takes; None is one where it is the
@@ -133,6 +133,11 @@ def option(
     """
     about = {"choices": choices, "low": low, "above": above, "high": high, "metavar": metavar, "flag": flag}
     return field(default=default, metadata={"help": help, **{k: v for k, v in about.items() if v is not None}})
+
+
+def flag_of(one: Field[Any]) -> str:
+    """What a field made by :func:`option` is called on a command line."""
+    return "--" + str(one.metadata.get("flag", one.name)).replace("_", "-")
 
 
 def check_options(options: Any) -> None:
