@@ -290,9 +290,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     scores = evaluate_run(Path(arguments.folder), **options)
     names = list(dict.fromkeys(name for values in scores.values() for name in values))
     alone = any(math.isnan(v["low"]) for values in scores.values() for v in values.values())
-    table = Table(
-        title=f"{arguments.folder}: mean over test lists [{ONE_USER if alone else '95 % interval over users'}]"
-    )
+    interval = f"({ONE_USER})" if alone else "[95 % interval over users]"
+    table = Table(title=f"{arguments.folder}: mean over test lists {interval}")
     table.add_column("need")
     for name in names:
         table.add_column(name, justify="right")

@@ -91,7 +91,8 @@ class Recorded:
         self.pace = {"format": 1.0, "listwise": 1.0, "reinforcement": 1.0}  # seconds a step
 
     def run(self, folder, **changes):
-        few = {"steps": 4, "warmup_steps": 3, "listwise_steps": 2, "prompts_per_step": 4, "needs": ("interest",)}
+        few = {"steps": 4, "warmup_steps": 3, "listwise_steps": 2, "prompts_per_step": 4}
+        few |= {"needs": ("interest",), "baselines": ("none",)}
         config = ExperimentConfig(output=str(folder), **{**few, **changes})
         return stages.run_experiment(config, say=self.said.append)
 

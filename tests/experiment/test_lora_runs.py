@@ -14,7 +14,7 @@ from flexrec.policy.lora import add_lora, save_adapters
 from flexrec.policy.small_model import build_model, build_tokenizer
 from flexrec.task.prompts import NOVELTY_MARKS, RISE_MARKS, item_token
 
-SMALL = ["--need", "interest", "--no-critic", "--prompts-per-step", "8"]
+SMALL = ["--need", "interest", "--no-critic", "--prompts-per-step", "8", "--baselines", "none"]
 SMALL += ["--warmup-steps", "2", "--listwise-steps", "2", "--steps", "4"]
 
 

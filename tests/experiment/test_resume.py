@@ -136,7 +136,7 @@ def test_resume_needs_no_other_option(tmp_path, recorded, capsys):
     assert cli.main([command[0], "--output", str(moved), "--resume", "--seed", "13"]) == 0
     config = json.loads((moved / "metrics.json").read_text())["config"]
     assert (config["seed"], config["needs"], config["metric"]) == (13, ["trend", "interest"], "recall@3")
-    assert config["baselines"] is None
+    assert config["baselines"] == ["none"]
 
 
 def test_the_folder_of_something_else_is_not_resumed(tmp_path, recorded):

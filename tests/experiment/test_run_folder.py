@@ -140,6 +140,7 @@ def test_metrics_compare_users_and_state_the_configuration(tmp_path, recorded):
                     listwise_steps=2,
                     prompts_per_step=4,
                     needs=("interest",),
+                    baselines=("none",),
                     seed=13,
                     metric="recall@3",
                 )

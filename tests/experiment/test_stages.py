@@ -113,7 +113,7 @@ def ndcg_at_5(gains_in_order):
 
 
 def test_baselines_rank_best_first_on_the_true_interest(tmp_path, recorded, dataset):
-    results = recorded.run(tmp_path / "run")
+    results = recorded.run(tmp_path / "run", baselines=None)
     expected = [
         ndcg_at_5(lst.truth[np.argsort(-lst.popularity, kind="stable")].astype(np.float64)) for lst in dataset.test
     ]
@@ -251,7 +251,7 @@ def test_what_a_need_multiplies_counts_for_baselines_that_estimate_interest(tmp_
 
     made = {"item-knn": lambda dataset: Latest(True), "random": lambda dataset: Latest(False)}
     monkeypatch.setattr(stages, "BASELINES", made)
-    results = recorded.run(tmp_path / "run", needs=("interest", "trend"))
+    results = recorded.run(tmp_path / "run", needs=("interest", "trend"), baselines=None)
     for need, factor in (("interest", lambda lst: 1.0), ("trend", lambda lst: lst.trend)):
         expected = {"item-knn": [], "random": []}
         for lst in dataset.test:
@@ -287,6 +287,8 @@ def test_a_run_is_evaluated_on_what_is_asked_or_on_what_it_was_trained_with(tmp_
     recorded.num_ranked.clear()
     scores = stages.evaluate_run(folder, None, None, None)
     assert list(scores) == ["interest", "explore"]
+    assert set(scores["interest"]) == {"ndcg@5", "ndcg@10", "ndcg@30"}, "everybody likes everything a little"
+    assert {"recall@5", "mrr@5"} <= set(scores["explore"])
     assert list(stages.evaluate_run(folder, "movielens", None, ["trend"])) == ["trend"]
     stages.evaluate_run(folder, "movielens", "elsewhere", None)
     stages.evaluate_run(folder, "simulated", None, None, {"history_length": 3})
