@@ -73,7 +73,7 @@ config = ExperimentConfig(
     warmup_steps=2 * options.steps,
     listwise_steps=4 * options.steps,
     prompts_per_step=options.prompts,
-    listwise_baseline=False,
+    baselines=("random",),
 )
 results = run_experiment(config, dataset=data, needs=[need])
 for name in ("random", "base", "trained"):

@@ -57,7 +57,7 @@ def folder(tmp_path, monkeypatch):
 def test_files_of_needs_are_trained_and_better_than_random(folder, number):
     command = commands("--needs")[number]
     need, output = (command[command.index(option) + 1] for option in ("--need", "--output"))
-    assert cli.main([*command, "--no-listwise-baseline", *FEW]) == 0
+    assert cli.main([*command, *FEW]) == 0
     metrics = json.loads((Path(output) / "metrics.json").read_text())
     trained, at_random = metrics["trained"][need]["ndcg@5"], metrics["baselines"]["random"][need]["ndcg@5"]
     assert trained > at_random > 0
@@ -68,7 +68,7 @@ def test_mixtures_are_trained_and_evaluated(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stages, "simulate", lambda **_: data)
     monkeypatch.chdir(tmp_path)
     (train,), (evaluate,) = commands("flexrec train --need interest"), commands("flexrec evaluate")
-    assert cli.main([*train, "--no-listwise-baseline", *FEW]) == 0
+    assert cli.main([*train, *FEW]) == 0
     assert cli.main(evaluate) == 0
     assert "0.5 interest + 0.5 explore" in " ".join(capsys.readouterr().out.split())
 
@@ -89,7 +89,7 @@ def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
 def test_the_error_that_the_page_shows_is_the_one_that_is_said(folder, capsys):
     Path("needs.yaml").write_text(Path("needs.yaml").read_text().replace("-price", "-prize"))
     (command,) = (command for command in commands("--needs") if "needs.yaml" in command)
-    assert cli.main([*command, "--no-listwise-baseline", *FEW]) == 2
+    assert cli.main([*command, *FEW]) == 2
     expected = "need 'cheap but good': gain: at character 17, 'prize': unknown name; did you mean 'price'?"
     assert expected in capsys.readouterr().err
     assert expected in " ".join(PAGE.read_text().split())
