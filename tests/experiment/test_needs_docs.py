@@ -30,11 +30,12 @@ def folder(tmp_path, monkeypatch):
     shop.mkdir()
     films.mkdir()
     events = [
-        f"u{rng.randrange(60)},i{min(int(rng.paretovariate(0.7)), 40) - 1},{rng.randint(1, 5)},{1.6e9 + 3600 * n:.0f}"
-        for n in range(2000)
+        f"u{user},i{item},{5 if (user + item) % 2 else rng.randint(1, 3)},{1_600_000_000 + 3600 * (30 * user + place)}"
+        for user in range(120)
+        for place, item in enumerate(rng.sample(range(60), 30))
     ]
     (shop / "interactions.csv").write_text("\n".join(["user,item,rating,timestamp", *events]) + "\n")
-    items = [f"i{n},Thing {n},{'AB'[n % 2]},{5 * (n % 9)},{2015 + n % 11}" for n in range(40)]
+    items = [f"i{n},Thing {n},{'AB'[n % 2]},{5 * (n % 9)},{2015 + n % 11}" for n in range(60)]
     (shop / "items.csv").write_text("\n".join(["id,title,categories,price,year", *items]) + "\n")
     movies = [f"{n},Film {n} ({1990 + n % 20}),{'Children|Comedy' if n % 3 else 'Drama'}" for n in range(1, 81)]
     (films / "movies.csv").write_text("\n".join(["movieId,title,genres", *movies]) + "\n")
