@@ -30,6 +30,13 @@ class ExperimentConfig(TrainerOptions):
         "the data set's folder, as published, or that of a log of your own; default: none, as simulated needs none",
         metavar="DIR",
     )
+    cold_items: float | None = option(
+        None,
+        "keep this share of the items from training, to see how new ones are ranked; default: none",
+        above=0,
+        high=0.9,
+        metavar="SHARE",
+    )
     needs: tuple[str, ...] = option(tuple(NEEDS), "what users ask for", flag="need", metavar="NAME")
     model: str = option(
         EMBEDDED,

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 
+from flexrec.data.cold import hold_out_items, lists_of_new_items, new_items
 from flexrec.data.interactions import load_interactions
 from flexrec.data.kuairec import load_kuairec
 from flexrec.data.lists import RankingDataset, RankingList
@@ -49,6 +50,8 @@ from flexrec.trainer.base import RankingTrainer
 from flexrec.trainer.callbacks import Clock, Curve, ProgressBar, Stage, StepLog
 from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
 from flexrec.trainer.supervised import SupervisedTrainer
+
+MIN_NEW_LISTS = 20  # of new items alone: figures of fewer say nothing
 
 
 def load_dataset(name: str, folder: str | None, seed: int) -> RankingDataset:
@@ -94,6 +97,8 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
     dataset = load_dataset(config.dataset, config.data, config.seed)
     for note in dataset.notes:
         say(note)
+    if config.cold_items is not None:
+        dataset = hold_out_items(dataset, config.cold_items, seed=config.seed)
     dataset.check_needs(config.needs)
     model, tokenizer, builder = make_model(config, dataset, needs)
     say(
@@ -120,9 +125,17 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
             )
     task = RankingTask(dataset.catalogue, needs, builder, critic)
     examples = TrainingExamples(task, dataset.train, resample=dataset.resample, seed=config.seed)
-    tests = {need.name: [task.test_example(lst, need) for lst in dataset.test] for need in needs}
-    results = Results(np.array([lst.user for lst in dataset.test]), seconds=clock.seconds)
-    evaluate = Evaluation(tests, builder, config.num_ranked)
+    measured = [_Measured(task, dataset.test, config.num_ranked)]
+    results, evaluate = measured[0].results, measured[0].evaluate
+    results.seconds = clock.seconds
+    new = lists_of_new_items(dataset.test, new_items(dataset))
+    if len(new) >= MIN_NEW_LISTS:
+        measured.append(_Measured(task, new, config.num_ranked))
+        results.new_items = measured[1].results
+
+    def measure(model: Any, name: str) -> None:
+        for one in measured:
+            one.results.per_list[name] = one.evaluate(model, name)
 
     # From here on the folder is written to; mistakes that can be seen before have left no trace.
     on_main_process(lambda: folder.write_config(config))
@@ -139,11 +152,11 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
         with clock.stage("format"):
             _supervise(model, "format", config.warmup_steps, config, examples, builder, log)
         on_main_process(lambda: folder.save_base(model, tokenizer, info))
-    results.per_list["base"] = evaluate(model, "base")
+    measure(model, "base")
     if config.warmup == "listwise" and checkpoint is None:
         with clock.stage("listwise warm-up"):
             _supervise(model, "listwise", config.listwise_steps, config, examples, builder, log)
-        results.per_list[WARM_START] = evaluate(model, WARM_START)
+        measure(model, WARM_START)
         on_main_process(lambda: folder.save_warm_start(results))
     elif config.warmup == "listwise":
         folder.load_warm_start(results)
@@ -155,7 +168,7 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
         say(profile.table())
     if config.lora is not None and config.lora_save == "merged":
         model = model.merge_and_unload()  # before the evaluation, which is of what is saved
-    results.per_list["trained"] = evaluate(model, "trained")
+    measure(model, "trained")
     on_main_process(lambda: folder.save(model, tokenizer, info, dataset))
 
     if config.listwise_baseline:
@@ -164,16 +177,28 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
         steps = of_main_process(_equal_time_steps(clock, config))
         with clock.stage("listwise"):
             _supervise(start, "listwise", steps, config, examples, builder, log)
-        results.per_list["listwise"] = evaluate(start, "listwise")
+        measure(start, "listwise")
     for name, make in BASELINES.items():
         baseline = make(dataset)
-        orders = [np.argsort(-baseline.scores(lst), kind="stable") for lst in dataset.test]
-        results.per_list[name] = evaluate.of_rankings({need.name: orders for need in needs})
+        for one in measured:
+            orders = [np.argsort(-baseline.scores(lst), kind="stable") for lst in one.lists]
+            one.results.per_list[name] = one.evaluate.of_rankings({need.name: orders for need in needs})
     if critic is not None:
-        results.per_list["critic"] = evaluate.of_rankings(critic_rankings(critic, task, dataset.test))
+        for one in measured:
+            one.results.per_list["critic"] = one.evaluate.of_rankings(critic_rankings(critic, task, one.lists))
     clock.seconds["total"] = clock.elapsed()
     on_main_process(lambda: folder.write_results(asdict(config), results))
     return results
+
+
+class _Measured:
+    """What rankers are worth on some test lists, under every need of a task."""
+
+    def __init__(self, task: RankingTask, lists: Sequence[RankingList], num_ranked: int | None) -> None:
+        self.lists = lists
+        self.results = Results(np.array([lst.user for lst in lists]))
+        tests = {need.name: [task.test_example(lst, need) for lst in lists] for need in task.needs}
+        self.evaluate = Evaluation(tests, task.builder, num_ranked)
 
 
 def critic_rankings(critic: Critic, task: RankingTask, lists: Sequence[RankingList]) -> dict[str, list[np.ndarray]]:
@@ -193,7 +218,8 @@ def evaluate_run(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """need -> metric -> mean, low and high (95 % interval over users) of a finished run on a data set's test users.
 
-    Arguments that are None are those that the run was trained with.
+    Arguments that are None are those that the run was trained with. Items that it was not trained with are ranked by
+    what describes them; where enough test lists have several, "NEED, new items" is how well among each other.
     """
     trained_with, model, builder = RunFolder(folder).load()
     name = dataset or trained_with.dataset
@@ -201,15 +227,20 @@ def evaluate_run(
         name, data or (trained_with.data if name == trained_with.dataset else None), trained_with.seed
     )
     task = RankingTask(loaded.catalogue, [get_need(need) for need in needs or trained_with.needs], builder)
-    tests = {need.name: [task.test_example(lst, need) for lst in loaded.test] for need in task.needs}
-    values = Evaluation(tests, builder, trained_with.num_ranked)(model, str(folder))
-    users = np.array([lst.user for lst in loaded.test])
+    is_new = np.array([not builder.knows(item_id) for item_id in loaded.catalogue.ids])
+    new = lists_of_new_items(loaded.test, is_new)
+    scores = {}
+    for suffix, lists in (("", loaded.test), (", new items", new if len(new) >= MIN_NEW_LISTS else [])):
+        if lists:
+            one = _Measured(task, lists, trained_with.num_ranked)
+            for need, metrics in one.evaluate(model, str(folder)).items():
+                scores[need + suffix] = {name: _summary(v, one.results.users) for name, v in metrics.items()}
+    return scores
 
-    def summary(of_lists: np.ndarray) -> dict[str, float]:
-        low, high = bootstrap_interval(of_lists, clusters=users)
-        return {"mean": float(of_lists.mean()), "low": low, "high": high}
 
-    return {need: {metric: summary(v) for metric, v in metrics.items()} for need, metrics in values.items()}
+def _summary(values: np.ndarray, users: np.ndarray) -> dict[str, float]:
+    low, high = bootstrap_interval(values, clusters=users)
+    return {"mean": float(values.mean()), "low": low, "high": high}
 
 
 def _say_nothing(text: str) -> None:

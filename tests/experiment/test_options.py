@@ -55,6 +55,7 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "lora_save": "adapter",
         "profile": True,
         "critic": False,
+        "cold_items": 0.25,
         "eval_every": 14,
         "save_every": 11,
         "resume": True,
