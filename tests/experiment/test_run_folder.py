@@ -121,7 +121,7 @@ def test_a_request_may_show_as_much_history_as_the_longest_that_was_trained(data
     lists = [dataclasses.replace(lst, history=lst.history[: i % 5 + 1]) for i, lst in enumerate(dataset.train[:9])]
     assert {len(lst.history) for lst in lists} == {1, 2, 3, 4, 5}
     trained_on = dataclasses.replace(dataset, train=lists)
-    builder = SimpleNamespace(encoding="index", show_titles=True, show_rising=False, marked=False)
+    builder = SimpleNamespace(encoding="index", show_titles=True, show_rising=False, described=False)
     assert RunInfo.of(ExperimentConfig(output="unused"), builder, trained_on).max_history == 5
 
 
