@@ -125,7 +125,7 @@ def test_rank_answers_every_line(run, tmp_path, capsys):
             request(run, candidates=one),
             request(run, need="no-such-need"),
             request(run, need="Put what I will love at the top, please"),
-            request(run, candidates=[{"id": "unknown", "title": "Unknown"}, *one]),
+            request(run, candidates=[{"id": "unknown"}, *one]),
             request(run, candidates=[*one, *one]),
             request(run, candidates=[]),
             {k: v for k, v in request(run).items() if k != "history"},
@@ -143,13 +143,38 @@ def test_rank_answers_every_line(run, tmp_path, capsys):
     assert "JSON" in by_line[2]["error"]
     assert "known needs" in by_line[5]["error"]
     assert "ranking" in by_line[6]
-    assert "unknown" in by_line[7]["error"]
+    assert "the id 'unknown' is not in the run's catalogue" in by_line[7]["error"]
     assert "more than once" in by_line[8]["error"]
     assert "at least one" in by_line[9]["error"]
     assert "'history'" in by_line[10]["error"]
     assert "JSON object" in by_line[11]["error"]
     assert "ranking" in by_line[12]
     assert "requests.jsonl, line 2:" in capsys.readouterr().err
+
+
+def test_rank_takes_new_items_from_requests_and_tables(run, tmp_path, capsys):
+    """By title and topics; a table has more than one name for its columns, and a broken one is told."""
+    told = {"id": "film-1", "title": "Deep sky comets", "topics": ["astronomy"]}
+    table = tmp_path / "more.csv"
+    table.write_text("id,title,genres\nfilm-1,Deep sky comets,astronomy\nfilm-2,Never seen,\n")
+    one = request(run)["candidates"][:1]
+    by_request = [request(run, candidates=[told, *one], history=[told])]
+    code, (first,) = rank(run, tmp_path, by_request)
+    assert code == 0
+    (tmp_path / "rankings.jsonl").unlink()
+    by_table = [
+        request(run, candidates=["film-1", *one], history=["film-1"]),
+        request(run, candidates=["film-2", *one]),
+    ]
+    code, (second, third) = rank(run, tmp_path, by_table, "--items", str(table))
+    assert code == 0
+    assert second == first
+    assert {entry["id"] for entry in third["ranking"]} == {"film-2", one[0]["id"]}
+    assert main(["rank", "--run", str(run), "--input", "-", "--items", str(tmp_path / "none.csv")]) == 2
+    assert f"no table of items at {tmp_path / 'none.csv'}" in capsys.readouterr().err
+    table.write_text("name\nA\n")
+    assert main(["rank", "--run", str(run), "--input", "-", "--items", str(table)]) == 2
+    assert "more.csv" in capsys.readouterr().err
 
 
 def test_rank_knows_logged_users(run, tmp_path):
@@ -294,8 +319,9 @@ def test_every_option_of_rank_reaches_the_ranker(tmp_path, monkeypatch):
     class Fake:
         model = torch.nn.Module()
 
-        def __init__(self, folder):
+        def __init__(self, folder, items):
             made.append(folder)
+            assert items is None
 
         def rank(self, requests, *, decoding, generator):
             asked.append(([request["need"] for request in requests], decoding, generator.initial_seed()))
@@ -344,6 +370,13 @@ def test_the_table_of_train_resamples_users(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     change = measured.compare("trained", "base", "interest")
     assert f"{change.percent:+.1f} % [{change.percent_low:+.1f}, {change.percent_high:+.1f}]" in shown
+    assert "never trained on: " not in shown
+    new = {name: {"interest": {"ndcg@5": values["interest"]["ndcg@5"][:7] / 2}} for name, values in per_list.items()}
+    measured.new_items = Results(users[:7], new)
+    assert main(["train", "--output", str(tmp_path / "run")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Among items that were never trained on: 7 lists" in shown
+    assert f"{new['trained']['interest']['ndcg@5'].mean():.3f}" in shown
     assert f"{len(users)} lists of 9 test users" in shown
     assert "7 seconds in all" in shown
 
