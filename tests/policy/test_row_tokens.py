@@ -96,6 +96,9 @@ def test_numbers_stand_for_tokens():
     assert prompts == [[8, 9, 10, 2], [11, 12]]
     assert table.first.tolist() == [10, 11, 12, 13, 12, 21, 21, 0, 1, 2, 3, 4, 5]
     assert len(table) == 13
+    shorter_first = numbered(PROMPTS, CANDIDATES[::-1])
+    assert shorter_first.candidates == [[[0], [1], [2]], [[4], [5], [6], [7]]]
+    assert shorter_first.table.first[:8].tolist() == [12, 21, 21, 0, 10, 11, 12, 13], "a shorter list is filled up"
     some = table.take(np.array([7, 2, 9, 2]))
     assert np.split(some.ids, some.offsets[1:-1])[1].tolist() == [12, 31, 35]
     assert some.first.tolist() == [0, 12, 2, 12]
