@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flexrec.data.options import all_data_options
 from flexrec.evaluation.statistics import relative_change
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.run_folder import Results, RunFolder, RunInfo
@@ -105,6 +106,7 @@ def test_the_run_says_how_it_is_to_be_asked(tmp_path, recorded):
         "needs": ["interest"],
         "seed": 13,
         "described": True,
+        "data_options": all_data_options("simulated", {}),
     }
     for folder in (tmp_path / "run", tmp_path / "run" / "base"):
         assert json.loads((folder / "flexrec.json").read_text()) == expected

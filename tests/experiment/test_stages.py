@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from flexrec.data.cold import hold_out_items, lists_of_new_items, new_items
+from flexrec.data.options import all_data_options
 from flexrec.evaluation.statistics import bootstrap_interval
 from flexrec.experiment import stages
 from flexrec.experiment.run_folder import Results, RunFolder
@@ -67,7 +68,7 @@ def test_the_warm_start_and_the_critic_are_rows(tmp_path, recorded, dataset):
 def test_the_critic_is_fitted_as_asked_or_as_the_data_need_it(
     tmp_path, recorded, monkeypatch, dataset, asked, unobserved, fitted
 ):
-    monkeypatch.setattr(stages, "simulate", lambda seed: dataclasses.replace(dataset, unobserved=unobserved))
+    monkeypatch.setattr(stages, "simulate", lambda **_: dataclasses.replace(dataset, unobserved=unobserved))
     recorded.run(tmp_path / "run", critic=asked, listwise_baseline=False)
     assert ("critic" in recorded.seeds) == fitted
     task = recorded.of("reinforcement")[0].examples.task
@@ -80,7 +81,7 @@ def test_lists_are_drawn_anew_for_every_stage(tmp_path, recorded, monkeypatch, d
     """Where the data set can: the lists of another epoch come from its ``resample``."""
     drawn = []
     again = dataclasses.replace(dataset, resample=lambda seed: drawn.append(seed) or dataset.train[::-1])
-    monkeypatch.setattr(stages, "simulate", lambda seed: again)
+    monkeypatch.setattr(stages, "simulate", lambda **_: again)
     recorded.run(tmp_path / "run", seed=13)
     for stage in recorded.stages:
         stage.examples.set_epoch(2)
@@ -211,18 +212,21 @@ def test_a_run_is_evaluated_on_what_is_asked_or_on_what_it_was_trained_with(tmp_
     monkeypatch.setattr(stages, "load_dataset", lambda *arguments: asked.append(arguments) or dataset)
     info = json.loads((folder / "flexrec.json").read_text())
     (folder / "flexrec.json").write_text(json.dumps({**info, "data": "there"}))
+    of_run, of_movielens = info["data_options"], all_data_options("movielens", {})
     recorded.num_ranked.clear()
     scores = stages.evaluate_run(folder, None, None, None)
     assert list(scores) == ["interest", "explore"]
     assert list(stages.evaluate_run(folder, "movielens", None, ["trend"])) == ["trend"]
     stages.evaluate_run(folder, "movielens", "elsewhere", None)
-    stages.evaluate_run(folder, "simulated", None, None)
+    stages.evaluate_run(folder, "simulated", None, None, {"history_length": 3})
     assert asked == [
-        ("simulated", "there", 13),
-        ("movielens", None, 13),
-        ("movielens", "elsewhere", 13),
-        ("simulated", "there", 13),
+        ("simulated", "there", 13, of_run),
+        ("movielens", None, 13, of_movielens),
+        ("movielens", "elsewhere", 13, of_movielens),
+        ("simulated", "there", 13, {**of_run, "history_length": 3}),
     ]
+    assert list(stages.evaluate_run(folder, dataset)) == ["interest", "explore"], "one that was made in Python"
+    assert len(asked) == 4
     assert recorded.num_ranked == {5}
     saved = np.load(folder / "per_list.npz")
     users = np.array([lst.user for lst in dataset.test])
