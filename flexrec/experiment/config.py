@@ -46,6 +46,13 @@ class ExperimentConfig(TrainerOptions):
         "needs none",
         metavar="DIR",
     )
+    cold_items: float | None = option(
+        None,
+        "keep this share of the items from training, to see how new ones are ranked; default: none",
+        above=0,
+        high=0.9,
+        metavar="SHARE",
+    )
     data_options: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] | None = option(
         None, "what users ask for; default: every need that the data can answer", flag="need", metavar="NAME"
