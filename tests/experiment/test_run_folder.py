@@ -104,6 +104,7 @@ def test_the_run_says_how_it_is_to_be_asked(tmp_path, recorded):
         "temperature": 0.6,
         "dataset": "simulated",
         "data": None,
+        "data_options": {"num_candidates": 30, "history_length": 20, "max_train_lists": None},
         "needs": ["interest"],
         "seed": 13,
         "described": True,
