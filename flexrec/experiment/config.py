@@ -6,12 +6,14 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from flexrec.checks import option
+from flexrec.data.simulator import MISSING_FEEDBACK
 from flexrec.task.needs import NEEDS
 from flexrec.task.prompts import ENCODINGS
 from flexrec.trainer.options import TrainerOptions
 
 EMBEDDED = "embedded"
 DATASETS = ("simulated", "movielens", "kuairec", "interactions")
+CRITIC_MODELS = ("ensemble", "mf", "knn")
 MAX_SEED = 2**32 - 1  # NumPy's
 
 
@@ -29,6 +31,15 @@ class ExperimentConfig(TrainerOptions):
         None,
         "the data set's folder, as published, or that of a log of your own; default: none, as simulated needs none",
         metavar="DIR",
+    )
+    feedback_rate: float = option(10.0, "percent of its feedback that the simulation collects", above=0, high=100)
+    missing: str = option(
+        "random", "which feedback the simulation collects: by chance, or of what was exposed", choices=MISSING_FEEDBACK
+    )
+    noise: float | None = option(
+        None,
+        "mean variance of logged interest around the expected one; default: as known or estimated by the data set",
+        low=0,
     )
     needs: tuple[str, ...] = option(tuple(NEEDS), "what users ask for", flag="need", metavar="NAME")
     model: str = option(
@@ -74,6 +85,10 @@ class ExperimentConfig(TrainerOptions):
         choices=("merged", "adapter"),
     )
     critic: bool | None = option(None, "fill in missing feedback by a critic; default: as the data set needs it")
+    critic_model: str = option("ensemble", "what the critic predicts by", choices=CRITIC_MODELS)
+    fuse_observed: bool = option(
+        True, "weigh observed feedback against the critic by precision, where its noise is known; else take it as it is"
+    )
     profile: bool = option(False, "show where the seconds of a step of reinforcement go; also in log.jsonl, by step")
     eval_every: int = option(0, "log test metrics every N steps; 0: never", low=0)
     save_every: int = option(0, "checkpoint every N steps; 0: never", low=0)

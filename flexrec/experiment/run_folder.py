@@ -3,7 +3,7 @@
     experiment.json   what the run was configured with
     flexrec.json      how the model is to be prompted and what it was trained on (:class:`RunInfo`)
     catalogue.json    titles and topics of the items, and how strongly they rise at the end of the log
-    histories.json    the last items of every logged user
+    histories.json    the last items of every logged user         critic.npz      the critic, where there is one
     metrics.json      means, changes, configuration, seconds          per_list.npz   every metric of every test list
     warm_start.npz    the same of the warm start, for a run that is resumed after it
     log.jsonl         a line per step                                 checkpoints/   of reinforcement, by step
@@ -35,6 +35,7 @@ from flexrec.data.lists import Catalogue, RankingDataset
 from flexrec.evaluation.statistics import Comparison, relative_change
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, OF_A_RUN, has_adapters, load_model, save_adapters
+from flexrec.task.critic import Critic
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.callbacks import to_json
 
@@ -57,6 +58,7 @@ class Results:
     users: np.ndarray  # (L,) user of each test list
     per_list: dict[str, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)  # system, need, metric: (L,)
     seconds: dict[str, float] = field(default_factory=dict)
+    critic: dict[str, float] = field(default_factory=dict)  # how good it is (``evaluation.critic``), where there is one
 
     def means(self, system: str) -> dict[str, dict[str, float]]:
         return {
@@ -85,6 +87,8 @@ class RunInfo:
     needs: list[str]
     seed: int
     marked: bool = False
+    feedback_rate: float = 10.0
+    missing: str = "random"
 
     @classmethod
     def of(cls, config: ExperimentConfig, builder: PromptBuilder, dataset: RankingDataset) -> RunInfo:
@@ -100,6 +104,8 @@ class RunInfo:
             needs=list(config.needs),
             seed=config.seed,
             marked=builder.marked,
+            feedback_rate=config.feedback_rate,
+            missing=config.missing,
         )
 
     @classmethod
@@ -300,6 +306,13 @@ class RunFolder:
         )
         return info, model, builder
 
+    def save_critic(self, critic: Critic) -> None:
+        critic.save(self.path)
+
+    def load_critic(self) -> Critic:
+        """The run's critic; a FileNotFoundError where it has none."""
+        return Critic.load(self.path, self.read_catalogue()[0])
+
     def read_catalogue(self) -> tuple[Catalogue, dict[str, float]]:
         """The items, and the trend of what rises, by id."""
         saved = json.loads((self.path / "catalogue.json").read_text())
@@ -325,6 +338,7 @@ class RunFolder:
             **{name: results.means(name) for name in (*stages, "trained")},
             "baselines": {name: results.means(name) for name in baselines},
             "changes_ndcg@5": changes,
+            **({"critic": results.critic} if results.critic else {}),
             "config": config,
             "seconds": {name: round(seconds, 2) for name, seconds in results.seconds.items()},
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from flexrec.data.lists import RankingDataset, RankingList
 from flexrec.data.movielens import load_movielens
 from flexrec.data.simulator import simulate
 from flexrec.evaluation.baselines import BASELINES
+from flexrec.evaluation.critic import critic_quality
 from flexrec.evaluation.evaluate import Evaluation
 from flexrec.evaluation.statistics import bootstrap_interval
 from flexrec.experiment.config import EMBEDDED, ExperimentConfig
@@ -51,10 +52,23 @@ from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
 from flexrec.trainer.supervised import SupervisedTrainer
 
 
-def load_dataset(name: str, folder: str | None, seed: int) -> RankingDataset:
-    """The data set of a name; ``folder`` in the published format where it has one."""
+def load_dataset(
+    name: str,
+    folder: str | None,
+    seed: int,
+    *,
+    feedback_rate: float = ExperimentConfig.feedback_rate,
+    missing: str = ExperimentConfig.missing,
+) -> RankingDataset:
+    """The data set of a name; ``folder`` in the published format where it has one.
+
+    Args:
+        feedback_rate, missing: how much feedback, and which, the simulation collects (:func:`flexrec.data.simulate`).
+    """
+    if name != "simulated" and (feedback_rate, missing) != (ExperimentConfig.feedback_rate, ExperimentConfig.missing):
+        raise ValueError(f"--feedback-rate and --missing are options of --dataset simulated, got --dataset {name}")
     if name == "simulated":
-        return simulate(seed=seed)
+        return simulate(seed=seed, missing=missing, observed_share=feedback_rate / 100)
     if folder is None:
         raise ValueError(f"--dataset {name} needs --data FOLDER, the folder with its published files")
     if name == "kuairec":
@@ -91,7 +105,11 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
     clock = Clock()
 
     say(f"Loading the {config.dataset} data ..")
-    dataset = load_dataset(config.dataset, config.data, config.seed)
+    dataset = load_dataset(
+        config.dataset, config.data, config.seed, feedback_rate=config.feedback_rate, missing=config.missing
+    )
+    if config.noise is not None:
+        dataset = replace(dataset, noise=config.noise)
     for note in dataset.notes:
         say(note)
     dataset.check_needs(config.needs)
@@ -113,8 +131,10 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
             critic = Critic.fit(
                 dataset.log,
                 dataset.catalogue,
+                model=config.critic_model,
                 lists=dataset.train if dataset.unobserved == "critic" else (),
                 noise=dataset.noise,
+                fuse=config.fuse_observed,
                 seed=config.seed,
                 progress=process_index() == 0,
             )
@@ -157,6 +177,8 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
         model = model.merge_and_unload()  # before the evaluation, which is of what is saved
     results.per_list["trained"] = evaluate(model, "trained")
     on_main_process(lambda: folder.save(model, tokenizer, info, dataset))
+    if critic is not None:
+        on_main_process(lambda: folder.save_critic(critic))
 
     if config.listwise_baseline:
         del model  # there is room for one
@@ -170,6 +192,7 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
         orders = [np.argsort(-baseline.scores(lst), kind="stable") for lst in dataset.test]
         results.per_list[name] = evaluate.of_rankings({need.name: orders for need in needs})
     if critic is not None:
+        results.critic = critic_quality(critic, dataset.test)
         results.per_list["critic"] = evaluate.of_rankings(critic_rankings(critic, task, dataset.test))
     clock.seconds["total"] = clock.elapsed()
     on_main_process(lambda: folder.write_results(asdict(config), results))
@@ -197,8 +220,13 @@ def evaluate_run(
     """
     trained_with, model, builder = RunFolder(folder).load()
     name = dataset or trained_with.dataset
+    same = name == trained_with.dataset
+    collected: dict[str, Any] = {"feedback_rate": trained_with.feedback_rate, "missing": trained_with.missing}
     loaded = load_dataset(
-        name, data or (trained_with.data if name == trained_with.dataset else None), trained_with.seed
+        name,
+        data or (trained_with.data if same else None),
+        trained_with.seed,
+        **(collected if same else {}),
     )
     task = RankingTask(loaded.catalogue, [get_need(need) for need in needs or trained_with.needs], builder)
     tests = {need.name: [task.test_example(lst, need) for lst in loaded.test] for need in task.needs}

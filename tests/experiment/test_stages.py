@@ -65,7 +65,7 @@ def test_the_warm_start_and_the_critic_are_rows(tmp_path, recorded, dataset):
 def test_the_critic_is_fitted_as_asked_or_as_the_data_need_it(
     tmp_path, recorded, monkeypatch, dataset, asked, unobserved, fitted
 ):
-    monkeypatch.setattr(stages, "simulate", lambda seed: dataclasses.replace(dataset, unobserved=unobserved))
+    monkeypatch.setattr(stages, "simulate", lambda **_: dataclasses.replace(dataset, unobserved=unobserved))
     recorded.run(tmp_path / "run", critic=asked, listwise_baseline=False)
     assert ("critic" in recorded.seeds) == fitted
     task = recorded.of("reinforcement")[0].examples.task
@@ -74,11 +74,47 @@ def test_the_critic_is_fitted_as_asked_or_as_the_data_need_it(
         assert len(recorded.lists_of_critic) == (len(dataset.train) if unobserved == "critic" else 0)
 
 
+@pytest.mark.parametrize("asked", [{}, {"critic_model": "mf", "noise": 0.07, "fuse_observed": False}])
+def test_the_critic_is_fitted_with_its_options_measured_and_kept(tmp_path, recorded, dataset, asked):
+    results = recorded.run(tmp_path / "run", listwise_baseline=False, **asked)
+    options = recorded.critic_options
+    assert options["noise"] == asked.get("noise", dataset.noise) > 0
+    assert (options["model"], options["fuse"]) == (
+        asked.get("critic_model", "ensemble"),
+        asked.get("fuse_observed", True),
+    )
+    assert (tmp_path / "run" / "critic.npz").is_file()
+    guesses = np.concatenate([lst.candidates / 100 for lst in dataset.test])
+    truth = np.concatenate([lst.truth for lst in dataset.test])
+    assert results.critic["rmse"] == pytest.approx(np.sqrt(np.mean((guesses - truth) ** 2)), abs=1e-4)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["critic"] == results.critic
+
+
+def test_without_a_critic_none_is_kept_or_measured(tmp_path, recorded):
+    recorded.run(tmp_path / "run", critic=False, listwise_baseline=False)
+    assert not (tmp_path / "run" / "critic.npz").exists()
+    assert "critic" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
+def test_the_simulation_collects_as_asked(tmp_path, recorded, dataset, monkeypatch):
+    asked = []
+    monkeypatch.setattr(stages, "simulate", lambda **how: asked.append(how) or dataset)
+    recorded.run(tmp_path / "run", feedback_rate=3.0, missing="exposure", seed=4, listwise_baseline=False)
+    recorded.run(tmp_path / "other", listwise_baseline=False)
+    assert asked == [
+        {"seed": 4, "missing": "exposure", "observed_share": 0.03},
+        {"seed": 0, "missing": "random", "observed_share": 0.1},
+    ]
+    for options in ({"missing": "exposure"}, {"feedback_rate": 3.0}):
+        with pytest.raises(ValueError, match="are options of --dataset simulated, got --dataset movielens"):
+            recorded.run(tmp_path / "wrong", dataset="movielens", data="there", **options)
+
+
 def test_lists_are_drawn_anew_for_every_stage(tmp_path, recorded, monkeypatch, dataset):
     """Where the data set can: the lists of another epoch come from its ``resample``."""
     drawn = []
     again = dataclasses.replace(dataset, resample=lambda seed: drawn.append(seed) or dataset.train[::-1])
-    monkeypatch.setattr(stages, "simulate", lambda seed: again)
+    monkeypatch.setattr(stages, "simulate", lambda **_: again)
     recorded.run(tmp_path / "run", seed=13)
     for stage in recorded.stages:
         stage.examples.set_epoch(2)
@@ -163,9 +199,12 @@ def test_the_kl_refers_to_the_policy_before_reinforcement(tmp_path, recorded):
 
 def test_a_run_is_evaluated_on_what_is_asked_or_on_what_it_was_trained_with(tmp_path, recorded, monkeypatch, dataset):
     folder = tmp_path / "run"
-    recorded.run(folder, seed=13, num_ranked=5, needs=("interest", "explore"), listwise_baseline=False)
+    recorded.run(
+        folder, seed=13, num_ranked=5, needs=("interest", "explore"), missing="exposure", listwise_baseline=False
+    )
     asked = []
-    monkeypatch.setattr(stages, "load_dataset", lambda *arguments: asked.append(arguments) or dataset)
+    how = {"feedback_rate": 10.0, "missing": "exposure"}
+    monkeypatch.setattr(stages, "load_dataset", lambda *arguments, **how: asked.append((*arguments, how)) or dataset)
     info = json.loads((folder / "flexrec.json").read_text())
     (folder / "flexrec.json").write_text(json.dumps({**info, "data": "there"}))
     recorded.num_ranked.clear()
@@ -175,10 +214,10 @@ def test_a_run_is_evaluated_on_what_is_asked_or_on_what_it_was_trained_with(tmp_
     stages.evaluate_run(folder, "movielens", "elsewhere", None)
     stages.evaluate_run(folder, "simulated", None, None)
     assert asked == [
-        ("simulated", "there", 13),
-        ("movielens", None, 13),
-        ("movielens", "elsewhere", 13),
-        ("simulated", "there", 13),
+        ("simulated", "there", 13, how),
+        ("movielens", None, 13, {}),
+        ("movielens", "elsewhere", 13, {}),
+        ("simulated", "there", 13, how),
     ]
     assert recorded.num_ranked == {5}
     saved = np.load(folder / "per_list.npz")
