@@ -3,7 +3,6 @@
 import errno
 import json
 import shutil
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,8 +26,8 @@ METRICS = {"ndcg@5", "ndcg@10", "ndcg@30", "recall@5", "mrr@5"}
 def small_world():
     """The simulator with few users and items, so that a run takes seconds."""
     patch = pytest.MonkeyPatch()
-    small = partial(simulate, num_users=80, num_items=90, num_topics=4, num_test_users=10, num_candidates=8)
-    patch.setattr(experiment, "simulate", small)
+    sizes = {"num_users": 80, "num_items": 90, "num_topics": 4, "num_test_users": 10, "num_candidates": 8}
+    patch.setattr(experiment, "simulate", lambda **options: simulate(**{**options, **sizes}))
     yield
     patch.undo()
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from flexrec.checks import option
-from flexrec.data.simulator import MISSING_FEEDBACK
-from flexrec.task.needs import NEEDS
+from flexrec.data.options import OPTIONS, all_data_options
 from flexrec.task.prompts import ENCODINGS
 from flexrec.trainer.options import TrainerOptions
 
 EMBEDDED = "embedded"
-DATASETS = ("simulated", "movielens", "kuairec", "interactions")
 CRITIC_MODELS = ("ensemble", "mf", "knn")
+MADE_IN_PYTHON = "python"  # a data set that is handed to run_experiment, with no name to load it by
 MAX_SEED = 2**32 - 1  # NumPy's
 
 
@@ -21,27 +22,35 @@ MAX_SEED = 2**32 - 1  # NumPy's
 class ExperimentConfig(TrainerOptions):
     """What ``flexrec train`` takes: the trainer's options, some with defaults of their own, and the experiment's.
 
+    Attributes:
+        data_options: options of the data set's loader, by name (:mod:`flexrec.data.options`); those that are not given
+            are filled in by their defaults.
+
     Raises:
         ValueError: an option outside of its choices or its range, or options that contradict each other.
     """
 
     output: str = option(MISSING, "folder for the model, the log and metrics.json", metavar="DIR")
-    dataset: str = option("simulated", "the data", choices=DATASETS)
+    dataset: str = option(
+        "simulated",
+        f"the data; interactions: a log of your own; {MADE_IN_PYTHON}: what run_experiment(dataset=..) is given",
+        choices=(*OPTIONS, MADE_IN_PYTHON),
+    )
     data: str | None = option(
         None,
-        "the data set's folder, as published, or that of a log of your own; default: none, as simulated needs none",
+        "the data set's folder, as published, or that of a log of your own, or the log; default: none, as simulated "
+        "needs none",
         metavar="DIR",
     )
-    feedback_rate: float = option(10.0, "percent of its feedback that the simulation collects", above=0, high=100)
-    missing: str = option(
-        "random", "which feedback the simulation collects: by chance, or of what was exposed", choices=MISSING_FEEDBACK
-    )
+    data_options: Mapping[str, Any] = field(default_factory=dict)
     noise: float | None = option(
         None,
         "mean variance of logged interest around the expected one; default: as known or estimated by the data set",
         low=0,
     )
-    needs: tuple[str, ...] = option(tuple(NEEDS), "what users ask for", flag="need", metavar="NAME")
+    needs: tuple[str, ...] | None = option(
+        None, "what users ask for; default: every need that the data can answer", flag="need", metavar="NAME"
+    )
     model: str = option(
         EMBEDDED,
         f"a causal language model by hub name or folder; {EMBEDDED}: a small one made from the catalogue",
@@ -97,6 +106,9 @@ class ExperimentConfig(TrainerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data is not None:
+            self.data = str(Path(self.data).absolute())  # from wherever the run is continued or evaluated
+        self.data_options = all_data_options(self.dataset, self.data_options)
         if self.lora is None:
             for name in ("lora_alpha", "lora_targets", "lora_save"):
                 if getattr(self, name) != getattr(ExperimentConfig, name):

@@ -1,6 +1,7 @@
 """The folder of a run: the one place that knows its files and their formats.
 
     experiment.json   what the run was configured with
+    data.json         what its data set is called, holds and is known by, and what its loader said
     flexrec.json      how the model is to be prompted and what it was trained on (:class:`RunInfo`)
     catalogue.json    titles and topics of the items, and how strongly they rise at the end of the log
     histories.json    the last items of every logged user         critic.npz      the critic, where there is one
@@ -32,10 +33,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexrec.data.lists import Catalogue, RankingDataset
+from flexrec.data.options import all_data_options
 from flexrec.evaluation.statistics import Comparison, relative_change
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, OF_A_RUN, has_adapters, load_model, save_adapters
 from flexrec.task.critic import Critic
+from flexrec.task.needs import needs_of
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.callbacks import to_json
 
@@ -87,8 +90,7 @@ class RunInfo:
     needs: list[str]
     seed: int
     marked: bool = False
-    feedback_rate: float = 10.0
-    missing: str = "random"
+    data_options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: ExperimentConfig, builder: PromptBuilder, dataset: RankingDataset) -> RunInfo:
@@ -101,11 +103,10 @@ class RunInfo:
             temperature=config.temperature,
             dataset=config.dataset,
             data=config.data,
-            needs=list(config.needs),
+            data_options=config.data_options,
+            needs=[need.name for need in needs_of(dataset, config.needs)],
             seed=config.seed,
             marked=builder.marked,
-            feedback_rate=config.feedback_rate,
-            missing=config.missing,
         )
 
     @classmethod
@@ -136,13 +137,22 @@ class RunFolder:
             )
         if resume and (folder / "metrics.json").is_file():
             raise FileExistsError(f"--output {folder} holds a finished run: there is nothing to resume")
-        stored = self.read_config() if resume else {}
+        stored, configured = _flat(self.read_config() if resume else {}), _flat(asdict(config))
         for name in stored:
-            if name not in CHANGEABLE and getattr(config, name) != stored[name]:
+            if name not in CHANGEABLE and configured.get(name) != stored[name]:
                 raise ValueError(
                     f"--resume continues the run as it was configured, with {name}={stored[name]!r}: got "
-                    f"{getattr(config, name)!r}; only {', '.join(sorted(CHANGEABLE - {'output', 'resume'}))} may change"
+                    f"{configured.get(name)!r}; only {', '.join(sorted(CHANGEABLE - {'output', 'resume'}))} may change"
                 )
+
+    def check_data(self, dataset: RankingDataset) -> None:
+        """Refuse a data set that is not the one that the run began with."""
+        path = self.path / "data.json"
+        if path.is_file() and json.loads(path.read_text())["fingerprint"] != dataset.fingerprint():
+            raise ValueError(
+                f"--resume continues the run on the data that it began with, and these are others: their fingerprint "
+                f"is not that of {path}; give the same files or the same data set, or start a new run"
+            )
 
     def _holds_something(self) -> bool:
         return self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir())
@@ -188,8 +198,18 @@ class RunFolder:
             kept.append(line + "\n")
         self.log.write_text("".join(kept))
 
-    def write_config(self, config: ExperimentConfig) -> None:
+    def write_config(self, config: ExperimentConfig, dataset: RankingDataset) -> None:
         _write_json(self.path / "experiment.json", asdict(config), indent=2)
+        about = {
+            "name": dataset.name,
+            "items": len(dataset.catalogue),
+            "interactions": len(dataset.log),
+            "train": len(dataset.train),
+            "test": len(dataset.test),
+            "fingerprint": dataset.fingerprint(),
+            "notes": dataset.notes,
+        }
+        _write_json(self.path / "data.json", about, indent=2)
 
     def read_config(self) -> dict[str, Any]:
         """The options of the run to be resumed; none where the folder is empty."""
@@ -199,6 +219,8 @@ class RunFolder:
                 raise FileNotFoundError(f"--output {self.path} is not the folder of a run: it has no {path.name}")
             return {}
         stored = json.loads(path.read_text())
+        if "data_options" in stored:
+            stored["data_options"] = all_data_options(stored["dataset"], stored["data_options"])
         return {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
 
     def has_base(self) -> bool:
@@ -358,6 +380,12 @@ class RunFolder:
             for name in saved.files:
                 _, need, metric = name.split("/")
                 of_needs.setdefault(need, {})[metric] = saved[name]
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the options of its data beside the others."""
+    others = {name: value for name, value in config.items() if name != "data_options"}
+    return {**others, **config.get("data_options", {})}
 
 
 def _write_json(path: Path, content: Any, indent: int | None = None) -> None:

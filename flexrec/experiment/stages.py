@@ -7,10 +7,11 @@ the :class:`flexrec.experiment.run_folder.Results` it fills.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,18 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 
+from flexrec.data.esci import load_esci
 from flexrec.data.interactions import load_interactions
 from flexrec.data.kuairec import load_kuairec
 from flexrec.data.lists import RankingDataset, RankingList
 from flexrec.data.movielens import load_movielens
+from flexrec.data.options import all_data_options
 from flexrec.data.simulator import simulate
 from flexrec.evaluation.baselines import BASELINES
 from flexrec.evaluation.critic import critic_quality
 from flexrec.evaluation.evaluate import Evaluation
 from flexrec.evaluation.statistics import bootstrap_interval
-from flexrec.experiment.config import EMBEDDED, ExperimentConfig
+from flexrec.experiment.config import EMBEDDED, MADE_IN_PYTHON, ExperimentConfig
 from flexrec.experiment.model import make_model
 from flexrec.experiment.run_folder import WARM_START, Results, RunFolder, RunInfo, load_checkpoint
 from flexrec.metrics import parse_metric
@@ -44,7 +47,7 @@ from flexrec.policy.lora import require_peft
 from flexrec.profiling import profile_steps
 from flexrec.task.critic import Critic
 from flexrec.task.examples import RankingTask, TrainingExamples
-from flexrec.task.needs import get_need
+from flexrec.task.needs import get_need, needs_of
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.base import RankingTrainer
 from flexrec.trainer.callbacks import Clock, Curve, ProgressBar, Stage, StepLog
@@ -53,50 +56,60 @@ from flexrec.trainer.supervised import SupervisedTrainer
 
 
 def load_dataset(
-    name: str,
-    folder: str | None,
-    seed: int,
-    *,
-    feedback_rate: float = ExperimentConfig.feedback_rate,
-    missing: str = ExperimentConfig.missing,
+    name: str, folder: str | None, seed: int, options: Mapping[str, Any] = MappingProxyType({})
 ) -> RankingDataset:
-    """The data set of a name; ``folder`` in the published format where it has one.
-
-    Args:
-        feedback_rate, missing: how much feedback, and which, the simulation collects (:func:`flexrec.data.simulate`).
-    """
-    if name != "simulated" and (feedback_rate, missing) != (ExperimentConfig.feedback_rate, ExperimentConfig.missing):
-        raise ValueError(f"--feedback-rate and --missing are options of --dataset simulated, got --dataset {name}")
+    """The data set of a name; ``folder`` in the published format where it has one, ``options`` those of its loader."""
+    if name == MADE_IN_PYTHON:
+        raise ValueError(
+            f"--dataset {name}: such a data set has no loader; hand it over in Python, as in "
+            f"run_experiment(config, dataset=dataset) and evaluate_run(folder, dataset)"
+        )
     if name == "simulated":
-        return simulate(seed=seed, missing=missing, observed_share=feedback_rate / 100)
+        return simulate(seed=seed, **options)
     if folder is None:
-        raise ValueError(f"--dataset {name} needs --data FOLDER, the folder with its published files")
-    if name == "kuairec":
-        return load_kuairec(folder, seed=seed)
-    if name == "interactions":
-        return load_interactions(folder, seed=seed)
-    return load_movielens(folder, seed=seed)
+        what = "the folder with your log" if name == "interactions" else "the folder with its published files"
+        raise ValueError(f"--dataset {name} needs --data FOLDER, {what}")
+    loaders = {
+        "movielens": load_movielens,
+        "kuairec": load_kuairec,
+        "esci": load_esci,
+        "interactions": load_interactions,
+    }
+    return loaders[name](folder, seed=seed, **options)
 
 
-def run_experiment(config: ExperimentConfig, say: Callable[[str], None] = print) -> Results:
+def run_experiment(
+    config: ExperimentConfig, say: Callable[[str], None] = print, *, dataset: RankingDataset | None = None
+) -> Results:
     """Train and evaluate as ``config`` says; writes the run's folder and returns the results.
 
     In several processes (``accelerate launch``, ``torchrun``) all call this; the main one writes and says.
+
+    Args:
+        say: takes what is to be told, in sentences.
+        dataset: made in Python, in place of one that ``config`` names.
 
     Raises:
         FileExistsError: the output folder holds something, and ``config.resume`` is not set.
         FileNotFoundError, ValueError: data, needs or options that cannot be used.
         ImportError: ``config.lora`` without PEFT.
     """
+    if dataset is not None:
+        if config.data is not None or config.dataset not in ("simulated", MADE_IN_PYTHON):
+            raise ValueError(f"a data set is given: leave away dataset={config.dataset!r}, data={config.data!r}")
+        config = replace(config, dataset=MADE_IN_PYTHON, data_options={})
     PartialState()  # where there are several processes, they meet
     folder = RunFolder(config.output)
     with folder.locked() if process_index() == 0 else nullcontext():
-        return _run_in(folder, config, say if process_index() == 0 else _say_nothing)
+        return _run_in(folder, config, say if process_index() == 0 else _say_nothing, dataset)
 
 
-def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], None]) -> Results:
+def _run_in(
+    folder: RunFolder, config: ExperimentConfig, say: Callable[[str], None], dataset: RankingDataset | None
+) -> Results:
     on_main_process(lambda: folder.check_usable(config))
-    needs = [get_need(name) for name in config.needs]
+    for name in config.needs or ():
+        get_need(name)
     _reinforcement_arguments(config)  # options that contradict each other are an error before anything is loaded
     parse_metric(config.metric)
     if config.lora is not None:
@@ -104,15 +117,15 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
     set_seed(config.seed)
     clock = Clock()
 
-    say(f"Loading the {config.dataset} data ..")
-    dataset = load_dataset(
-        config.dataset, config.data, config.seed, feedback_rate=config.feedback_rate, missing=config.missing
-    )
+    if dataset is None:
+        say(f"Loading the {config.dataset} data ..")
+        dataset = load_dataset(config.dataset, config.data, config.seed, config.data_options)
     if config.noise is not None:
         dataset = replace(dataset, noise=config.noise)
     for note in dataset.notes:
         say(note)
-    dataset.check_needs(config.needs)
+    needs = needs_of(dataset, config.needs)
+    on_main_process(lambda: folder.check_data(dataset))
     model, tokenizer, builder = make_model(config, dataset, needs)
     say(
         f"{len(dataset.catalogue)} items; {len(dataset.train)} lists of training users, {len(dataset.test)} of "
@@ -145,7 +158,7 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
     evaluate = Evaluation(tests, builder, config.num_ranked)
 
     # From here on the folder is written to; mistakes that can be seen before have left no trace.
-    on_main_process(lambda: folder.write_config(config))
+    on_main_process(lambda: folder.write_config(config, dataset))
     info = RunInfo.of(config, builder, dataset)
     resumed = config.resume and folder.has_base()
     checkpoint = of_main_process(folder.latest_checkpoint(say) if resumed and process_index() == 0 else None)
@@ -195,7 +208,8 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
         results.critic = critic_quality(critic, dataset.test)
         results.per_list["critic"] = evaluate.of_rankings(critic_rankings(critic, task, dataset.test))
     clock.seconds["total"] = clock.elapsed()
-    on_main_process(lambda: folder.write_results(asdict(config), results))
+    stated = {**asdict(config), "needs": tuple(need.name for need in needs)}
+    on_main_process(lambda: folder.write_results(stated, results))
     return results
 
 
@@ -212,23 +226,30 @@ def critic_rankings(critic: Critic, task: RankingTask, lists: Sequence[RankingLi
 
 
 def evaluate_run(
-    folder: Path, dataset: str | None = None, data: str | None = None, needs: Sequence[str] | None = None
+    folder: Path,
+    dataset: str | RankingDataset | None = None,
+    data: str | None = None,
+    needs: Sequence[str] | None = None,
+    data_options: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """need -> metric -> mean, low and high (95 % interval over users) of a finished run on a data set's test users.
 
-    Arguments that are None are those that the run was trained with.
+    Arguments that are None are those that the run was trained with; so are options of its data that are not given.
+
+    Args:
+        dataset: the name of one, or one that was made in Python.
     """
     trained_with, model, builder = RunFolder(folder).load()
-    name = dataset or trained_with.dataset
-    same = name == trained_with.dataset
-    collected: dict[str, Any] = {"feedback_rate": trained_with.feedback_rate, "missing": trained_with.missing}
-    loaded = load_dataset(
-        name,
-        data or (trained_with.data if same else None),
-        trained_with.seed,
-        **(collected if same else {}),
-    )
-    task = RankingTask(loaded.catalogue, [get_need(need) for need in needs or trained_with.needs], builder)
+    if isinstance(dataset, RankingDataset):
+        loaded = dataset
+    else:
+        name = dataset or trained_with.dataset
+        known = trained_with.data_options if name == trained_with.dataset else {}
+        options = all_data_options(name, {**known, **(data_options or {})})
+        loaded = load_dataset(
+            name, data or (trained_with.data if name == trained_with.dataset else None), trained_with.seed, options
+        )
+    task = RankingTask(loaded.catalogue, needs_of(loaded, needs or trained_with.needs), builder)
     tests = {need.name: [task.test_example(lst, need) for lst in loaded.test] for need in task.needs}
     values = Evaluation(tests, builder, trained_with.num_ranked)(model, str(folder))
     users = np.array([lst.user for lst in loaded.test])

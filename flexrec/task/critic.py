@@ -41,7 +41,8 @@ from flexrec.task.critic_pairs import (
 )
 from flexrec.task.needs import novelty
 
-MODELS = {"ensemble": Ensemble, "mf": Factorization, "knn": Neighbours}
+_PLAIN: dict[str, type[Factorization] | type[Neighbours]] = {"mf": Factorization, "knn": Neighbours}
+MODELS: dict[str, type[Ensemble] | type[Factorization] | type[Neighbours]] = {"ensemble": Ensemble, **_PLAIN}
 
 _VALIDATION_SHARE = 0.1
 _PREDICT_LISTS = 512  # lists predicted at a time
@@ -149,7 +150,7 @@ class Critic:
         if model == "ensemble":
             fitted = Ensemble.fit(evidence, rng, seed=seed, members=ensemble, epochs=epochs, progress=progress)
         else:
-            fitted = {"mf": Factorization, "knn": Neighbours}[model].fit(evidence, seed)
+            fitted = _PLAIN[model].fit(evidence, seed)
         critic = cls(fitted, log, catalogue, fuse=fuse)
         observed = [lst for lst in lists if not np.isnan(lst.interest).all()]
         if observed:
@@ -208,7 +209,7 @@ class Critic:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The model's mean and variance of all candidates of all lists, and whether no feedback of the user is known;
         as of users who are not in the log if they are ``strangers``."""
-        log = self._log.select(slice(0)) if strangers else self._log
+        log = self._log.select(np.zeros(0, dtype=np.int64)) if strangers else self._log
         parts = []
         for start in range(0, len(lists), _PREDICT_LISTS):
             pairs = pairs_of_lists(lists[start : start + _PREDICT_LISTS], log, len(self._catalogue))

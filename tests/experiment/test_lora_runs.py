@@ -2,7 +2,6 @@
 
 import json
 import sys
-from functools import partial
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -21,7 +20,8 @@ SMALL += ["--warmup-steps", "2", "--listwise-steps", "2", "--steps", "4"]
 
 @pytest.fixture(scope="module")
 def world():
-    return partial(simulate, num_users=60, num_items=70, num_topics=4, num_test_users=8, num_candidates=8)
+    sizes = {"num_users": 60, "num_items": 70, "num_topics": 4, "num_test_users": 8, "num_candidates": 8}
+    return lambda **options: simulate(**{**options, **sizes})
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 
 from flexrec import cli
 from flexrec.data import Catalogue
+from flexrec.data.options import all_data_options
 from flexrec.experiment import model as model_module
 from flexrec.experiment import stages
 from flexrec.experiment.config import ExperimentConfig
@@ -20,7 +21,7 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
     given = {
         "output": str(tmp_path / "run"),
         "dataset": "movielens",
-        "data": "somewhere",
+        "data": "/somewhere",
         "model": "some/model",
         "encoding": "title",
         "needs": ("trend", "interest"),
@@ -61,14 +62,12 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "critic_model": "knn",
         "noise": 0.125,
         "fuse_observed": False,
-        "feedback_rate": 3.0,
-        "missing": "exposure",
         "eval_every": 14,
         "save_every": 11,
         "resume": True,
         "seed": 13,
     }
-    fields = dataclasses.fields(ExperimentConfig)
+    fields = [field for field in dataclasses.fields(ExperimentConfig) if field.name != "data_options"]
     assert set(given) == {field.name for field in fields}
     for field in fields:
         assert given[field.name] != field.default, f"{field.name} is to differ from its default"
@@ -90,7 +89,7 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
     assert cli.main(["train", "--output", given["output"]]) == 2
     assert cli.main(["train", "--output", "x", "--critic", "--need", "trend", "--need", "explore", "trend"]) == 2
     full, default, twice = configs
-    assert dataclasses.asdict(full) == given
+    assert dataclasses.asdict(full) == {**given, "data_options": all_data_options("movielens", {})}
     assert default == ExperimentConfig(output=given["output"])
     assert twice == ExperimentConfig(output="x", critic=True, needs=("trend", "explore"))
 
@@ -153,12 +152,13 @@ def test_the_tilt_reaches_the_trainer(tmp_path, recorded):
     assert recorded.of("reinforcement")[0].args.tilt == 0.7
 
 
-@pytest.mark.parametrize("name", ["movielens", "kuairec", "interactions"])
+@pytest.mark.parametrize("name", ["movielens", "kuairec", "esci", "interactions"])
 def test_data_sets_are_loaded_with_their_folder_and_seed(monkeypatch, dataset, name):
     asked = []
-    monkeypatch.setattr(stages, f"load_{name}", lambda folder, *, seed: asked.append((folder, seed)) or dataset)
+    monkeypatch.setattr(stages, f"load_{name}", lambda folder, **options: asked.append((folder, options)) or dataset)
     assert stages.load_dataset(name, "somewhere", 13) is dataset
-    assert asked == [("somewhere", 13)]
+    assert stages.load_dataset(name, "somewhere", 13, {"num_candidates": 7}) is dataset
+    assert asked == [("somewhere", {"seed": 13}), ("somewhere", {"seed": 13, "num_candidates": 7})]
 
 
 def test_what_a_loader_found_is_said_and_what_it_lacks_is_refused(tmp_path, recorded, dataset, monkeypatch):

@@ -89,8 +89,13 @@ def test_a_resumed_run_keeps_what_the_warm_start_was_worth(tmp_path, recorded):
     recorded.interrupt(folder, steps=12, listwise_baseline=False)
     with np.load(folder / "warm_start.npz") as saved:
         expected = {name: saved[name] for name in saved.files}
-    (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    checkpoint = folder / "checkpoints" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "optimizer.pt").write_bytes(b"moments")
+    RunFolder(folder).seal(checkpoint)
+    recorded.stages.clear()
     results = recorded.run(folder, steps=12, listwise_baseline=False, resume=True)
+    assert recorded.of("listwise") == [], "the warm start is not made again"
     found = results.per_list["warm start"]["interest"]
     assert len(found) > 3
     for metric, values in found.items():

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from flexrec.data.options import all_data_options
 from flexrec.evaluation.statistics import bootstrap_interval
 from flexrec.experiment import stages
 from flexrec.trainer.callbacks import Curve
@@ -94,20 +95,6 @@ def test_without_a_critic_none_is_kept_or_measured(tmp_path, recorded):
     recorded.run(tmp_path / "run", critic=False, listwise_baseline=False)
     assert not (tmp_path / "run" / "critic.npz").exists()
     assert "critic" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
-
-
-def test_the_simulation_collects_as_asked(tmp_path, recorded, dataset, monkeypatch):
-    asked = []
-    monkeypatch.setattr(stages, "simulate", lambda **how: asked.append(how) or dataset)
-    recorded.run(tmp_path / "run", feedback_rate=3.0, missing="exposure", seed=4, listwise_baseline=False)
-    recorded.run(tmp_path / "other", listwise_baseline=False)
-    assert asked == [
-        {"seed": 4, "missing": "exposure", "observed_share": 0.03},
-        {"seed": 0, "missing": "random", "observed_share": 0.1},
-    ]
-    for options in ({"missing": "exposure"}, {"feedback_rate": 3.0}):
-        with pytest.raises(ValueError, match="are options of --dataset simulated, got --dataset movielens"):
-            recorded.run(tmp_path / "wrong", dataset="movielens", data="there", **options)
 
 
 def test_lists_are_drawn_anew_for_every_stage(tmp_path, recorded, monkeypatch, dataset):
@@ -200,25 +187,32 @@ def test_the_kl_refers_to_the_policy_before_reinforcement(tmp_path, recorded):
 def test_a_run_is_evaluated_on_what_is_asked_or_on_what_it_was_trained_with(tmp_path, recorded, monkeypatch, dataset):
     folder = tmp_path / "run"
     recorded.run(
-        folder, seed=13, num_ranked=5, needs=("interest", "explore"), missing="exposure", listwise_baseline=False
+        folder,
+        seed=13,
+        num_ranked=5,
+        needs=("interest", "explore"),
+        data_options={"missing": "exposure"},
+        listwise_baseline=False,
     )
     asked = []
-    how = {"feedback_rate": 10.0, "missing": "exposure"}
-    monkeypatch.setattr(stages, "load_dataset", lambda *arguments, **how: asked.append((*arguments, how)) or dataset)
+    monkeypatch.setattr(stages, "load_dataset", lambda *arguments: asked.append(arguments) or dataset)
     info = json.loads((folder / "flexrec.json").read_text())
     (folder / "flexrec.json").write_text(json.dumps({**info, "data": "there"}))
+    of_run, of_movielens = info["data_options"], all_data_options("movielens", {})
     recorded.num_ranked.clear()
     scores = stages.evaluate_run(folder, None, None, None)
     assert list(scores) == ["interest", "explore"]
     assert list(stages.evaluate_run(folder, "movielens", None, ["trend"])) == ["trend"]
     stages.evaluate_run(folder, "movielens", "elsewhere", None)
-    stages.evaluate_run(folder, "simulated", None, None)
+    stages.evaluate_run(folder, "simulated", None, None, {"history_length": 3})
     assert asked == [
-        ("simulated", "there", 13, how),
-        ("movielens", None, 13, {}),
-        ("movielens", "elsewhere", 13, {}),
-        ("simulated", "there", 13, how),
+        ("simulated", "there", 13, of_run),
+        ("movielens", None, 13, of_movielens),
+        ("movielens", "elsewhere", 13, of_movielens),
+        ("simulated", "there", 13, {**of_run, "history_length": 3}),
     ]
+    assert list(stages.evaluate_run(folder, dataset)) == ["interest", "explore"], "one that was made in Python"
+    assert len(asked) == 4
     assert recorded.num_ranked == {5}
     saved = np.load(folder / "per_list.npz")
     users = np.array([lst.user for lst in dataset.test])

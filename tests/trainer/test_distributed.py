@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +151,8 @@ def test_command_line_writes_and_prints_once(tmp_path):
     # Shared out among two or not, the model that was saved ranks the test lists the same way.
     with pytest.MonkeyPatch.context() as patch:
         world = {"num_users": 80, "num_items": 90, "num_topics": 4, "num_test_users": 11, "num_candidates": 8}
-        patch.setattr(experiment, "simulate", partial(experiment.simulate, **world))
+        real = experiment.simulate
+        patch.setattr(experiment, "simulate", lambda **options: real(**{**options, **world}))
         again = experiment.evaluate_run(run)
     assert again["interest"]["ndcg@5"]["mean"] == pytest.approx(metrics["trained"]["interest"]["ndcg@5"])
 
