@@ -2,6 +2,7 @@
 
     python examples/uncertainty_table.py run --results runs.jsonl     # one line for every run; goes on where it stopped
     python examples/uncertainty_table.py table --results runs.jsonl   # prints the table
+    python examples/uncertainty_table.py critics                      # another table: how good the critics' models are
 
 For every condition (which feedback is missing, how much of it is collected) and seed there are one world, one critic
 and one start, which all variants share; then every variant reinforces it for the same few steps. "format" starts from a
@@ -30,7 +31,7 @@ from flexrec.evaluation.critic import critic_quality
 from flexrec.evaluation.evaluate import Evaluation, rank_examples
 from flexrec.evaluation.statistics import relative_change
 from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, topic_vectors
-from flexrec.task.critic import Critic
+from flexrec.task.critic import MODELS, Critic
 from flexrec.task.examples import RankingTask, TrainingExamples
 from flexrec.task.needs import get_need
 from flexrec.task.prompts import PromptBuilder
@@ -238,6 +239,30 @@ def run_variants(key: tuple[str, float, int, str], names: list[str], budget: Bud
         print(*about.values(), name, line["early"], line["mean"], line["cpu_seconds"], flush=True)
 
 
+def critics(options: argparse.Namespace) -> None:
+    """Means over the seeds, on users who are not in the log and against their expected interest."""
+    torch.set_num_threads(1)
+    names = ("rmse", "bias", "nll", "coverage@50", "coverage@80", "coverage@95")
+    print(f"| missing | % | model | {' | '.join(names)} | CPU s |\n|---|---:|---|{'---:|' * 7}")
+    for missing in options.missing:
+        for rate in sorted(options.rates):
+            found: dict[str, list[list[float]]] = {name: [] for name in MODELS}
+            for seed in options.seeds:
+                data = simulate(missing=missing, observed_share=rate / 100, seed=seed)
+                for name, of_seeds in found.items():
+                    before = time.process_time()
+                    critic = Critic.fit(
+                        data.log, data.catalogue, model=name, lists=data.train, noise=data.noise, seed=seed
+                    )
+                    seconds = time.process_time() - before
+                    quality = critic_quality(critic, data.test)
+                    of_seeds.append([*(quality[measure] for measure in names), seconds])
+            for name, of_seeds in found.items():
+                *measures, seconds = np.mean(of_seeds, axis=0)
+                cells = [f"{v:.3f}" for v in measures[:3]] + [f"{v:.0f}" for v in measures[3:]]
+                print(f"| {missing} | {rate:g} | {name} | {' | '.join(cells)} | {seconds:.1f} |", flush=True)
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
@@ -309,8 +334,8 @@ def _over_runs(found: dict[Any, Any], kind: str, name: str, measure: str) -> tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "table"))
-    parser.add_argument("--results", type=Path, required=True, help="a line of JSON for every run")
+    parser.add_argument("action", choices=("run", "table", "critics"))
+    parser.add_argument("--results", type=Path, default=Path("uncertainty.jsonl"), help="a line of JSON for every run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rates", type=float, nargs="+", default=[10.0, 3.0, 30.0], help="percent of the feedback")
     parser.add_argument("--missing", nargs="+", default=["random", "exposure"])
@@ -318,7 +343,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--budget", default="{}", help="what to change of the budget, as JSON")
     options = parser.parse_args()
-    {"run": run, "table": table}[options.action](options)
+    {"run": run, "table": table, "critics": critics}[options.action](options)
 
 
 if __name__ == "__main__":

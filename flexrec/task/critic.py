@@ -168,6 +168,8 @@ class Critic:
         means = fit_calibration(raw[0][known], new[known], interest[known])
         pairs = np.concatenate([lst.user * len(self._catalogue) + lst.candidates for lst in lists])
         unseen = known & np.isin(pairs, held_out.users * len(self._catalogue) + held_out.items)
+        if not unseen.any():  # so few are better than none
+            unseen = known
         self._calibrate([raw, of_strangers], means, new, unseen, interest, noise)
 
     def _calibrate_on_log(self, evidence: Evidence, noise: float) -> None:
@@ -193,7 +195,7 @@ class Critic:
         new, interest = new[chosen], interest[chosen]
         views = [(mean[chosen], variance[chosen], nothing[chosen]) for mean, variance, nothing in predicted]
         right = [calibrated(mean, new, means) for mean, _, _ in views]
-        nu = noise_share(right[0], interest, noise) if len(interest) else 0.0
+        nu = noise_share(right[0], interest, noise)
         variance = fit_shares(
             np.concatenate(right),
             np.concatenate([shares(mean, variance) for mean, variance, _ in views]),

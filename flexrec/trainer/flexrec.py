@@ -55,7 +55,7 @@ class FlexRecConfig(TrainerOptions, TrainingArguments):
         >>> from flexrec.trainer import FlexRecConfig
         >>> args = FlexRecConfig(output_dir="out", metric="ndcg@10", num_generations=8, credit="swap", use_cpu=True)
         >>> args.scale, args.uncertainty
-        ('batch', 'rollout')
+        ('batch', 'none')
     """
 
     max_reasoning_tokens: int | None = option(

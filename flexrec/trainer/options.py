@@ -35,7 +35,7 @@ class TrainerOptions:
     baseline: str = option("none", "what rewards are compared with", choices=BASELINES)
     scale: str = option("batch", "what advantages are divided by", choices=SCALES)
     uncertainty: str = option(
-        "rollout", "weight rewards by their certainty, per rollout or item", choices=("none", "rollout", "item")
+        "none", "weight rewards by their certainty, per rollout or item", choices=("none", "rollout", "item")
     )
     shuffle_weights: bool = option(
         False, "the control of --uncertainty: its weights, each given to another rollout or item by chance"

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flexrec.evaluation.statistics import relative_change
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.run_folder import Results, RunFolder, RunInfo
+from flexrec.task.critic import Critic
 
 
 @pytest.fixture
@@ -183,3 +184,16 @@ def test_files_of_a_run_have_the_mode_that_others_have(tmp_path, recorded):
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert {"model.safetensors", "tokenizer.json", "metrics.json", "per_list.npz", "log.jsonl"} <= set(modes)
     assert {name: mode for name, mode in modes.items() if mode != 0o640} == {}
+
+
+def test_a_runs_critic_is_loaded_with_its_catalogue(tmp_path, recorded, dataset):
+    recorded.run(tmp_path / "run", listwise_baseline=False)
+    folder = RunFolder(tmp_path / "run")
+    critic = Critic.fit(dataset.log, dataset.catalogue, lists=dataset.train, model="knn", noise=dataset.noise)
+    folder.save_critic(critic)
+    loaded = folder.load_critic()
+    for one, other in zip(critic.fill_many(dataset.train), loaded.fill_many(dataset.train), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    (tmp_path / "run" / "critic.npz").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no critic"):
+        folder.load_critic()
