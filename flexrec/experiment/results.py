@@ -36,6 +36,7 @@ class Results:
     per_list: dict[str, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)  # system, need, metric: (L,)
     seconds: dict[str, float] = field(default_factory=dict)
     new_items: Results | None = None  # of the lists of new items alone, where there are enough
+    critic: dict[str, float] = field(default_factory=dict)  # how good it is (``evaluation.critic``), where there is one
 
     @property
     def start(self) -> str:
@@ -97,6 +98,7 @@ class Results:
                 }
                 for need in needs
             },
+            **({"critic": self.critic} if self.critic else {}),
             **({} if new is None else {"new items": {name: new.means(name) for name in new.per_list}}),
             "seconds": {name: round(seconds, 2) for name, seconds in self.seconds.items()},
         }

@@ -4,7 +4,7 @@
     data.json         what its data set is called, holds and is known by, and what its loader said
     flexrec.json      how the model is to be prompted and what it was trained on (:class:`RunInfo`)
     catalogue.json    titles and topics of the items, and how strongly they rise at the end of the log
-    histories.json    the last items of every logged user
+    histories.json    the last items of every logged user         critic.npz      the critic, where there is one
     metrics.json      means, changes, configuration, seconds          per_list.npz   every metric of every test list
     warm_start.npz    the same of the warm start, for a run that is resumed after it
     log.jsonl         a line per step                                 checkpoints/   of reinforcement, by step
@@ -38,6 +38,7 @@ from flexrec.data.options import all_data_options
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.results import WARM_START, Results
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, OF_A_RUN, has_adapters, load_model, save_adapters
+from flexrec.task.critic import Critic
 from flexrec.task.needs import needs_of
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.callbacks import to_json
@@ -317,6 +318,13 @@ class RunFolder:
             described=info.described,
         )
         return info, model, builder
+
+    def save_critic(self, critic: Critic) -> None:
+        critic.save(self.path)
+
+    def load_critic(self) -> Critic:
+        """The run's critic; a FileNotFoundError where it has none."""
+        return Critic.load(self.path, self.read_catalogue()[0])
 
     def read_catalogue(self) -> tuple[Catalogue, dict[str, float]]:
         """The items, and the trend of what rises, by id."""

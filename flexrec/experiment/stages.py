@@ -26,6 +26,7 @@ from flexrec.data.movielens import load_movielens
 from flexrec.data.options import all_data_options
 from flexrec.data.simulator import simulate
 from flexrec.evaluation.baselines import BASELINES, Baseline, order_for
+from flexrec.evaluation.critic import critic_quality
 from flexrec.evaluation.evaluate import Evaluation
 from flexrec.evaluation.statistics import bootstrap_interval
 from flexrec.experiment.config import EMBEDDED, LISTWISE, MADE_IN_PYTHON, ExperimentConfig
@@ -113,6 +114,8 @@ def _run_in(
     if dataset is None:
         say(f"Loading the {config.dataset} data ..")
         dataset = load_dataset(config.dataset, config.data, config.seed, config.data_options)
+    if config.noise is not None:
+        dataset = replace(dataset, noise=config.noise)
     for note in dataset.notes:
         say(note)
     if config.cold_items is not None:
@@ -137,8 +140,10 @@ def _run_in(
             critic = Critic.fit(
                 dataset.log,
                 dataset.catalogue,
+                model=config.critic_model,
                 lists=dataset.train if dataset.unobserved == "critic" else (),
                 noise=dataset.noise,
+                fuse=config.fuse_observed,
                 seed=config.seed,
                 progress=process_index() == 0,
             )
@@ -198,6 +203,8 @@ def _run_in(
     measure(model, TRAINED)
     training.finished(REINFORCEMENT, results.per_list[TRAINED])
     on_main_process(lambda: folder.save(model, tokenizer, info, dataset))
+    if critic is not None:
+        on_main_process(lambda: folder.save_critic(critic))
 
     if policies := [name for name in chosen if name == LISTWISE or name in others]:
         del model  # there is room for one
@@ -217,6 +224,7 @@ def _run_in(
             for one in measured:
                 one.rank(name, baseline_rankings(baseline, task, one.lists))
     if critic is not None:
+        results.critic = critic_quality(critic, dataset.test)
         for one in measured:
             one.rank(CRITIC, critic_rankings(critic, task, one.lists))
     clock.seconds["total"] = clock.elapsed()

@@ -38,6 +38,9 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "baseline": "group",
         "scale": "rank",
         "uncertainty": "item",
+        "shuffle_weights": True,
+        "pessimism": 0.5,
+        "sample_gains": True,
         "learning_rate": 0.125,
         "warmup_learning_rate": 0.25,
         "entropy_coef": 0.75,
@@ -57,6 +60,9 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "profile": True,
         "critic": False,
         "cold_items": 0.25,
+        "critic_model": "knn",
+        "noise": 0.125,
+        "fuse_observed": False,
         "eval_every": 14,
         "save_every": 11,
         "resume": True,
@@ -100,6 +106,9 @@ def test_every_option_reaches_the_trainers(tmp_path, recorded):
         "baseline": "rank",
         "scale": "rank",
         "uncertainty": "item",
+        "shuffle_weights": True,
+        "pessimism": 0.5,
+        "sample_gains": True,
         "entropy_coef": 0.75,
         "beta": 0.375,
         "epsilon_low": 0.15,
@@ -155,7 +164,7 @@ def test_data_sets_are_loaded_with_their_folder_and_seed(monkeypatch, dataset, n
 
 def test_what_a_loader_found_is_said_and_what_it_lacks_is_refused(tmp_path, recorded, dataset, monkeypatch):
     found = replace(dataset, notes=("skipped 2 rows of log.csv",), unsupported={"trend": "it has no times"})
-    monkeypatch.setattr(stages, "load_dataset", lambda *_: found)
+    monkeypatch.setattr(stages, "load_dataset", lambda *_, **__: found)
     recorded.run(tmp_path / "run", needs=("interest",))
     assert "skipped 2 rows of log.csv" in recorded.said
     with pytest.raises(ValueError, match="cannot answer the need 'trend': it has no times"):

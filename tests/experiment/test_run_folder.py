@@ -15,6 +15,7 @@ from flexrec.evaluation.statistics import relative_change
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.results import Results
 from flexrec.experiment.run_folder import RunFolder, RunInfo
+from flexrec.task.critic import Critic
 
 
 @pytest.fixture
@@ -104,11 +105,10 @@ def test_the_run_says_how_it_is_to_be_asked(tmp_path, recorded):
         "temperature": 0.6,
         "dataset": "simulated",
         "data": None,
-        "data_options": {"num_candidates": 30, "history_length": 20, "max_train_lists": None},
+        "data_options": all_data_options("simulated", {}),
         "needs": ["interest"],
         "seed": 13,
         "described": True,
-        "data_options": all_data_options("simulated", {}),
     }
     for folder in (tmp_path / "run", tmp_path / "run" / "base"):
         assert json.loads((folder / "flexrec.json").read_text()) == expected
@@ -188,3 +188,16 @@ def test_files_of_a_run_have_the_mode_that_others_have(tmp_path, recorded):
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert {"model.safetensors", "tokenizer.json", "metrics.json", "per_list.npz", "log.jsonl"} <= set(modes)
     assert {name: mode for name, mode in modes.items() if mode != 0o640} == {}
+
+
+def test_a_runs_critic_is_loaded_with_its_catalogue(tmp_path, recorded, dataset):
+    recorded.run(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    critic = Critic.fit(dataset.log, dataset.catalogue, lists=dataset.train, model="knn", noise=dataset.noise)
+    folder.save_critic(critic)
+    loaded = folder.load_critic()
+    for one, other in zip(critic.fill_many(dataset.train), loaded.fill_many(dataset.train), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    (tmp_path / "run" / "critic.npz").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no critic"):
+        folder.load_critic()

@@ -80,6 +80,28 @@ def test_the_critic_is_fitted_as_asked_or_as_the_data_need_it(
         assert len(recorded.lists_of_critic) == (len(dataset.train) if unobserved == "critic" else 0)
 
 
+@pytest.mark.parametrize("asked", [{}, {"critic_model": "mf", "noise": 0.07, "fuse_observed": False}])
+def test_the_critic_is_fitted_with_its_options_measured_and_kept(tmp_path, recorded, dataset, asked):
+    results = recorded.run(tmp_path / "run", **asked)
+    options = recorded.critic_options
+    assert options["noise"] == asked.get("noise", dataset.noise) > 0
+    assert (options["model"], options["fuse"]) == (
+        asked.get("critic_model", "ensemble"),
+        asked.get("fuse_observed", True),
+    )
+    assert (tmp_path / "run" / "critic.npz").is_file()
+    guesses = np.concatenate([lst.candidates / 100 for lst in dataset.test])
+    truth = np.concatenate([lst.truth for lst in dataset.test])
+    assert results.critic["rmse"] == pytest.approx(np.sqrt(np.mean((guesses - truth) ** 2)), abs=1e-4)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["critic"] == results.critic
+
+
+def test_without_a_critic_none_is_kept_or_measured(tmp_path, recorded):
+    recorded.run(tmp_path / "run", critic=False)
+    assert not (tmp_path / "run" / "critic.npz").exists()
+    assert "critic" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
 def test_lists_are_drawn_anew_for_every_stage(tmp_path, recorded, monkeypatch, dataset):
     """Where the data set can: the lists of another epoch come from its ``resample``."""
     drawn = []
@@ -321,7 +343,8 @@ def test_the_kl_refers_to_the_policy_before_reinforcement(tmp_path, recorded):
 
 def test_a_run_is_evaluated_on_what_is_asked_or_on_what_it_was_trained_with(tmp_path, recorded, monkeypatch, dataset):
     folder = tmp_path / "run"
-    recorded.run(folder, seed=13, num_ranked=5, needs=("interest", "explore"))
+    options = {"missing": "exposure"}
+    recorded.run(folder, seed=13, num_ranked=5, needs=("interest", "explore"), data_options=options)
     asked = []
     monkeypatch.setattr(stages, "load_dataset", lambda *arguments: asked.append(arguments) or dataset)
     info = json.loads((folder / "flexrec.json").read_text())

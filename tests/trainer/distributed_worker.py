@@ -181,7 +181,7 @@ def make_trainer(
     logs = Logs()
     kwargs = {"callbacks": [logs, *callbacks]}
     if stage is None:
-        args = FlexRecConfig(**options(folder, engine, num_generations=2, **more))
+        args = FlexRecConfig(**{"uncertainty": "rollout", **options(folder, engine, num_generations=2, **more)})
         kwargs["reference"] = make_model(1, tied) if args.beta and not lora else None
     else:
         args = TrainingArguments(**options(folder, engine, **more))
