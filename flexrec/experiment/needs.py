@@ -72,7 +72,7 @@ def check_answerable(needs: Sequence[Need], dataset: RankingDataset) -> list[str
 
 def unseen_columns(needs: Sequence[Need], builder: PromptBuilder) -> list[str]:
     """Which needs are about columns that prompts do not show, in sentences; marks say it without a prompt."""
-    if builder.marked:
+    if builder.described:
         return []
     return [
         f"need {need.name!r} is about {' and '.join(columns)}, which prompts do not show: the model can only guess it "

@@ -1,4 +1,6 @@
 from .critic import Critic as Critic
+from .descriptions import Item as Item
+from .descriptions import item_token as item_token
 from .examples import Example as Example
 from .examples import RankingTask as RankingTask
 from .examples import TrainingExamples as TrainingExamples
@@ -10,7 +12,5 @@ from .needs import InterestTimes as InterestTimes
 from .needs import Need as Need
 from .needs import get_need as get_need
 from .own_needs import read_needs as read_needs
-from .prompts import Item as Item
 from .prompts import PromptBuilder as PromptBuilder
 from .prompts import add_item_tokens as add_item_tokens
-from .prompts import item_token as item_token
