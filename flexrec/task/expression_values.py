@@ -53,12 +53,10 @@ class Categories:
     matrix: np.ndarray  # (K, topics)
     names: tuple[str, ...]
 
-    def have(self, name: str) -> np.ndarray:
-        """(K,) bool: whether a candidate has the category of this name, in capitals or not."""
+    def have(self, name: str) -> np.ndarray | None:
+        """(K,) bool: whether a candidate has the category of this name, in capitals or not; None: there is no such."""
         folded = [other.casefold() for other in self.names]
-        if name.casefold() not in folded:
-            raise ValueError(f"no item has the category {name!r}{did_you_mean(name, self.names)}")
-        return self.matrix[:, folded.index(name.casefold())] > 0
+        return self.matrix[:, folded.index(name.casefold())] > 0 if name.casefold() in folded else None
 
 
 @dataclass(frozen=True)
@@ -129,10 +127,16 @@ _ORDER = {ast.Lt: np.less, ast.LtE: np.less_equal, ast.Gt: np.greater, ast.GtE: 
 
 
 class Evaluation:
-    """The values of an expression's parts for one list."""
+    """The values of an expression's parts for one list.
 
-    def __init__(self, text: str, lst: RankingList, catalogue: Catalogue, interest: np.ndarray) -> None:
-        self.text, self.lst, self.catalogue = text, lst, catalogue
+    Args:
+        strict: a category that no item has is a mistake; else nobody has it.
+    """
+
+    def __init__(
+        self, text: str, lst: RankingList, catalogue: Catalogue, interest: np.ndarray, *, strict: bool = False
+    ) -> None:
+        self.text, self.lst, self.catalogue, self.strict = text, lst, catalogue, strict
         self.interest = np.asarray(interest, dtype=np.float64)
 
     def number(self, node: ast.expr) -> Number:
@@ -240,10 +244,10 @@ class Evaluation:
         text = self._expect(Texts, name, node).value
         if not isinstance(text, str):
             raise error_at(self.text, node, "expected the name of a category in quotes")
-        try:
-            return categories.have(text)
-        except ValueError as error:
-            raise error_at(self.text, node, str(error)) from None
+        found = categories.have(text)
+        if found is None and self.strict:
+            raise error_at(self.text, node, f"no item has the category {text!r}{did_you_mean(text, categories.names)}")
+        return np.zeros(len(categories.matrix), dtype=bool) if found is None else found
 
     def _several(self, node: ast.Tuple | ast.List | ast.Set) -> Several:
         members: list[Number | Texts] = []

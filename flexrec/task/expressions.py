@@ -125,6 +125,7 @@ class Expression:
             of_list = {"popularity": zeros + np.float32(popularity), "trend": zeros + np.float32(rise)}
             lst = RankingList(-1, 0.0, items[:0], items, zeros, **of_list)
             self(lst, catalogue, zeros + np.float32(interest), zeros + 1)
+        Evaluation(self.text, lst, catalogue, zeros, strict=True).number(self.tree)
 
     def _column(self, name: str, catalogue: Catalogue) -> np.ndarray:
         """(items,); an ExpressionError that says where it is named if the items have no such column."""

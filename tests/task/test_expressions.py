@@ -228,6 +228,13 @@ def test_an_item_without_a_value_has_no_gain():
     assert Expression("interest * default(price, 3) + 0 * interest * price").needed == ("price",)
 
 
+def test_a_category_that_nobody_has_is_a_mistake_only_where_all_items_are_known():
+    text = "interest if 'Horror' in category else interest / 2"
+    np.testing.assert_allclose(gains(text)[0], INTEREST / 2)
+    with pytest.raises(ValueError, match="no item has the category 'Horror'"):
+        Expression(text).check(CATALOGUE)
+
+
 def test_names_and_columns():
     expression = Expression("interest * exp(-price) * (brand == 'x') * novelty * ('Drama' in genre) * (title != '')")
     assert expression.names == ("brand", "genre", "interest", "novelty", "price", "title")
