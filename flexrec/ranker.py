@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from flexrec.data.lists import Catalogue
+from flexrec.data.lists import Catalogue, RankingList
 from flexrec.decoding.options import Decoding
 from flexrec.decoding.sample import Rollout, best_of, sample_rankings, search_rankings
 from flexrec.evaluation.evaluate import check_outputs
@@ -20,7 +20,7 @@ from flexrec.experiment.needs import known_needs, renamed, untrained, wordings_o
 from flexrec.experiment.run_folder import RunFolder
 from flexrec.task.descriptions import Item, Token
 from flexrec.task.mixtures import find_need, is_mixture
-from flexrec.task.needs import Need, novelty_of
+from flexrec.task.needs import Need
 from flexrec.task.prompts import strongest_risers
 
 MAX_TOKENS = 2**16  # of prompts that are decoded together, padding included
@@ -54,7 +54,11 @@ class Ranker:
             if catalogue is not None
             for item in map(Item, catalogue.ids, catalogue.titles, catalogue.topics)
         }
-        self._histories = run.read_histories()
+        self._histories, self._popularity = run.read_histories(), run.read_popularity()
+        self._columns: dict[str, dict[str, Any]] = {}  # of the items, by id
+        for catalogue in filter(None, (trained_with, items)):
+            for name, values in catalogue.columns.items():
+                self._columns.setdefault(name, {}).update(zip(catalogue.ids, values.tolist(), strict=True))
 
     def rank(
         self,
@@ -84,7 +88,7 @@ class Ranker:
                 rising = [items[j] for j in strongest_risers(trend)]
                 history, interest = self._history(request)
                 wording, warning = self._wording(request)
-                marks = self.builder.marks_of(trend, _novelty(history, items))
+                marks = self.builder.marks_in(*self._as_list(history, items, trend))
                 prompt, _ = self.builder.prompt(wording, history, items, interest=interest, rising=rising, marks=marks)
                 tokens = self.builder.candidate_tokens(items, marks)
                 self._check_length(prompt, tokens, decoding)
@@ -106,6 +110,31 @@ class Ranker:
                     **({"warning": one.warning} if one.warning else {}),
                 }
         return answers
+
+    def _as_list(self, history: list[Item], candidates: list[Item], trend: np.ndarray) -> tuple[RankingList, Catalogue]:
+        """A request as data sets have their lists, with a catalogue of its items alone; an item may be in it twice."""
+        items = [*history, *candidates]
+        columns = {}
+        for name, known in self._columns.items():
+            nothing, kind = ("", object) if any(isinstance(v, str) for v in known.values()) else (np.nan, np.float64)
+            columns[name] = np.array([known.get(item.id, nothing) for item in items], dtype=kind)
+        catalogue = Catalogue(
+            tuple(map(str, range(len(items)))),
+            tuple(item.title for item in items),
+            tuple(item.topics for item in items),
+            columns,
+        )
+        at, popularity = np.arange(len(items)), [self._popularity.get(item.id, 0.0) for item in candidates]
+        lst = RankingList(
+            user=-1,
+            time=0.0,
+            history=at[: len(history)],
+            candidates=at[len(history) :],
+            interest=np.full(len(candidates), np.nan, dtype=np.float32),
+            popularity=np.array(popularity, dtype=np.float32),
+            trend=trend.astype(np.float32),
+        )
+        return lst, catalogue
 
     def _check_length(self, prompt: list[Token], tokens: list[list[Token]], decoding: Decoding) -> None:
         """Raise a ValueError where the model has no positions for the prompt and the longest answer to it."""
@@ -241,15 +270,6 @@ def _interest(entry: Any, where: str) -> float:
     if not isinstance(liked, bool):
         raise ValueError(f"'liked' of '{where}' must be true or false, got {_shown(liked)}")
     return float(liked)
-
-
-def _novelty(history: list[Item], candidates: list[Item]) -> np.ndarray:
-    """(K,) how new the topics of each candidate are to the history, as in training."""
-    items = [*history, *candidates]
-    numbers = tuple(map(str, range(len(items))))  # an item may be in both
-    catalogue = Catalogue(numbers, tuple(item.title for item in items), tuple(item.topics for item in items))
-    at = np.arange(len(items))
-    return novelty_of(at[: len(history)], at[len(history) :], catalogue)
 
 
 class _Readable(NamedTuple):

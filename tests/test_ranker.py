@@ -286,9 +286,13 @@ def with_own_needs(tmp_path_factory, dataset):
         [{"name": "short ones", "wordings": ["I want short titles.", "Few words."], "gain": "interest * 2"}]
     )
     needs = [get_need("interest"), find_need("0.7 interest + 0.3 explore"), cheap]
-    tokenizer = build_tokenizer(dataset.catalogue, [wording for need in needs for wording in need.wordings])
+    tokenizer = build_tokenizer(
+        dataset.catalogue, [wording for need in needs for wording in need.wordings], needs=["short ones"]
+    )
     model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
-    builder = PromptBuilder(tokenizer, encoding="item_token", show_titles=False, show_rising=False, described=True)
+    builder = PromptBuilder(
+        tokenizer, encoding="item_token", show_titles=False, show_rising=False, described=True, described_needs=[cheap]
+    )
     config = ExperimentConfig(output=str(folder))
     RunFolder(folder).save(model, tokenizer, RunInfo.of(config, builder, dataset, needs), dataset)
     return folder
@@ -337,7 +341,8 @@ def test_a_need_that_was_not_trained_is_answered_with_a_warning(
     if warning:
         assert answer["warning"].startswith(warning)
     if wording:
-        shown = ranker.builder.tokenizer.decode(decoded["sample"].calls[0][0][0])
+        prompt = [token for token in decoded["sample"].calls[0][0][0] if isinstance(token, int)]
+        shown = ranker.builder.tokenizer.decode(prompt)
         assert wording in shown
 
 
@@ -374,3 +379,56 @@ def test_pretrained_models_are_not_warned_of_words(with_own_needs, dataset, deco
     ranker.info = dataclasses.replace(ranker.info, model="Qwen/Qwen2.5-0.5B-Instruct")
     (answer,) = ranker.rank([as_request(dataset.test[0], dataset, "Irgendetwas gegen lange Winterabende")])
     assert "warning" not in answer
+
+
+def test_candidates_are_described_by_needs_of_ones_own_as_in_training(tmp_path, dataset, decoded):
+    """By columns, categories, titles and popularity, which the run's folder remembers; new items have no columns."""
+    rng = np.random.default_rng(0)
+    columns = {
+        "unit price": np.where(np.arange(70) % 9, rng.random(70) * 50, np.nan),
+        "brand": np.array(["Acme" if n % 3 else "" for n in range(70)], dtype=object),
+        "weight": np.ones(70),
+    }
+    catalogue = dataclasses.replace(dataset.catalogue, columns=columns)
+    topic = catalogue.topic_names[0]
+    needs = make_needs(
+        [
+            {"name": "cheap", "wordings": "Cheap.", "gain": "interest * exp(-unit_price / 20)"},
+            {
+                "name": "known",
+                "wordings": "Known.",
+                "gain": f"interest * popularity if '{topic}' in category else 0.01",
+            },
+            {"name": "branded", "wordings": "Acme.", "gain": "interest * (default(brand, 'x') == 'acme')"},
+        ]
+    )
+    tokenizer = build_tokenizer(catalogue, ["Cheap."], needs=[need.name for need in needs])
+    model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+    options = {"encoding": "item_token", "show_titles": False, "show_rising": False}
+    builder = PromptBuilder(tokenizer, described=True, described_needs=needs, **options)
+    data = dataclasses.replace(dataset, catalogue=catalogue)
+    info = RunInfo.of(ExperimentConfig(output=str(tmp_path)), builder, data, needs)
+    RunFolder(tmp_path).save(model, tokenizer, info, data)
+    assert set(json.loads((tmp_path / "catalogue.json").read_text())["columns"]) == {"unit price", "brand"}
+    popularity = np.bincount(dataset.log.items, minlength=70).astype(np.float32)
+    lists = [
+        dataclasses.replace(with_saved_trend(lst, dataset), popularity=popularity[lst.candidates])
+        for lst in dataset.test[:3]
+    ]
+    ranker = Ranker(tmp_path)
+    ranker.rank([as_request(lst, dataset, "cheap") for lst in lists])
+    ((_, candidates, _),) = decoded["sample"].calls
+    assert candidates == [builder.candidate_tokens_of(lst, catalogue) for lst in lists]
+    named = {
+        text for of_list in candidates for (ids,) in of_list for text in tokenizer.convert_ids_to_tokens(list(ids))
+    }
+    assert len([text for text in named if text.startswith("<need:")]) > 6
+
+    new = {"id": "new", "title": "A new one", "topics": [topic]}
+    ranker.rank([{"need": "cheap", "history": [], "candidates": [new, *catalogue.ids[1:3]]}])
+    ((first, *_),) = decoded["sample"].calls[1][1]
+    assert "<need:cheap 0>" in tokenizer.convert_ids_to_tokens(list(first[0]))
+    table = Catalogue(("new",), ("A new one",), ((topic,),), {"unit price": np.array([0.0])})
+    Ranker(tmp_path, table).rank([{"need": "cheap", "history": [], "candidates": ["new", *catalogue.ids[1:3]]}])
+    ((first, *_),) = decoded["sample"].calls[2][1]
+    assert "<need:cheap 12>" in tokenizer.convert_ids_to_tokens(list(first[0]))

@@ -17,7 +17,7 @@ from flexrec.policy.lora import ADAPTER_FILE, OF_A_RUN, add_lora, has_adapters
 from flexrec.policy.small_model import HIDDEN_SIZE, build_model, build_tokenizer, item_vectors, starting_rows
 from flexrec.task.descriptions import describing_tokens, item_token
 from flexrec.task.needs import Need
-from flexrec.task.own_needs import asks_of_data
+from flexrec.task.own_needs import asks_of_data, written
 from flexrec.task.prompts import PromptBuilder, add_item_tokens
 
 
@@ -28,12 +28,15 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
     # Where items are described, new ones are told by what they are, and have no row that was never trained.
     known = np.flatnonzero(~new_items(dataset)) if described else np.arange(len(dataset.catalogue))
     catalogue = dataset.catalogue.select(known)
+    own = written(needs) if described else []
+    names = [need.name for need in own]
     folder = RunFolder(config.output)
     if config.resume and folder.has_base():
         tokenizer: Any = AutoTokenizer.from_pretrained(folder.base, **OF_A_RUN)
         model: Any = folder.load_base(tokenizer, config.lora)
     elif config.model == EMBEDDED:
-        tokenizer = build_tokenizer(catalogue, [wording for need in needs for wording in need.wordings])
+        wordings = [wording for need in needs for wording in need.wordings]
+        tokenizer = build_tokenizer(catalogue, wordings, needs=names)
         vectors = item_vectors(dataset.log, len(dataset.catalogue), HIDDEN_SIZE, seed=config.seed)[known]
         rows = starting_rows(catalogue, vectors, seed=config.seed)
         model = build_model(tokenizer, hidden_size=HIDDEN_SIZE, rows=rows, seed=config.seed)
@@ -57,7 +60,7 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
             add_item_tokens(model, tokenizer, catalogue)
     if config.lora is not None and not has_adapters(model):
         tokens = [item_token(item_id) for item_id in catalogue.ids] if encoding == "item_token" else []
-        tokens = describing_tokens(catalogue) if described else tokens
+        tokens = describing_tokens(catalogue, names) if described else tokens
         model = add_lora(
             model,
             config.lora,
@@ -73,5 +76,6 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
         show_titles=config.model != EMBEDDED or encoding != "item_token",
         show_rising=not described and any("trend" in asks_of_data(need) for need in needs),  # which marks say better
         described=described,
+        described_needs=own,
     )
     return model, tokenizer, builder

@@ -3,7 +3,8 @@
     experiment.json   what the run was configured with
     data.json         what its data set is called, holds and is known by, and what its loader said
     flexrec.json      how the model is to be prompted and what it was trained on (:class:`RunInfo`)
-    catalogue.json    titles and topics of the items, and how strongly they rise at the end of the log
+    catalogue.json    titles and topics of the items, how strongly they rise at the end of the log, and what else the
+                      needs of one's own that candidates are described by are about
     histories.json    the last items of every logged user         critic.npz      the critic, where there is one
     metrics.json      means, changes, configuration, seconds          per_list.npz   every metric of every test list
     warm_start.npz    the same of the warm start, for a run that is resumed after it
@@ -39,8 +40,9 @@ from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.results import WARM_START, Results
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, OF_A_RUN, has_adapters, load_model, save_adapters
 from flexrec.task.critic import Critic
+from flexrec.task.expression_values import find_column
 from flexrec.task.needs import Need
-from flexrec.task.own_needs import definitions_of
+from flexrec.task.own_needs import columns_of, definitions_of, make_needs
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.callbacks import to_json
 
@@ -300,7 +302,12 @@ class RunFolder:
         trend = np.zeros(len(catalogue)) if dataset.trend is None else dataset.trend
         rises = {catalogue.ids[i]: round(float(trend[i]), 4) for i in np.flatnonzero(trend)}
         items = {"ids": catalogue.ids, "titles": catalogue.titles, "topics": catalogue.topics}
-        _write_json(self.path / "catalogue.json", {**items, "trend": rises})
+        needs = make_needs(info.own_needs) if info.described and info.own_needs else []
+        named = {find_column(name, catalogue) for need in needs for name in columns_of(need)} - {None}
+        columns = {name: _to_list(values) for name, values in catalogue.columns.items() if name in named}
+        popularity = np.bincount(log.items, minlength=len(catalogue)).tolist() if needs else []
+        more = {"columns": columns, "popularity": popularity} if needs else {}
+        _write_json(self.path / "catalogue.json", {**items, "trend": rises, **more})
         histories: dict[str, list[dict[str, Any]]] = {}
         for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
             name = str(user) if dataset.user_ids is None else dataset.user_ids[user]
@@ -323,6 +330,7 @@ class RunFolder:
             show_titles=info.show_titles,
             show_rising=info.show_rising,
             described=info.described,
+            described_needs=make_needs(info.own_needs) if info.own_needs else (),
         )
         return info, model, builder
 
@@ -337,8 +345,14 @@ class RunFolder:
         """The items, and the trend of what rises, by id."""
         saved = json.loads((self.path / "catalogue.json").read_text())
         topics = saved.get("topics", [[] for _ in saved["ids"]])  # which runs of older versions lack
-        catalogue = Catalogue(tuple(saved["ids"]), tuple(saved["titles"]), tuple(map(tuple, topics)))
+        columns = {name: _to_column(values) for name, values in saved.get("columns", {}).items()}
+        catalogue = Catalogue(tuple(saved["ids"]), tuple(saved["titles"]), tuple(map(tuple, topics)), columns)
         return catalogue, saved["trend"]
+
+    def read_popularity(self) -> dict[str, float]:
+        """How often each item was taken in the log, by id, where needs of one's own may ask for it."""
+        saved = json.loads((self.path / "catalogue.json").read_text())
+        return dict(zip(saved["ids"], saved.get("popularity", ()), strict=False))
 
     def read_histories(self) -> dict[str, list[dict[str, Any]]]:
         """The last items of every logged user, ``{"id", "interest"}`` each, oldest first."""
@@ -422,6 +436,17 @@ def _arrays(results: Results, systems: Iterable[str]) -> dict[str, Any]:
         for need, per_metric in results.per_list[system].items()
         for metric, values in per_metric.items()
     }
+
+
+def _to_list(values: np.ndarray) -> list[Any]:
+    """A column of items as JSON holds it: null where a number is not given."""
+    return [None if value != value else value for value in values.tolist()]
+
+
+def _to_column(values: list[Any]) -> np.ndarray:
+    if any(isinstance(value, str) for value in values):
+        return np.array(values, dtype=object)
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def load_checkpoint(model: Any, checkpoint: Path) -> None:

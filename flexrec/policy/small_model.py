@@ -17,7 +17,9 @@ from flexrec.task.prompts import CANDIDATES, LIKED, RANKING, RISING, SEEN
 HIDDEN_SIZE = 128
 
 
-def build_tokenizer(catalogue: Catalogue, texts: Iterable[str], *, vocab_size: int = 2048) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    catalogue: Catalogue, texts: Iterable[str], *, needs: Iterable[str] = (), vocab_size: int = 2048
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the titles, the topics and ``texts``, plus one token per item, and those by
     which items are described (:mod:`flexrec.task.descriptions`)."""
     tokenizer = Tokenizer(models.BPE())
@@ -37,7 +39,7 @@ def build_tokenizer(catalogue: Catalogue, texts: Iterable[str], *, vocab_size: i
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
     )
     fast.add_tokens([LIKED, SEEN, RISING, CANDIDATES, RANKING])  # what stands in every prompt: one token each
-    fast.add_tokens(describing_tokens(catalogue), special_tokens=True)
+    fast.add_tokens(describing_tokens(catalogue, needs), special_tokens=True)
     return fast
 
 

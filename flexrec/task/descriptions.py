@@ -8,6 +8,7 @@ the sum of theirs:
     <word:redemption> ..    the words of its title that several titles have
     <interest 4>            in a history: how much the user liked it, where that is known
     <rise 3>, <new 1>       among candidates: how strongly it rises, how new its topics are to the history
+    <need:cheap 9>          among candidates: how much it offers to a need of one's own, beside the list's best
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ NOVELTY_LEVELS = 5
 INTEREST_LEVELS = 4
 RISE_MARKS = tuple(f"<rise {level}>" for level in range(1, len(RISE_LEVELS) + 2))  # what does not rise has none
 NOVELTY_MARKS = tuple(f"<new {level}>" for level in range(NOVELTY_LEVELS + 1))
+OFFER_LEVELS = 12
 INTEREST_MARKS = tuple(f"<interest {level}>" for level in range(1, INTEREST_LEVELS + 1))  # what is not known has none
 
 MIN_TITLES = 2  # a word of fewer titles says nothing of other items
@@ -81,13 +83,20 @@ def shared_words(catalogue: Catalogue) -> list[str]:
     return [word for word, count in counts.most_common(MAX_WORDS) if count >= MIN_TITLES]
 
 
-def describing_tokens(catalogue: Catalogue) -> list[str]:
-    """The texts of all vocabulary entries that describe the items of a catalogue, their own tokens first."""
+def offer_marks(need: str) -> list[str]:
+    """The marks of a need of one's own, from nothing to the list's best."""
+    return [f"<need:{need} {level}>" for level in range(OFFER_LEVELS + 1)]
+
+
+def describing_tokens(catalogue: Catalogue, needs: Iterable[str] = ()) -> list[str]:
+    """The texts of all vocabulary entries that describe the items of a catalogue, their own tokens first; ``needs`` are
+    the names of those that candidates are described by."""
     return [
         *map(item_token, catalogue.ids),
         *map(topic_token, catalogue.topic_names),
         *map(word_token, shared_words(catalogue)),
         *(UNKNOWN_ITEM, *INTEREST_MARKS, *RISE_MARKS, *NOVELTY_MARKS),
+        *(mark for need in needs for mark in offer_marks(need)),
     ]
 
 
@@ -106,10 +115,11 @@ class Descriptions:
         ValueError: a tokenizer without the tokens that every description may need (:func:`describing_tokens`).
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, needs: Iterable[str] = ()) -> None:
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
         self._unknown, *_ = self._ids([UNKNOWN_ITEM])
         self._interest, self._rise, self._novelty = map(self._ids, (INTEREST_MARKS, RISE_MARKS, NOVELTY_MARKS))
+        self._offers = [self._ids(offer_marks(need)) for need in needs]
         self._described: dict[Item, tuple[int, ...]] = {}
 
     def _ids(self, texts: Iterable[str]) -> list[int]:
@@ -138,17 +148,33 @@ class Descriptions:
         levels = np.minimum(np.nan_to_num(values) * INTEREST_LEVELS, INTEREST_LEVELS - 1).astype(np.int64)
         return [() if np.isnan(x) else (self._interest[n],) for x, n in zip(values, levels.tolist(), strict=True)]
 
-    def marks(self, trend: np.ndarray, novelty: np.ndarray) -> list[tuple[int, ...]]:
+    def marks(self, trend: np.ndarray, novelty: np.ndarray, offers: Sequence[np.ndarray] = ()) -> list[tuple[int, ...]]:
         """What each candidate has besides in its list.
 
         Args:
             trend: (K,) in [0, 1], how strongly each candidate rises.
             novelty: (K,) in [0, 1], how new its topics are to the history (:func:`flexrec.task.needs.novelty`).
+            offers: of each need that candidates are described by, (K,) >= 0, what a candidate is worth to it.
         """
+        offered = [
+            [ids[level] for level in offer_levels(offer)] for ids, offer in zip(self._offers, offers, strict=True)
+        ]
         trend, novelty = np.asarray(trend, dtype=np.float32), np.asarray(novelty, dtype=np.float32)
         rise = np.digitize(trend, RISE_LEVELS)
         new = np.ceil(NOVELTY_LEVELS * novelty).astype(np.int64)
         return [
-            (*([self._rise[r]] if rises else []), self._novelty[n])
-            for r, n, rises in zip(rise, new, trend > 0, strict=True)
+            (*([self._rise[r]] if rises else []), self._novelty[n], *more)
+            for r, n, rises, *more in zip(rise, new, trend > 0, *offered, strict=True)
         ]
+
+
+def offer_levels(offer: np.ndarray) -> np.ndarray:
+    """(K,) int64: of what candidates are worth (K,) >= 0, the level beside the list's best, which is OFFER_LEVELS: one
+    less for every factor of the square root of 2, 1 for everything small, 0 for nothing.
+
+    A ranking depends on the ratios of gains alone, so that levels of ratios say all that matters.
+    """
+    offer = np.asarray(offer, dtype=np.float64)
+    ratio = offer / max(offer.max(initial=0.0), 1e-30)
+    steps = np.floor(-2 * np.log2(np.maximum(ratio, 1e-30)) + 1e-6).astype(np.int64)
+    return np.where(offer > 0, np.maximum(1, OFFER_LEVELS - steps), 0)

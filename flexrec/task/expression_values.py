@@ -172,7 +172,7 @@ class Evaluation:
         if name in OF_LISTS:
             return Number(getattr(lst, name).astype(np.float64))
         if (column := find_column(name, catalogue)) is not None:
-            values = column[lst.candidates]
+            values = catalogue.columns[column][lst.candidates]
             return Texts(values) if values.dtype.kind == "O" else Number(values.astype(np.float64))
         if name == TITLE:
             return Texts(np.array([catalogue.titles[item] for item in lst.candidates], dtype=object))
@@ -280,11 +280,11 @@ class Evaluation:
         return _choose(np.isnan(given.value), self.number(otherwise), given)
 
 
-def find_column(name: str, catalogue: Catalogue) -> np.ndarray | None:
-    """The column of the items, (items,), that an expression names: unit_price is "unit price", too."""
+def find_column(name: str, catalogue: Catalogue) -> str | None:
+    """The column of the items that an expression names: unit_price is "unit price", too."""
     if name in catalogue.columns:
-        return catalogue.columns[name]
-    return next((values for other, values in catalogue.columns.items() if re.sub(r"\W", "_", other) == name), None)
+        return name
+    return next((column for column in catalogue.columns if re.sub(r"\W", "_", column) == name), None)
 
 
 def not_given(values: np.ndarray) -> np.ndarray:

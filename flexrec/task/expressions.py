@@ -139,4 +139,4 @@ class Expression:
                 f"unknown name{did_you_mean(name, (*known, *CATEGORIES))}; known are {', '.join(known[:6])} and the "
                 f"columns of the items: {', '.join(catalogue.columns) or 'none'}",
             )
-        return column
+        return catalogue.columns[column]

@@ -107,6 +107,12 @@ class Need:
         if not self.wordings or not all(wording.strip() for wording in self.wordings):
             raise ValueError(f"need {self.name!r} must have at least one wording and none that is empty")
 
+    def offer(self, lst: RankingList, catalogue: Catalogue) -> np.ndarray:
+        """(K,) float32: what each candidate is worth to somebody who would like all of them alike, by one half; half of
+        the factor, where gains are interest times a factor."""
+        half = np.full(len(lst.candidates), 0.5, dtype=np.float32)
+        return self.gains(lst, catalogue, half, np.zeros_like(half))[0]
+
     @property
     def factor(self) -> FactorFunction | None:
         """What interest is multiplied by; None where gains are not of this form."""

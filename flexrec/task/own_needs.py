@@ -78,12 +78,17 @@ def make_needs(definitions: Any) -> list[Need]:
 
 def definitions_of(needs: Sequence[Need]) -> list[dict[str, Any]]:
     """What a run keeps of needs that were written as expressions, so that :func:`make_needs` makes them again."""
-    own = {part.name: part for need in needs for part in parts_of(need)}
     return [
         {"name": need.name, "wordings": list(need.wordings), "gain": need.gains.text, "phrase": need.phrase}
-        for need in own.values()
+        for need in written(needs)
         if isinstance(need.gains, Expression)
     ]
+
+
+def written(needs: Sequence[Need]) -> list[Need]:
+    """The needs, and parts of mixtures, that are written as expressions, each once."""
+    parts = {part.name: part for need in needs for part in parts_of(need)}
+    return [part for part in parts.values() if isinstance(part.gains, Expression)]
 
 
 def expressions_of(need: Need) -> list[tuple[str, Expression]]:

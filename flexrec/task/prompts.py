@@ -14,7 +14,7 @@ import numpy as np
 from flexrec.checks import check_choice
 from flexrec.data.lists import Catalogue, RankingList
 from flexrec.task.descriptions import Descriptions, Item, Token, item_token, token_id
-from flexrec.task.needs import novelty
+from flexrec.task.needs import Need, novelty
 
 ENCODINGS = ("index", "title", "item_token")
 
@@ -60,6 +60,7 @@ class PromptBuilder:
         show_rising: name the candidates that rise at the moment of the request (needs about trends read them).
         described: items are several tokens whose rows are summed (:mod:`flexrec.task.descriptions`), of the embedded
             model's tokenizer. For "item_token" only.
+        described_needs: needs by what they are offered, too.
 
     Attributes:
         separator, end: token ids between two items of an answer and after the last.
@@ -96,6 +97,7 @@ class PromptBuilder:
         show_titles: bool = True,
         show_rising: bool = True,
         described: bool = False,
+        described_needs: Sequence[Need] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.encoding = check_choice("encoding", encoding, ENCODINGS)
@@ -104,7 +106,10 @@ class PromptBuilder:
         self.described = described
         if described and encoding != "item_token":
             raise ValueError(f"item tokens are described by others: use encoding 'item_token', got {encoding!r}")
-        self._descriptions = Descriptions(tokenizer) if described else None
+        self.described_needs = tuple(described_needs) if described else ()
+        self._descriptions = (
+            Descriptions(tokenizer, [need.name for need in self.described_needs]) if described else None
+        )
         self._pieces: dict[str, list[int]] = {}
         self._item_tokens: dict[str, int] = {}
         self._frame = self._chat_frame()
@@ -165,7 +170,7 @@ class PromptBuilder:
         """:meth:`prompt` for a list of a data set; items ``nameless`` are shown as if they had no id."""
         groups = (lst.history, lst.candidates, lst.candidates[strongest_risers(lst.trend)])
         history, candidates, rising = (_items(group, catalogue, nameless) for group in groups)
-        marks = self.marks_of(lst.trend, novelty(lst, catalogue)) if self.described else None
+        marks = self.marks_in(lst, catalogue)
         return self.prompt(wording, history, candidates, interest=lst.history_interest, rising=rising, marks=marks)
 
     def candidate_tokens(
@@ -195,12 +200,21 @@ class PromptBuilder:
         self, lst: RankingList, catalogue: Catalogue, *, nameless: Collection[int] = ()
     ) -> list[list[Token]]:
         """:meth:`candidate_tokens` for a list of a data set."""
-        marks = self.marks_of(lst.trend, novelty(lst, catalogue)) if self.described else None
+        marks = self.marks_in(lst, catalogue)
         return self.candidate_tokens(_items(lst.candidates, catalogue, nameless), marks)
 
-    def marks_of(self, trend: np.ndarray, novelty: np.ndarray) -> list[tuple[int, ...]] | None:
+    def marks_of(
+        self, trend: np.ndarray, novelty: np.ndarray, offers: Sequence[np.ndarray] = ()
+    ) -> list[tuple[int, ...]] | None:
         """:meth:`flexrec.task.descriptions.Descriptions.marks`; None where items are not described."""
-        return None if self._descriptions is None else self._descriptions.marks(trend, novelty)
+        return None if self._descriptions is None else self._descriptions.marks(trend, novelty, offers)
+
+    def marks_in(self, lst: RankingList, catalogue: Catalogue) -> list[tuple[int, ...]] | None:
+        """:meth:`marks_of` for a list of a data set."""
+        if not self.described:
+            return None
+        offers = [need.offer(lst, catalogue) for need in self.described_needs]
+        return self.marks_of(lst.trend, novelty(lst, catalogue), offers)
 
     def knows(self, item_id: str) -> bool:
         """Whether an answer can name an item as one that the model was trained with."""
