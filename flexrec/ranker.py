@@ -15,7 +15,7 @@ from flexrec.decoding.sample import Rollout, best_of, sample_rankings, search_ra
 from flexrec.evaluation.evaluate import check_outputs
 from flexrec.experiment.run_folder import RunFolder
 from flexrec.task.needs import get_need, novelty_of
-from flexrec.task.prompts import Item, strongest_risers
+from flexrec.task.prompts import Item, query_match, shown_text, strongest_risers
 
 MAX_TOKENS = 2**16  # of prompts that are decoded together, padding included
 
@@ -31,7 +31,7 @@ class Ranker:
     def __init__(self, folder: str | Path) -> None:
         run = RunFolder(folder)
         self.info, self.model, self.builder = run.load()
-        self._catalogue, self._trend = run.read_catalogue()
+        self._catalogue, self._trend, self._rises = run.read_catalogue()
         self._histories = run.read_histories()
 
     def rank(
@@ -59,10 +59,14 @@ class Ranker:
                 items = self._candidates(request)
                 trend = np.array([self._trend.get(item.id, 0.0) for item in items])
                 rising = [items[j] for j in strongest_risers(trend)]
+                rises = [self._rises[item.id] for item in rising] if self._rises else None
                 history, liked = self._history(request)
-                prompt, _ = self.builder.prompt(self._wording(request), history, items, liked=liked, rising=rising)
+                query = self._query(request)
+                prompt, _ = self.builder.prompt(
+                    self._wording(request), history, items, liked=liked, rising=rising, rises=rises, query=query
+                )
                 tokens = self.builder.candidate_tokens(items)
-                described = self._marks(items, history, trend)
+                described = self._marks(items, history, trend, query)
                 self._check_length(prompt, tokens, decoding)
             except ValueError as error:
                 answers[i] = {"error": str(error)}
@@ -128,20 +132,29 @@ class Ranker:
         )
         return best_of(sampled, decoding.best_of)
 
-    def _marks(self, items: list[Item], history: list[Item], trend: np.ndarray) -> list[list[int]] | None:
+    def _marks(self, items: list[Item], history: list[Item], trend: np.ndarray, query: str) -> list[list[int]] | None:
         """What describes each candidate; items that have marks are all in the catalogue."""
         if not self.builder.marked:
             return None
         shown, ranked = (
             np.array([self._catalogue.index[item.id] for item in group], dtype=np.int64) for group in (history, items)
         )
-        return self.builder.marks_of(trend, novelty_of(shown, ranked, self._catalogue))
+        match = query_match(query, [self._catalogue.titles[i] for i in ranked]) if query.strip() else None
+        return self.builder.marks_of(trend, novelty_of(shown, ranked, self._catalogue), match)
 
     def _wording(self, request: dict[str, Any]) -> str:
         need = request.get("need")
         if not isinstance(need, str) or not need.strip():
             raise ValueError("'need' must be the name of a need or an instruction in words")
         return need if " " in need.strip() else get_need(need.strip()).wordings[0]
+
+    def _query(self, request: dict[str, Any]) -> str:
+        query = request.get("query", "")
+        if not isinstance(query, str):
+            raise ValueError(f"'query' must be what is searched for, in words, got {_shown(query)}")
+        if request.get("need") == "search" and not query.strip():
+            raise ValueError("the need 'search' takes a 'query', in words")
+        return query
 
     def _candidates(self, request: dict[str, Any]) -> list[Item]:
         given = request.get("candidates")
@@ -156,6 +169,8 @@ class Ranker:
 
     def _history(self, request: dict[str, Any]) -> tuple[list[Item], list[bool]]:
         """The latest items of the history, and which of them were liked."""
+        if self.info.max_history == 0 and "user" not in request:  # the run's data have no histories
+            request = {"history": [], **request}
         if "history" in request:
             given = request["history"]
             if not isinstance(given, list):
@@ -173,11 +188,13 @@ class Ranker:
         for j, mark in enumerate(liked):
             if not isinstance(mark, bool):
                 raise ValueError(f"'liked' of '{where}[{j}]' must be true or false, got {_shown(mark)}")
-        return items[-self.info.max_history :], liked[-self.info.max_history :]
+        shown = max(0, len(items) - self.info.max_history)
+        return items[shown:], liked[shown:]
 
     def _item(self, entry: Any, where: str = "item") -> Item:
-        title = None
+        title, given = None, {}
         if isinstance(entry, dict):
+            given = entry
             if entry.get("id") is None:
                 raise ValueError(f"'{where}' has no 'id'")
             item_id, title = _id(entry["id"], f"{where}.id"), entry.get("title")
@@ -190,7 +207,25 @@ class Ranker:
             raise ValueError(f"'{where}' has no 'title', and the id {item_id!r} is not in the run's catalogue")
         if not isinstance(title, str):
             raise ValueError(f"the title of '{where}' must be a string, got {type(title).__name__}")
-        return Item(item_id, title)
+        if self.builder.show == ("title",):
+            return Item(item_id, title)
+        return Item(item_id, title, self._text_of(item_id, title, given, where))
+
+    def _text_of(self, item_id: str, title: str, given: dict[str, Any], where: str) -> str:
+        """What the prompt says of an item: what the request says of it, else what the run's catalogue knows."""
+        index = self._catalogue.index.get(item_id)
+        topics: Sequence[str] = () if index is None else self._catalogue.topics[index]
+        known = {} if index is None else {name: values[index] for name, values in self._catalogue.columns.items()}
+        for name in set(self.builder.show) & set(given) - {"title"}:
+            value = given[name]
+            if name == "category" and isinstance(value, list) and all(isinstance(one, str) for one in value):
+                topics = value
+            elif isinstance(value, str) or (isinstance(value, (int, float)) and name != "category"):
+                topics = [str(value)] if name == "category" else topics
+                known[name] = value if isinstance(value, str) else float(value)
+            else:
+                raise ValueError(f"{name!r} of '{where}' must be a text or a number, got {_shown(value)}")
+        return shown_text(self.builder.show, title, topics, known)
 
 
 class _Readable(NamedTuple):

@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -88,6 +88,8 @@ class RunInfo:
     needs: list[str]
     seed: int
     marked: bool = False
+    by_words: bool = False
+    show: Sequence[str] = ("title",)
     data_options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -105,6 +107,8 @@ class RunInfo:
             needs=[need.name for need in needs_of(dataset, config.needs)],
             seed=config.seed,
             marked=builder.marked,
+            by_words=builder.by_words,
+            show=builder.show,
         )
 
     @classmethod
@@ -300,12 +304,16 @@ class RunFolder:
         trend = np.zeros(len(catalogue)) if dataset.trend is None else dataset.trend
         rises = {catalogue.ids[i]: round(float(trend[i]), 4) for i in np.flatnonzero(trend)}
         items = {"ids": catalogue.ids, "titles": catalogue.titles, "topics": catalogue.topics}
-        _write_json(self.path / "catalogue.json", {**items, "trend": rises})
+        shown = {name: values.tolist() for name, values in catalogue.columns.items() if name in info.show}
+        counts = (
+            {} if dataset.rises is None else {name: dataset.rises[catalogue.index[name]].tolist() for name in rises}
+        )
+        _write_json(self.path / "catalogue.json", {**items, "columns": shown, "trend": rises, "rises": counts})
         histories: dict[str, list[dict[str, Any]]] = {}
         for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
             name = str(user) if dataset.user_ids is None else dataset.user_ids[user]
             histories.setdefault(name, []).append({"id": catalogue.ids[item], "liked": interest >= 0.5})
-        latest = {user: events[-info.max_history :] for user, events in histories.items()}
+        latest = {user: events[-info.max_history :] for user, events in histories.items() if info.max_history}
         _write_json(self.path / "histories.json", latest)
         _save_model(self.path, model, tokenizer, info)
         settle(self.path, deep=False)
@@ -323,15 +331,18 @@ class RunFolder:
             show_titles=info.show_titles,
             show_rising=info.show_rising,
             marked=info.marked,
+            by_words=info.by_words,
+            show=info.show,
         )
         return info, model, builder
 
-    def read_catalogue(self) -> tuple[Catalogue, dict[str, float]]:
-        """The items, and the trend of what rises, by id."""
+    def read_catalogue(self) -> tuple[Catalogue, dict[str, float], dict[str, list[int]]]:
+        """The items, and of what rises the trend and the two counts that it comes from, by id."""
         saved = json.loads((self.path / "catalogue.json").read_text())
         topics = saved.get("topics", [[] for _ in saved["ids"]])  # which were not written while nothing was marked
-        catalogue = Catalogue(tuple(saved["ids"]), tuple(saved["titles"]), tuple(map(tuple, topics)))
-        return catalogue, saved["trend"]
+        columns = {name: _column(values) for name, values in saved.get("columns", {}).items()}
+        catalogue = Catalogue(tuple(saved["ids"]), tuple(saved["titles"]), tuple(map(tuple, topics)), columns)
+        return catalogue, saved["trend"], saved.get("rises", {})
 
     def read_histories(self) -> dict[str, list[dict[str, Any]]]:
         """The last items of every logged user, ``{"id", "liked"}`` each, oldest first."""
@@ -370,6 +381,13 @@ class RunFolder:
             for name in saved.files:
                 _, need, metric = name.split("/")
                 of_needs.setdefault(need, {})[metric] = saved[name]
+
+
+def _column(values: list[Any]) -> np.ndarray:
+    """A column of a catalogue from JSON, which knows no NaN."""
+    if any(isinstance(value, str) for value in values):
+        return np.array(values, dtype=object)
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

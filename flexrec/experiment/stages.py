@@ -68,7 +68,7 @@ def load_dataset(
     if folder is None:
         what = "the folder with your log" if name == "interactions" else "the folder with its published files"
         raise ValueError(f"--dataset {name} needs --data FOLDER, {what}")
-    loaders = {
+    loaders: dict[str, Callable[..., RankingDataset]] = {
         "movielens": load_movielens,
         "kuairec": load_kuairec,
         "esci": load_esci,

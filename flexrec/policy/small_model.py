@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,13 +12,33 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flexrec.data.lists import Catalogue, Interactions
-from flexrec.task.prompts import CANDIDATES, LIKED, NOVELTY_MARKS, RANKING, RISE_MARKS, RISING, SEEN, item_token
+from flexrec.task.prompts import (
+    CANDIDATES,
+    LIKED,
+    MATCH_MARKS,
+    NOVELTY_MARKS,
+    RANKING,
+    RISE_MARKS,
+    RISING,
+    SEARCHED,
+    SEEN,
+    item_token,
+    title_words,
+    word_token,
+)
 
 HIDDEN_SIZE = 128
+_MAX_WORDS = 2**15
 
 
-def build_tokenizer(catalogue: Catalogue, texts: Iterable[str], *, vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the titles, the topics and ``texts``, plus one token per item."""
+def build_tokenizer(
+    catalogue: Catalogue, texts: Iterable[str], *, words: Sequence[str] = (), vocab_size: int = 2048
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the titles, the topics and ``texts``, plus one token per item.
+
+    Args:
+        words: of queries; each is a token, too.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -37,6 +58,9 @@ def build_tokenizer(catalogue: Catalogue, texts: Iterable[str], *, vocab_size: i
     fast.add_tokens([LIKED, SEEN, RISING, CANDIDATES, RANKING])  # what stands in every prompt: one token each
     fast.add_tokens([*RISE_MARKS, *NOVELTY_MARKS], special_tokens=True)
     fast.add_tokens([item_token(item_id) for item_id in catalogue.ids], special_tokens=True)
+    if words:
+        fast.add_tokens([SEARCHED])
+        fast.add_tokens([*MATCH_MARKS, *map(word_token, words)], special_tokens=True)
     return fast
 
 
@@ -57,9 +81,13 @@ def item_vectors(log: Interactions, num_items: int, size: int, *, seed: int = 0)
         _, values, right = torch.svd_lowrank(torch.from_numpy(matrix), q=rank, niter=4)
     vectors = torch.zeros(num_items, size)
     vectors[:, :rank] = right * values.sqrt()
-    # A random rotation, so that no coordinate of the embedding is larger than another.
+    return vectors @ _rotation(size, seed)
+
+
+def _rotation(size: int, seed: int) -> torch.Tensor:
+    """(size, size) at random, so that no coordinate of an embedding is larger than another."""
     rotation, _ = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(seed)))
-    return vectors @ rotation
+    return rotation
 
 
 def topic_vectors(catalogue: Catalogue, size: int, *, seed: int = 0) -> torch.Tensor:
@@ -76,11 +104,44 @@ def topic_vectors(catalogue: Catalogue, size: int, *, seed: int = 0) -> torch.Te
     return shares @ directions.T
 
 
+def word_vectors(
+    catalogue: Catalogue, queries: Iterable[str], size: int, *, seed: int = 0
+) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """The words of queries and titles, (words, size) and (items, size) float32: where both start from in one space.
+
+    The leading singular vectors on both sides, each times the root of its singular value, of the matrix of items and
+    words that weighs the words of a title by how few titles have them (latent semantic analysis, Deerwester et al.
+    1990): the product of an item's vector with the sum of a query's is high where they share words, or words that stand
+    in the same titles. Of more than 2^15 words the most frequent ones are kept; words of no title have a zero row.
+    """
+    titles = [title_words(title) for title in catalogue.titles]
+    counts = Counter(word for text in queries for word in title_words(text))
+    counts.update(word for title in titles for word in title)
+    words = [word for word, _ in sorted(counts.items(), key=lambda one: (-one[1], one[0]))[:_MAX_WORDS]]
+    column = {word: j for j, word in enumerate(words)}
+    pairs = np.array([(i, column[word]) for i, title in enumerate(titles) for word in title if word in column])
+    pairs = pairs.reshape(-1, 2)
+    occurrences = np.bincount(pairs[:, 1], minlength=len(words))
+    weights = np.log((1 + len(titles)) / (1 + occurrences))[pairs[:, 1]]
+    norms = np.sqrt(np.bincount(pairs[:, 0], weights**2, minlength=len(titles)))
+    values = torch.from_numpy(weights / np.maximum(norms, 1e-6)[pairs[:, 0]]).float()
+    places, shape = torch.from_numpy(pairs.T.copy()), (len(titles), len(words))
+    matrix = torch.sparse_coo_tensor(places, values, shape, check_invariants=True).coalesce()
+    rank = min(size, *matrix.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        left, strengths, right = torch.svd_lowrank(matrix, q=rank, niter=4)
+    of_items, of_words = (side * strengths.sqrt() @ _rotation(size, seed)[:rank] for side in (left, right))
+    return words, of_words, of_items
+
+
 def build_model(
     tokenizer: Any,
     *,
     item_ids: Sequence[str] = (),
     vectors: torch.Tensor | None = None,
+    words: Sequence[str] = (),
+    of_words: torch.Tensor | None = None,
     hidden_size: int = HIDDEN_SIZE,
     num_layers: int = 2,
     num_heads: int = 4,
@@ -92,6 +153,7 @@ def build_model(
     Args:
         item_ids, vectors: the embeddings of these items' tokens start from ``vectors`` (items, hidden_size), scaled to
             the spread of the others, plus a quarter of the noise those have.
+        words, of_words: the same of the tokens of words.
     """
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 8) * 8,
@@ -109,10 +171,11 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    if vectors is not None:
-        tokens = tokenizer.convert_tokens_to_ids([item_token(item_id) for item_id in item_ids])
-        with torch.no_grad():
-            weight = model.get_input_embeddings().weight
-            spread = config.initializer_range / vectors.square().mean().sqrt()
-            weight[tokens] = vectors * spread + weight[tokens] / 4
+    for texts, start in ((map(item_token, item_ids), vectors), (map(word_token, words), of_words)):
+        if start is not None:
+            tokens = tokenizer.convert_tokens_to_ids(list(texts))
+            with torch.no_grad():
+                weight = model.get_input_embeddings().weight
+                spread = config.initializer_range / start.square().mean().sqrt()
+                weight[tokens] = start * spread + weight[tokens] / 4
     return model

@@ -12,7 +12,7 @@ from flexrec.data.lists import Catalogue, RankingList
 from flexrec.profiling import span
 from flexrec.task.critic import Critic
 from flexrec.task.needs import Need, evaluation_gains, novelty, observed_interest
-from flexrec.task.prompts import PromptBuilder
+from flexrec.task.prompts import PromptBuilder, query_match
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,12 @@ class RankingTask:
     def _example(self, lst: RankingList, need: Need, wording: str, gains: np.ndarray, variance: np.ndarray) -> Example:
         prompt, history_span = self.builder.prompt_of(lst, self.catalogue, wording)
         candidates = self.builder.candidate_tokens_of(lst, self.catalogue)
-        marks = self.builder.marks_of(lst.trend, novelty(lst, self.catalogue)) if self.builder.marked else None
+        marks = self._marks(lst) if self.builder.marked else None
         return Example(prompt, candidates, gains, variance, history_span, need.name, lst.user, marks)
+
+    def _marks(self, lst: RankingList) -> list[list[int]] | None:
+        match = query_match(lst.query, [self.catalogue.titles[i] for i in lst.candidates]) if lst.query else None
+        return self.builder.marks_of(lst.trend, novelty(lst, self.catalogue), match)
 
 
 class TrainingExamples(Dataset):

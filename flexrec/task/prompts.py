@@ -6,7 +6,8 @@ so that building one costs microseconds and a candidate has the same tokens in e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ MAX_RISING = 8
 
 # The fixed parts of every prompt.
 LIKED, SEEN = "\nLiked before:\n", "Seen before:\n"
+SEARCHED = "\nSearched for:\n"  # of prompts with a query
 RISING, CANDIDATES, RANKING = "Rising now:\n", "Candidates:\n", "Ranking, best first:\n"
 
 # Marks say what a candidate is in this list only: how strongly it rises, how new its topics are to the history.
@@ -29,6 +31,8 @@ RISE_LEVELS = np.array([0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], dtype=np.float
 NOVELTY_LEVELS = 5
 RISE_MARKS = tuple(f"<rise {level}>" for level in range(1, len(RISE_LEVELS) + 2))  # what does not rise has none
 NOVELTY_MARKS = tuple(f"<new {level}>" for level in range(NOVELTY_LEVELS + 1))
+MATCH_LEVELS = 5
+MATCH_MARKS = tuple(f"<match {level}>" for level in range(MATCH_LEVELS + 1))  # of lists with a query
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,32 @@ class Item:
 
     id: str
     title: str
+    shown: str | None = None  # what prompts say of it; None: its title
+
+
+def shown_text(show: Sequence[str], title: str, topics: Sequence[str], columns: Mapping[str, Any]) -> str:
+    """What prompts say of an item: its title, "category" or columns by name, what is not known left out.
+
+    Example:
+        >>> from flexrec.task.prompts import shown_text
+        >>> shown_text(("title", "category", "price"), "Oak chair", ["Furniture", "Kitchen"], {"price": 89.9})
+        'Oak chair (Furniture, Kitchen; price 89.9)'
+    """
+    parts = []
+    for name in show:
+        value = {"title": title, "category": ", ".join(topics)}.get(name, columns.get(name))
+        if isinstance(value, float):
+            value = "" if np.isnan(value) else f"{name} {value:g}"
+        if value not in (None, ""):
+            parts.append(str(value))
+    if show[0] != "title":
+        return "; ".join(parts)
+    return parts[0] + (f" ({'; '.join(parts[1:])})" if len(parts) > 1 else "") if parts else ""
+
+
+def known_columns(catalogue: Catalogue) -> list[str]:
+    """What prompts can show of a catalogue's items."""
+    return ["title", *(["category"] if catalogue.topic_names else []), *catalogue.columns]
 
 
 def item_token(item_id: str) -> str:
@@ -54,6 +84,23 @@ def item_token(item_id: str) -> str:
         '<item:318>'
     """
     return f"<item:{item_id}>"
+
+
+def word_token(word: str) -> str:
+    """The text of the vocabulary entry that stands for a word of a query, where an embedded model has it."""
+    return f"<word:{word}>"
+
+
+def title_words(text: str) -> list[str]:
+    """The distinct words of a title or a query, in lower case; numbers and years are words."""
+    return list(dict.fromkeys(re.findall(r"\w+", text.casefold())))
+
+
+def query_match(query: str, titles: Sequence[str]) -> np.ndarray:
+    """(K,) float32 in [0, 1]: which share of the query's words stand in each title."""
+    words = set(title_words(query))
+    found = [len(words.intersection(title_words(title))) for title in titles]
+    return np.array(found, dtype=np.float32) / max(1, len(words))
 
 
 def add_item_tokens(model: Any, tokenizer: Any, catalogue: Catalogue) -> int:
@@ -87,9 +134,13 @@ class PromptBuilder:
             a line) or "item_token" (one vocabulary entry per item, see :func:`add_item_tokens`).
         show_titles: write titles in the prompt. Always so for "index" and "title"; with "item_token" a pretrained
             model needs them to know what an item is, while a model trained on the catalogue does not.
-        show_rising: name the candidates that rise at the moment of the request (needs about trends read them).
+        show: what is shown of an item where its title would be, see :func:`shown_text`.
+        show_rising: name the candidates that rise at the moment of the request, and how often they were had in the last
+            window and in the one before it (needs about trends read them).
         marked: describe candidates by marks too (:meth:`marks_of`), vocabulary entries of the embedded model's
             tokenizer whose output rows are added to an item's own. For "item_token" only.
+        by_words: queries are written in the vocabulary entries that the embedded model's tokenizer has for words
+            (:func:`word_token`), and in pieces of text where it has none; marks say how a candidate matches them.
 
     Attributes:
         separator, end: token ids between two items of an answer and after the last.
@@ -124,20 +175,28 @@ class PromptBuilder:
         *,
         encoding: str = "index",
         show_titles: bool = True,
+        show: Sequence[str] = ("title",),
         show_rising: bool = True,
         marked: bool = False,
+        by_words: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.encoding = check_choice("encoding", encoding, ENCODINGS)
         self.show_titles = show_titles or encoding != "item_token"
+        self.show = tuple(show)
+        if not self.show or (encoding == "title" and "title" not in self.show):
+            raise ValueError(f"show must name what a prompt shows, with encoding 'title' also the title, got {show!r}")
         self.show_rising = show_rising
         self.marked = marked
+        self.by_words = by_words
         if marked and encoding != "item_token":
             raise ValueError(f"marks are added to the rows of item tokens: use encoding 'item_token', got {encoding!r}")
         self._rise_ids, self._novelty_ids = (
             [_token_id(tokenizer, text) for text in texts] if marked else [] for texts in (RISE_MARKS, NOVELTY_MARKS)
         )
+        self._match_ids = [_token_id(tokenizer, text) for text in MATCH_MARKS] if marked and by_words else []
         self._pieces: dict[str, list[int]] = {}
+        self._tokens: dict[str, int] | None = None
         self._item_tokens: dict[str, int] = {}
         self._frame = self._chat_frame()
         self.separator: tuple[int, ...] = ()
@@ -156,6 +215,8 @@ class PromptBuilder:
         *,
         liked: Sequence[bool] | None = None,
         rising: Sequence[Item] = (),
+        rises: Sequence[Sequence[int]] | np.ndarray | None = None,
+        query: str = "",
     ) -> tuple[list[int], tuple[int, int]]:
         """Token ids of one prompt, after which the answer begins, and the span (start, end) of the history in it.
 
@@ -164,26 +225,49 @@ class PromptBuilder:
             history: oldest first; it is shown as what was liked and what was merely seen.
             liked: which items of the history were liked; None: none is known to be.
             rising: candidates that rise, the strongest first.
+            rises: how often each of them was had in the last window and in the one before it; None: that is not said.
+            query: what is searched for, in words; empty where nothing is.
         """
         before, after = self._frame
         marks = [False] * len(history) if liked is None else liked
-        ids = [*before, *self._encode(wording + LIKED)]
+        ids = [*before]
+        if query.strip():
+            ids += [*self._encode(wording + SEARCHED), *self._query(query), *self._encode(LIKED)]
+        else:
+            ids += self._encode(wording + LIKED)
         start = len(ids)
         ids += self._listing([item for item, mark in zip(history, marks, strict=True) if mark])
         ids += self._encode(SEEN)
         ids += self._listing([item for item, mark in zip(history, marks, strict=True) if not mark])
         end = len(ids)
         if self.show_rising:
-            ids += [*self._encode(RISING), *self._listing(rising)]
+            ids += [*self._encode(RISING), *self._listing(rising, rises=rises)]
         ids += [*self._encode(CANDIDATES), *self._listing(candidates, numbered=self.encoding == "index")]
         ids += [*self._encode(RANKING), *after]
         return ids, (start, end)
 
     def prompt_of(self, lst: RankingList, catalogue: Catalogue, wording: str) -> tuple[list[int], tuple[int, int]]:
         """:meth:`prompt` for a list of a data set."""
-        groups = (lst.history, lst.candidates, lst.candidates[strongest_risers(lst.trend)])
-        history, candidates, rising = ([Item(catalogue.ids[i], catalogue.titles[i]) for i in group] for group in groups)
-        return self.prompt(wording, history, candidates, liked=lst.history_liked.tolist(), rising=rising)
+        strongest = strongest_risers(lst.trend)
+        groups = (lst.history, lst.candidates, lst.candidates[strongest])
+        history, candidates, rising = ([self.item_of(catalogue, i) for i in group.tolist()] for group in groups)
+        return self.prompt(
+            wording,
+            history,
+            candidates,
+            liked=lst.history_liked.tolist(),
+            rising=rising,
+            rises=None if lst.rises is None else lst.rises[strongest],
+            query=lst.query,
+        )
+
+    def item_of(self, catalogue: Catalogue, index: int) -> Item:
+        """An item of a catalogue as prompts show it."""
+        title = catalogue.titles[index]
+        if self.show == ("title",) or not self.show_titles:
+            return Item(catalogue.ids[index], title)
+        columns = {name: catalogue.columns[name][index] for name in self.show if name in catalogue.columns}
+        return Item(catalogue.ids[index], title, shown_text(self.show, title, catalogue.topics[index], columns))
 
     def candidate_tokens(self, candidates: Sequence[Item]) -> list[list[int]]:
         """The token sequence by which an answer names each candidate.
@@ -209,24 +293,36 @@ class PromptBuilder:
         """:meth:`candidate_tokens` for a list of a data set."""
         return self.candidate_tokens([Item(catalogue.ids[i], catalogue.titles[i]) for i in lst.candidates])
 
-    def marks_of(self, trend: np.ndarray, novelty: np.ndarray) -> list[list[int]] | None:
+    def marks_of(
+        self, trend: np.ndarray, novelty: np.ndarray, match: np.ndarray | None = None
+    ) -> list[list[int]] | None:
         """What describes each candidate in its list, as token ids; None for a builder without marks.
 
         Args:
             trend: (K,) in [0, 1], how strongly each candidate rises.
             novelty: (K,) in [0, 1], how new its topics are to the history (:func:`flexrec.task.needs.novelty`).
+            match: (K,) in [0, 1], how well it matches the query (:func:`query_match`); None where there is none.
         """
         if not self.marked:
             return None
         trend, novelty = np.asarray(trend, dtype=np.float32), np.asarray(novelty, dtype=np.float32)
         rise = np.digitize(trend, RISE_LEVELS)
         new = np.ceil(NOVELTY_LEVELS * novelty).astype(np.int64)
-        return [
+        marks = [
             [*([self._rise_ids[r]] if rises else []), self._novelty_ids[n]]
             for r, n, rises in zip(rise, new, trend > 0, strict=True)
         ]
+        if match is not None and self._match_ids:
+            levels = np.ceil(MATCH_LEVELS * match - 1e-6).astype(np.int64)
+            marks = [[*of_item, self._match_ids[level]] for of_item, level in zip(marks, levels, strict=True)]
+        return marks
 
-    def _listing(self, items: Sequence[Item], numbered: bool = False) -> list[int]:
+    def _listing(
+        self,
+        items: Sequence[Item],
+        numbered: bool = False,
+        rises: Sequence[Sequence[int]] | np.ndarray | None = None,
+    ) -> list[int]:
         ids: list[int] = []
         for i, item in enumerate(items, start=1):
             if numbered:
@@ -234,8 +330,25 @@ class PromptBuilder:
             if self.encoding == "item_token":
                 ids.append(self._item_token_id(item))
             if self.show_titles:
-                ids += self._encode(_one_line(item.title) + "\n")
+                text = _one_line(item.title if item.shown is None else item.shown)
+                if rises is None:
+                    ids += self._encode(text + "\n")
+                else:
+                    now, before = rises[i - 1]
+                    ids += [*self._encode(text), *self._encode(f": {now} now, {before} before\n")]
         return ids if self.show_titles else [*ids, *self._encode("\n")]
+
+    def _query(self, query: str) -> list[int]:
+        if not self.by_words:
+            return self._encode(_one_line(query))
+        vocabulary = self._vocabulary()
+        known = ((word, vocabulary.get(word_token(word))) for word in title_words(query))
+        return [i for word, own in known for i in (self._encode(f" {word}") if own is None else [own])]
+
+    def _vocabulary(self) -> dict[str, int]:
+        if self._tokens is None:
+            self._tokens = self.tokenizer.get_vocab()
+        return self._tokens
 
     def _item_token_id(self, item: Item) -> int:
         token_id = self._item_tokens.get(item.id)

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from flexrec.data import Catalogue, Interactions
-from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, topic_vectors
-from flexrec.task.prompts import CANDIDATES, LIKED, RANKING, RISING, SEEN, item_token
+from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, topic_vectors, word_vectors
+from flexrec.task.prompts import CANDIDATES, LIKED, RANKING, RISING, SEEN, item_token, word_token
 
 CATALOGUE = Catalogue(ids=("a", "b", "c", "d"), titles=("Alien", "Ça va", "Night 3", "東京"), topics=((), (), (), ()))
 
@@ -35,6 +35,31 @@ def test_item_vectors_put_items_of_the_same_users_together():
     assert not vectors[4].any(), "nobody had the last item"
     torch.testing.assert_close(vectors, item_vectors(log, 5, 8, seed=1))
     assert not torch.allclose(vectors, item_vectors(log, 5, 8, seed=2))
+
+
+def test_word_vectors_put_queries_beside_the_titles_that_share_their_words():
+    titles = ("Red running shoes", "Blue shoes for running", "Desk lamp, LED", "Lamp LED white", "Novel")
+    catalogue = Catalogue(tuple("abcde"), titles, ((),) * 5)
+    words, of_words, of_items = word_vectors(catalogue, ["cheap running shoes", "LED"], 8, seed=1)
+    assert words[:4] == ["led", "running", "shoes", "lamp"], "the most frequent first"
+    assert {"cheap", "novel", "for"} <= set(words)
+    assert of_words.shape == (len(words), 8)
+    assert of_items.shape == (5, 8)
+    query = of_words[[words.index(word) for word in ("running", "shoes")]].sum(0)
+    scores = of_items @ query
+    assert scores[:2].min() > 0.5
+    assert scores[2:].abs().max() < 1e-3
+    assert of_words[words.index("cheap")].abs().max() < 1e-3, "no title has it"
+    _, in_few, items_in_few = word_vectors(catalogue, ["cheap running shoes", "LED"], 3, seed=1)
+    assert items_in_few[1] @ in_few[words.index("red")] > 0.1, "red stands beside shoes elsewhere"
+    torch.testing.assert_close(of_items, word_vectors(catalogue, ["cheap running shoes", "LED"], 8, seed=1)[2])
+    tokenizer = build_tokenizer(catalogue, [], words=words)
+    model = build_model(tokenizer, hidden_size=8, num_layers=1, num_heads=2, words=words, of_words=100 * of_words)
+    rows = model.get_input_embeddings().weight.detach()[
+        tokenizer.convert_tokens_to_ids([word_token(word) for word in words])
+    ]
+    assert torch.corrcoef(torch.stack([rows.flatten(), of_words.flatten()]))[0, 1] > 0.9
+    assert rows.square().mean().sqrt() < 0.03
 
 
 def test_liked_items_have_longer_vectors():

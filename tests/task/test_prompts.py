@@ -1,12 +1,24 @@
 """Prompts: the three encodings, chat templates, and titles that try to be more than titles."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from flexrec.data import Catalogue
 from flexrec.data.lists import RankingList
 from flexrec.policy.small_model import build_model, build_tokenizer
-from flexrec.task.prompts import Item, PromptBuilder, add_item_tokens, item_token, strongest_risers
+from flexrec.task.prompts import (
+    MATCH_MARKS,
+    SEARCHED,
+    Item,
+    PromptBuilder,
+    add_item_tokens,
+    item_token,
+    known_columns,
+    query_match,
+    strongest_risers,
+)
 
 CATALOGUE = Catalogue(
     ids=("a", "b", "c", "d"),
@@ -88,6 +100,77 @@ def test_prompt_of_a_list_says_what_the_list_holds(tokenizer):
     of_list = builder.candidate_tokens_of(lst, CATALOGUE)
     assert of_list == builder.candidate_tokens([ITEMS[2], ITEMS[0], ITEMS[1]])
     assert [tokenizer.decode(tokens) for tokens in of_list] == ["Night market noodles", "Alien", "Aliens"]
+
+
+def test_rising_candidates_stand_with_their_counts(tokenizer):
+    lst = RankingList(
+        user=0,
+        time=1.0,
+        history=np.array([3]),
+        candidates=np.array([2, 0, 1]),
+        interest=np.zeros(3, dtype=np.float32),
+        popularity=np.ones(3, dtype=np.float32),
+        trend=np.array([0.2, 0.0, 0.9], dtype=np.float32),
+        rises=np.array([[7, 5], [3, 3], [12, 0]]),
+    )
+    for encoding in ("index", "title"):
+        ids, _ = PromptBuilder(tokenizer, encoding=encoding).prompt_of(lst, CATALOGUE, "Rank")
+        shown = "Rising now:\nAliens: 12 now, 0 before\nNight market noodles: 7 now, 5 before\nCandidates:\n"
+        assert shown in tokenizer.decode(ids)
+        turned = lst.reordered(np.array([2, 1, 0]))
+        ids, _ = PromptBuilder(tokenizer, encoding=encoding).prompt_of(turned, CATALOGUE, "Rank")
+        assert shown in tokenizer.decode(ids)
+
+
+def test_prompts_show_what_is_asked_for(tokenizer):
+    columns = {
+        "year": np.array([1979.0, 1986.0, np.nan, 2001.5]),
+        "studio": np.array(["Fox", "Fox", "", "A\nB"], object),
+    }
+    catalogue = replace(CATALOGUE, columns=columns)
+    assert known_columns(catalogue) == ["title", "category", "year", "studio"]
+    assert known_columns(Catalogue(("a",), ("A",), ((),))) == ["title"]
+    builder = PromptBuilder(tokenizer, encoding="index", show=("title", "category", "year", "studio"))
+    shown = [builder.item_of(catalogue, i).shown for i in range(4)]
+    assert shown[:3] == [
+        "Alien (horror; year 1979; Fox)",
+        "Aliens (horror, action; year 1986; Fox)",
+        "Night market\n noodles (food)",
+    ]
+    ids, _ = builder.prompt("Rank", [builder.item_of(catalogue, 3)], [builder.item_of(catalogue, i) for i in (1, 2)])
+    text = tokenizer.decode(ids)
+    assert "Seen before:\nÇa <item:a> va (year 2001.5; A B)\n" in text, "on one line"
+    assert "[1] Aliens (horror, action; year 1986; Fox)\n[2] Night market noodles (food)\n" in text
+    without_titles = PromptBuilder(tokenizer, encoding="index", show=("year", "category"))
+    assert without_titles.item_of(catalogue, 0).shown == "year 1979; horror"
+    answers = PromptBuilder(tokenizer, encoding="title", show=("title", "year"))
+    (answer,) = answers.candidate_tokens([answers.item_of(catalogue, 0)])
+    assert tokenizer.decode(answer) == "Alien", "an answer is the title alone"
+    with pytest.raises(ValueError, match="with encoding 'title' also the title"):
+        PromptBuilder(tokenizer, encoding="title", show=("year",))
+
+
+def test_a_query_stands_in_the_prompt():
+    tokenizer = build_tokenizer(CATALOGUE, ["Find it"], words=["alien", "noodles", "night"])
+    searched = f"Find it{SEARCHED}{{}}\nLiked before:\n"
+    for encoding, by_words, expected in (
+        ("index", False, "Alien noodles, XXL"),
+        ("title", True, "<word:alien><word:noodles> xxl"),
+    ):
+        builder = PromptBuilder(tokenizer, encoding=encoding, by_words=by_words)
+        ids, _ = builder.prompt("Find it", [], ITEMS, query=" Alien  noodles, XXL\n")
+        assert tokenizer.decode(ids).startswith(f"<s>{searched.format(expected)}")
+        assert SEARCHED not in tokenizer.decode(builder.prompt("Find it", [], ITEMS)[0])
+    marked = PromptBuilder(tokenizer, encoding="item_token", marked=True, by_words=True)
+    match = query_match("Alien noodles", CATALOGUE.titles)
+    assert match.tolist() == [0.5, 0.0, 0.5, 0.0]
+    assert query_match("", CATALOGUE.titles).tolist() == [0.0] * 4
+    marks = marked.marks_of(np.zeros(4), np.zeros(4), match)
+    texts = [tokenizer.convert_ids_to_tokens(of_item[-1]) for of_item in marks]
+    assert texts == [MATCH_MARKS[3], MATCH_MARKS[0], MATCH_MARKS[3], MATCH_MARKS[0]]
+    full = marked.marks_of(np.zeros(4), np.zeros(4), np.array([0.2, 0.6, 1.0, 1 / 7]))
+    assert [tokenizer.convert_ids_to_tokens(m[-1]) for m in full] == [MATCH_MARKS[n] for n in (1, 3, 5, 1)]
+    assert len(marked.marks_of(np.zeros(4), np.zeros(4))[0]) == 1, "without a query nothing matches it"
 
 
 def test_the_strongest_risers_come_first_and_are_few():
