@@ -85,9 +85,12 @@ def test_every_option_reaches_the_configuration_from_the_command_line(configured
     arguments = [word for words, _ in given.values() for word in words]
     assert cli.main(["train", "--output", "x", "--dataset", dataset, *arguments]) == 2
     assert cli.main(["train", "--output", "x", "--dataset", dataset]) == 2
-    full, default = configured
+    full, default = configured[:2]
     assert full.data_options == {name: value for name, (_, value) in given.items()}
     assert default.data_options == all_data_options(dataset, {})
+    python_names = [word.replace("--candidates", "--num-candidates") for word in arguments]
+    assert cli.main(["train", "--output", "x", "--dataset", dataset, *python_names]) == 2
+    assert configured[-1] == full, "loaders' messages name the arguments of Python"
     # What was stored is read back as it was.
     assert all_data_options(dataset, json.loads(json.dumps(full.data_options))) == full.data_options
 
