@@ -17,6 +17,7 @@ from flexrec.numba_kernels import OutOfRange
 from flexrec.ops.library import BACKENDS, Operation, choose_backend, kernels
 from flexrec.ops.ranking_metric import (
     Lists,
+    as_result,
     check_gain_values,
     check_lists,
     custom_swap_scores,
@@ -277,8 +278,7 @@ def _run_rewards(
         rewards = _launch(backend, "swap_scores", lists, parsed, weights=weights)
     else:
         rewards, spread = _launch(backend, "swap_rewards", lists, parsed, credit, variance=variance)
-    dtype = result_dtype(gains)
-    return rewards.to(dtype), gains.new_empty(0) if spread is None else spread.to(dtype)
+    return as_result(rewards, gains), gains.new_empty(0) if spread is None else as_result(spread, gains)
 
 
 def _run_scores(
@@ -297,7 +297,7 @@ def _run_scores(
         scores = scores_of(ingredients(lists, parsed), parsed)
     else:
         scores = _launch(backend, "swap_scores", lists, parsed)
-    return scores.to(result_dtype(gains))
+    return as_result(scores, gains)
 
 
 def _fake_rewards(gains: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
