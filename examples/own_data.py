@@ -61,6 +61,7 @@ def main() -> None:
         warmup_steps=options.steps,
         listwise_steps=options.steps,
         prompts_per_step=options.prompts,
+        baselines=("random", "item-knn"),
     )
     results = run_experiment(config, dataset=dataset)
     for name in ("random", "item-knn", "trained"):

@@ -192,6 +192,7 @@ def test_a_data_set_made_in_python(tmp_path, recorded, dataset):
     """It has no name to be loaded by: who continues or evaluates the run hands it over again, the same one."""
     folder = tmp_path / "run"
     few = {"steps": 4, "warmup_steps": 3, "listwise_steps": 2, "prompts_per_step": 4, "needs": ("interest",)}
+    few["baselines"] = ("none",)
     config = ExperimentConfig(output=str(folder), **few)
     recorded.stops_after = "reinforcement"
     with pytest.raises(KeyboardInterrupt):
@@ -205,9 +206,10 @@ def test_a_data_set_made_in_python(tmp_path, recorded, dataset):
     other = replace(dataset, train=dataset.train[:-1])
     with pytest.raises(ValueError, match="on the data that it began with, and these are others"):
         stages.run_experiment(again, say=recorded.said.append, dataset=other)
-    named = ExperimentConfig(output=str(tmp_path / "x"), dataset="movielens", data="/there")
-    with pytest.raises(ValueError, match="a data set is given: leave away dataset='movielens', data='/there'"):
-        stages.run_experiment(named, dataset=dataset)
+    named = {"dataset": "movielens", "data": "/there"}
+    for more in (named, {"data_options": {"num_candidates": 9}}):
+        with pytest.raises(ValueError, match="a data set is given: leave away dataset, data and data_options"):
+            stages.run_experiment(ExperimentConfig(output=str(tmp_path / "x"), **more), dataset=dataset)
     results = stages.run_experiment(again, say=recorded.said.append, dataset=dataset)
     with pytest.raises(ValueError, match=r"evaluate_run\(folder, dataset\)"):
         stages.evaluate_run(folder)

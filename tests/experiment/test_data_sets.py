@@ -35,7 +35,7 @@ def test_every_data_set_trains_for_every_need(tmp_path, capsys, dataset, folder,
     if dataset == "esci":
         of_data = ["--candidates", "12"]
     given = ["--dataset", dataset, "--data", str(data), *of_data]
-    assert main(["train", "--output", str(run), *given, *SHORT, "--no-listwise-baseline"]) == 0
+    assert main(["train", "--output", str(run), *given, *SHORT, "--baselines", "random"]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert list(metrics["trained"]) == needs
     for need in needs:

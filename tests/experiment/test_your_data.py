@@ -29,7 +29,7 @@ def commands(folder):
 def run(words):
     if words[0] == "train":
         options = [f"--{name.replace('_', '-')}={value}" for name, value in SHORTER.items()]
-        words = [*words, *options, "--no-listwise-baseline"]
+        words = [*words, *options, "--baselines", "random"]
     assert main(words) == 0, words
 
 
