@@ -229,3 +229,34 @@ def test_the_fingerprint_knows_every_part_of_the_data(dataset):
     prints = {replace(dataset, **{name: value}).fingerprint() for name, value in changed.items()}
     assert len(prints | {dataset.fingerprint()}) == len(changed) + 1
     assert replace(dataset, notes=("said",)).fingerprint() == dataset.fingerprint()
+
+
+def test_a_data_set_is_described(tmp_path, monkeypatch, capsys, dataset):
+    asked = []
+    monkeypatch.setattr(stages, "load_dataset", lambda *arguments: asked.append(arguments) or dataset)
+    given = ["--dataset", "interactions", "--data", str(tmp_path), "--candidates", "9", "--seed", "4"]
+    assert cli.main(["data", "describe", *given]) == 0
+    assert asked == [("interactions", str(tmp_path), 4, all_data_options("interactions", {"num_candidates": 9}))]
+    said = " ".join(capsys.readouterr().out.split())
+    for what in ("sparsity", "lists", "interest that is known", "need interest", "need explore", "need trend"):
+        assert what in said
+    pytest.importorskip("matplotlib")
+    assert cli.main(["data", "describe", *given, "--figure", str(tmp_path / "data.png")]) == 0
+    assert (tmp_path / "data.png").stat().st_size > 1000
+
+
+def test_a_bad_file_is_one_line(tmp_path, capsys):
+    """With the file, the line, the column, what was got and expected, and what to do."""
+    rows = [f"u{user},i{item},{10**9 + 1000 * item}" for user in range(20) for item in range(12)]
+    rows[3] = "u0,i3,yesterday"
+    (tmp_path / "interactions.csv").write_text("\n".join(["user,item,timestamp", *rows]) + "\n")
+    given = ["--dataset", "interactions", "--data", str(tmp_path)]
+    assert cli.main(["data", "describe", *given, "--strict"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    for what in ("flexrec data describe: error: ", "interactions.csv:5:", "timestamp", "got 'yesterday'"):
+        assert what in said
+    assert cli.main(["data", "describe", *given]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "choose smaller min_history, num_positives or num_candidates" in said
