@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,32 +11,27 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flexrec.data.lists import Catalogue, Interactions
-from flexrec.task.prompts import (
-    CANDIDATES,
-    LIKED,
-    MATCH_MARKS,
-    NOVELTY_MARKS,
-    RANKING,
-    RISE_MARKS,
-    RISING,
-    SEARCHED,
-    SEEN,
+from flexrec.task.descriptions import (
+    describing_tokens,
     item_token,
+    known_words,
     title_words,
+    topic_token,
     word_token,
 )
+from flexrec.task.prompts import CANDIDATES, LIKED, RANKING, RISING, SEARCHED, SEEN
 
 HIDDEN_SIZE = 128
-_MAX_WORDS = 2**15
 
 
 def build_tokenizer(
-    catalogue: Catalogue, texts: Iterable[str], *, words: Sequence[str] = (), vocab_size: int = 2048
+    catalogue: Catalogue, texts: Iterable[str], *, queries: Sequence[str] = (), vocab_size: int = 2048
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the titles, the topics and ``texts``, plus one token per item.
+    """A byte-level BPE tokenizer trained on the titles, the topics and ``texts``, plus one token per item, and those by
+    which items are described (:mod:`flexrec.task.descriptions`).
 
     Args:
-        words: of queries; each is a token, too.
+        queries: of the training lists, whose words have tokens, too.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -56,11 +50,9 @@ def build_tokenizer(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
     )
     fast.add_tokens([LIKED, SEEN, RISING, CANDIDATES, RANKING])  # what stands in every prompt: one token each
-    fast.add_tokens([*RISE_MARKS, *NOVELTY_MARKS], special_tokens=True)
-    fast.add_tokens([item_token(item_id) for item_id in catalogue.ids], special_tokens=True)
-    if words:
+    if queries:
         fast.add_tokens([SEARCHED])
-        fast.add_tokens([*MATCH_MARKS, *map(word_token, words)], special_tokens=True)
+    fast.add_tokens(describing_tokens(catalogue, queries), special_tokens=True)
     return fast
 
 
@@ -90,34 +82,15 @@ def _rotation(size: int, seed: int) -> torch.Tensor:
     return rotation
 
 
-def topic_vectors(catalogue: Catalogue, size: int, *, seed: int = 0) -> torch.Tensor:
-    """(items, size) float32: where items stand to each other by their topics, each topic a direction of its own.
+def word_vectors(catalogue: Catalogue, words: Sequence[str], size: int, *, seed: int = 0) -> torch.Tensor:
+    """(words, size) float32: where words stand to each other by the titles that they are in.
 
-    An item of n topics is the sum of their directions, divided by the root of n. Of more topics than ``size`` the
-    directions are random instead of orthogonal.
-    """
-    topics = torch.from_numpy(catalogue.topic_matrix)
-    shares = topics / topics.sum(1, keepdim=True).clamp(min=1.0).sqrt()
-    directions = torch.randn(size, shares.shape[1], generator=torch.Generator().manual_seed(seed))
-    if shares.shape[1] <= size:
-        directions, _ = torch.linalg.qr(directions)
-    return shares @ directions.T
-
-
-def word_vectors(
-    catalogue: Catalogue, queries: Iterable[str], size: int, *, seed: int = 0
-) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """The words of queries and titles, (words, size) and (items, size) float32: where both start from in one space.
-
-    The leading singular vectors on both sides, each times the root of its singular value, of the matrix of items and
-    words that weighs the words of a title by how few titles have them (latent semantic analysis, Deerwester et al.
-    1990): the product of an item's vector with the sum of a query's is high where they share words, or words that stand
-    in the same titles. Of more than 2^15 words the most frequent ones are kept; words of no title have a zero row.
+    The leading right singular vectors, each times the root of its singular value, of the matrix of items and words that
+    weighs the words of a title by how few titles have them (latent semantic analysis, Deerwester et al. 1990): the
+    product of the sums of a title's and a query's rows is high where they share words, or words that stand in the same
+    titles. Words of no title have a zero row.
     """
     titles = [title_words(title) for title in catalogue.titles]
-    counts = Counter(word for text in queries for word in title_words(text))
-    counts.update(word for title in titles for word in title)
-    words = [word for word, _ in sorted(counts.items(), key=lambda one: (-one[1], one[0]))[:_MAX_WORDS]]
     column = {word: j for j, word in enumerate(words)}
     pairs = np.array([(i, column[word]) for i, title in enumerate(titles) for word in title if word in column])
     pairs = pairs.reshape(-1, 2)
@@ -130,18 +103,45 @@ def word_vectors(
     rank = min(size, *matrix.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        left, strengths, right = torch.svd_lowrank(matrix, q=rank, niter=4)
-    of_items, of_words = (side * strengths.sqrt() @ _rotation(size, seed)[:rank] for side in (left, right))
-    return words, of_words, of_items
+        _, strengths, right = torch.svd_lowrank(matrix, q=rank, niter=4)
+    return right * strengths.sqrt() @ _rotation(size, seed)[:rank]
+
+
+def starting_rows(
+    catalogue: Catalogue, vectors: torch.Tensor, *, queries: Sequence[str] = (), seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """(size,) float32 by token, what the rows of the tokens that describe a catalogue's items start from.
+
+    An item's own row is its vector. Each topic is a direction of its own, random instead of orthogonal where there are
+    more than ``size``. Over the items, a row has a mean square of 1, of which topics make a half. Words of titles start
+    at 0, or, where there are queries, from :func:`word_vectors`, scaled to a mean square of 1.
+
+    Args:
+        vectors: (items, size), from :func:`item_vectors`.
+        queries: of the training lists.
+    """
+    size = vectors.shape[1]
+    words = known_words(catalogue, queries)
+    of_words = word_vectors(catalogue, words, size, seed=seed) if queries else torch.zeros(len(words), size)
+    of_words = of_words * of_words.square().mean().clamp(min=1e-12).rsqrt() if len(words) else of_words
+    rows = dict(zip(map(word_token, words), of_words, strict=True))
+    topics = torch.from_numpy(catalogue.topic_matrix)
+    directions = torch.randn(size, topics.shape[1], generator=torch.Generator().manual_seed(seed))
+    if topics.shape[1] <= size:
+        directions, _ = torch.linalg.qr(directions)
+    parts = [vectors] + [topics @ directions.T] * bool(catalogue.topic_names)
+    scales = [(len(parts) * part.square().mean().clamp(min=1e-12)).rsqrt() for part in parts]
+    rows |= {item_token(item_id): row * scales[0] for item_id, row in zip(catalogue.ids, vectors, strict=True)}
+    if catalogue.topic_names:
+        pairs = zip(catalogue.topic_names, directions.T, strict=True)
+        rows |= {topic_token(topic): direction * scales[1] for topic, direction in pairs}
+    return rows
 
 
 def build_model(
     tokenizer: Any,
     *,
-    item_ids: Sequence[str] = (),
-    vectors: torch.Tensor | None = None,
-    words: Sequence[str] = (),
-    of_words: torch.Tensor | None = None,
+    rows: Mapping[str, torch.Tensor] | None = None,
     hidden_size: int = HIDDEN_SIZE,
     num_layers: int = 2,
     num_heads: int = 4,
@@ -151,9 +151,8 @@ def build_model(
     """A freshly initialised Llama-type model for ``tokenizer``; input and output embeddings are tied.
 
     Args:
-        item_ids, vectors: the embeddings of these items' tokens start from ``vectors`` (items, hidden_size), scaled to
-            the spread of the others, plus a quarter of the noise those have.
-        words, of_words: the same of the tokens of words.
+        rows: (hidden_size,) by token, what some tokens' embeddings start from, in units of the spread of the others,
+            plus a quarter of the noise those have.
     """
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 8) * 8,
@@ -171,11 +170,9 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    for texts, start in ((map(item_token, item_ids), vectors), (map(word_token, words), of_words)):
-        if start is not None:
-            tokens = tokenizer.convert_tokens_to_ids(list(texts))
-            with torch.no_grad():
-                weight = model.get_input_embeddings().weight
-                spread = config.initializer_range / start.square().mean().sqrt()
-                weight[tokens] = start * spread + weight[tokens] / 4
+    if rows:
+        tokens = tokenizer.convert_tokens_to_ids(list(rows))
+        with torch.no_grad():
+            weight = model.get_input_embeddings().weight
+            weight[tokens] = torch.stack(list(rows.values())) * config.initializer_range + weight[tokens] / 4
     return model

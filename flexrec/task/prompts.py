@@ -6,15 +6,16 @@ so that building one costs microseconds and a candidate has the same tokens in e
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from flexrec.checks import check_choice
 from flexrec.data.lists import Catalogue, RankingList
+from flexrec.task.descriptions import Descriptions, Item, Token, item_token, query_match, title_words, token_id
+from flexrec.task.needs import novelty
 
 ENCODINGS = ("index", "title", "item_token")
 
@@ -25,29 +26,6 @@ MAX_RISING = 8
 LIKED, SEEN = "\nLiked before:\n", "Seen before:\n"
 SEARCHED = "\nSearched for:\n"  # of prompts with a query
 RISING, CANDIDATES, RANKING = "Rising now:\n", "Candidates:\n", "Ranking, best first:\n"
-
-# Marks say what a candidate is in this list only: how strongly it rises, how new its topics are to the history.
-RISE_LEVELS = np.array([0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], dtype=np.float32)  # a trend from here on is the next
-NOVELTY_LEVELS = 5
-RISE_MARKS = tuple(f"<rise {level}>" for level in range(1, len(RISE_LEVELS) + 2))  # what does not rise has none
-NOVELTY_MARKS = tuple(f"<new {level}>" for level in range(NOVELTY_LEVELS + 1))
-MATCH_LEVELS = 5
-MATCH_MARKS = tuple(f"<match {level}>" for level in range(MATCH_LEVELS + 1))  # of lists with a query
-
-
-@dataclass(frozen=True)
-class Item:
-    """An item as a prompt shows it.
-
-    Example:
-        >>> from flexrec.task import Item
-        >>> Item("318", "The Shawshank Redemption").title
-        'The Shawshank Redemption'
-    """
-
-    id: str
-    title: str
-    shown: str | None = None  # what prompts say of it; None: its title
 
 
 def shown_text(show: Sequence[str], title: str, topics: Sequence[str], columns: Mapping[str, Any]) -> str:
@@ -73,34 +51,6 @@ def shown_text(show: Sequence[str], title: str, topics: Sequence[str], columns: 
 def known_columns(catalogue: Catalogue) -> list[str]:
     """What prompts can show of a catalogue's items."""
     return ["title", *(["category"] if catalogue.topic_names else []), *catalogue.columns]
-
-
-def item_token(item_id: str) -> str:
-    """The text of the vocabulary entry that stands for one item under ``encoding="item_token"``.
-
-    Example:
-        >>> from flexrec.task import item_token
-        >>> item_token("318")
-        '<item:318>'
-    """
-    return f"<item:{item_id}>"
-
-
-def word_token(word: str) -> str:
-    """The text of the vocabulary entry that stands for a word of a query, where an embedded model has it."""
-    return f"<word:{word}>"
-
-
-def title_words(text: str) -> list[str]:
-    """The distinct words of a title or a query, in lower case; numbers and years are words."""
-    return list(dict.fromkeys(re.findall(r"\w+", text.casefold())))
-
-
-def query_match(query: str, titles: Sequence[str]) -> np.ndarray:
-    """(K,) float32 in [0, 1]: which share of the query's words stand in each title."""
-    words = set(title_words(query))
-    found = [len(words.intersection(title_words(title))) for title in titles]
-    return np.array(found, dtype=np.float32) / max(1, len(words))
 
 
 def add_item_tokens(model: Any, tokenizer: Any, catalogue: Catalogue) -> int:
@@ -137,16 +87,14 @@ class PromptBuilder:
         show: what is shown of an item where its title would be, see :func:`shown_text`.
         show_rising: name the candidates that rise at the moment of the request, and how often they were had in the last
             window and in the one before it (needs about trends read them).
-        marked: describe candidates by marks too (:meth:`marks_of`), vocabulary entries of the embedded model's
-            tokenizer whose output rows are added to an item's own. For "item_token" only.
-        by_words: queries are written in the vocabulary entries that the embedded model's tokenizer has for words
-            (:func:`word_token`), and in pieces of text where it has none; marks say how a candidate matches them.
+        described: items are several tokens whose rows are summed (:mod:`flexrec.task.descriptions`), of the embedded
+            model's tokenizer. For "item_token" only.
 
     Attributes:
         separator, end: token ids between two items of an answer and after the last.
 
     Raises:
-        ValueError: no eos token, or marks with another encoding or by a tokenizer that has none.
+        ValueError: no eos token, or items described under another encoding or by a tokenizer without the tokens for it.
 
     Example:
         >>> from flexrec.data import Catalogue
@@ -177,8 +125,7 @@ class PromptBuilder:
         show_titles: bool = True,
         show: Sequence[str] = ("title",),
         show_rising: bool = True,
-        marked: bool = False,
-        by_words: bool = False,
+        described: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.encoding = check_choice("encoding", encoding, ENCODINGS)
@@ -187,16 +134,11 @@ class PromptBuilder:
         if not self.show or (encoding == "title" and "title" not in self.show):
             raise ValueError(f"show must name what a prompt shows, with encoding 'title' also the title, got {show!r}")
         self.show_rising = show_rising
-        self.marked = marked
-        self.by_words = by_words
-        if marked and encoding != "item_token":
-            raise ValueError(f"marks are added to the rows of item tokens: use encoding 'item_token', got {encoding!r}")
-        self._rise_ids, self._novelty_ids = (
-            [_token_id(tokenizer, text) for text in texts] if marked else [] for texts in (RISE_MARKS, NOVELTY_MARKS)
-        )
-        self._match_ids = [_token_id(tokenizer, text) for text in MATCH_MARKS] if marked and by_words else []
+        self.described = described
+        if described and encoding != "item_token":
+            raise ValueError(f"item tokens are described by others: use encoding 'item_token', got {encoding!r}")
+        self._descriptions = Descriptions(tokenizer) if described else None
         self._pieces: dict[str, list[int]] = {}
-        self._tokens: dict[str, int] | None = None
         self._item_tokens: dict[str, int] = {}
         self._frame = self._chat_frame()
         self.separator: tuple[int, ...] = ()
@@ -213,73 +155,100 @@ class PromptBuilder:
         history: Sequence[Item],
         candidates: Sequence[Item],
         *,
-        liked: Sequence[bool] | None = None,
+        interest: Sequence[float] | np.ndarray | None = None,
         rising: Sequence[Item] = (),
         rises: Sequence[Sequence[int]] | np.ndarray | None = None,
+        marks: Sequence[tuple[int, ...]] | None = None,
         query: str = "",
-    ) -> tuple[list[int], tuple[int, int]]:
+    ) -> tuple[list[Token], tuple[int, int]]:
         """Token ids of one prompt, after which the answer begins, and the span (start, end) of the history in it.
 
         Args:
             wording: the need in words.
-            history: oldest first; it is shown as what was liked and what was merely seen.
-            liked: which items of the history were liked; None: none is known to be.
+            history: oldest first; it is shown as what was liked and what was merely seen, or, where items are
+                described, in order with the interest in each.
+            interest: (H,) in [0, 1], how much each item of the history was liked, from 1/2 on it was; NaN: that is not
+                known. None: of none it is.
             rising: candidates that rise, the strongest first.
             rises: how often each of them was had in the last window and in the one before it; None: that is not said.
+            marks: (K,) what else describes the candidates, from :meth:`marks_of`.
             query: what is searched for, in words; empty where nothing is.
         """
         before, after = self._frame
-        marks = [False] * len(history) if liked is None else liked
-        ids = [*before]
+        known = np.asarray([np.nan] * len(history) if interest is None else interest, dtype=np.float32)
+        if len(known) != len(history):
+            raise ValueError(f"interest must have a value per item of the history, {len(history)}, got {len(known)}")
+        ids: list[Token] = [*before]
         if query.strip():
-            ids += [*self._encode(wording + SEARCHED), *self._query(query), *self._encode(LIKED)]
+            ids += [*self._encode(wording + SEARCHED), *self._query(query)]
+            wording = ""
+        if self._descriptions is not None:
+            ids += [*self._encode(wording), *self._encode(SEEN)]
+            start = len(ids)
+            ids += self._listing(history, more=self._descriptions.interests(known))
         else:
             ids += self._encode(wording + LIKED)
-        start = len(ids)
-        ids += self._listing([item for item, mark in zip(history, marks, strict=True) if mark])
-        ids += self._encode(SEEN)
-        ids += self._listing([item for item, mark in zip(history, marks, strict=True) if not mark])
+            start = len(ids)
+            ids += self._listing([item for item, liked in zip(history, known >= 0.5, strict=True) if liked])
+            ids += self._encode(SEEN)
+            ids += self._listing([item for item, liked in zip(history, known >= 0.5, strict=True) if not liked])
         end = len(ids)
         if self.show_rising:
             ids += [*self._encode(RISING), *self._listing(rising, rises=rises)]
-        ids += [*self._encode(CANDIDATES), *self._listing(candidates, numbered=self.encoding == "index")]
+        ids += [*self._encode(CANDIDATES), *self._listing(candidates, numbered=self.encoding == "index", more=marks)]
         ids += [*self._encode(RANKING), *after]
         return ids, (start, end)
 
-    def prompt_of(self, lst: RankingList, catalogue: Catalogue, wording: str) -> tuple[list[int], tuple[int, int]]:
-        """:meth:`prompt` for a list of a data set."""
+    def prompt_of(
+        self, lst: RankingList, catalogue: Catalogue, wording: str, *, nameless: Collection[int] = ()
+    ) -> tuple[list[Token], tuple[int, int]]:
+        """:meth:`prompt` for a list of a data set; items ``nameless`` are shown as if they had no id."""
         strongest = strongest_risers(lst.trend)
         groups = (lst.history, lst.candidates, lst.candidates[strongest])
-        history, candidates, rising = ([self.item_of(catalogue, i) for i in group.tolist()] for group in groups)
+        history, candidates, rising = (self._items(group, catalogue, nameless) for group in groups)
         return self.prompt(
             wording,
             history,
             candidates,
-            liked=lst.history_liked.tolist(),
+            interest=lst.history_interest,
             rising=rising,
             rises=None if lst.rises is None else lst.rises[strongest],
+            marks=self._marks_of(lst, catalogue),
             query=lst.query,
         )
 
     def item_of(self, catalogue: Catalogue, index: int) -> Item:
         """An item of a catalogue as prompts show it."""
-        title = catalogue.titles[index]
+        title, topics = catalogue.titles[index], catalogue.topics[index]
         if self.show == ("title",) or not self.show_titles:
-            return Item(catalogue.ids[index], title)
+            return Item(catalogue.ids[index], title, topics)
         columns = {name: catalogue.columns[name][index] for name in self.show if name in catalogue.columns}
-        return Item(catalogue.ids[index], title, shown_text(self.show, title, catalogue.topics[index], columns))
+        return Item(catalogue.ids[index], title, topics, shown_text(self.show, title, topics, columns))
 
-    def candidate_tokens(self, candidates: Sequence[Item]) -> list[list[int]]:
+    def _items(self, indices: np.ndarray, catalogue: Catalogue, nameless: Collection[int]) -> list[Item]:
+        items = [(i, self.item_of(catalogue, i)) for i in indices.tolist()]
+        return [replace(item, id="") if i in nameless else item for i, item in items]
+
+    def _marks_of(self, lst: RankingList, catalogue: Catalogue) -> list[tuple[int, ...]] | None:
+        if not self.described:
+            return None
+        match = query_match(lst.query, [catalogue.titles[i] for i in lst.candidates])
+        return self.marks_of(lst.trend, novelty(lst, catalogue), match)
+
+    def candidate_tokens(
+        self, candidates: Sequence[Item], marks: Sequence[tuple[int, ...]] | None = None
+    ) -> list[list[Token]]:
         """The token sequence by which an answer names each candidate.
 
         Raises:
             ValueError: a title that tokenises to nothing (encoding "title"), or an item without a token of its own
-                (encoding "item_token").
+                (encoding "item_token", unless items are described).
         """
         if self.encoding == "index":
-            return [self._encode(f"[{i}]") for i in range(1, len(candidates) + 1)]
+            return [[*self._encode(f"[{i}]")] for i in range(1, len(candidates) + 1)]
         if self.encoding == "item_token":
-            return [[self._item_token_id(item)] for item in candidates]
+            more = [()] * len(candidates) if marks is None else marks
+            return [[self._item_token(item, further)] for item, further in zip(candidates, more, strict=True)]
         sequences = [self._encode(_one_line(item.title)) for item in candidates]
         for item, sequence in zip(candidates, sequences, strict=True):
             if not sequence:
@@ -287,81 +256,68 @@ class PromptBuilder:
                     f"candidate {item.id!r} has the title {item.title!r}, which gives no tokens: "
                     f"give it a title, or use the encoding 'index'"
                 )
-        return sequences
+        return [[*sequence] for sequence in sequences]
 
-    def candidate_tokens_of(self, lst: RankingList, catalogue: Catalogue) -> list[list[int]]:
+    def candidate_tokens_of(
+        self, lst: RankingList, catalogue: Catalogue, *, nameless: Collection[int] = ()
+    ) -> list[list[Token]]:
         """:meth:`candidate_tokens` for a list of a data set."""
-        return self.candidate_tokens([Item(catalogue.ids[i], catalogue.titles[i]) for i in lst.candidates])
+        return self.candidate_tokens(self._items(lst.candidates, catalogue, nameless), self._marks_of(lst, catalogue))
 
     def marks_of(
         self, trend: np.ndarray, novelty: np.ndarray, match: np.ndarray | None = None
-    ) -> list[list[int]] | None:
-        """What describes each candidate in its list, as token ids; None for a builder without marks.
+    ) -> list[tuple[int, ...]] | None:
+        """:meth:`flexrec.task.descriptions.Descriptions.marks`; None where items are not described."""
+        return None if self._descriptions is None else self._descriptions.marks(trend, novelty, match)
 
-        Args:
-            trend: (K,) in [0, 1], how strongly each candidate rises.
-            novelty: (K,) in [0, 1], how new its topics are to the history (:func:`flexrec.task.needs.novelty`).
-            match: (K,) in [0, 1], how well it matches the query (:func:`query_match`); None where there is none.
-        """
-        if not self.marked:
-            return None
-        trend, novelty = np.asarray(trend, dtype=np.float32), np.asarray(novelty, dtype=np.float32)
-        rise = np.digitize(trend, RISE_LEVELS)
-        new = np.ceil(NOVELTY_LEVELS * novelty).astype(np.int64)
-        marks = [
-            [*([self._rise_ids[r]] if rises else []), self._novelty_ids[n]]
-            for r, n, rises in zip(rise, new, trend > 0, strict=True)
-        ]
-        if match is not None and self._match_ids:
-            levels = np.ceil(MATCH_LEVELS * match - 1e-6).astype(np.int64)
-            marks = [[*of_item, self._match_ids[level]] for of_item, level in zip(marks, levels, strict=True)]
-        return marks
+    def knows(self, item_id: str) -> bool:
+        """Whether an answer can name an item as one that the model was trained with."""
+        return self._descriptions is None or self._descriptions.knows(item_id)
+
+    def _query(self, query: str) -> list[int]:
+        """A query in tokens of words where there are such, and in pieces of text else."""
+        if self._descriptions is None:
+            return self._encode(_one_line(query))
+        known = ((word, self._descriptions.word(word)) for word in title_words(query))
+        return [i for word, own in known for i in (self._encode(f" {word}") if own is None else [own])]
 
     def _listing(
         self,
         items: Sequence[Item],
         numbered: bool = False,
+        more: Sequence[tuple[int, ...]] | None = None,
         rises: Sequence[Sequence[int]] | np.ndarray | None = None,
-    ) -> list[int]:
-        ids: list[int] = []
-        for i, item in enumerate(items, start=1):
+    ) -> list[Token]:
+        ids: list[Token] = []
+        further = [()] * len(items) if more is None else more
+        for i, (item, marks) in enumerate(zip(items, further, strict=True), start=1):
             if numbered:
                 ids += self._encode(f"[{i}] ")
             if self.encoding == "item_token":
-                ids.append(self._item_token_id(item))
+                ids.append(self._item_token(item, marks))
             if self.show_titles:
                 text = _one_line(item.title if item.shown is None else item.shown)
                 if rises is None:
                     ids += self._encode(text + "\n")
                 else:
-                    now, before = rises[i - 1]
-                    ids += [*self._encode(text), *self._encode(f": {now} now, {before} before\n")]
+                    now, earlier = rises[i - 1]
+                    ids += [*self._encode(text), *self._encode(f": {now} now, {earlier} before\n")]
         return ids if self.show_titles else [*ids, *self._encode("\n")]
 
-    def _query(self, query: str) -> list[int]:
-        if not self.by_words:
-            return self._encode(_one_line(query))
-        vocabulary = self._vocabulary()
-        known = ((word, vocabulary.get(word_token(word))) for word in title_words(query))
-        return [i for word, own in known for i in (self._encode(f" {word}") if own is None else [own])]
-
-    def _vocabulary(self) -> dict[str, int]:
-        if self._tokens is None:
-            self._tokens = self.tokenizer.get_vocab()
-        return self._tokens
-
-    def _item_token_id(self, item: Item) -> int:
-        token_id = self._item_tokens.get(item.id)
-        if token_id is None:
+    def _item_token(self, item: Item, marks: tuple[int, ...]) -> Token:
+        if self._descriptions is not None:
+            return (*self._descriptions.of(item), *marks)
+        own = self._item_tokens.get(item.id)
+        if own is None:
             try:
-                token_id = _token_id(self.tokenizer, item_token(item.id))
+                own = token_id(self.tokenizer, item_token(item.id))
             except ValueError:
                 raise ValueError(
                     f"item {item.id!r} has no token of its own: it was not in the catalogue that the model was "
                     f"trained with (encoding 'item_token')"
                 ) from None
-            self._item_tokens[item.id] = token_id
-        return token_id
+            self._item_tokens[item.id] = own
+        return own
 
     def _encode(self, text: str) -> list[int]:
         """Tokens of a piece of text; a title that spells a special token is read as plain text."""
@@ -393,14 +349,6 @@ def strongest_risers(trend: np.ndarray) -> np.ndarray:
     """Positions of the candidates that a prompt names as rising, the strongest first: ``trend`` (K,) in [0, 1]."""
     order = np.argsort(-trend, kind="stable")[:MAX_RISING]
     return order[trend[order] > 0]
-
-
-def _token_id(tokenizer: Any, text: str) -> int:
-    """The vocabulary entry that is spelled so."""
-    token_id = tokenizer.convert_tokens_to_ids(text)
-    if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != text:
-        raise ValueError(f"the tokenizer has no token {text!r}")
-    return int(token_id)
 
 
 def _one_line(title: str) -> str:
