@@ -8,7 +8,8 @@
     metrics.json      means, changes, configuration, seconds          per_list.npz   every metric of every test list
     warm_start.npz    the same of the warm start, for a run that is resumed after it
     log.jsonl         a line per step                                 checkpoints/   of reinforcement, by step
-    base/             the model after the format stage                reference/     the one that the KL refers to
+    base/             the model after the format stage                reference/     the one before reinforcement, where
+                                                      the KL refers to it, or baselines by reinforcement start from it
     backbone/         the embedded model, which adapters belong to
 
 base/, reference/, backbone/ and checkpoints are whole where they have a manifest.json, which is written last. Beside
@@ -34,8 +35,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexrec.data.lists import Catalogue, RankingDataset
 from flexrec.data.options import all_data_options
-from flexrec.evaluation.statistics import Comparison, relative_change
 from flexrec.experiment.config import ExperimentConfig
+from flexrec.experiment.results import WARM_START, Results
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, OF_A_RUN, has_adapters, load_model, save_adapters
 from flexrec.task.critic import Critic
 from flexrec.task.needs import needs_of
@@ -43,36 +44,14 @@ from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.callbacks import to_json
 
 MANIFEST, LOCK = "manifest.json", ".lock"
-CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "listwise_baseline"}  # by --resume
+FORMAT, WARM_UP, REINFORCEMENT = "format", "listwise warm-up", "reinforcement"  # the stages, in the log and by seconds
+CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "baselines"}  # by --resume
 
 
 try:
     import fcntl
 except ImportError:  # on Windows nothing is locked
     fcntl = None  # type: ignore[assignment]
-
-WARM_START = "warm start"  # what the policy that reinforcement starts from is called, where it is not the base
-
-
-@dataclass
-class Results:
-    """Per-list metrics of every system and need, and the seconds every stage took."""
-
-    users: np.ndarray  # (L,) user of each test list
-    per_list: dict[str, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)  # system, need, metric: (L,)
-    seconds: dict[str, float] = field(default_factory=dict)
-    critic: dict[str, float] = field(default_factory=dict)  # how good it is (``evaluation.critic``), where there is one
-
-    def means(self, system: str) -> dict[str, dict[str, float]]:
-        return {
-            need: {metric: float(values.mean()) for metric, values in metrics.items()}
-            for need, metrics in self.per_list[system].items()
-        }
-
-    def compare(self, new: str, base: str, need: str, metric: str = "ndcg@5") -> Comparison:
-        """Paired comparison over the test lists, lists of one user resampled together."""
-        values = self.per_list
-        return relative_change(values[new][need][metric], values[base][need][metric], clusters=self.users)
 
 
 @dataclass(frozen=True)
@@ -182,21 +161,23 @@ class RunFolder:
                     for path in made:
                         path.rmdir()
 
-    def cut_log(self, step: int | None) -> None:
+    def cut_log(self, step: int | None) -> dict[str, dict[str, Any]]:
         """Take out of the log what a resumed run is going to do again: all after the format stage, or, from a
-        checkpoint, after its step."""
-        kept, reinforced = [], False
+        checkpoint, after its step. Returns of each stage that is left the last step, as ``Stage.at`` says it."""
+        kept: list[str] = []
+        ends: dict[str, dict[str, Any]] = {}
         for line in self.log.read_text().splitlines() if self.log.is_file() else ():
             try:
                 entry = json.loads(line)
             except ValueError:  # the run was killed while it wrote
                 break
-            stage = entry["stage"]
-            reinforced = reinforced or stage in ("reinforcement", "evaluation")
-            if stage != "format" and (step is None or (reinforced and (stage == "listwise" or entry["step"] > step))):
-                break
-            kept.append(line + "\n")
+            stage = entry.get("of", entry["stage"])
+            of_checkpoint = stage == WARM_UP or (stage == REINFORCEMENT and entry["step"] <= (step or 0))
+            if stage == FORMAT or (step is not None and of_checkpoint):
+                kept.append(line + "\n")
+                ends[stage] = {"stage": stage, **{name: entry[name] for name in ("step", "steps", "seconds")}}
         self.log.write_text("".join(kept))
+        return ends
 
     def write_config(self, config: ExperimentConfig, dataset: RankingDataset) -> None:
         _write_json(self.path / "experiment.json", asdict(config), indent=2)
@@ -272,14 +253,21 @@ class RunFolder:
 
     def load_base(self, tokenizer: Any, lora: int | None) -> Any:
         """The model as it was after the format stage, with the adapters, of rank ``lora``, that other stages train."""
-        self.check_sealed(self.base)
+        return self._load_to_train(self.base, tokenizer, lora)
+
+    def load_start(self, tokenizer: Any, lora: int | None) -> Any:
+        """The model as it was before reinforcement, to be trained otherwise."""
+        return self._load_to_train(self.reference, tokenizer, lora)
+
+    def _load_to_train(self, folder: Path, tokenizer: Any, lora: int | None) -> Any:
+        self.check_sealed(folder)
         if self.backbone.is_dir():
             self.check_sealed(self.backbone)
-        if (self.base / ADAPTER_FILE).is_file() != (lora is not None):
-            raise ValueError(f"{self.base} was made {'without' if lora else 'with'} --lora: resume the run as it began")
-        model = load_model(self.base, tokenizer, backbone=self.backbone, trainable=True)
+        if (folder / ADAPTER_FILE).is_file() != (lora is not None):
+            raise ValueError(f"{folder} was made {'without' if lora else 'with'} --lora: resume the run as it began")
+        model = load_model(folder, tokenizer, backbone=self.backbone, trainable=True)
         if lora is not None and model.active_peft_config.r != lora:
-            raise ValueError(f"{self.base} holds LoRA of rank {model.active_peft_config.r}, got --lora {lora}")
+            raise ValueError(f"{folder} holds LoRA of rank {model.active_peft_config.r}, got --lora {lora}")
         return model.to("cuda") if torch.cuda.is_available() else model
 
     def save_backbone(self, model: Any) -> None:
@@ -287,10 +275,13 @@ class RunFolder:
         copy.deepcopy(model).unload().save_pretrained(self.backbone)
         self.seal(self.backbone)
 
-    def save_reference(self, model: Any) -> None:
-        """Write the policy that reinforcement starts from, for a resumed run."""
-        model.save_pretrained(self.reference)
+    def save_reference(self, model: Any, tokenizer: Any, info: RunInfo) -> None:
+        """Write the policy that reinforcement starts from, for a resumed run and for other reinforcement."""
+        _save_model(self.reference, model, tokenizer, info)
         self.seal(self.reference)
+
+    def has_reference(self) -> bool:
+        return (self.reference / MANIFEST).is_file()
 
     def load_reference(self) -> Any:
         self.check_sealed(self.reference)
@@ -349,22 +340,8 @@ class RunFolder:
     def write_results(self, config: Mapping[str, Any], results: Results) -> None:
         """Write metrics.json (means, changes, configuration, seconds) and per_list.npz (every value, for paired
         tests)."""
-        stages = [name for name in ("base", WARM_START) if name in results.per_list]
-        baselines = [name for name in results.per_list if name not in (*stages, "trained")]
-        changes = {
-            need: {other: asdict(results.compare("trained", other, need)) for other in (*stages, *baselines)}
-            for need in results.per_list["base"]
-        }
         np.savez_compressed(self.path / "per_list.npz", users=results.users, **_arrays(results, results.per_list))
-        metrics = {
-            **{name: results.means(name) for name in (*stages, "trained")},
-            "baselines": {name: results.means(name) for name in baselines},
-            "changes_ndcg@5": changes,
-            **({"critic": results.critic} if results.critic else {}),
-            "config": config,
-            "seconds": {name: round(seconds, 2) for name, seconds in results.seconds.items()},
-        }
-        _write_json(self.path / "metrics.json", metrics, indent=2)
+        _write_json(self.path / "metrics.json", {**results.to_json(), "config": config}, indent=2)
 
     def save_warm_start(self, results: Results) -> None:
         """Write what the warm start is worth, which nobody can measure any more once it is trained on."""
