@@ -47,6 +47,13 @@ class ExperimentConfig(TrainerOptions):
         "needs none",
         metavar="DIR",
     )
+    cold_items: float | None = option(
+        None,
+        "keep this share of the items from training, to see how new ones are ranked; default: none",
+        above=0,
+        high=0.9,
+        metavar="SHARE",
+    )
     data_options: Mapping[str, Any] = field(default_factory=dict)
     noise: float | None = option(
         None,

@@ -40,7 +40,7 @@ from flexrec.policy.scores import (
 )
 from flexrec.profiling import span
 from flexrec.rankings.reasoning import eos_token_ids, reasoning_rule
-from flexrec.task.examples import Example, marks_of, prompts_and_candidates
+from flexrec.task.examples import Example, prompts_and_candidates
 from flexrec.trainer.base import EpochOrder, LossAndMetrics, RankingTrainer, pad_rows
 from flexrec.trainer.options import TrainerOptions
 
@@ -253,7 +253,6 @@ class FlexRecTrainer(RankingTrainer):
             return sample_rankings(
                 model,
                 *prompts_and_candidates(examples),
-                marks=marks_of(examples),
                 separator=self.separator,
                 end=self.end,
                 num_generations=self.args.num_generations,
