@@ -204,7 +204,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if process_index() > 0:
         return 0
     users = len(set(results.users.tolist()))
-    title = f"{len(results.users)} lists of {users} test users never trained on; changes in ndcg@5 against the base"
+    title = f"{len(results.users)} lists of {users} test users never trained on; changes are against the base"
     console.print(comparison_table(results.per_list, clusters=results.users, title=title))
     for sentence in summary(results.per_list, results.users):
         console.print(sentence)

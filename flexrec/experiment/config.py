@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from flexrec.checks import option
-from flexrec.task.needs import NEEDS
+from flexrec.task.needs import DEFAULT_NEEDS
 from flexrec.task.prompts import ENCODINGS
 from flexrec.trainer.options import TrainerOptions
 
@@ -30,7 +30,7 @@ class ExperimentConfig(TrainerOptions):
         "the data set's folder, as published, or that of a log of your own; default: none, as simulated needs none",
         metavar="DIR",
     )
-    needs: tuple[str, ...] = option(tuple(NEEDS), "what users ask for", flag="need", metavar="NAME")
+    needs: tuple[str, ...] = option(DEFAULT_NEEDS, "what users ask for", flag="need", metavar="NAME")
     model: str = option(
         EMBEDDED,
         f"a causal language model by hub name or folder; {EMBEDDED}: a small one made from the catalogue",
@@ -41,7 +41,11 @@ class ExperimentConfig(TrainerOptions):
         "how an answer names a candidate; default: item_token for the embedded model, else index",
         choices=ENCODINGS,
     )
-    metric: str = option("ndcg@10", "the metric to maximise; ranks beyond its cutoff are not trained")
+    metric: str = option(
+        "ndcg@10",
+        "the metric to maximise; ranks beyond its cutoff are not trained. The need diverse has its own, alpha_ndcg, "
+        "with this cutoff",
+    )
     temperature: float = option(0.3, "of the policy, in sampling and in log-probs", above=0)
     warmup: str = option(
         "listwise",

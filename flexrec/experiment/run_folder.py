@@ -32,7 +32,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexrec.data.lists import Catalogue, RankingDataset
-from flexrec.evaluation.statistics import Comparison, relative_change
+from flexrec.evaluation.statistics import HEADLINE, Comparison, headline_of, relative_change
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, OF_A_RUN, has_adapters, load_model, save_adapters
 from flexrec.task.prompts import PromptBuilder
@@ -64,7 +64,7 @@ class Results:
             for need, metrics in self.per_list[system].items()
         }
 
-    def compare(self, new: str, base: str, need: str, metric: str = "ndcg@5") -> Comparison:
+    def compare(self, new: str, base: str, need: str, metric: str = HEADLINE) -> Comparison:
         """Paired comparison over the test lists, lists of one user resampled together."""
         values = self.per_list
         return relative_change(values[new][need][metric], values[base][need][metric], clusters=self.users)
@@ -316,15 +316,19 @@ class RunFolder:
         tests)."""
         stages = [name for name in ("base", WARM_START) if name in results.per_list]
         baselines = [name for name in results.per_list if name not in (*stages, "trained")]
-        changes = {
-            need: {other: asdict(results.compare("trained", other, need)) for other in (*stages, *baselines)}
-            for need in results.per_list["base"]
-        }
+
+        def changes(need: str, metric: str) -> dict[str, Any]:
+            return {other: asdict(results.compare("trained", other, need, metric)) for other in (*stages, *baselines)}
+
+        headlines = {need: headline_of(of_need) for need, of_need in results.per_list["base"].items()}
         np.savez_compressed(self.path / "per_list.npz", users=results.users, **_arrays(results, results.per_list))
         metrics = {
             **{name: results.means(name) for name in (*stages, "trained")},
             "baselines": {name: results.means(name) for name in baselines},
-            "changes_ndcg@5": changes,
+            **{
+                f"changes_{metric}": {need: changes(need, metric) for need, of in headlines.items() if of == metric}
+                for metric in dict.fromkeys((HEADLINE, *headlines.values()))
+            },
             "config": config,
             "seconds": {name: round(seconds, 2) for name, seconds in results.seconds.items()},
         }

@@ -24,7 +24,7 @@ from flexrec.data.kuairec import load_kuairec
 from flexrec.data.lists import RankingDataset, RankingList
 from flexrec.data.movielens import load_movielens
 from flexrec.data.simulator import simulate
-from flexrec.evaluation.baselines import BASELINES
+from flexrec.evaluation.baselines import BASELINES, MMR, ItemKNN
 from flexrec.evaluation.evaluate import Evaluation
 from flexrec.evaluation.statistics import bootstrap_interval
 from flexrec.experiment.config import EMBEDDED, ExperimentConfig
@@ -43,7 +43,7 @@ from flexrec.policy.lora import require_peft
 from flexrec.profiling import profile_steps
 from flexrec.task.critic import Critic
 from flexrec.task.examples import RankingTask, TrainingExamples
-from flexrec.task.needs import get_need
+from flexrec.task.needs import Need, get_need
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.base import RankingTrainer
 from flexrec.trainer.callbacks import Clock, Curve, ProgressBar, Stage, StepLog
@@ -171,6 +171,8 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
         results.per_list[name] = evaluate.of_rankings({need.name: orders for need in needs})
     if critic is not None:
         results.per_list["critic"] = evaluate.of_rankings(critic_rankings(critic, task, dataset.test))
+    if any(need.metric is not None for need in needs):
+        results.per_list[MMR.name] = evaluate.of_rankings(mmr_rankings(task, dataset))
     clock.seconds["total"] = clock.elapsed()
     on_main_process(lambda: folder.write_results(asdict(config), results))
     return results
@@ -186,6 +188,36 @@ def critic_rankings(critic: Critic, task: RankingTask, lists: Sequence[RankingLi
         ]
         for need in task.needs
     }
+
+
+_VALIDATION_LISTS = 500
+
+
+def mmr_rankings(task: RankingTask, dataset: RankingDataset) -> dict[str, list[np.ndarray]]:
+    """need -> rankings of the test lists by maximal marginal relevance.
+
+    Relevance is the gain that the critic expects, or the score of item-KNN where there is no critic. The trade-off is
+    that with the best metric of the need's on training lists, by the gains that training knows.
+    """
+    catalogue, knn = dataset.catalogue, None if task.critic is not None else ItemKNN(dataset)
+    validation = dataset.train[:_VALIDATION_LISTS]
+
+    def relevances(need: Need, lists: Sequence[RankingList]) -> list[np.ndarray]:
+        if knn is not None:
+            return [knn.scores(lst) for lst in lists]
+        assert task.critic is not None
+        expected = zip(lists, task.critic.predict_many(lists), strict=True)
+        return [need.gains(lst, catalogue, *of_list)[0] for lst, of_list in expected]
+
+    def rankings(need: Need) -> list[np.ndarray]:
+        feedback = zip(validation, task.training_feedback(validation), strict=True)
+        gains = [need.gains(lst, catalogue, *of_list)[0] for lst, of_list in feedback]
+        metric, topics = f"{need.metric or 'alpha_ndcg'}@5", catalogue.topic_matrix
+        mmr = MMR.tuned(topics, validation, relevances(need, validation), gains, metric)
+        found = zip(dataset.test, relevances(need, dataset.test), strict=True)
+        return [mmr.order(lst.candidates, relevance) for lst, relevance in found]
+
+    return {need.name: rankings(need) for need in task.needs}
 
 
 def evaluate_run(

@@ -35,6 +35,8 @@ class Example:
     need: str
     user: int
     marks: list[list[int]] | None = None  # K lists of token ids that describe a candidate in this list
+    metric: str | None = None  # of the need, where it values the list as a whole; without cutoff
+    topics: np.ndarray | None = None  # (K, C) float32 in [0, 1], what each candidate is about, where there is a metric
 
 
 def prompts_and_candidates(examples: Sequence[Example]) -> tuple[list[list[int]], list[list[list[int]]]]:
@@ -57,6 +59,9 @@ class RankingTask:
         critic: fills in the interest of candidates without feedback, with its variance; None counts them as 0, as is
             right where they are sampled negatives.
 
+    Raises:
+        ValueError: a need that values lists by their topics, of items that have none.
+
     Example:
         >>> from flexrec.data import simulate
         >>> from flexrec.policy.small_model import build_tokenizer
@@ -72,6 +77,12 @@ class RankingTask:
     def __init__(
         self, catalogue: Catalogue, needs: Sequence[Need], builder: PromptBuilder, critic: Critic | None = None
     ) -> None:
+        of_topics = next((need for need in needs if need.metric is not None), None)
+        if of_topics is not None and not catalogue.topic_names:
+            raise ValueError(
+                f"the need {of_topics.name!r} values a list by the topics of its items, and no item of these data has a "
+                "topic: give the items topics (genres, categories), or leave the need out"
+            )
         self.catalogue = catalogue
         self.needs = tuple(needs)
         self.builder = builder
@@ -99,7 +110,10 @@ class RankingTask:
         prompt, history_span = self.builder.prompt_of(lst, self.catalogue, wording)
         candidates = self.builder.candidate_tokens_of(lst, self.catalogue)
         marks = self.builder.marks_of(lst.trend, novelty(lst, self.catalogue)) if self.builder.marked else None
-        return Example(prompt, candidates, gains, variance, history_span, need.name, lst.user, marks)
+        topics = None if need.metric is None else self.catalogue.topic_matrix[lst.candidates]
+        return Example(
+            prompt, candidates, gains, variance, history_span, need.name, lst.user, marks, need.metric, topics
+        )
 
 
 class TrainingExamples(Dataset):
