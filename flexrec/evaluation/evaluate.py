@@ -63,7 +63,7 @@ def check_outputs(rollout: Rollout) -> None:
 def metrics_of(examples: Sequence[Example]) -> tuple[str, ...]:
     """What the examples of a need are evaluated by, first what it is about: the metrics of items, and its own."""
     own = examples[0].metric
-    return METRICS if own is None else (f"{own}@5", f"{own}@10", *METRICS)
+    return METRICS if own is None else (f"{own}@5", *METRICS)
 
 
 class Evaluation:

@@ -132,7 +132,6 @@ def _score_row(a: np.ndarray, d: np.ndarray, decay: float, reached: np.ndarray, 
     columns = a.shape[1]
     ak, weight = a[k], np.empty(columns)  # P (d_k - alpha M)
     passing = reached[k].copy()  # P Q
-    own = 0.0
     for c in range(columns):
         weight[c] = reached[k, c] * d[k]
     for j in range(k + 1, len(a)):
@@ -162,7 +161,7 @@ def _mean(scores: np.ndarray, weights: np.ndarray) -> float:
 
 @njit(cache=True)
 def _inverse_norm(a: np.ndarray, p: np.ndarray, decay: float, discounts: np.ndarray, ties: np.ndarray) -> float:
-    """1 / normaliser, 0 for a list without a positive gain; no ``ties`` (0,) where that is the weight of the intents."""
+    """1 / normaliser, 0 for a list without a positive gain; ``ties`` (0,) where that is the weight of the intents."""
     if len(ties):
         norm = _greedy_value(a, p, decay, discounts, len(discounts), ties)
     else:
@@ -178,7 +177,7 @@ def _rewards_of_list(
     size, depth = len(a), len(d)
     reached = np.empty((depth, a.shape[1]))
     _reach(a, p, decay, reached)
-    if credit == SWAP or credit == NONCAUSAL:
+    if credit in (SWAP, NONCAUSAL):
         _later(a, d, decay, reached, rewards)
         if credit == NONCAUSAL:
             _earlier(a, p, d, decay, rewards)

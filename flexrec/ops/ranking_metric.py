@@ -68,7 +68,7 @@ def ranking_metric(
         tensor([0.5000, 1.0000])
         >>> flexrec.ranking_metric(gains, "recall@2")
         tensor([1.0000, 0.5000])
-        >>> about = torch.eye(2)[torch.tensor([[0, 0, 1], [0, 0, 1]])]  # the first two items are about one topic, the last of another
+        >>> about = torch.eye(2)[torch.tensor([[0, 0, 1], [0, 0, 1]])]  # the first two items have the same topic
         >>> flexrec.ranking_metric(torch.ones(2, 3), "alpha_ndcg@2", topics=about)  # more of the same is worth less
         tensor([0.8066, 0.8066])
     """
@@ -234,7 +234,9 @@ def check_topics(topics: torch.Tensor | Topics | None, metric: Metric, lists: Li
     """
     if metric.definition.form != "topics":
         if topics is not None:
-            raise ValueError(f"topics go with {' and '.join(OF_TOPICS)} only, got metric={str(metric)!r}: leave them out")
+            raise ValueError(
+                f"topics go with {' and '.join(OF_TOPICS)} only, got metric={str(metric)!r}: leave them out"
+            )
         return None
     if topics is None:
         raise ValueError(

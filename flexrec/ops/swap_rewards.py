@@ -31,7 +31,7 @@ from flexrec.ops.swap_reference import custom_rewards, scores_of, torch_rewards
 
 WITH_VARIANCE = tuple(name for name, family in FAMILIES.items() if family.form in ("linear", "cascade"))
 MAX_TRITON_SIZE = 16384  # longest list that the Triton kernels are compiled for ..
-MAX_TRITON_SIZE_OF_TOPICS = 1024  # .. and where there are topics
+MAX_TRITON_SIZE_OF_TOPICS, MAX_TRITON_TOPICS = 1024, 256  # .. and where there are topics, and how many of these
 
 
 def swap_rewards(
@@ -68,8 +68,8 @@ def swap_rewards(
         topics: with "alpha_ndcg" and "err_ia" only: (N, K, C) floating in [0, 1], how much the item at each rank is
             about each topic, or :class:`flexrec.Topics`.
         backend: "auto" (Triton on a GPU where it can, else torch there; numba on the CPU), "triton" (built-in metrics,
-            K <= 16384, with topics K <= 1024; also on the CPU under TRITON_INTERPRET=1), "numba" (CPU), "torch"
-            (anywhere).
+            K <= 16384, with topics K <= 1024 and C <= 256; also on the CPU under TRITON_INTERPRET=1), "numba" (CPU),
+            "torch" (anywhere).
 
     Returns:
         (N, K) float64 for float64 gains, else float32 (also for half precision). No gradient. Sums are accumulated in
@@ -159,7 +159,7 @@ def _evaluate(
         if variance.device != lists.gains.device:
             raise ValueError(f"variance must be on the device of gains, {lists.gains.device}; got {variance.device}")
         variance = variance.detach()
-    backend = _choose_backend(backend, metric, lists.gains, None if variance is None else credit)
+    backend = _choose_backend(backend, metric, lists.gains, None if variance is None else credit, about)
     _check_values(lists, metric, backend, variance)
     return _swap_rewards(lists.gains, metric, credit, *lists[1:], weights, backend, variance, *(about or ()))
 
@@ -190,7 +190,7 @@ def swap_scores(
     metric = metric_of(metric)
     lists = check_lists(gains, metric, lengths, num_ranked, values=False)
     about = check_topics(topics, metric, lists)
-    backend = _choose_backend(backend, metric, lists.gains)
+    backend = _choose_backend(backend, metric, lists.gains, topics=about)
     _check_values(lists, metric, backend)
     return _swap_scores(lists.gains, metric, *lists[1:], backend, *(about or ()))
 
@@ -198,7 +198,9 @@ def swap_scores(
 # --- checks, choice of a backend --------------------------------------------------------------------------------------
 
 
-def _choose_backend(backend: str, metric: Metric, gains: Tensor, credit: str | None = None) -> str:
+def _choose_backend(
+    backend: str, metric: Metric, gains: Tensor, credit: str | None = None, topics: Topics | None = None
+) -> str:
     """The backend that will run, "triton", "numba" or "torch"; for variances where a ``credit`` is given."""
     if metric.definition.form == "custom":
         check_choice("backend", backend, BACKENDS)
@@ -208,10 +210,15 @@ def _choose_backend(backend: str, metric: Metric, gains: Tensor, credit: str | N
                 f"got backend={backend!r} and gains on {gains.device}"
             )
         return "numba"
-    obstacle, longest = None, MAX_TRITON_SIZE_OF_TOPICS if metric.definition.form == "topics" else MAX_TRITON_SIZE
-    if gains.shape[1] > longest:
+    obstacle, size = None, gains.shape[1]
+    if topics is not None and (size > MAX_TRITON_SIZE_OF_TOPICS or topics.matrix.shape[1] > MAX_TRITON_TOPICS):
         obstacle = ValueError(
-            f"backend='triton' computes lists of K <= {longest} candidates by {metric}, got K={gains.shape[1]}; "
+            f"backend='triton' computes lists of K <= {MAX_TRITON_SIZE_OF_TOPICS} candidates and C <= "
+            f"{MAX_TRITON_TOPICS} topics, got K={size} and C={topics.matrix.shape[1]}; backend='torch' computes all"
+        )
+    elif size > MAX_TRITON_SIZE:
+        obstacle = ValueError(
+            f"backend='triton' computes lists of K <= {MAX_TRITON_SIZE} candidates, got K={size}; "
             "backend='torch' computes all"
         )
     chosen = choose_backend(backend, "gains", gains, obstacle)

@@ -80,8 +80,8 @@ class RankingTask:
         of_topics = next((need for need in needs if need.metric is not None), None)
         if of_topics is not None and not catalogue.topic_names:
             raise ValueError(
-                f"the need {of_topics.name!r} values a list by the topics of its items, and no item of these data has a "
-                "topic: give the items topics (genres, categories), or leave the need out"
+                f"the need {of_topics.name!r} values a list by the topics of its items, and no item of these "
+                "data has a topic: give the items topics (genres, categories), or leave the need out"
             )
         self.catalogue = catalogue
         self.needs = tuple(needs)

@@ -171,7 +171,7 @@ NEEDS: dict[str, Need] = {
                 "Mix it up: do not show me several items of the same kind in a row, but only things I would enjoy.",
                 "Give me a varied list of things I like, not ten times the same topic.",
                 "Rank the items so that each one adds a topic that those above it lack and that suits the user.",
-                "I do not know what I am in the mood for. Let the first few be different from each other, and all good.",
+                "I do not know what I am in the mood for: let the first few differ from each other, and all be good.",
                 "Balance the top of the list across this user's interests instead of repeating the strongest one.",
             ),
             interest_gains,

@@ -235,7 +235,10 @@ def test_items_of_a_catalogue_are_rows_of_its_matrix():
     for name, backend in itertools.product(NAMES, ("torch", "numba")):
         one, other = (
             swap_rewards(gains, name, topics=topics, backend=backend)
-            for topics in (Topics(matrix, items, weights), Topics(matrix[items].flatten(0, 1), None, weights.repeat(6, 1)))
+            for topics in (
+                Topics(matrix, items, weights),
+                Topics(matrix[items].flatten(0, 1), None, weights.repeat(6, 1)),
+            )
         )
         assert torch.equal(one, other)
         assert not torch.equal(one, swap_rewards(gains, name, topics=matrix[items], backend=backend))
@@ -271,7 +274,10 @@ def test_a_scale_of_the_gains_changes_nothing():
         ({"topics": torch.ones(2, 3, 0)}, "topics must have at least one column"),
         ({"topics": torch.full((2, 3, 1), 1.5)}, r"topics must lie in \[0.0, 1.0\], got 1.5"),
         ({"topics": torch.full((2, 3, 1), math.nan)}, "topics must be finite"),
-        ({"topics": Topics(torch.ones(5, 2), torch.full((2, 3), 5))}, r"the items of topics must lie in \[0, 4\], got 5"),
+        (
+            {"topics": Topics(torch.ones(5, 2), torch.full((2, 3), 5))},
+            r"the items of topics must lie in \[0, 4\], got 5",
+        ),
         ({"topics": Topics(torch.ones(5, 2))}, r"the matrix of topics must have shape \(6, C\)"),
         ({"topics": Topics(torch.ones(6, 2), weights=-torch.ones(2))}, "the weights of topics must lie in"),
         ({"topics": Topics(torch.ones(6, 2), weights=torch.ones(3))}, "the weights of topics must have shape"),

@@ -11,6 +11,7 @@ import pytest
 from flexrec.data import load_movielens, simulate
 from flexrec.data.lists import Catalogue, RankingList
 from flexrec.task.needs import (
+    DEFAULT_NEEDS,
     NEEDS,
     RARE_TOPIC_SHARE,
     Need,
@@ -89,7 +90,9 @@ def test_gains_refuse_bad_input(interest, variance, message):
 
 
 def test_needs_by_name():
-    assert list(NEEDS) == ["interest", "explore", "trend"]
+    assert list(NEEDS) == ["interest", "explore", "trend", "diverse"]
+    assert DEFAULT_NEEDS == ("interest", "explore", "trend")
+    assert [need.metric for need in NEEDS.values()] == [None, None, None, "alpha_ndcg"]
     for name, need in NEEDS.items():
         assert get_need(name) is need
         assert need.name == name
@@ -114,6 +117,8 @@ def test_a_need_of_ones_own():
     for wordings in ((), ("Good.", " ")):
         with pytest.raises(ValueError, match="need 'popular' must have at least one wording and none that is empty"):
             replace(need, wordings=wordings)
+    with pytest.raises(ValueError, match="metric of need 'popular' must be one of 'alpha_ndcg', 'err_ia'; got 'ndcg'"):
+        replace(need, metric="ndcg")
 
 
 def test_observed_interest_counts_no_feedback_as_nothing():
