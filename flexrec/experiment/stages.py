@@ -31,6 +31,7 @@ from flexrec.experiment.config import EMBEDDED, ExperimentConfig
 from flexrec.experiment.model import make_model
 from flexrec.experiment.run_folder import WARM_START, Results, RunFolder, RunInfo, load_checkpoint
 from flexrec.metrics import parse_metric
+from flexrec.ops.ranking_metric import greedy_ranking
 from flexrec.policy.distributed import (
     num_processes,
     of_main_process,
@@ -173,6 +174,8 @@ def _run_in(folder: RunFolder, config: ExperimentConfig, say: Callable[[str], No
         results.per_list["critic"] = evaluate.of_rankings(critic_rankings(critic, task, dataset.test))
     if any(need.metric is not None for need in needs):
         results.per_list[MMR.name] = evaluate.of_rankings(mmr_rankings(task, dataset))
+        if critic is not None:
+            results.per_list["greedy"] = evaluate.of_rankings(greedy_rankings(critic, task, dataset.test))
     clock.seconds["total"] = clock.elapsed()
     on_main_process(lambda: folder.write_results(asdict(config), results))
     return results
@@ -187,6 +190,21 @@ def critic_rankings(critic: Critic, task: RankingTask, lists: Sequence[RankingLi
             for lst, of_list in zip(lists, expected, strict=True)
         ]
         for need in task.needs
+    }
+
+
+def greedy_rankings(critic: Critic, task: RankingTask, lists: Sequence[RankingList]) -> dict[str, list[np.ndarray]]:
+    """:func:`critic_rankings`, but for needs with a metric of their own the greedy order of the expected gains."""
+    expected, topics = critic.predict_many(lists), task.catalogue.topic_matrix
+
+    def order(need: Need, metric: str, lst: RankingList, of_list: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        gains, about = need.gains(lst, task.catalogue, *of_list)[0], topics[lst.candidates]
+        return greedy_ranking(torch.from_numpy(gains)[None], metric, topics=torch.from_numpy(about)[None])[0].numpy()
+
+    return critic_rankings(critic, task, lists) | {
+        need.name: [order(need, need.metric, lst, of_list) for lst, of_list in zip(lists, expected, strict=True)]
+        for need in task.needs
+        if need.metric is not None
     }
 
 

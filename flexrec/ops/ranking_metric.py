@@ -257,28 +257,25 @@ def check_topics(topics: torch.Tensor | Topics | None, metric: Metric, lists: Li
     given = {"the matrix of topics": matrix}
     if items is not None:
         given["the items of topics"] = check_tensor("the items of topics", items, (rows, size), "integer")
-        items = torch.where(inside, items, 0).long()
     if weights is not None:
-        is_shared = isinstance(weights, torch.Tensor) and weights.dim() == 1
-        given["the weights of topics"] = check_tensor(
-            "the weights of topics", weights, (columns,) if is_shared else (rows, columns)
-        )
+        shape = (columns,) if isinstance(weights, torch.Tensor) and weights.dim() == 1 else (rows, columns)
+        given["the weights of topics"] = check_tensor("the weights of topics", weights, shape)
     for name, tensor in given.items():
         if tensor.device != gains.device:
             raise ValueError(f"{name} must be on the device of gains, {gains.device}; got {tensor.device}")
     matrix = matrix.detach()
+    if items is not None:
+        items = torch.where(inside, items, 0).long()  # what lies beyond a list's length is not read
     if items is not None and inside.numel():
         check_range("the items of topics", items, 0, len(matrix) - 1)
     if values_are_checked(matrix) and not lies_within(matrix, 0.0, 1.0):
         used = inside.reshape(-1, 1).expand_as(matrix) if items is None else None
         check_finite("topics", matrix, used)
         check_range("topics", matrix, 0.0, 1.0, used)
-    if weights is None:
-        weights = torch.ones((), device=gains.device)
-    else:
-        check_finite("the weights of topics", weights)
-        check_range("the weights of topics", weights, 0.0, MAX_GAIN)
-    return Topics(matrix, items, weights.detach().double().expand(rows, columns))
+    weights = torch.ones((), device=gains.device) if weights is None else weights.detach()
+    check_finite("the weights of topics", weights)
+    check_range("the weights of topics", weights, 0.0, MAX_GAIN)
+    return Topics(matrix, items, weights.double().expand(rows, columns))
 
 
 def memberships(lists: Lists, topics: Topics) -> torch.Tensor:
@@ -422,26 +419,16 @@ def ingredients(
     gains = torch.where(inside, lists.gains.double(), 0.0)  # (N, K)
     weight = term_gains(gains, metric, probabilities=probabilities) if size else gains  # (N, K)
 
-    about, topic_weights = None, None
+    parts = Ingredients(length, ranked, inside, discount, weight, torch.ones_like(length).double())
     if topics is not None:
-        about, topic_weights = memberships(lists, topics), topics.weights
-    parts = Ingredients(
-        length,
-        ranked,
-        inside,
-        discount,
-        weight,
-        torch.ones_like(length).double(),
-        metric.definition.decay,
-        about,
-        topic_weights,
-    )
+        about = memberships(lists, topics)
+        parts = replace(parts, decay=metric.definition.decay, about=about, topic_weights=topics.weights)
     kind = metric.definition.normaliser
     if kind == "greedy":
         best = table[:cutoff]
-        norm = (greedy(parts.worth, topic_weights, parts.decay, len(best))[1] * best).sum(-1, keepdim=True)
+        norm = (greedy(parts.worth, parts.topic_weights, parts.decay, len(best))[1] * best).sum(-1, keepdim=True)
     elif kind == "intents":
-        norm = (topic_weights * (parts.worth > 0).any(1)).sum(-1, keepdim=True)
+        norm = (parts.topic_weights * (parts.worth > 0).any(1)).sum(-1, keepdim=True)
     elif kind == "ideal":
         norm = (weight.sort(-1, descending=True).values * table)[:, :cutoff].sum(-1, keepdim=True)
     elif kind == "relevant":

@@ -201,6 +201,9 @@ def test_a_need_of_whole_lists_has_its_metric_and_mmr_beside_the_others(tmp_path
     assert set(items) == {"interest"}
     expected = dataclasses.asdict(results.compare("trained", "mmr", "diverse", "alpha_ndcg@5"))
     assert own["diverse"]["mmr"] == pytest.approx(expected, nan_ok=True)
+    greedy, critic = results.per_list["greedy"], results.per_list["critic"]
+    np.testing.assert_array_equal(greedy["interest"]["ndcg@5"], critic["interest"]["ndcg@5"])
+    assert not np.array_equal(greedy["diverse"]["alpha_ndcg@5"], critic["diverse"]["alpha_ndcg@5"])
     (listwise,) = recorded.of("listwise")
     assert {example.metric for example in (listwise.examples[0], listwise.examples[1])} == {None, "alpha_ndcg"}
 
