@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import field, fields
+from dataclasses import Field, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def values_are_checked(tensor: torch.Tensor) -> bool:
 
     if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor) or is_transformed(tensor):
         return False
-    return _value_checks or tensor.device.type == "cpu"
+    return _value_checks or tensor.is_cpu
 
 
 def is_transformed(tensor: torch.Tensor) -> bool:
@@ -74,10 +74,11 @@ def check_tensor(
     is_plain = value.layout is torch.strided and not value.is_meta
     if not is_plain or (not torch.compiler.is_compiling() and value.is_neg()):
         raise TypeError(f"{name} must be a dense tensor with values of its own, got {_kind_of(value)}")
-    fits = value.dim() == len(shape)
+    sizes = value.shape
+    fits = len(sizes) == len(shape)
     if fits:
-        for have, want in zip(value.shape, shape, strict=True):
-            fits = fits and (have == want or not isinstance(want, int))
+        for i, want in enumerate(shape):
+            fits = fits and (not isinstance(want, int) or sizes[i] == want)
     if not fits:  # only now is the text made: it takes longer than the check, and torch.compile cannot make it
         expected = (
             "(" + ", ".join("any" if s is None else str(s) for s in shape) + ("," if len(shape) == 1 else "") + ")"
@@ -118,7 +119,7 @@ def option(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
-    metavar: str | None = None,
+    metavar: str | tuple[str, ...] | None = None,
     flag: str | None = None,
 ) -> Any:
     """A dataclass's field that says of itself what it is for and which values it takes; None is one where it is the
@@ -133,6 +134,11 @@ def option(
     """
     about = {"choices": choices, "low": low, "above": above, "high": high, "metavar": metavar, "flag": flag}
     return field(default=default, metadata={"help": help, **{k: v for k, v in about.items() if v is not None}})
+
+
+def flag_of(one: Field[Any]) -> str:
+    """What a field made by :func:`option` is called on a command line."""
+    return "--" + str(one.metadata.get("flag", one.name)).replace("_", "-")
 
 
 def check_options(options: Any) -> None:

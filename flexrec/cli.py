@@ -1,4 +1,4 @@
-"""The ``flexrec`` command: train, evaluate, rank."""
+"""The ``flexrec`` command: train, evaluate, rank; what is in a data set."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import argparse
 import codecs
 import errno
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, Field, fields
 from functools import partial
@@ -18,14 +19,18 @@ from pathlib import Path
 from types import UnionType
 from typing import IO, Any, get_args, get_origin, get_type_hints
 
+from flexrec.checks import flag_of
+from flexrec.data.options import OPTIONS, said_of
 from flexrec.decoding.options import Decoding
 from flexrec.experiment.config import ExperimentConfig
 
+_DATA = "data: "  # what options of data sets are called among the arguments, so that they meet no others
 MISTAKES = (ValueError, TypeError, OSError, ImportError)  # a user's: one line, no traceback
 
 TRAIN_EXAMPLES = """examples:
   flexrec train --output runs/first
   flexrec train --dataset movielens --data ml-latest-small --need interest --output runs/interest
+  flexrec train --dataset interactions --data shop --columns user=customer,item=sku --candidates 20 --output runs/shop
   flexrec train --model Qwen/Qwen2.5-0.5B-Instruct --encoding index --prompts-per-step 8 --learning-rate 1e-6 \\
       --num-generations 4 --output runs/qwen
   flexrec train --model Qwen/Qwen2.5-0.5B-Instruct --encoding index --lora 16 --lora-save adapter \\
@@ -34,6 +39,10 @@ TRAIN_EXAMPLES = """examples:
 EVALUATE_EXAMPLES = """examples:
   flexrec evaluate --run runs/first
   flexrec evaluate --run runs/interest --dataset movielens --data ml-latest-small --need interest --json scores.json
+"""
+DESCRIBE_EXAMPLES = """examples:
+  flexrec data describe --dataset movielens --data ml-latest-small
+  flexrec data describe --dataset interactions --data shop --gain threshold --figure shop.png
 """
 RANK_EXAMPLES = """examples:
   flexrec rank --run runs/first --input requests.jsonl --output rankings.jsonl
@@ -57,15 +66,17 @@ def build_parser() -> argparse.ArgumentParser:
         description="Post-train a language model as a recommender, with a reward for every ranked item.",
     )
     parser.add_argument("--version", action="version", version=f"flexrec {version('flexrec')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,rank}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,rank,data}")
 
     train = _command(commands, "train", "train a model and compare it with its base and with baselines", TRAIN_EXAMPLES)
     add_options(train, ExperimentConfig)
+    add_data_options(train)
     train.set_defaults(run=_train)
 
     evaluate = _command(commands, "evaluate", "measure a trained run on a data set's test users", EVALUATE_EXAMPLES)
     evaluate.add_argument("--run", dest="folder", required=True, metavar="DIR", help="folder of a finished run")
     add_options(evaluate, ExperimentConfig, ("dataset", "data", "needs"), default="that of the run")
+    add_data_options(evaluate, default="that of the run")
     evaluate.add_argument("--json", metavar="FILE", help="write the figures here as well (default: only show them)")
     evaluate.set_defaults(run=_evaluate)
 
@@ -79,6 +90,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_options(rank, Decoding)
     rank.add_argument("--seed", type=int, default=0, metavar="S", help="of samples (default: %(default)s)")
     rank.set_defaults(run=_rank)
+
+    data = commands.add_parser("data", help="say what is in a data set", description="Say what is in a data set.")
+    of_data = data.add_subparsers(dest="of_data", required=True, metavar="{describe}")
+    describe = _command(of_data, "describe", "count what is in a data set, as training reads it", DESCRIBE_EXAMPLES)
+    add_options(describe, ExperimentConfig, ("dataset", "data", "seed"))
+    add_data_options(describe)
+    describe.add_argument("--figure", metavar="FILE", help="draw it here as well, a .png, .pdf or .svg")
+    describe.set_defaults(run=_describe, command="data describe")
     return parser
 
 
@@ -96,25 +115,59 @@ def add_options(
     for one in sorted(fields(options), key=lambda one: one.name not in options.__annotations__):
         if "help" not in one.metadata or (names is not None and one.name not in names):
             continue
-        kind = _without_none(types[one.name])
-        settings: dict[str, Any] = {"dest": one.name, "default": argparse.SUPPRESS, "help": _help(one, default)}
-        if one.default is MISSING:
-            settings["required"] = True
-        if kind is bool:
-            settings["action"] = argparse.BooleanOptionalAction
-        elif "choices" in one.metadata:
-            settings["choices"] = one.metadata["choices"]
-        else:
-            settings["metavar"] = one.metadata.get("metavar", {int: "N", float: "X"}.get(kind, "NAME"))
-            settings |= {"nargs": "+", "action": "extend"} if get_origin(kind) is tuple else {"type": kind}
-        argument = parser.add_argument("--" + one.metadata.get("flag", one.name).replace("_", "-"), **settings)
-        argument.help = settings["help"]  # Python 3.10 adds a default of its own to switches
+        _add_option(parser, one, types[one.name], dest=one.name, text=_help(one, default))
 
 
-def _without_none(annotation: Any) -> Any:
-    """``T`` of ``T | None``, and any other type as it is."""
+def add_data_options(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """An argument for every option that the loader of some data set takes; :func:`given_data_options` reads them."""
+    group = parser.add_argument_group("options of data sets")
+    for name in dict.fromkeys(one.name for dataset in reversed(OPTIONS) for one in said_of(dataset)):
+        of = {dataset: one for dataset in OPTIONS for one in said_of(dataset) if one.name == name}
+        *_, (last, one) = of.items()
+        text = _help_of(of, default)
+        choices = [choice for other in of.values() for choice in other.metadata.get("choices", ())]
+        annotation = get_type_hints(OPTIONS[last])[name]
+        _add_option(group, one, annotation, dest=_DATA + name, text=text, choices=tuple(dict.fromkeys(choices)))
+
+
+def _help_of(of: dict[str, Field[Any]], default: str | None) -> str:
+    """What an option of data sets is for, which of them take it, and its default in each."""
+    fields_of = list(of.values())
+    text = "" if len(of) == len(OPTIONS) else f"of {', '.join(of)}: "
+    if default is not None or len({one.default for one in fields_of}) == 1:
+        return text + _help(fields_of[0], default)
+    what, _, where_none = str(fields_of[0].metadata["help"]).partition("; default: ")
+    shown = (f"{dataset} {where_none if one.default is None else _shown(one.default)}" for dataset, one in of.items())
+    return f"{text}{what} (default: {', '.join(shown)})"
+
+
+def _add_option(
+    parser: Any, one: Field[Any], annotation: Any, *, dest: str, text: str, choices: Sequence[str] | None = None
+) -> None:
+    """The argument of a command line that a dataclass's field describes."""
+    kind = _kind(annotation)
+    of_many = get_origin(kind) in (tuple, Collection)
+    settings: dict[str, Any] = {"dest": dest, "default": argparse.SUPPRESS, "help": text}
+    if one.default is MISSING:
+        settings["required"] = True
+    if kind is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    elif choices or "choices" in one.metadata:
+        settings["choices"] = choices or one.metadata["choices"]
+    elif of_many and get_origin(kind) is tuple and ... not in get_args(kind):  # so many of them, no more and no less
+        settings |= {"nargs": len(get_args(kind)), "type": get_args(kind)[0], "metavar": one.metadata["metavar"]}
+    else:
+        settings["metavar"] = one.metadata.get("metavar", {int: "N", float: "X"}.get(kind, "NAME"))
+        settings |= {"nargs": "+", "action": "extend"} if of_many else {"type": kind}
+    argument = parser.add_argument(flag_of(one), **settings)
+    argument.help = text  # Python 3.10 adds a default of its own to switches
+
+
+def _kind(annotation: Any) -> Any:
+    """``T`` of ``T | None``, a text where that is one of several kinds, and any other type as it is."""
     if get_origin(annotation) is UnionType:
-        (annotation,) = (kind for kind in get_args(annotation) if kind is not type(None))
+        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+        return str if str in kinds else kinds[0]
     return annotation
 
 
@@ -124,15 +177,27 @@ def _help(one: Field[Any], default: str | None) -> str:
     if default is not None:
         text = f"{text.partition('; default:')[0]} (default: {default})"
     elif one.default is not None and one.default is not MISSING:
-        value = {True: "yes", False: "no"}[one.default] if isinstance(one.default, bool) else one.default
-        text += f" (default: {' '.join(value) if isinstance(value, tuple) else value})"
+        text += f" (default: {_shown(one.default)})"
     return text.replace("%", "%%")
+
+
+def _shown(value: Any) -> str:
+    """A default as a person would say it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
     """The fields of a dataclass that stand on the command line."""
     found = {one.name: getattr(arguments, one.name) for one in fields(options) if one.name in arguments}
     return {name: tuple(dict.fromkeys(v)) if isinstance(v, list) else v for name, v in found.items()}
+
+
+def given_data_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of data sets that stand on the command line."""
+    found = {name.removeprefix(_DATA): value for name, value in vars(arguments).items() if name.startswith(_DATA)}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -189,24 +254,23 @@ def _positive(text: str) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from flexrec.evaluation.statistics import comparison_table
-    from flexrec.evaluation.summary import summary
     from flexrec.experiment.run_folder import RunFolder
     from flexrec.experiment.stages import run_experiment
     from flexrec.policy.distributed import process_index
 
-    options = given(arguments, ExperimentConfig)
+    options = {**given(arguments, ExperimentConfig), "data_options": given_data_options(arguments)}
     if options.get("resume"):  # what is not said is as it was
-        options = {**RunFolder(arguments.output).read_config(), **options}
+        stored = RunFolder(arguments.output).read_config()
+        if options.get("dataset", stored.get("dataset")) == stored.get("dataset"):
+            options["data_options"] = {**stored.get("data_options", {}), **options["data_options"]}
+        options = {**stored, **options}
     config = ExperimentConfig(**options)
     console = Console()
     results = run_experiment(config, say=console.print)
     if process_index() > 0:
         return 0
-    users = len(set(results.users.tolist()))
-    title = f"{len(results.users)} lists of {users} test users never trained on; changes are against the base"
-    console.print(comparison_table(results.per_list, clusters=results.users, title=title))
-    for sentence in summary(results.per_list, results.users):
+    console.print(results.table())
+    for sentence in results.summary():
         console.print(sentence)
     console.print(f"{results.seconds['total']:.0f} seconds in all; model, log and metrics.json are in {config.output}")
     return 0
@@ -216,18 +280,55 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from flexrec.evaluation.statistics import ONE_USER
     from flexrec.experiment.stages import evaluate_run
+    from flexrec.trainer.callbacks import to_json
 
-    scores = evaluate_run(Path(arguments.folder), **given(arguments, ExperimentConfig))
-    table = Table(title=f"{arguments.folder}: mean over test lists [95 % interval over users]")
+    options = given(arguments, ExperimentConfig)
+    if of_data := given_data_options(arguments):
+        options["data_options"] = of_data
+    scores = evaluate_run(Path(arguments.folder), **options)
+    names = list(dict.fromkeys(name for values in scores.values() for name in values))
+    alone = any(math.isnan(v["low"]) for values in scores.values() for v in values.values())
+    interval = f"({ONE_USER})" if alone else "[95 % interval over users]"
+    table = Table(title=f"{arguments.folder}: mean over test lists {interval}")
     table.add_column("need")
-    for name in next(iter(scores.values())):
+    for name in names:
         table.add_column(name, justify="right")
     for need, values in scores.items():
-        table.add_row(need, *(f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in values.values()))
+        table.add_row(need, *(_with_interval(values[name]) if name in values else "" for name in names))
     Console().print(table)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n")
+        Path(arguments.json).write_text(to_json(scores, 2) + "\n")
+    return 0
+
+
+def _with_interval(value: Mapping[str, float]) -> str:
+    interval = "" if math.isnan(value["low"]) else f" [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{value['mean']:.3f}{interval}"
+
+
+def _describe(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from flexrec.data.describe import describe, draw_description
+    from flexrec.experiment.stages import load_dataset
+    from flexrec.task.needs import NEEDS
+
+    options = {**given(arguments, ExperimentConfig), "data_options": given_data_options(arguments)}
+    config = ExperimentConfig(output="", **options)
+    dataset = load_dataset(config.dataset, config.data, config.seed, config.data_options)
+    console = Console()
+    for note in dataset.notes:
+        console.print(note, markup=False, highlight=False)
+    table = Table("", "to train on", "to test on", title=config.data or config.dataset)
+    for row in describe(dataset, NEEDS.values()):
+        table.add_row(*map(escape, row))
+    console.print(table)
+    if arguments.figure:
+        draw_description(dataset, arguments.figure)
     return 0
 
 

@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Literal
@@ -83,6 +83,8 @@ FAMILIES: dict[str, Family] = {
 }
 OF_TOPICS = tuple(name for name, family in FAMILIES.items() if family.form == "topics")
 
+CUSTOM = Family("custom")  # of registered metrics
+
 # Gains above this overflow somewhere in float32; normalisers below TINY count as "no positive gain".
 MAX_GAIN = 1e30
 MAX_EXPONENT = 100.0  # the largest gain whose 2^g may appear in a result (dcg_burges)
@@ -99,15 +101,20 @@ _NAME = re.compile(r"(?P<family>[a-z][a-z0-9_]*)(?:\.(?P<parameter>[0-9]+(?:\.[0
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: its family, cutoff (None: the list's length), ``rbp``'s persistence p, the largest gain of
-    ``err`` and ``err_ia``."""
+    """A metric: its family, cutoff (None: the list's length), ``rbp``'s persistence p, the largest gain of ``err`` and
+    ``err_ia``.
+
+    ``definition`` is how it is computed; its form is "custom" for registered ones.
+    """
 
     family: str
     cutoff: int | None = None
     p: float | None = None
     max_gain: float | None = None
+    definition: Family = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "definition", FAMILIES.get(self.family, CUSTOM))
         if self.family not in FAMILIES and self.family not in custom_metrics:
             raise ValueError(_unknown(self.family))
         if self.cutoff is not None and (not isinstance(self.cutoff, int) or self.cutoff < 1):
@@ -132,11 +139,6 @@ class Metric:
         elif self.max_gain is not None:
             parameter = "." + format(Decimal(repr(self.max_gain)), "f").removesuffix(".0")
         return self.family + parameter + ("" if self.cutoff is None else f"@{self.cutoff}")
-
-    @property
-    def definition(self) -> Family:
-        """How the metric is computed; ``form == "custom"`` for registered ones."""
-        return FAMILIES.get(self.family) or Family("custom")
 
 
 def _unknown(name: str) -> str:

@@ -3,7 +3,6 @@
 import errno
 import json
 import shutil
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +15,8 @@ from flexrec import ranker
 from flexrec.cli import build_parser, main
 from flexrec.data import simulate
 from flexrec.experiment import stages as experiment
-from flexrec.experiment.run_folder import Results, RunFolder
+from flexrec.experiment.results import Results
+from flexrec.experiment.run_folder import RunFolder
 from flexrec.profiling import PARTS
 
 SMALL = ["--steps", "4", "--warmup-steps", "3", "--listwise-steps", "2", "--prompts-per-step", "16"]
@@ -27,8 +27,8 @@ METRICS = {"ndcg@5", "ndcg@10", "ndcg@30", "recall@5", "mrr@5"}
 def small_world():
     """The simulator with few users and items, so that a run takes seconds."""
     patch = pytest.MonkeyPatch()
-    small = partial(simulate, num_users=80, num_items=90, num_topics=4, num_test_users=10, num_candidates=8)
-    patch.setattr(experiment, "simulate", small)
+    sizes = {"num_users": 80, "num_items": 90, "num_topics": 4, "num_test_users": 10, "num_candidates": 8}
+    patch.setattr(experiment, "simulate", lambda **options: simulate(**{**options, **sizes}))
     yield
     patch.undo()
 
@@ -36,7 +36,8 @@ def small_world():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, small_world):
     folder = tmp_path_factory.mktemp("runs") / "first"
-    assert main(["train", "--output", str(folder), *SMALL]) == 0
+    trained_too = ["--baselines", "listwise", "sequence_grpo", "rank_grpo"]
+    assert main(["train", "--output", str(folder), *SMALL, *trained_too]) == 0
     return folder
 
 
@@ -64,8 +65,11 @@ def test_metrics_file(run):
     for system in (metrics["base"], metrics["trained"], *metrics["baselines"].values()):
         assert set(system) == {"interest", "explore", "trend"}
         assert all(set(values) == METRICS for values in system.values())
-    assert {"random", "popularity", "item-knn", "listwise"} <= set(metrics["baselines"])
-    assert {"format", "reinforcement", "listwise warm-up", "listwise", "total"} <= set(metrics["seconds"])
+    quick = {"random", "popularity", "trend", "item-knn", "user-knn", "critic"}
+    assert quick | {"listwise", "sequence_grpo", "rank_grpo"} <= set(metrics["baselines"])
+    stages = {"format", "listwise warm-up", "reinforcement", "listwise", "sequence_grpo", "rank_grpo"}
+    assert stages | {"item-knn", "total"} <= set(metrics["seconds"])
+    assert set(metrics["change_by_reinforcement"]["trend"]) == METRICS
     assert metrics["config"]["steps"] == 4
     saved = np.load(run / "per_list.npz")
     mean = saved["trained/trend/ndcg@5"].mean()
@@ -82,8 +86,9 @@ def test_log_has_a_line_per_step(run):
 def test_profile(tmp_path, capsys):
     """Where a step's seconds go is printed, and in the log step by step."""
     options = ["--warmup", "format", "--warmup-steps", "1", "--steps", "2", "--prompts-per-step", "8", "--profile"]
+    options += ["--baselines", "none"]
     folder = tmp_path / "run"
-    assert main(["train", "--output", str(folder), "--need", "interest", "--no-listwise-baseline", *options]) == 0
+    assert main(["train", "--output", str(folder), "--need", "interest", *options]) == 0
     shown = capsys.readouterr().out
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "seconds/decode" in line]
@@ -258,7 +263,7 @@ def test_existing_output_is_kept(run, capsys):
 
 def test_interrupted_run_resumes(tmp_path, monkeypatch, capsys):
     """After its last step or in the middle: what comes of it are the weights of a run that nobody interrupted."""
-    options = ["--save-every", "2", "--no-listwise-baseline", *SMALL, "--need", "interest", "--beta", "0.1"]
+    options = ["--save-every", "2", *SMALL, "--need", "interest", "--beta", "0.1", "--baselines", "none"]
     folder, middle, whole = (tmp_path / name for name in ("end", "middle", "whole"))
     assert main(["train", "--output", str(whole), *options]) == 0
 
@@ -330,6 +335,23 @@ def test_every_option_of_evaluate_reaches_the_run(tmp_path, monkeypatch, capsys)
     assert "0.250 [0.125, 0.500]" in capsys.readouterr().out
 
 
+def test_an_evaluation_of_one_user_has_no_interval(tmp_path, monkeypatch, capsys):
+    nothing = float("nan")
+    scores = {
+        "interest": {"ndcg@5": {"mean": 0.25, "low": nothing, "high": nothing}},
+        "trend": {m: {"mean": 0.125, "low": nothing, "high": nothing} for m in ("ndcg@5", "mrr@5")},
+    }
+    monkeypatch.setattr(experiment, "evaluate_run", lambda folder: scores)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["evaluate", "--run", str(tmp_path), "--json", str(tmp_path / "scores.json")]) == 0
+    stored = json.loads((tmp_path / "scores.json").read_text())
+    assert stored["interest"]["ndcg@5"] == {"mean": 0.25, "low": None, "high": None}
+    shown = capsys.readouterr().out
+    assert "(one user: no interval)" in " ".join(shown.split())
+    assert "nan" not in shown
+    assert "0.125" in shown
+
+
 def test_the_table_of_train_resamples_users(tmp_path, monkeypatch, capsys):
     users = np.repeat(np.arange(9), np.arange(9) % 4 + 1)
     rng = np.random.default_rng(0)
@@ -352,7 +374,7 @@ def test_a_run_that_diverges_ends_with_advice(tmp_path, capsys):
     """And reports nothing; the last good checkpoint stays. (The first step is of a warm-up, at the rate 0.)"""
     folder = tmp_path / "run"
     options = ["--learning-rate", "1e38", "--save-every", "1", "--steps", "6", "--warmup", "format"]
-    arguments = [*SMALL, "--need", "interest", "--no-critic", *options]
+    arguments = [*SMALL, "--need", "interest", "--no-critic", "--baselines", "none", *options]
     assert main(["train", "--output", str(folder), *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "of reinforcement: the loss or its gradient was not finite 3 times in a row; lower the learning" in error
@@ -443,7 +465,6 @@ def test_title_and_index_answers(tmp_path):
             "1",
             "--prompts-per-step",
             "4",
-            "--no-listwise-baseline",
         ]
         arguments = ["--encoding", encoding, "--need", "interest", "--output", str(folder)]
         assert main(["train", *few, *arguments]) == 0

@@ -117,7 +117,7 @@ def _ranking_logprobs() -> Iterator[Example]:
         try:
             out = ranking_logprobs.ranking_logprobs_forward(*operands, reference=given, save_logits=False, order=order)
             ranking_logprobs.ranking_logprobs_backward(
-                tuple(out[:4]), out.saved, *operands, [True] * 3, reference=given, order=order
+                tuple(out[:4]), out, *operands, [True] * 3, reference=given, order=order
             )
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before

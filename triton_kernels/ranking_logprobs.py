@@ -6,8 +6,12 @@ softmax.py. Then
 
     dh = sum_j dz_j w_j / temperature,    dw_j = sum over the list's G T steps of dz_j h / temperature,
 
-and db_j is the same sum of the dz_j. These are rounded to the operands' dtype before the products, as torch does.
-(float16 ends at 6e-8: scale the loss, as with torch.)
+and db_j is the same sum of the dz_j. These are rounded to the operands' dtype before the products, as torch does, which
+in bfloat16 alone is an error of 1.6e-3 of the gradient's norm, as much as rounding the result. (float16 ends at 6e-8:
+scale the loss, as with torch.) Where dh follows at once, from dz in registers, what the rounding leaves is multiplied
+too, and only the result is rounded: one product more for as many warps. Products of dz from memory would read twice
+the bytes and take up to three times the registers (sm_90: hidden grad 70 to 230, weight grad 72 to 135), with spills
+on sm_80.
 
 Orders (`choose_order`). Canonical: candidates as given, the G T steps of a list are the rows of one problem, so that a
 weight row is read once per tile of steps of a list, and its gradient added to memory once per list; the pool comes from
@@ -20,7 +24,7 @@ what is read again (canonical; in the chosen order products, logits and dz are h
                   + 4 R K (positions: G of them, T times each from L1) + 4 R (C + 4);         2 R K D flops.
                   Hidden is read again for every 128 candidates (64 with a reference, which doubles the rest too).
     dlogits       4 R K (logits; or the forward's reads and flops) + e R K (dz out, if needed beyond)
-                  + up to 128 candidates: J P K D e (rows) + R D e (dh out);                  2 R K D flops
+                  + up to 128 candidates: J P K D e (rows) + R D e (dh out);    2 R K D flops, 4 in half precision
     hidden grad   beyond 128 candidates: e R K D/128 (dz) + J P K D e + R D e (dh out);       2 R K D flops
     weight grad   e R K D/128 (dz, from L2) + R D e ceil(K/64) (hidden) + 8 P K D (atomic adds; rows: 4 P K D written;
                   dense besides: 4 V D zeroed);                                               2 R K D flops
@@ -60,7 +64,6 @@ from flexrec.triton_kernels.segment_sum import sum_by_place
 __all__ = [
     "INTERPRETED",
     "Forward",
-    "Saved",
     "keeps_logits",
     "padded",
     "rank_positions_",
@@ -73,7 +76,8 @@ WeightAndBias = tuple[Tensor | None, Tensor | None]
 
 
 class Forward(NamedTuple):
-    """What the forward launcher returns, all float32. K' is K rounded up to a multiple of 8, see :func:`padded`.
+    """What the forward launcher returns and the backward launcher needs, all float32. K' is K rounded up to a multiple
+    of 8, see :func:`padded`.
 
     Attributes:
         logprobs, entropy: (N, T).
@@ -85,7 +89,7 @@ class Forward(NamedTuple):
         ref_norm: (N, T, 2), or None without a reference.
     """
 
-    logprobs: Tensor
+    logprobs: Tensor | None  # which the backward pass does without
     entropy: Tensor
     expectations: Tensor
     kl: Tensor | None
@@ -94,24 +98,7 @@ class Forward(NamedTuple):
     ref_logits: Tensor | None
     ref_norm: Tensor | None
 
-    @property
-    def saved(self) -> Saved:
-        """What the backward launcher needs of it."""
-        return Saved(*self[1:])
-
-
-class Saved(NamedTuple):
-    """What the backward pass needs of the forward pass; names and shapes as of :class:`Forward`."""
-
-    entropy: Tensor
-    expectations: Tensor
-    kl: Tensor | None
-    logits: Tensor | None
-    norm: Tensor
-    ref_logits: Tensor | None
-    ref_norm: Tensor | None
-
-    def present(self) -> Saved:
+    def present(self) -> Forward:
         """Itself with None for tensors without entries, by which a registered operation stands for None."""
         kl, logits, ref_logits, ref_norm = (
             None if x is None or x.numel() == 0 else x for x in (self.kl, self.logits, self.ref_logits, self.ref_norm)
@@ -192,7 +179,7 @@ def ranking_logprobs_forward(
 
 def ranking_logprobs_backward(
     upstream: tuple[Tensor, ...],
-    saved: Saved,
+    saved: Forward,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -212,7 +199,7 @@ def ranking_logprobs_backward(
 
     Args:
         upstream: gradients of log-probs (N, T), entropy (N, T), expectations (N, T, C); of KL (N, T) with a reference.
-        saved: ``Forward.saved`` of the forward pass; a tensor without entries counts as None.
+        saved: of the forward pass; a tensor without entries counts as None.
         weight_mode: "dense": weight (V, D) and bias (V,) in the dtype of what they belong to, summed in float32 by
             atomics, in no fixed order. "rows": weight (P K, D) and bias (P K,) float32, entry p K + k for token
             candidates[p, k]; no atomics, nothing zeroed first, bitwise repeatable. "accumulate": added to ``into``,
@@ -264,7 +251,7 @@ def ranking_logprobs_backward(
 def _slopes(
     problem: Problem,
     upstream: tuple[Tensor, ...],
-    saved: Saved,
+    saved: Forward,
     temperature: float,
     hidden_grad: Tensor | None,
     with_weights: bool,

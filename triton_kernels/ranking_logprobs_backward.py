@@ -108,10 +108,13 @@ def ranking_logprobs_dlogits_kernel(
         REFERENCE != NO_REFERENCE,
     )
     ONE_DTYPE: tl.constexpr = hidden_ptr.dtype.element_ty == weight_ptr.dtype.element_ty
-    dlogits = (dlogits / temperature).to(weight_ptr.dtype.element_ty if ONE_DTYPE else tl.float32)
+    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty if ONE_DTYPE else tl.float32
+    dlogits = dlogits / temperature
+    rounded = dlogits.to(DTYPE)  # and what that leaves: their products' sum is rounded only once
+    rest = (dlogits - rounded.to(tl.float32)).to(DTYPE)
 
     if dlogits_ptr is not None:
-        tl.store(entries_at(dlogits_ptr, steps, columns), dlogits, mask=ok)
+        tl.store(entries_at(dlogits_ptr, steps, columns), rounded, mask=ok)
     if hidden_grad_ptr is not None:
         for d_tile in range((D + BLOCK_D - 1) // BLOCK_D):
             d = d_tile * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -121,7 +124,9 @@ def ranking_logprobs_dlogits_kernel(
                 mask=columns.known[:, None] & d_ok[None, :],
                 other=0.0,
             )  # (BLOCK_K, BLOCK_D)
-            hidden_grad = dot(dlogits, weight, PRECISION)  # (BLOCK_T, BLOCK_D)
+            hidden_grad = dot(rounded, weight, PRECISION)  # (BLOCK_T, BLOCK_D)
+            if DTYPE.primitive_bitwidth == 16:
+                hidden_grad += dot(rest, weight, PRECISION)
             tl.store(
                 rows_at(hidden_grad_ptr, steps, d, D),
                 hidden_grad.to(hidden_grad_ptr.dtype.element_ty),

@@ -44,9 +44,7 @@ from flexrec.triton_kernels.softmax import FLOOR
 __all__ = [  # what the op calls, of this file and its parts
     "INTERPRETED",
     "hidden_gradient",
-    "owners",
-    "sampled_logits",
-    "set_softmax",
+    "restricted_logprobs_forward",
     "set_softmax_backward",
     "weight_gradient",
     "weight_gradient_rows",
@@ -77,24 +75,20 @@ def sampled_logits_kernel(
     begin = tl.load(offsets_ptr + row, mask=ok, other=0)
     end = tl.load(offsets_ptr + row + 1, mask=ok, other=0)
     live = end - begin > 1
-    token = tl.load(ids_ptr + entry, mask=live, other=0)
-    token = tl.where((token >= 0) & (token < V), token, -2)
-    token = tl.where(live, token, -1)
+    token = tl.load(ids_ptr + entry, mask=live, other=-1)
+    known = (token >= 0) & (token < V)
     products = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for d_tile in range(D_TILES):
         d = d_tile * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
-        tile_ok = (token >= 0)[:, None] & (d < D)[None, :]
+        tile_ok = known[:, None] & (d < D)[None, :]
         hidden = tl.load(hidden_ptr + row[:, None] * D + d[None, :], mask=tile_ok, other=0.0)
         weight = tl.load(weight_ptr + token[:, None] * D + d[None, :], mask=tile_ok, other=0.0)
         products += hidden.to(tl.float32) * weight.to(tl.float32)
     logits = tl.sum(products, axis=1)
     if bias_ptr is not None:
-        logits += tl.load(bias_ptr + token, mask=token >= 0, other=0.0).to(tl.float32)
-    logits = logits / temperature
-    logits = tl.where(logits < FLOOR, FLOOR, logits)  # a NaN stays
-    # A token out of range shows, and nothing is read for it.
-    logits = tl.where(token >= 0, logits, tl.where(token == -1, 0.0, float("nan")))
-    tl.store(logits_ptr + entry, logits, mask=ok)
+        logits += tl.load(bias_ptr + token, mask=known, other=0.0).to(tl.float32)
+    logits = tl.where(live & (known == 0), float("nan"), logits / temperature)  # a token out of range shows
+    tl.store(logits_ptr + entry, tl.where(logits < FLOOR, FLOOR, logits), mask=ok)  # a NaN stays
 
 
 def sampled_logits(
@@ -115,6 +109,28 @@ def sampled_logits(
         blocks = {"BLOCK_E": block_e, "BLOCK_D": block_d, "D_TILES": ceil_div(d, block_d)}
         launch(sampled_logits_kernel, (ceil_div(nnz, block_e),), *arguments, **blocks)
     return logits
+
+
+def restricted_logprobs_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    offsets: Tensor,
+    targets: Tensor | None,
+    values: Tensor | None,
+    reference: tuple[Tensor, Tensor, Tensor | None] | Tensor | None,
+    temperature: float,
+) -> tuple[Tensor | None, ...]:
+    """As of ``flexrec/numba_kernels/restricted_logprobs.py``; all float32, norm (M, 4), the row of an entry int32."""
+    row = owners(offsets, len(ids))
+    logits = sampled_logits(hidden, weight, bias, ids, offsets, row, temperature)
+    made = None
+    if isinstance(reference, tuple):
+        made = sampled_logits(*reference, ids, offsets, row, temperature)
+    ref_logits = reference if isinstance(reference, Tensor) else made
+    *results, kl, norm = set_softmax(logits, ref_logits, values, ids, offsets, targets)
+    return *results, None if reference is None else kl, norm, logits, row, made
 
 
 def hidden_gradient(

@@ -9,6 +9,8 @@ LONG entries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -107,12 +109,12 @@ def dlogits_kernel(
     targets_ptr,  # (M,) int64 or None
     entropy_ptr,  # (M,)
     expectations_ptr,  # (M, C)
-    kl_ptr,  # (M,)
+    kl_ptr,  # (M,) or None
     norm_ptr,  # (M, 4)
     grad_logprobs_ptr,  # (M,) or None
     grad_entropy_ptr,  # (M,)
     grad_expectations_ptr,  # (M, C)
-    grad_kl_ptr,  # (M,)
+    grad_kl_ptr,  # (M,) or None
     dlogits_ptr,  # (nnz,)
     entries,  # nnz
     temperature,
@@ -154,18 +156,16 @@ def dlogits_kernel(
 
 
 def set_softmax(
-    logits: Tensor, ref_logits: Tensor | None, values: Tensor, ids: Tensor, offsets: Tensor, targets: Tensor | None
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    values: Tensor | None,
+    ids: Tensor,
+    offsets: Tensor,
+    targets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What follows from the logits of every entry; all float32.
-
-    Args:
-        logits, ref_logits: (nnz,) float32; the reference's up to a constant per row.
-        values: (nnz, C) floating; targets: (M,) int64.
-
-    Returns:
-        log-probs (M,), NaN where the target is not allowed and 0 without targets; entropy (M,); expectations (M, C);
-        KL (M,), 0 without a reference; norm (M, 4), for the backward pass.
-    """
+    """Log-probs, entropy, expectations, KL (0 without a reference) and norm (M, 4), all float32, from the logits of
+    every entry; see ``restricted_logprobs_forward``."""
+    values = _values_or_empty(values, logits)
     m, c = len(offsets) - 1, values.shape[1]
 
     def new(*shape: int) -> Tensor:
@@ -191,11 +191,11 @@ def set_softmax(
 
 
 def set_softmax_backward(
-    upstream: tuple[Tensor, Tensor, Tensor, Tensor],
-    results: tuple[Tensor, Tensor, Tensor, Tensor],
+    upstream: Sequence[Tensor | None],
+    results: Sequence[Tensor | None],
     logits: Tensor,
     ref_logits: Tensor | None,
-    values: Tensor,
+    values: Tensor | None,
     ids: Tensor,
     offsets: Tensor,
     row: Tensor,
@@ -206,12 +206,18 @@ def set_softmax_backward(
 
     Args:
         upstream: gradients of log-probs (M,), entropy (M,), expectations (M, C) and KL (M,).
-        results: entropy, expectations, KL and norm as :func:`set_softmax` returned them.
+        results: entropy, expectations, KL and norm of the forward pass, and what it had or made of the others.
     """
-    dlogits = torch.empty_like(logits)
+    values, dlogits = _values_or_empty(values, logits), torch.empty_like(logits)
     if len(logits):
         inputs = (logits, ref_logits, values.contiguous(), ids, row, offsets, targets)
-        grads = (None if targets is None else upstream[0].contiguous(), *(grad.contiguous() for grad in upstream[1:]))
+        grads = [None if grad is None else grad.contiguous() for grad in upstream]
+        if targets is None:
+            grads[0] = None
         arguments = (*inputs, *results, *grads, dlogits, len(logits), temperature)
         launch(dlogits_kernel, (ceil_div(len(logits), FLAT),), *arguments, C=values.shape[1], BLOCK=FLAT)
     return dlogits
+
+
+def _values_or_empty(values: Tensor | None, logits: Tensor) -> Tensor:
+    return logits.new_empty((len(logits), 0)) if values is None else values

@@ -10,14 +10,14 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from flexrec.checks import check_choice
 from flexrec.data.interactions import stable_keys
 from flexrec.data.items import short_title
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset, RankingList
+from flexrec.data.options import EsciOptions, takes
 from flexrec.data.tables import BadRows, Chunk, Table, find_table, open_table
 from flexrec.data.thinning import uniform_hash
 
@@ -43,19 +43,8 @@ class _Query:
     splits: set[str] = field(default_factory=set)
 
 
-def load_esci(
-    folder: str | Path,
-    *,
-    locale: str | None = "us",
-    version: Literal["small", "large"] = "small",
-    num_candidates: int = 20,
-    max_candidates: int | None = None,
-    test_fraction: float = 0.2,
-    max_train_lists: int | None = 5_000,
-    max_test_lists: int | None = 1_000,
-    strict: bool = False,
-    seed: int = 0,
-) -> RankingDataset:
+@takes(EsciOptions)
+def load_esci(folder: str | Path, options: EsciOptions) -> RankingDataset:
     """A list for each query: the products judged for it, with gain 1, 0.1, 0.01 or 0 for E, S, C and I as interest.
 
     Where fewer than ``num_candidates`` products are judged the list is filled up with products judged for other queries
@@ -70,10 +59,12 @@ def load_esci(
     Args:
         folder: holds ``shopping_queries_dataset_examples.parquet`` and ``shopping_queries_dataset_products.parquet``,
             or an excerpt's ``judgments.csv`` and ``products.csv``, gzipped or not.
-        locale: market, "us", "es" or "jp"; None: all. Of files without that column all is read.
+        locale: market, "us", "es" or "jp"; "all" or None: all. Of files without that column all is read.
         version: of the published queries, the harder small part or all.
         max_train_lists, max_test_lists: of more queries a random choice. Only products of chosen queries are read.
         strict: a bad row is an error; else it is skipped, counted and reported.
+
+    Every default stands in ``flexrec.data.options.EsciOptions``.
 
     Raises:
         FileNotFoundError: no such folder, or a file is not in it.
@@ -93,17 +84,18 @@ def load_esci(
         >>> [lst.query for lst in data.train], data.train[0].interest
         (['red shoes'], array([1., 0.], dtype=float32))
     """
-    check_choice("version", version, ("small", "large"))
+    num_candidates, max_candidates, seed = options.num_candidates, options.max_candidates, options.seed
+    locale = None if options.locale == "all" else options.locale
     if num_candidates < 2 or (max_candidates is not None and max_candidates < num_candidates):
         raise ValueError(
             f"num_candidates must be at least 2 and at most max_candidates, got {num_candidates} and {max_candidates}"
         )
-    if not 0.0 < test_fraction < 1.0:
-        raise ValueError(f"test_fraction must lie strictly between 0 and 1, got {test_fraction}")
+    if not 0.0 < options.test_fraction < 1.0:
+        raise ValueError(f"test_fraction must lie strictly between 0 and 1, got {options.test_fraction}")
     folder = Path(folder)
-    bad = BadRows(strict)
+    bad = BadRows(options.strict)
     notes: list[str] = []
-    queries = _read_judgments(_open(folder, _JUDGMENTS), locale, version, bad)
+    queries = _read_judgments(_open(folder, _JUDGMENTS), locale, options.version, bad)
     if not queries:
         raise ValueError(
             f"{folder}: no judged query of locale {locale!r}" + (f"; {bad.notes()[0]}" if bad.counts else "")
@@ -111,7 +103,7 @@ def load_esci(
     relevant = {key: query for key, query in queries.items() if any(query.gains.values())}
     if len(relevant) < len(queries):
         notes.append(f"{len(queries) - len(relevant)} of {len(queries)} queries have no relevant product: left out")
-    train, test = _split(relevant, test_fraction, max_train_lists, max_test_lists, seed)
+    train, test = _split(relevant, options.test_fraction, options.max_train_lists, options.max_test_lists, seed)
     for role, part in (("train on", train), ("test on", test)):
         if not part:
             raise ValueError(f"no query to {role} in {folder}, of {len(relevant)} with a relevant product")

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from flexrec.data.items import Codes, ItemIndex, bare_catalogue, read_items
 from flexrec.data.layouts import LOG_STEMS, find_items, find_log, open_source
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset
 from flexrec.data.log import Log, read_log
+from flexrec.data.options import InteractionsOptions, takes
 from flexrec.data.tables import BadRows
 from flexrec.data.thinning import uniform_hash
 from flexrec.data.values import id_order
@@ -27,37 +28,8 @@ DAY = 24 * 60 * 60  # seconds
 FEW_LISTS = 100
 
 
-def load_interactions(
-    folder: str | Path,
-    *,
-    columns: str | Path | Mapping[str, Any] | None = None,
-    log_file: str | None = None,
-    items_file: str | None = None,
-    events: Collection[str] | None = None,
-    event_values: Mapping[str, float] | None = None,
-    gain: Literal["linear", "threshold", "quantile"] = "linear",
-    gain_range: tuple[float, float] | None = None,
-    threshold: float | None = None,
-    codes: Mapping[float, str] | None = None,
-    day_first: bool | None = None,
-    strict: bool = False,
-    negatives: Literal["popularity", "uniform", "impressions"] = "popularity",
-    num_candidates: int = 30,
-    num_positives: int = 5,
-    history_length: int = 20,
-    min_history: int = 3,
-    split: Literal["given", "user", "time"] | None = None,
-    test_fraction: float = 0.2,
-    num_test_users: int | None = None,
-    time_quantile: float = 0.8,
-    lists_per_user: int = 32,
-    test_lists_per_user: int = 10,
-    max_train_lists: int | None = 50_000,
-    max_test_lists: int | None = 5_000,
-    trend_days: float | None = None,
-    trend_smoothing: float = 5.0,
-    seed: int = 0,
-) -> RankingDataset:
+@takes(InteractionsOptions)
+def load_interactions(folder: str | Path, options: InteractionsOptions) -> RankingDataset:
     """A data set from a folder with a log of interactions and, if there is one, a table of its items.
 
     The log is a file such as ``interactions.csv`` (or .tsv, .jsonl, .parquet, each gzipped or not; ``ratings``,
@@ -111,42 +83,33 @@ def load_interactions(
         >>> len(data.catalogue), len(data.test) > 0
         (30, True)
     """
-    check_choice("negatives", negatives, ("popularity", "uniform", "impressions"))
-    low, high = gain_range or (None, None)
+    low, high = options.gain_range or (None, None)
+    # Texts have become mappings.
+    codes, event_values = cast("dict[float, str]", options.codes), cast("dict[str, float]", options.event_values)
+    gain = Gain(options.gain, low, high, options.threshold, codes, event_values)
     read = read_interactions(
         folder,
-        columns=columns,
-        log_file=log_file,
-        items_file=items_file,
-        events=events,
-        gain=Gain(gain, low, high, threshold, codes, event_values),
-        day_first=day_first,
-        strict=strict,
-        split=split,
-        test_fraction=test_fraction,
-        num_test_users=num_test_users,
-        time_quantile=time_quantile,
-        seed=seed,
+        columns=options.columns,
+        log_file=options.log_file,
+        items_file=options.items_file,
+        events=options.events,
+        gain=gain,
+        day_first=options.day_first,
+        strict=options.strict,
+        split=options.split,
+        test_fraction=options.test_fraction,
+        num_test_users=options.num_test_users,
+        time_quantile=options.time_quantile,
+        seed=options.seed,
     )
-    options: dict[str, Any] = {
-        "trend_smoothing": trend_smoothing,
-        "num_candidates": num_candidates,
-        "history_length": history_length,
-        "min_history": min_history,
-        "lists_per_user": lists_per_user,
-        "test_lists_per_user": test_lists_per_user,
-        "max_train_lists": max_train_lists,
-        "max_test_lists": max_test_lists,
-        "time_boundary": read.time_boundary,
-        "trend_window": _trend_window(read.rows.times[read.training], trend_days) if read.timed else None,
-        "seed": seed,
-    }
+    window = _trend_window(read.rows.times[read.training], options.trend_days) if read.timed else None
+    of_lists = {**options.of_lists(), "trend_window": window, "time_boundary": read.time_boundary}
     notes = list(read.notes)
-    if negatives == "impressions":
+    if options.negatives == "impressions":
         if not read.timed or read.groups is None:
             raise ValueError(f"negatives='impressions' needs times and what was passed over, and {folder} has none")
         shown = Shown(read.rows, read.groups)
-        dataset = build_from_impressions("interactions", read.catalogue, shown, test_rows=read.test, **options)
+        dataset = build_from_impressions("interactions", read.catalogue, shown, test_rows=read.test, **of_lists)
     else:
         # What was shown in an impression and passed over is no interaction.
         chosen = np.ones(len(read.rows), dtype=bool) if not read.has_impressions else read.rows.interest != 0
@@ -156,12 +119,12 @@ def load_interactions(
             read.rows.select(chosen),
             test_rows=read.test[chosen],
             split="user" if read.time_boundary is None else "time",
-            num_positives=num_positives,
-            negatives=negatives,
-            **options,
+            num_positives=options.num_positives,
+            negatives=options.negatives,
+            **of_lists,
         )
         if len(dataset.train) < FEW_LISTS:
-            why = why_few_lists(dataset.log, min_history, num_positives)
+            why = why_few_lists(dataset.log, options.min_history, options.num_positives)
             notes.append(f"only {len(dataset.train)} lists to train on. {why}")
     return replace(dataset, user_ids=read.user_ids, notes=tuple(notes))
 

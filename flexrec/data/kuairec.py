@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from flexrec.checks import check_choice
 from flexrec.data.build import build_dataset, choose_test_users
 from flexrec.data.interactions import DAY, in_order_of_time
 from flexrec.data.interest import Gain, interest_of
@@ -20,38 +18,18 @@ from flexrec.data.items import ItemIndex, read_items
 from flexrec.data.layouts import open_source
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset
 from flexrec.data.log import read_log
+from flexrec.data.options import KuaiRecOptions, takes
 from flexrec.data.tables import BadRows, find_table
 from flexrec.data.thinning import Thinning
 
-FEEDBACK = (100, 30, 10, 3)
 _LOG_COLUMNS = {"user": ("user_id",), "item": ("video_id",), "watch_ratio": ("watch_ratio",)}
 _ITEM_FILES = ("kuairec_caption_category", "items", "item_categories")
 # Published names first, then those of the sample.
 _CAPTIONS, _CATEGORIES = ("caption",), (("first_level_category_name",), ("category1_en",), ("category1",), ("feat",))
 
 
-def load_kuairec(
-    folder: str | Path,
-    *,
-    feedback: int = 100,
-    matrix: Literal["big", "small"] | None = None,
-    watched_twice: float = 2.0,
-    num_candidates: int = 30,
-    history_length: int = 20,
-    min_history: int = 10,
-    split: Literal["user", "time"] = "user",
-    test_fraction: float = 0.2,
-    num_test_users: int | None = None,
-    time_quantile: float = 0.8,
-    lists_per_user: int = 8,
-    test_lists_per_user: int = 3,
-    max_train_lists: int | None = 20_000,
-    max_test_lists: int | None = 2_000,
-    trend_days: float = 1.0,
-    trend_smoothing: float = 5.0,
-    strict: bool = False,
-    seed: int = 0,
-) -> RankingDataset:
+@takes(KuaiRecOptions)
+def load_kuairec(folder: str | Path, options: KuaiRecOptions) -> RankingDataset:
     """Lists of the next ``num_candidates`` videos that a user watched, all with feedback, some of it withheld.
 
     The interest of a view is clip(watch ratio / ``watched_twice``, 0, 1): a video watched to its end counts 1/2, one
@@ -69,6 +47,8 @@ def load_kuairec(
         matrix: the big one (13 % of all pairs, as the platform recommended) or the small one (nearly all pairs of
             1,411 users and 3,327 videos). None: the big one if it is there.
         strict: a bad row is an error; else it is skipped, counted and reported.
+
+    The other arguments, and every default, stand in ``flexrec.data.options.KuaiRecOptions``.
 
     A sample without times has no order: see ``flexrec.data.interactions.load_interactions``. Then nothing can be said
     of trends, and ``split="time"`` is refused. Views without a time in a matrix that has times are skipped and counted.
@@ -91,26 +71,22 @@ def load_kuairec(
         >>> len(data.catalogue), data.unobserved
         (30, 'zero')
     """
-    if feedback not in FEEDBACK:
-        raise ValueError(f"feedback must be one of {', '.join(map(str, FEEDBACK))} per cent, got {feedback}")
-    if matrix is not None:
-        check_choice("matrix", matrix, ("big", "small"))
     folder = Path(folder)
-    bad = BadRows(strict)
+    bad = BadRows(options.strict)
     notes: list[str] = []
     catalogue = _read_videos(folder, bad, notes)
-    source = open_source(_find_matrix(folder, matrix))
+    source = open_source(_find_matrix(folder, options.matrix))
     for (name,) in _LOG_COLUMNS.values():
         if name not in source.names:
             raise ValueError(f"{source.path}: has no column {name}; it is no matrix of KuaiRec")
     columns = {**_LOG_COLUMNS, **({"timestamp": ("timestamp",)} if "timestamp" in source.names else {})}
     log = read_log(source, columns, ItemIndex(catalogue.ids), bad, notes)
-    test = choose_test_users(log.users, test_fraction, num_test_users, seed)[log.users]
-    log, test, timed = in_order_of_time(log, test, catalogue.ids, seed)
+    test = choose_test_users(log.users, options.test_fraction, options.num_test_users, options.seed)[log.users]
+    log, test, timed = in_order_of_time(log, test, catalogue.ids, options.seed)
     assert log.times is not None
-    if split == "time" and not timed:
+    if options.split == "time" and not timed:
         raise ValueError(f"split='time' needs times, and {source.path} has none")
-    kept, interest = interest_of(log, ~test, test, Gain(high=watched_twice), notes)
+    kept, interest = interest_of(log, ~test, test, Gain(high=options.watched_twice), notes)
     log, test, interest = log.select(kept), test[kept], interest[kept]
     assert log.times is not None
     views = Interactions(log.users.astype(np.int64), log.items.astype(np.int64), interest, log.times)
@@ -118,21 +94,13 @@ def load_kuairec(
         "kuairec",
         catalogue,
         views,
-        trend_window=trend_days * DAY if timed else None,
-        trend_smoothing=trend_smoothing,
-        split=split,
+        trend_window=options.trend_days * DAY if timed else None,
+        split=options.split,
+        time_quantile=options.time_quantile,
         test_rows=test,
-        time_quantile=time_quantile,
-        num_candidates=num_candidates,
-        num_positives=num_candidates,
-        history_length=history_length,
-        min_history=min_history,
-        lists_per_user=lists_per_user,
-        test_lists_per_user=test_lists_per_user,
-        max_train_lists=max_train_lists,
-        max_test_lists=max_test_lists,
-        thinning=Thinning(feedback / 100, seed) if feedback < 100 else None,
-        seed=seed,
+        num_positives=options.num_candidates,
+        thinning=Thinning(options.feedback / 100, options.seed) if options.feedback < 100 else None,
+        **options.of_lists(),
     )
     return replace(dataset, user_ids=tuple(log.user_ids), notes=(*notes, *bad.notes()))
 

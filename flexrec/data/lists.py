@@ -6,6 +6,7 @@ aligned with its candidates ("by candidate"), not with any ranking.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -184,3 +185,19 @@ class RankingDataset:
         for name in names:
             if name in self.unsupported:
                 raise ValueError(f"the {self.name} data cannot answer the need {name!r}: {self.unsupported[name]}")
+
+    def fingerprint(self) -> str:
+        """What tells this data set from others: a checksum of its catalogue, its log and its lists."""
+        digest = hashlib.sha256()
+        catalogue, log = self.catalogue, self.log
+        described = (self.name, self.unobserved, self.noise, catalogue.ids, catalogue.titles, catalogue.topics)
+        digest.update(repr(described).encode("utf-8", "backslashreplace"))
+        for values in (log.users, log.items, log.interest, log.times):
+            digest.update(np.ascontiguousarray(values).tobytes())
+        for part in (self.train, self.test):
+            digest.update(str(len(part)).encode())
+            for lst in part:
+                digest.update(repr((lst.user, float(lst.time), lst.query)).encode("utf-8", "backslashreplace"))
+                for array in (lst.history, lst.candidates, lst.interest, lst.popularity, lst.trend):
+                    digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()

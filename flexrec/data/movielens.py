@@ -11,13 +11,13 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from flexrec.data.build import build_dataset
 from flexrec.data.layouts import GENRES_100K, LAYOUTS
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset
+from flexrec.data.options import MovieLensOptions, takes
 from flexrec.data.tables import BadRows, Dialect, errors_of, iter_rows, shown
 from flexrec.data.values import number_moments
 
@@ -28,32 +28,15 @@ DAY = 24 * 60 * 60  # of MovieLens time stamps, which are seconds
 _FIELDS = {"movies": ("movieId", "title", "genres"), "ratings": ("userId", "movieId", "rating", "timestamp")}
 
 
-def load_movielens(
-    folder: str | Path,
-    *,
-    num_candidates: int = 30,
-    num_positives: int = 10,
-    history_length: int = 20,
-    min_history: int = 10,
-    split: Literal["user", "time"] = "user",
-    test_fraction: float = 0.2,
-    num_test_users: int | None = None,
-    time_quantile: float = 0.8,
-    lists_per_user: int = 32,
-    test_lists_per_user: int = 10,
-    max_train_lists: int | None = None,
-    max_test_lists: int | None = None,
-    trend_days: float = 180.0,
-    trend_smoothing: float = 5.0,
-    strict: bool = True,
-    seed: int = 0,
-) -> RankingDataset:
+@takes(MovieLensOptions)
+def load_movielens(folder: str | Path, options: MovieLensOptions) -> RankingDataset:
     """Lists of the next ``num_positives`` rated movies and popular movies that the user never rated.
 
     The interest of a rating is clip((rating - 3) / 2, 0, 1): 3 stars and less are worth 0, 5 stars 1. Topics are
     genres. The trend compares a movie's share of the ratings in the last ``trend_days`` days with the share in the
     same number of days before; see ``flexrec.data.build.moments``. How lists are cut and split is said in
-    ``flexrec.data.build.ListBuilder`` and ``build_dataset``, which the other arguments go to.
+    ``flexrec.data.build.ListBuilder`` and ``build_dataset``, which the other arguments go to; what each is for and its
+    default stand in ``flexrec.data.options.MovieLensOptions``.
 
     Args:
         folder: holds ``ratings.csv`` and ``movies.csv``, either of them gzipped or not (ml-latest-small, ml-latest,
@@ -80,28 +63,18 @@ def load_movielens(
         >>> len(data.catalogue), len(data.test) > 0
         (60, True)
     """
-    bad = BadRows(strict)
+    bad = BadRows(options.strict)
     notes: list[str] = []
     catalogue, ratings, user_ids = _read(Path(folder), bad, notes)
     dataset = build_dataset(
         "movielens",
         catalogue,
         ratings,
-        trend_window=trend_days * DAY,
-        trend_smoothing=trend_smoothing,
-        split=split,
-        test_fraction=test_fraction,
-        num_test_users=num_test_users,
-        time_quantile=time_quantile,
-        num_candidates=num_candidates,
-        num_positives=num_positives,
-        history_length=history_length,
-        min_history=min_history,
-        lists_per_user=lists_per_user,
-        test_lists_per_user=test_lists_per_user,
-        max_train_lists=max_train_lists,
-        max_test_lists=max_test_lists,
-        seed=seed,
+        trend_window=options.trend_days * DAY,
+        num_positives=options.num_positives,
+        split=options.split,
+        time_quantile=options.time_quantile,
+        **options.of_lists(),
     )
     return replace(dataset, user_ids=tuple(map(str, user_ids.tolist())), notes=(*notes, *bad.notes()))
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from flexrec.checks import option
-from flexrec.task.needs import DEFAULT_NEEDS
+from flexrec.data.options import OPTIONS, all_data_options
 from flexrec.task.prompts import ENCODINGS
 from flexrec.trainer.options import TrainerOptions
 
 EMBEDDED = "embedded"
-DATASETS = ("simulated", "movielens", "kuairec", "interactions")
+MADE_IN_PYTHON = "python"  # a data set that is handed to run_experiment, with no name to load it by
+LISTWISE = "listwise"  # supervision alone, as long as the trained model took
+# Seconds on one core with the default data. als and bpr need the extra "baselines", and are left out without it.
+QUICK_BASELINES = ("random", "popularity", "trend", "item-knn", "user-knn", "als", "bpr")
+SLOW_BASELINES = ("sasrec", LISTWISE, "sequence_grpo", "rank_grpo")
 MAX_SEED = 2**32 - 1  # NumPy's
 
 
@@ -19,18 +26,33 @@ MAX_SEED = 2**32 - 1  # NumPy's
 class ExperimentConfig(TrainerOptions):
     """What ``flexrec train`` takes: the trainer's options, some with defaults of their own, and the experiment's.
 
+    Attributes:
+        data_options: options of the data set's loader, by name (:mod:`flexrec.data.options`); those that are not given
+            are filled in by their defaults.
+
     Raises:
         ValueError: an option outside of its choices or its range, or options that contradict each other.
     """
 
     output: str = option(MISSING, "folder for the model, the log and metrics.json", metavar="DIR")
-    dataset: str = option("simulated", "the data", choices=DATASETS)
+    dataset: str = option(
+        "simulated",
+        f"the data; interactions: a log of your own; {MADE_IN_PYTHON}: what run_experiment(dataset=..) is given",
+        choices=(*OPTIONS, MADE_IN_PYTHON),
+    )
     data: str | None = option(
         None,
-        "the data set's folder, as published, or that of a log of your own; default: none, as simulated needs none",
+        "the data set's folder, as published, or that of a log of your own, or the log; default: none, as simulated "
+        "needs none",
         metavar="DIR",
     )
-    needs: tuple[str, ...] = option(DEFAULT_NEEDS, "what users ask for", flag="need", metavar="NAME")
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] | None = option(
+        None,
+        "what users ask for; default: every need that values items and that the data can answer, so not diverse",
+        flag="need",
+        metavar="NAME",
+    )
     model: str = option(
         EMBEDDED,
         f"a causal language model by hub name or folder; {EMBEDDED}: a small one made from the catalogue",
@@ -41,11 +63,7 @@ class ExperimentConfig(TrainerOptions):
         "how an answer names a candidate; default: item_token for the embedded model, else index",
         choices=ENCODINGS,
     )
-    metric: str = option(
-        "ndcg@10",
-        "the metric to maximise; ranks beyond its cutoff are not trained. The need diverse has its own, alpha_ndcg, "
-        "with this cutoff",
-    )
+    metric: str = option("ndcg@10", "the metric to maximise; ranks beyond its cutoff are not trained")
     temperature: float = option(0.3, "of the policy, in sampling and in log-probs", above=0)
     warmup: str = option(
         "listwise",
@@ -58,7 +76,12 @@ class ExperimentConfig(TrainerOptions):
     prompts_per_step: int = option(192, "prompts in a step", low=1)
     learning_rate: float = option(5e-4, "of reinforcement", low=0)
     warmup_learning_rate: float = option(1e-3, "of the supervised stages", low=0)
-    listwise_baseline: bool = option(True, "train the listwise baseline, which takes as long as the reinforcement")
+    baselines: tuple[str, ...] | None = option(
+        None,
+        f"beside the baselines that cost seconds ({', '.join(QUICK_BASELINES)}), also {', '.join(SLOW_BASELINES)}, or "
+        f"all; none: no baselines; default: those that cost seconds",
+        metavar="NAME",
+    )
     bf16: bool = option(False, "compute in bfloat16, for GPUs; what is trained stays in float32")
     lora: int | None = option(
         None,
@@ -86,10 +109,39 @@ class ExperimentConfig(TrainerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data is not None:
+            self.data = str(Path(self.data).absolute())  # from wherever the run is continued or evaluated
+        self.data_options = all_data_options(self.dataset, self.data_options)
         if self.lora is None:
             for name in ("lora_alpha", "lora_targets", "lora_save"):
                 if getattr(self, name) != getattr(ExperimentConfig, name):
                     raise ValueError(f"--{name.replace('_', '-')} is an option of --lora RANK, which is not given")
+
+        known = (*QUICK_BASELINES, *SLOW_BASELINES)
+        for name in self.baselines or ():
+            if name not in (*known, "all", "none"):
+                raise ValueError(f"unknown baseline {name!r}; --baselines takes {', '.join(known)}, all or none")
+        if "none" in (self.baselines or ()) and self.baselines != ("none",):
+            raise ValueError(f"--baselines none leaves all of them away, got {' '.join(self.baselines or ())}")
+
+    def chosen_baselines(self) -> tuple[str, ...]:
+        """Names of the baselines to run, in the order of the table.
+
+        Raises:
+            ImportError: one that was asked for by name, or among all, needs a package that is not installed.
+        """
+        named = self.baselines or ()
+        if named == ("none",):
+            return ()
+        everything = (*SLOW_BASELINES[1:], *QUICK_BASELINES, SLOW_BASELINES[0])
+        missing = [] if find_spec("implicit") else ["als", "bpr"]
+        if asked := [name for name in missing if name in named or "all" in named]:
+            raise ImportError(f"--baselines {' '.join(asked)} needs implicit: pip install 'flexrec[baselines]'")
+        return tuple(
+            name
+            for name in everything
+            if name not in missing and ("all" in named or name in (*QUICK_BASELINES, *named))
+        )
 
     def of_trainer(self) -> dict[str, Any]:
         """The trainer's options by name."""

@@ -1,13 +1,15 @@
 """The folder of a run: the one place that knows its files and their formats.
 
     experiment.json   what the run was configured with
+    data.json         what its data set is called, holds and is known by, and what its loader said
     flexrec.json      how the model is to be prompted and what it was trained on (:class:`RunInfo`)
     catalogue.json    titles and topics of the items, and how strongly they rise at the end of the log
     histories.json    the last items of every logged user
     metrics.json      means, changes, configuration, seconds          per_list.npz   every metric of every test list
     warm_start.npz    the same of the warm start, for a run that is resumed after it
     log.jsonl         a line per step                                 checkpoints/   of reinforcement, by step
-    base/             the model after the format stage                reference/     the one that the KL refers to
+    base/             the model after the format stage                reference/     the one before reinforcement, where
+                                                      the KL refers to it, or baselines by reinforcement start from it
     backbone/         the embedded model, which adapters belong to
 
 base/, reference/, backbone/ and checkpoints are whole where they have a manifest.json, which is written last. Beside
@@ -32,42 +34,23 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexrec.data.lists import Catalogue, RankingDataset
-from flexrec.evaluation.statistics import HEADLINE, Comparison, headline_of, relative_change
+from flexrec.data.options import all_data_options
 from flexrec.experiment.config import ExperimentConfig
+from flexrec.experiment.results import WARM_START, Results
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, OF_A_RUN, has_adapters, load_model, save_adapters
+from flexrec.task.needs import needs_of
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.callbacks import to_json
 
 MANIFEST, LOCK = "manifest.json", ".lock"
-CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "listwise_baseline"}  # by --resume
+FORMAT, WARM_UP, REINFORCEMENT = "format", "listwise warm-up", "reinforcement"  # the stages, in the log and by seconds
+CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "baselines"}  # by --resume
 
 
 try:
     import fcntl
 except ImportError:  # on Windows nothing is locked
     fcntl = None  # type: ignore[assignment]
-
-WARM_START = "warm start"  # what the policy that reinforcement starts from is called, where it is not the base
-
-
-@dataclass
-class Results:
-    """Per-list metrics of every system and need, and the seconds every stage took."""
-
-    users: np.ndarray  # (L,) user of each test list
-    per_list: dict[str, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)  # system, need, metric: (L,)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def means(self, system: str) -> dict[str, dict[str, float]]:
-        return {
-            need: {metric: float(values.mean()) for metric, values in metrics.items()}
-            for need, metrics in self.per_list[system].items()
-        }
-
-    def compare(self, new: str, base: str, need: str, metric: str = HEADLINE) -> Comparison:
-        """Paired comparison over the test lists, lists of one user resampled together."""
-        values = self.per_list
-        return relative_change(values[new][need][metric], values[base][need][metric], clusters=self.users)
 
 
 @dataclass(frozen=True)
@@ -85,6 +68,7 @@ class RunInfo:
     needs: list[str]
     seed: int
     marked: bool = False
+    data_options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: ExperimentConfig, builder: PromptBuilder, dataset: RankingDataset) -> RunInfo:
@@ -97,7 +81,8 @@ class RunInfo:
             temperature=config.temperature,
             dataset=config.dataset,
             data=config.data,
-            needs=list(config.needs),
+            data_options=config.data_options,
+            needs=[need.name for need in needs_of(dataset, config.needs)],
             seed=config.seed,
             marked=builder.marked,
         )
@@ -130,13 +115,22 @@ class RunFolder:
             )
         if resume and (folder / "metrics.json").is_file():
             raise FileExistsError(f"--output {folder} holds a finished run: there is nothing to resume")
-        stored = self.read_config() if resume else {}
+        stored, configured = _flat(self.read_config() if resume else {}), _flat(asdict(config))
         for name in stored:
-            if name not in CHANGEABLE and getattr(config, name) != stored[name]:
+            if name not in CHANGEABLE and configured.get(name) != stored[name]:
                 raise ValueError(
                     f"--resume continues the run as it was configured, with {name}={stored[name]!r}: got "
-                    f"{getattr(config, name)!r}; only {', '.join(sorted(CHANGEABLE - {'output', 'resume'}))} may change"
+                    f"{configured.get(name)!r}; only {', '.join(sorted(CHANGEABLE - {'output', 'resume'}))} may change"
                 )
+
+    def check_data(self, dataset: RankingDataset) -> None:
+        """Refuse a data set that is not the one that the run began with."""
+        path = self.path / "data.json"
+        if path.is_file() and json.loads(path.read_text())["fingerprint"] != dataset.fingerprint():
+            raise ValueError(
+                f"--resume continues the run on the data that it began with, and these are others: their fingerprint "
+                f"is not that of {path}; give the same files or the same data set, or start a new run"
+            )
 
     def _holds_something(self) -> bool:
         return self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir())
@@ -166,24 +160,36 @@ class RunFolder:
                     for path in made:
                         path.rmdir()
 
-    def cut_log(self, step: int | None) -> None:
+    def cut_log(self, step: int | None) -> dict[str, dict[str, Any]]:
         """Take out of the log what a resumed run is going to do again: all after the format stage, or, from a
-        checkpoint, after its step."""
-        kept, reinforced = [], False
+        checkpoint, after its step. Returns of each stage that is left the last step, as ``Stage.at`` says it."""
+        kept: list[str] = []
+        ends: dict[str, dict[str, Any]] = {}
         for line in self.log.read_text().splitlines() if self.log.is_file() else ():
             try:
                 entry = json.loads(line)
             except ValueError:  # the run was killed while it wrote
                 break
-            stage = entry["stage"]
-            reinforced = reinforced or stage in ("reinforcement", "evaluation")
-            if stage != "format" and (step is None or (reinforced and (stage == "listwise" or entry["step"] > step))):
-                break
-            kept.append(line + "\n")
+            stage = entry.get("of", entry["stage"])
+            of_checkpoint = stage == WARM_UP or (stage == REINFORCEMENT and entry["step"] <= (step or 0))
+            if stage == FORMAT or (step is not None and of_checkpoint):
+                kept.append(line + "\n")
+                ends[stage] = {"stage": stage, **{name: entry[name] for name in ("step", "steps", "seconds")}}
         self.log.write_text("".join(kept))
+        return ends
 
-    def write_config(self, config: ExperimentConfig) -> None:
+    def write_config(self, config: ExperimentConfig, dataset: RankingDataset) -> None:
         _write_json(self.path / "experiment.json", asdict(config), indent=2)
+        about = {
+            "name": dataset.name,
+            "items": len(dataset.catalogue),
+            "interactions": len(dataset.log),
+            "train": len(dataset.train),
+            "test": len(dataset.test),
+            "fingerprint": dataset.fingerprint(),
+            "notes": dataset.notes,
+        }
+        _write_json(self.path / "data.json", about, indent=2)
 
     def read_config(self) -> dict[str, Any]:
         """The options of the run to be resumed; none where the folder is empty."""
@@ -193,6 +199,8 @@ class RunFolder:
                 raise FileNotFoundError(f"--output {self.path} is not the folder of a run: it has no {path.name}")
             return {}
         stored = json.loads(path.read_text())
+        if "data_options" in stored:
+            stored["data_options"] = all_data_options(stored["dataset"], stored["data_options"])
         return {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
 
     def has_base(self) -> bool:
@@ -244,14 +252,21 @@ class RunFolder:
 
     def load_base(self, tokenizer: Any, lora: int | None) -> Any:
         """The model as it was after the format stage, with the adapters, of rank ``lora``, that other stages train."""
-        self.check_sealed(self.base)
+        return self._load_to_train(self.base, tokenizer, lora)
+
+    def load_start(self, tokenizer: Any, lora: int | None) -> Any:
+        """The model as it was before reinforcement, to be trained otherwise."""
+        return self._load_to_train(self.reference, tokenizer, lora)
+
+    def _load_to_train(self, folder: Path, tokenizer: Any, lora: int | None) -> Any:
+        self.check_sealed(folder)
         if self.backbone.is_dir():
             self.check_sealed(self.backbone)
-        if (self.base / ADAPTER_FILE).is_file() != (lora is not None):
-            raise ValueError(f"{self.base} was made {'without' if lora else 'with'} --lora: resume the run as it began")
-        model = load_model(self.base, tokenizer, backbone=self.backbone, trainable=True)
+        if (folder / ADAPTER_FILE).is_file() != (lora is not None):
+            raise ValueError(f"{folder} was made {'without' if lora else 'with'} --lora: resume the run as it began")
+        model = load_model(folder, tokenizer, backbone=self.backbone, trainable=True)
         if lora is not None and model.active_peft_config.r != lora:
-            raise ValueError(f"{self.base} holds LoRA of rank {model.active_peft_config.r}, got --lora {lora}")
+            raise ValueError(f"{folder} holds LoRA of rank {model.active_peft_config.r}, got --lora {lora}")
         return model.to("cuda") if torch.cuda.is_available() else model
 
     def save_backbone(self, model: Any) -> None:
@@ -259,10 +274,13 @@ class RunFolder:
         copy.deepcopy(model).unload().save_pretrained(self.backbone)
         self.seal(self.backbone)
 
-    def save_reference(self, model: Any) -> None:
-        """Write the policy that reinforcement starts from, for a resumed run."""
-        model.save_pretrained(self.reference)
+    def save_reference(self, model: Any, tokenizer: Any, info: RunInfo) -> None:
+        """Write the policy that reinforcement starts from, for a resumed run and for other reinforcement."""
+        _save_model(self.reference, model, tokenizer, info)
         self.seal(self.reference)
+
+    def has_reference(self) -> bool:
+        return (self.reference / MANIFEST).is_file()
 
     def load_reference(self) -> Any:
         self.check_sealed(self.reference)
@@ -314,25 +332,8 @@ class RunFolder:
     def write_results(self, config: Mapping[str, Any], results: Results) -> None:
         """Write metrics.json (means, changes, configuration, seconds) and per_list.npz (every value, for paired
         tests)."""
-        stages = [name for name in ("base", WARM_START) if name in results.per_list]
-        baselines = [name for name in results.per_list if name not in (*stages, "trained")]
-
-        def changes(need: str, metric: str) -> dict[str, Any]:
-            return {other: asdict(results.compare("trained", other, need, metric)) for other in (*stages, *baselines)}
-
-        headlines = {need: headline_of(of_need) for need, of_need in results.per_list["base"].items()}
         np.savez_compressed(self.path / "per_list.npz", users=results.users, **_arrays(results, results.per_list))
-        metrics = {
-            **{name: results.means(name) for name in (*stages, "trained")},
-            "baselines": {name: results.means(name) for name in baselines},
-            **{
-                f"changes_{metric}": {need: changes(need, metric) for need, of in headlines.items() if of == metric}
-                for metric in dict.fromkeys((HEADLINE, *headlines.values()))
-            },
-            "config": config,
-            "seconds": {name: round(seconds, 2) for name, seconds in results.seconds.items()},
-        }
-        _write_json(self.path / "metrics.json", metrics, indent=2)
+        _write_json(self.path / "metrics.json", {**results.to_json(), "config": config}, indent=2)
 
     def save_warm_start(self, results: Results) -> None:
         """Write what the warm start is worth, which nobody can measure any more once it is trained on."""
@@ -348,6 +349,12 @@ class RunFolder:
             for name in saved.files:
                 _, need, metric = name.split("/")
                 of_needs.setdefault(need, {})[metric] = saved[name]
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the options of its data beside the others."""
+    others = {name: value for name, value in config.items() if name != "data_options"}
+    return {**others, **config.get("data_options", {})}
 
 
 def _write_json(path: Path, content: Any, indent: int | None = None) -> None:

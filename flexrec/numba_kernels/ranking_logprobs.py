@@ -18,9 +18,11 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from flexrec.numba_kernels.rows import NUMPY, REORDER, Array, add_rows, array_of, embedding_rows, sum_rows
+from flexrec.numba_kernels.rows import NUMPY, REORDER, Array, Operands, add_rows, array_of, operands_of, sum_rows
 from flexrec.numba_kernels.softmax import (
     NO_TARGET,
+    Entries,
+    Results,
     Sets,
     floored,
     logit_of,
@@ -29,7 +31,7 @@ from flexrec.numba_kernels.softmax import (
     softmax,
     softmax_gradient,
 )
-from flexrec.numba_kernels.threads import follow_torch_threads, parts_for
+from flexrec.numba_kernels.threads import parts_for
 
 FINE, NO_TOKEN, OUTSIDE, REPEATED = 0, 1, 2, 3  # what place_candidates finds
 
@@ -181,6 +183,61 @@ def candidate_gradients(dlogits: Array, hidden: Array, position: Array, row_grad
         )
 
 
+@njit(cache=True)
+def _flat(x: Results) -> Results:
+    """Results of (N, T) steps as those of N T sets."""
+    expectations = x.expectations.reshape((x.entropy.size, x.expectations.shape[2]))
+    norm = x.norm.reshape((x.norm.shape[0] * x.norm.shape[1], x.norm.shape[2]))
+    return Results(x.logprobs.reshape(-1), x.entropy.reshape(-1), expectations, x.kl.reshape(-1), norm)
+
+
+@njit(cache=True)
+def _flat_entries(x: Entries) -> Entries:
+    """Entries of (N, T, K) logits; the values are (N K, C) already."""
+    return Entries(x.logits.reshape(-1), x.values, x.ref_logits.reshape(-1))
+
+
+@njit(cache=True, nogil=True)
+def _logits_in_rank_order(x: Operands, position: Array, temperature: float, logits: Array) -> Sets:
+    """Fill ``logits`` (N, T, K); which of them are the steps' entries."""
+    order, lengths, sets = _in_rank_order(position, x.index, x.hidden.shape[1])
+    triangle_logits(x.hidden, x.rows, order, lengths, x.bias, temperature, logits)
+    return sets
+
+
+@njit(cache=True, nogil=True)
+def _forward(x: Operands, position: Array, temperature: float, parts: int, entries: Entries, out: Results) -> None:
+    """Fill the logits of the entries, and ``out`` with all that follows from them."""
+    sets = _logits_in_rank_order(x, position, temperature, entries.logits)
+    softmax(sets, _flat_entries(entries), parts, _flat(out))
+
+
+@njit(cache=True, nogil=True)
+def _backward(
+    x: Operands,
+    position: Array,
+    temperature: float,
+    parts: int,
+    entries: Entries,
+    results: Results,
+    upstream: Results,
+    hidden_grad: Array,
+    row_grads: Array,
+    bias_grads: Array,
+) -> None:
+    """Gradients of hidden states (N, T, D), of the candidates' rows (P, K, D) and bias (P, K); no rows where their D
+    is 0, nothing of what has size 0."""
+    order, _, sets = _in_rank_order(position, x.index, x.hidden.shape[1])
+    dlogits = np.empty_like(entries.logits)
+    flat = dlogits.reshape(-1)
+    softmax_gradient(sets, _flat_entries(entries), _flat(results), _flat(upstream), temperature, parts, flat)
+    if hidden_grad.size:
+        out = hidden_grad.reshape((len(sets.begin), hidden_grad.shape[2]))  # (N T, D)
+        sum_rows(sets.begin, sets.end, sets.values, flat, order.reshape(-1), x.rows, sets.target[:0], 1, parts, out)
+    if bias_grads.size:
+        candidate_gradients(dlogits, x.hidden, position, row_grads, bias_grads)
+
+
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
@@ -207,36 +264,23 @@ def ranking_logprobs_forward(
         norm (N, T, 2 or 4), the reference's logits, and None; kl and the reference's None without one. All float32, or
         float64 if hidden or weight is.
     """
-    (n, t, _), k = hidden.shape, candidates.shape[1]
+    (n, t, d), k = hidden.shape, candidates.shape[1]
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    kind = NUMPY[dtype]
-    follow_torch_threads()
-
-    def fill(logits: Array, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Sets:
-        rows, row_bias, index = embedding_rows(weight, bias, candidates, dtype)
-        index, lengths, sets = _in_rank_order(position.numpy(), index, t)
-        triangle_logits(array_of(hidden, dtype, 3), rows, index, lengths, row_bias, temperature, logits)
-        return sets
-
+    kind, has_reference = NUMPY[dtype], reference is not None
     # 0 where there is no pool, so that equal inputs have equal outputs, all of them.
-    logits, ref_logits = np.zeros((n, t, k), kind), np.zeros((0 if reference is None else n, t, k), kind)
-    out = new_results(n * t, 0 if values is None else values.shape[2], reference is not None, kind)
+    logits, ref_logits = np.zeros((n, t, k), kind), np.zeros((n if has_reference else 0, t, k), kind)
+    out = new_results((n, t), 0 if values is None else values.shape[2], has_reference, kind)
     if logits.size:
+        places, entries = position.numpy(), Entries(logits, _flat_values(values, dtype), ref_logits)
         if isinstance(reference, Tensor):
-            logits_in_rank_order(array_of(reference, dtype, 3), position.numpy(), ref_logits)
+            logits_in_rank_order(array_of(reference, dtype, 3), places, ref_logits)
         elif reference is not None:
-            fill(ref_logits, *reference)
-        sets = fill(logits, hidden, weight, bias)
-        flat = logits.reshape(-1), _flat_values(values, dtype), ref_logits.reshape(-1)
-        softmax(sets, *flat, parts_for(64 * logits.size), out)
-
-    def steps(x: Array) -> Tensor:
-        return torch.from_numpy(x.reshape(n, t, *x.shape[1:]))
-
-    results = steps(out.logprobs), steps(out.entropy), steps(out.expectations)
-    if reference is None:
-        return *results, None, torch.from_numpy(logits), steps(out.norm), None, None
-    return *results, steps(out.kl), torch.from_numpy(logits), steps(out.norm), torch.from_numpy(ref_logits), None
+            _logits_in_rank_order(operands_of(*reference, candidates, dtype), places, temperature, ref_logits)
+        operands, parts = operands_of(hidden, weight, bias, candidates, dtype), parts_for((64 + d) * logits.size)
+        _forward(operands, places, temperature, parts, entries, out)
+    logprobs, entropy, expectations, kl, norm = (torch.from_numpy(x) for x in out)
+    results = logprobs, entropy, expectations, kl if has_reference else None
+    return *results, torch.from_numpy(logits), norm, torch.from_numpy(ref_logits) if has_reference else None, None
 
 
 def ranking_logprobs_backward(
@@ -244,6 +288,7 @@ def ranking_logprobs_backward(
     saved: Sequence[Tensor],
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     candidates: Tensor,
     position: Tensor,
     values: Tensor | None,
@@ -260,35 +305,29 @@ def ranking_logprobs_backward(
         Gradients of hidden (N, T, D), of the candidates' rows of weight (P, K, D) and of their bias (P, K), the last
         two to be added up by token.
     """
-    *results, logits, norm, ref_logits, _ = saved
+    entropy, expectations, kl, logits, norm, ref_logits, _ = saved
     dtype, (n, t, d), (p, k) = logits.dtype, hidden.shape, candidates.shape
-    follow_torch_threads()
-    rows, _, index = embedding_rows(weight, None, candidates, dtype)
-    index, _, sets = _in_rank_order(position.numpy(), index, t)
-    dlogits = np.empty((n, t, k), NUMPY[dtype])
-    softmax_gradient(
-        sets,
-        logits.numpy().reshape(-1),
-        _flat_values(values, dtype),
-        array_of(None if ref_logits is None else ref_logits.flatten(), dtype, 1),
-        results_of((None, *results, norm), dtype, 2),
-        results_of((*upstream, None), dtype, 2),
-        temperature,
-        parts_for(64 * logits.numel()),
-        dlogits.reshape(-1),
+    hidden_grad = torch.zeros((n, t, d) if needs_grad[0] else (0, t, d), dtype=dtype)
+    rows_shape, bias_shape = (p, k, d if needs_grad[1] else 0), (p if needs_grad[1] or needs_grad[2] else 0, k)
+    row_grads, bias_grads = torch.zeros(rows_shape, dtype=dtype), torch.zeros(bias_shape, dtype=dtype)
+    if logits.numel():
+        _backward(
+            operands_of(hidden, weight, None, candidates, dtype),
+            position.numpy(),
+            temperature,
+            parts_for((64 + d) * logits.numel()),
+            Entries(logits.numpy(), _flat_values(values, dtype), array_of(ref_logits, dtype, 3)),
+            results_of((None, entropy, expectations, kl, norm), dtype, 2),
+            results_of((*upstream, None), dtype, 2),
+            hidden_grad.numpy(),
+            row_grads.numpy(),
+            bias_grads.numpy(),
+        )
+    return (
+        hidden_grad.to(hidden.dtype) if needs_grad[0] else None,
+        row_grads if needs_grad[1] else None,
+        bias_grads if needs_grad[2] else None,
     )
-    hidden_grad = row_grads = bias_grads = None
-    if needs_grad[0]:
-        hidden_grad = torch.zeros((n, t, d), dtype=dtype)
-        out, parts = hidden_grad.view(n * t, d).numpy(), parts_for(dlogits.size * d)
-        sum_rows(*sets[:2], sets.values, dlogits.reshape(-1), index.reshape(-1), rows, sets.target[:0], 1, parts, out)
-        hidden_grad = hidden_grad.to(hidden.dtype)
-    if needs_grad[1] or needs_grad[2]:
-        row_grads = torch.empty((p, k, d if needs_grad[1] else 0), dtype=dtype)
-        bias_grads = torch.empty((p, k), dtype=dtype)
-        states = array_of(hidden, dtype, 3)
-        candidate_gradients(dlogits, states, position.numpy(), row_grads.numpy(), bias_grads.numpy())
-    return hidden_grad, row_grads if needs_grad[1] else None, bias_grads if needs_grad[2] else None
 
 
 def _flat_values(values: Tensor | None, dtype: torch.dtype) -> Array:

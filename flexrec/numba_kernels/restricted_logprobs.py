@@ -10,15 +10,29 @@ their own dtype if that is the one computed in; of half precision, each token's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
 
-from flexrec.numba_kernels.rows import NUMPY, REORDER, Array, array_of, embedding_rows, share, sum_rows
+from flexrec.numba_kernels.rows import (
+    NUMPY,
+    REORDER,
+    Array,
+    Operands,
+    array_of,
+    embedding_rows,
+    operands_of,
+    share,
+    sum_rows,
+)
 from flexrec.numba_kernels.softmax import (
     MISSING,
     NO_TARGET,
+    Entries,
+    Results,
     Sets,
     logit_of,
     new_results,
@@ -80,21 +94,9 @@ def _target_entries(ids: Array, offsets: Array, targets: Array) -> Array:
 
 
 @njit(cache=True, nogil=True, parallel=True, fastmath=REORDER)
-def _logits(
-    hidden: Array,
-    rows: Array,
-    bias: Array,
-    ids: Array,
-    offsets: Array,
-    temperature: float,
-    parts: int,
-    logits: Array,
-) -> None:
-    """logits[e] = (hidden[m] . rows[ids[e]] + bias[ids[e]]) / temperature, four entries of a row at a time.
-
-    Args:
-        hidden: (M, D), rows: (R, D), bias: (R,) or (0,), logits: (nnz,) out, all of one dtype. ids: (nnz,) < R.
-    """
+def _logits(x: Operands, offsets: Array, temperature: float, parts: int, logits: Array) -> None:
+    """logits[e] = (hidden[m] . rows[index[e]] + bias[index[e]]) / temperature, four entries of a row at a time."""
+    hidden, rows, bias, ids = x
     divisor, zero = logits.dtype.type(temperature), logits.dtype.type(0)
     for part in prange(parts):
         low, high = share(offsets[:-1], len(ids), part, parts)
@@ -152,62 +154,83 @@ def _sort_by_token(
     return used
 
 
+@njit(cache=True, nogil=True)
+def _sets(ids: Array, offsets: Array, targets: Array) -> Sets:
+    if len(targets):
+        entries = _target_entries(ids, offsets, targets)
+    else:
+        entries = np.full(len(offsets) - 1, NO_TARGET)
+    return Sets(offsets[:-1], offsets[1:], entries, offsets[:-1])
+
+
+@njit(cache=True, nogil=True)
+def _forward(
+    ids: Array,
+    offsets: Array,
+    targets: Array,
+    x: Operands,
+    temperature: float,
+    parts: int,
+    row: Array,
+    entries: Entries,
+    out: Results,
+) -> None:
+    """Fill the row and the logit of every entry, and ``out`` with all that follows from them."""
+    _owners(offsets, row)
+    _logits(x, offsets, temperature, parts, entries.logits)
+    softmax(_sets(ids, offsets, targets), entries, parts, out)
+
+
 # --- on tensors -------------------------------------------------------------------------------------------------------
 
 
-def owners(offsets: Tensor, entries: int) -> Tensor:
-    """(entries,) int64, the row of every entry."""
-    owner = torch.empty(entries, dtype=torch.int64)
-    _owners(offsets.numpy(), owner.numpy())
-    return owner
-
-
-def sampled_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, offsets: Tensor, row: Tensor, temperature: float
-) -> Tensor:
-    """(nnz,) logits of every entry, float32 or, if an operand is, float64; 0 in rows of a single one."""
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    rows, row_bias, index = embedding_rows(weight, bias, ids, dtype)
-    logits = torch.empty(ids.shape, dtype=dtype)
-    states, parts = array_of(hidden, dtype, 2), parts_for(ids.numel() * hidden.shape[1])
-    _logits(states, rows, row_bias, index, offsets.numpy(), temperature, parts, logits.numpy())
-    return logits
-
-
-def _sets(ids: Tensor, offsets: Tensor, targets: Tensor | None) -> Sets:
-    bounds = offsets.numpy()
-    if targets is None:
-        entries = np.full(len(bounds) - 1, NO_TARGET)
-    else:
-        entries = _target_entries(ids.numpy(), bounds, targets.numpy())
-    return Sets(bounds[:-1], bounds[1:], entries, bounds[:-1])
-
-
-def set_softmax(
-    logits: Tensor, ref_logits: Tensor | None, values: Tensor, ids: Tensor, offsets: Tensor, targets: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What follows from the logits of every entry, in their dtype.
+def restricted_logprobs_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    offsets: Tensor,
+    targets: Tensor | None,
+    values: Tensor | None,
+    reference: tuple[Tensor, Tensor, Tensor | None] | Tensor | None,
+    temperature: float,
+) -> tuple[Tensor | None, ...]:
+    """What follows from the logits of every entry, in float32 or, if an operand is, float64.
 
     Args:
-        logits, ref_logits: (nnz,); the reference's up to a constant per row.
-        values: (nnz, C) floating; targets: (M,) int64.
+        hidden: (M, D), weight: (V, D), bias: (V,) or None; floating.
+        ids: (nnz,), offsets: (M + 1,), targets: (M,) or None; int64, contiguous.
+        values: (nnz, C) floating or None.
+        reference: its hidden states (M, D'), weight (V, D') and bias, or its logits (nnz,) up to a constant per row.
 
     Returns:
         log-probs (M,), NaN where the target is not allowed and 0 without targets; entropy (M,); expectations (M, C);
-        KL (M,), (0,) without a reference; norm (M, 2 or 4), for the backward pass: m, log s and those of the reference.
+        KL (M,) or None; for the backward pass norm (M, 2 or 4), m, log s and those of the reference, logits (nnz,), the
+        row (nnz,) int64 of every entry, and the reference's logits (nnz,) if they were computed.
     """
-    out = new_results(len(offsets) - 1, values.shape[1], ref_logits is not None, NUMPY[logits.dtype])
-    softmax(_sets(ids, offsets, targets), *_entries(logits, values, ref_logits), parts_for(64 * len(logits)), out)
-    logprobs, entropy, expectations, kl, norm = (torch.from_numpy(x) for x in out)
-    return logprobs, entropy, expectations, kl, norm
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    kind, bounds, has_reference = NUMPY[dtype], offsets.numpy(), reference is not None
+    parts = parts_for(ids.numel() * (64 + hidden.shape[1]))
+    row, logits = np.empty(ids.shape, np.int64), np.empty(ids.shape, kind)
+    made = np.empty(ids.shape, kind) if isinstance(reference, tuple) else None
+    if isinstance(reference, tuple):
+        _logits(operands_of(*reference, ids, dtype), bounds, temperature, parts, made)
+    ref_logits = array_of(reference if isinstance(reference, Tensor) else None, dtype, 1) if made is None else made
+    out = new_results((len(bounds) - 1,), 0 if values is None else values.shape[1], has_reference, kind)
+    entries = Entries(logits, array_of(values, dtype, 2), ref_logits)
+    operands, target_ids = operands_of(hidden, weight, bias, ids, dtype), array_of(targets, torch.int64, 1)
+    _forward(ids.numpy(), bounds, target_ids, operands, temperature, parts, row, entries, out)
+    logprobs, entropy, expectations, kl, norm, logits, row = (torch.from_numpy(x) for x in (*out, logits, row))
+    results = logprobs, entropy, expectations, kl if has_reference else None
+    return *results, norm, logits, row, None if made is None else torch.from_numpy(made)
 
 
 def set_softmax_backward(
-    upstream: tuple[Tensor, Tensor, Tensor, Tensor],
-    results: tuple[Tensor, Tensor, Tensor, Tensor],
+    upstream: Sequence[Tensor | None],
+    results: Sequence[Tensor | None],
     logits: Tensor,
     ref_logits: Tensor | None,
-    values: Tensor,
+    values: Tensor | None,
     ids: Tensor,
     offsets: Tensor,
     row: Tensor,
@@ -218,24 +241,19 @@ def set_softmax_backward(
 
     Args:
         upstream: gradients of log-probs (M,), entropy (M,), expectations (M, C) and KL (M,).
-        results: entropy, expectations, KL and norm as :func:`set_softmax` returned them.
+        results: entropy, expectations, KL and norm of the forward pass, and what it had or made of the others.
     """
-    dlogits = torch.empty_like(logits)
+    dtype, dlogits = logits.dtype, torch.empty_like(logits)
     softmax_gradient(
-        _sets(ids, offsets, targets),
-        *_entries(logits, values, ref_logits),
-        results_of((None, *results), logits.dtype, 1),
-        results_of((*upstream, None), logits.dtype, 1),
+        _sets(ids.numpy(), offsets.numpy(), array_of(targets, torch.int64, 1)),
+        Entries(logits.numpy(), array_of(values, dtype, 2), array_of(ref_logits, dtype, 1)),
+        results_of((None, *results), dtype, 1),
+        results_of((*upstream, None), dtype, 1),
         temperature,
-        parts_for(64 * len(logits)),
+        parts_for(64 * logits.numel()),
         dlogits.numpy(),
     )
     return dlogits
-
-
-def _entries(logits: Tensor, values: Tensor, ref_logits: Tensor | None) -> tuple[Array, Array, Array]:
-    dtype = logits.dtype
-    return array_of(logits, dtype, 1), array_of(values, dtype, 2), array_of(ref_logits, dtype, 1)
 
 
 def hidden_gradient(

@@ -7,7 +7,7 @@ order: results are bitwise repeatable for any number of threads.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ def array_of(x: Tensor | None, dtype: torch.dtype, dims: int) -> Array:
         return _EMPTY[dtype, dims]
     if x.dtype != dtype or not x.is_contiguous():
         x = x.to(dtype).contiguous()
-    return x.detach().numpy()
+    return (x.detach() if x.requires_grad else x).numpy()
 
 
 def embedding_rows(
@@ -118,3 +118,17 @@ def embedding_rows(
         weight = weight.index_select(0, used)
         bias = None if bias is None else bias.index_select(0, used)
     return array_of(weight, dtype, 2), array_of(bias, dtype, 1), index.contiguous().numpy()
+
+
+class Operands(NamedTuple):
+    """What logits are made of, all of one dtype."""
+
+    hidden: Array  # (M, D), of rankings (N, T, D)
+    rows: Array  # (R, D)
+    bias: Array  # (R,) or (0,)
+    index: Array  # which row is each token's: (nnz,), of rankings (P, K)
+
+
+def operands_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, dtype: torch.dtype) -> Operands:
+    """Of hidden states with one dimension more than ``tokens``, and the :func:`embedding_rows`."""
+    return Operands(array_of(hidden, dtype, tokens.dim() + 1), *embedding_rows(weight, bias, tokens, dtype))

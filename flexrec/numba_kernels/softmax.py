@@ -34,6 +34,14 @@ class Sets(NamedTuple):
     values: Array  # (M,) int64, the row of the values that belongs to entry begin[m]; the others follow
 
 
+class Entries(NamedTuple):
+    """Of E entries, all of one dtype."""
+
+    logits: Array  # (E,), -inf replaced by FLOOR
+    values: Array  # (rows, C)
+    ref_logits: Array  # (E,) the reference's up to a constant per set, or (0,) if there is none
+
+
 class Results(NamedTuple):
     """Of M sets, all of the logits' dtype; norm holds m and log s, those of the reference after them."""
 
@@ -44,16 +52,20 @@ class Results(NamedTuple):
     norm: Array  # (M, 2), or (M, 4) with a reference
 
 
-def new_results(m: int, channels: int, reference: bool, kind: type) -> Results:
-    """To be written."""
-    shapes = ((m,), (m,), (m, channels), (m if reference else 0,), (m, 4 if reference else 2))
-    return Results(*(np.empty(shape, kind) for shape in shapes))
+def new_results(sets: tuple[int, ...], channels: int, reference: bool, kind: type) -> Results:
+    """To be written; ``sets`` is what their dimension M is shaped as."""
+    return Results(
+        np.empty(sets, kind),
+        np.empty(sets, kind),
+        np.empty((*sets, channels), kind),
+        np.empty(sets if reference else (0,) * len(sets), kind),
+        np.empty((*sets, 4 if reference else 2), kind),
+    )
 
 
 def results_of(tensors: Iterable[Tensor | None], dtype: torch.dtype, dims: int) -> Results:
     """Of tensors whose first ``dims`` dimensions count the sets; None, or of size 0, what is not there."""
-    flat = (x if x is None or x.dim() < dims else x.flatten(0, dims - 1) for x in tensors)
-    return Results(*(array_of(x, dtype, rank) for x, rank in zip(flat, (1, 1, 2, 1, 2), strict=True)))
+    return Results(*(array_of(x, dtype, dims + more) for x, more in zip(tensors, (0, 0, 1, 0, 1), strict=True)))
 
 
 @njit(cache=True)
@@ -73,15 +85,12 @@ def _largest(z: Array) -> float:
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def softmax(sets: Sets, logits: Array, values: Array, ref_logits: Array, parts: int, out: Results) -> None:
+def softmax(sets: Sets, entries: Entries, parts: int, out: Results) -> None:
     """Everything of a set that is a sum over its entries; exactly 0 where it has none.
 
     KL is summed as the mean of (z - m) - (r - m') less log s - log s': where the policies agree both are exactly 0.
-
-    Args:
-        logits, ref_logits: (E,) of one dtype, -inf replaced by FLOOR; the reference's up to a constant per set, (0,) if
-            there is none. values: (rows, C) of the same dtype.
     """
+    logits, values, ref_logits = entries
     logprobs, entropy, expectations, kl, norm = out  # numba would not see that a loop writes to the tuple's arrays
     for part in prange(parts):
         low, high = share(sets.begin, len(logits), part, parts)
@@ -135,15 +144,7 @@ def softmax(sets: Sets, logits: Array, values: Array, ref_logits: Array, parts: 
 
 @njit(cache=True, nogil=True, parallel=True)
 def softmax_gradient(
-    sets: Sets,
-    logits: Array,
-    values: Array,
-    ref_logits: Array,
-    results: Results,
-    upstream: Results,
-    temperature: float,
-    parts: int,
-    dlogits: Array,
+    sets: Sets, entries: Entries, results: Results, upstream: Results, temperature: float, parts: int, dlogits: Array
 ) -> None:
     """dlogits (E,), the gradient of the logits before they were divided by the temperature.
 
@@ -151,8 +152,8 @@ def softmax_gradient(
 
     Args:
         results: what :func:`softmax` wrote. upstream: gradients of it; its norm is not read.
-        The other arguments are those of :func:`softmax`.
     """
+    logits, values, ref_logits = entries
     for part in prange(parts):
         low, high = share(sets.begin, len(logits), part, parts)
         for m in range(low, high):

@@ -236,13 +236,13 @@ def _evaluate(
     centred = torch.where(parts.inside, parts.weight - mean, 0.0) * parts.inverse_norm
     dtype = accumulation_dtype(lists.hidden, lists.weight)
     g, d = centred.to(dtype), parts.discount.to(dtype)  # (N, K)
-    values = torch.stack((g, d, g * d), dim=-1)
+    both = g * d
+    values = torch.stack((g, d, both), dim=-1)
     result = evaluate_lists(lists, values, weight_grad=weight_grad, backend=backend)
     assert result.expectations is not None
-    e_g, e_d, e_gd = result.expectations.unbind(-1)  # (N, T)
-    g, d = g[:, :t], d[:, :t]
+    factors = torch.stack((d, g, torch.full_like(g, -1.0)), dim=-1)[:, :t]  # (N, T, 3)
     # Beyond a list's length g = d = 0 and all expectations are 0, so the objective is.
-    return d * e_g - d * g - e_gd + g * e_d, result
+    return (result.expectations * factors).sum(-1) - both[:, :t], result
 
 
 def _over_distribution(lists: RankedLists, change: Tensor, tilt: float | None) -> tuple[Tensor, Results]:

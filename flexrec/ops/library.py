@@ -96,8 +96,10 @@ _PLAIN = {Tensor, Parameter, Metric, str, int, float, bool, type(None)}
 
 def is_traced(*arguments: object) -> bool:
     """Whether registered operations must be called: under torch.compile, or for tensors of a class of their own."""
-    others = {type(x) for x in arguments} - _PLAIN
-    return torch.compiler.is_compiling() or any(issubclass(kind, Tensor) for kind in others)
+    if torch.compiler.is_compiling():
+        return True
+    kinds = set(map(type, arguments))
+    return not kinds <= _PLAIN and any(issubclass(kind, Tensor) for kind in kinds - _PLAIN)
 
 
 def _refuse_transforms(arguments: Sequence[object]) -> None:

@@ -6,13 +6,14 @@ has no place. ``position`` (N, K) says where each candidate stands, ``order`` (N
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flexrec.checks import check_range, check_tensor, values_are_checked
 from flexrec.ops.library import has_triton, is_traced, kernels
 
-_NO_LENGTHS = torch.empty(0, dtype=torch.int64)
+_NO_LENGTHS = np.empty(0, np.int64)
 
 
 def rank_positions(ranking: Tensor, num_candidates: int, lengths: Tensor | None = None) -> Tensor:
@@ -96,11 +97,12 @@ def checked_positions(candidates: Tensor, vocab: int, ranking: Tensor, lengths: 
         if ranking.is_cuda and has_triton() and not is_traced(ranking):
             return kernels("triton", "ranking_logprobs").rank_positions_(ranking, lengths, k)
         return rank_positions(ranking, k, lengths)
-    position = torch.empty((len(ranking), k), dtype=torch.int32)
-    limits = _NO_LENGTHS if lengths is None else lengths.cpu()
-    arrays = candidates.cpu().numpy(), ranking.cpu().numpy(), limits.numpy(), position.numpy()
+    position = np.empty((ranking.shape[0], k), np.int32)
+    limits = _NO_LENGTHS if lengths is None else lengths.cpu().numpy()
     numba = kernels("numba", "ranking_logprobs")
-    found, row, column = numba.place_candidates(*arrays, vocab)
+    found, row, column = numba.place_candidates(
+        candidates.cpu().numpy(), ranking.cpu().numpy(), limits, position, vocab
+    )
     if found == numba.NO_TOKEN:
         token = int(candidates[row, column])
         raise ValueError(f"candidates must lie in [0, {vocab - 1}], got {token} at index {[row, column]}")
@@ -113,4 +115,4 @@ def checked_positions(candidates: Tensor, vocab: int, ranking: Tensor, lengths: 
             f"ranking must index the candidates of its list, 0 to {length - 1}; got {int(ranking[row, column])} at row "
             f"{row}, rank {column}"
         )
-    return position.to(ranking.device)
+    return torch.from_numpy(position).to(ranking.device)

@@ -26,7 +26,6 @@ from flexrec.ops.library import (
     accumulation_dtype,
     choose_kernels,
     finite_or_nan,
-    is_traced,
     kernels,
     log_probs_of,
     without_autocast,
@@ -104,6 +103,7 @@ def ranking_logprobs(
         tensor([[0.3333, 0.5000, 1.0000]])
     """
     lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
+    values = _check_values(lists, values)
     logprobs, entropy, expectations, _ = evaluate_lists(lists, values, weight_grad=weight_grad, backend=backend)
     return RankingLogprobs(logprobs, entropy, expectations)
 
@@ -149,7 +149,7 @@ def ranking_logprobs_with_kl(
     """
     lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
     lists = add_reference(lists, ref_hidden, ref_weight, ref_bias, ref_logits)
-    result = evaluate_lists(lists, values, weight_grad=weight_grad, backend=backend)
+    result = evaluate_lists(lists, _check_values(lists, values), weight_grad=weight_grad, backend=backend)
     assert result.kl is not None
     return RankingLogprobsWithKL(result.logprobs, result.entropy, result.expectations, result.kl)
 
@@ -260,6 +260,11 @@ class RankedLists(NamedTuple):
     backend: str = "numba"
 
     @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """What the kernels of every backend take first."""
+        return self.hidden, self.weight, self.bias, self.candidates, self.position
+
+    @property
     def reference(self) -> Any:
         """Hidden, weight and bias of the reference, or its logits, or None."""
         return self.ref_logits if self.ref_hidden is None else (self.ref_hidden, self.ref_weight, self.ref_bias)
@@ -305,6 +310,20 @@ def check_lists(
     return RankedLists(hidden, weight, bias, candidates, position, temperature=float(temperature), ragged=True)
 
 
+def _check_values(lists: RankedLists, values: Tensor | None) -> Tensor | None:
+    """``values`` (N, K, C), detached; their numbers are checked up to each list's length."""
+    if values is None:
+        return None
+    n, k = lists.position.shape
+    check_tensor("values", values, (n, k, "C"))
+    mask = None
+    if lists.ragged:
+        in_list = torch.arange(k, device=values.device) <= lists.position.amax(1, keepdim=True)  # (N, K)
+        mask = in_list[..., None].expand(values.shape)
+    check_finite("values", values, mask)
+    return values.detach()
+
+
 def add_reference(lists: RankedLists, *reference: Tensor | None) -> RankedLists:
     """The lists with the arguments ref_hidden, ref_weight, ref_bias and ref_logits, checked."""
     n, t, _ = lists.hidden.shape
@@ -319,18 +338,9 @@ def add_reference(lists: RankedLists, *reference: Tensor | None) -> RankedLists:
 def evaluate_lists(
     lists: RankedLists, values: Tensor | None = None, *, weight_grad: str = "dense", backend: str = "auto"
 ) -> Results:
-    """What the public functions have in common; ``values`` (N, K, C) in rank order."""
-    if values is not None:
-        n, k = lists.position.shape
-        check_tensor("values", values, (n, k, "C"))
-        mask = None
-        if lists.ragged:
-            in_list = torch.arange(k, device=values.device) <= lists.position.amax(1, keepdim=True)  # (N, K)
-            mask = in_list[..., None].expand(values.shape)
-        check_finite("values", values, mask)
-        values = values.detach()
+    """What the public functions have in common; ``values`` (N, K, C) finite, in rank order, without gradient."""
     backend = choose_kernels(backend, lists.hidden, lists.weight)
-    check_weight_grad(weight_grad, backend, lists.weight, is_traced(*lists))
+    check_weight_grad(weight_grad, backend, lists.weight, lists)
     lists = lists._replace(values=values, backend=backend)
     if backend == "torch":
         return from_distribution(*step_log_probs(lists), lists)
@@ -392,15 +402,13 @@ _SCHEMA = (
 
 def _forward(x: RankedLists, with_grad: bool) -> Sequence[Tensor | None]:
     """The results; for the backward pass logits and norm, and those of the reference, in the backend's own layout."""
-    operands = (x.hidden, x.weight, x.bias, x.candidates, x.position)
     module = kernels(x.backend, "ranking_logprobs")
     if x.backend == "numba":
-        return module.ranking_logprobs_forward(*operands, x.values, x.temperature, x.reference)
+        return module.ranking_logprobs_forward(*x.operands, x.values, x.temperature, x.reference)
     kept = with_grad and module.keeps_logits(x.candidates.shape[1], x.hidden.shape[2])
+    options = {"reference": x.reference, "save_logits": kept}
     with without_autocast(x.hidden):
-        return module.ranking_logprobs_forward(
-            *operands, _values_or_empty(x), x.temperature, reference=x.reference, save_logits=kept
-        )
+        return module.ranking_logprobs_forward(*x.operands, _values_or_empty(x), x.temperature, **options)
 
 
 def _backward(
@@ -409,10 +417,9 @@ def _backward(
     if x.backend == "triton":
         with without_autocast(x.hidden):
             return _triton_backward(upstream, saved, x, needs_grad, weight_grad)
-    operands = (x.hidden, x.weight, x.candidates, x.position)
     numba = kernels("numba", "ranking_logprobs")
     hidden_grad, rows, bias_rows = numba.ranking_logprobs_backward(
-        upstream, saved, *operands, x.values, x.temperature, needs_grad
+        upstream, saved, *x.operands, x.values, x.temperature, needs_grad
     )
     return hidden_grad, *_by_token(rows, bias_rows, x, weight_grad)
 
@@ -430,21 +437,10 @@ def _triton_backward(
         into = (accumulated_grad(x.weight), bias_grad)
     elif mode == "accumulate":
         mode = "dense"
+    arguments = *x.operands, _values_or_empty(x), x.temperature, needs_grad
+    options = {"weight_mode": mode, "into": into, "reference": x.reference, "ragged": x.ragged}
     hidden_grad, of_weight, of_bias = module.ranking_logprobs_backward(
-        tuple(upstream),
-        module.Saved(*saved),
-        x.hidden,
-        x.weight,
-        x.bias,
-        x.candidates,
-        x.position,
-        _values_or_empty(x),
-        x.temperature,
-        needs_grad,
-        weight_mode=mode,
-        into=into,
-        reference=x.reference,
-        ragged=x.ragged,
+        tuple(upstream), module.Forward(None, *saved), *arguments, **options
     )
     if repeatable:
         k = x.candidates.shape[1]

@@ -80,7 +80,7 @@ def ranking_metric(
         check_finite(f"the value of metric {metric}", value)
     else:
         value = metric_terms(ingredients(lists, metric, topics=about), metric).sum(-1)
-    return value.to(result_dtype(lists.gains))
+    return as_result(value, lists.gains)
 
 
 def register_metric(name: str, f: Callable[[Any, int], float]) -> None:
@@ -152,7 +152,7 @@ def check_lists(
     Without ``values`` those of the gains are left to the caller (``check_gain_values``).
     """
     check_tensor("gains", gains, ("N", "K"))
-    gains = gains.detach()
+    gains = gains.detach() if gains.requires_grad else gains
     size = gains.shape[1]
     ragged = _counts("lengths", lengths, gains)
     if isinstance(num_ranked, torch.Tensor) or num_ranked is None:
@@ -226,12 +226,7 @@ class Topics(NamedTuple):
 
 
 def check_topics(topics: torch.Tensor | Topics | None, metric: Metric, lists: Lists) -> Topics | None:
-    """The topics of checked lists as ``Topics`` with weights (N, C) float64; None for metrics that have none.
-
-    Raises:
-        ValueError, TypeError: topics with a metric that takes none, none with one that does, a wrong shape or dtype, a
-            value out of its range.
-    """
+    """The topics of checked lists as ``Topics`` with weights (N, C) float64; None for metrics that have none."""
     if metric.definition.form != "topics":
         if topics is not None:
             raise ValueError(
@@ -471,6 +466,11 @@ def reach(theta: torch.Tensor) -> torch.Tensor:
 def result_dtype(gains: torch.Tensor) -> torch.dtype:
     """float64 for float64 gains, float32 for float32, float16 and bfloat16."""
     return torch.float64 if gains.dtype == torch.float64 else torch.float32
+
+
+def as_result(x: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+    """``x`` in the dtype of results; ``Tensor.to`` takes as long as some kernels where there is nothing to do."""
+    return x if x.dtype == result_dtype(gains) else x.to(result_dtype(gains))
 
 
 def custom_prefix_values(lists: Lists, metric: Metric) -> torch.Tensor:

@@ -14,9 +14,8 @@ since d p_e / d z_i = p_e (1[i = e] - p_i). A step of a ranking is such a row, i
 ``ranking_logprobs``).
 
 Only z costs D operations per entry, and so do its gradients, d hidden = dZ weight and d weight = dZ^T hidden with dZ
-(M, V) sparse. Triton's kernels and the CPU's are functions of the same names and meanings: ``owners``,
-``sampled_logits``, ``set_softmax``, ``set_softmax_backward`` and the gradients. Neither gathered rows (nnz, D) nor
-logits (M, V) exist; between the passes nnz logits are kept, and nnz of the reference.
+(M, V) sparse. Triton's kernels and the CPU's are functions of the same names and meanings. Neither gathered rows
+(nnz, D) nor logits (M, V) exist; between the passes nnz logits are kept, and nnz of the reference.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ from flexrec.ops.library import (
     accumulation_dtype,
     choose_kernels,
     finite_or_nan,
-    is_traced,
     kernels,
     log_probs_of,
     without_autocast,
@@ -299,13 +297,9 @@ class AllowedSets(NamedTuple):
     backend: str = "numba"
 
     @property
-    def has_reference(self) -> bool:
-        return self.ref_hidden is not None or self.ref_logits is not None
-
-    @property
-    def own_values(self) -> Tensor:
-        """(nnz, C), of 0 columns without values."""
-        return self.hidden.new_empty((len(self.ids), 0)) if self.values is None else self.values
+    def reference(self) -> Any:
+        """Hidden, weight and bias of the reference, or its logits, or None."""
+        return self.ref_logits if self.ref_hidden is None else (self.ref_hidden, self.ref_weight, self.ref_bias)
 
 
 def _check_sets(
@@ -371,12 +365,14 @@ def _evaluate(sets: AllowedSets, values: Tensor | None, weight_grad: str, backen
         check_finite("values", values)
         values = values.detach()
     backend = choose_kernels(backend, sets.hidden, sets.weight)
-    check_weight_grad(weight_grad, backend, sets.weight, is_traced(*sets))
+    check_weight_grad(weight_grad, backend, sets.weight, sets)
     sets = sets._replace(values=values, backend=backend)
     if backend == "torch":
         return _torch_results(sets)
     logprobs, entropy, expectations, kl = _operation(sets, weight_grad)
-    return Results(logprobs, entropy, None if values is None else expectations, kl if sets.has_reference else None)
+    return Results(
+        logprobs, entropy, None if values is None else expectations, kl if sets.reference is not None else None
+    )
 
 
 def _torch_results(sets: AllowedSets) -> Results:
@@ -422,41 +418,20 @@ _SCHEMA = (
 
 
 def _forward(x: AllowedSets, _: bool) -> tuple[Tensor | None, ...]:
-    """The results; for the backward pass norm, logits and row (nnz,), and the reference's logits."""
+    """The results; for the backward pass norm, logits and row (nnz,), and the logits of a reference that is a model."""
     module = kernels(x.backend, "restricted_logprobs")
-    row = module.owners(x.offsets, len(x.ids))
-
-    def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return module.sampled_logits(hidden, weight, bias, x.ids, x.offsets, row, x.temperature)
-
-    logits = logits_of(x.hidden, x.weight, x.bias)
-    made = None
-    if x.ref_hidden is not None and x.ref_weight is not None:
-        made = logits_of(x.ref_hidden, x.ref_weight, x.ref_bias).to(logits.dtype)
-    ref_logits = x.ref_logits if made is None else made
-    *results, kl, norm = module.set_softmax(logits, ref_logits, x.own_values, x.ids, x.offsets, x.targets)
-    return *results, kl if x.has_reference else None, norm, logits, row, made
+    operands = x.hidden, x.weight, x.bias, x.ids, x.offsets, x.targets, x.values
+    return module.restricted_logprobs_forward(*operands, x.reference, x.temperature)
 
 
 def _backward(
     upstream: Sequence[Any], saved: Sequence[Any], x: AllowedSets, needs_grad: Sequence[bool], weight_grad: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     module = kernels(x.backend, "restricted_logprobs")
-    entropy, expectations, kl, norm, logits, row, made = saved
-    *others, grad_kl = upstream
-    if not x.has_reference:
-        kl = grad_kl = entropy  # which nobody reads
+    *results, logits, row, made = saved
+    logits_and_values = logits, x.ref_logits if x.ref_hidden is None else made, x.values
     dlogits = module.set_softmax_backward(
-        (*others, grad_kl),
-        (entropy, expectations, kl, norm),
-        logits,
-        x.ref_logits if x.ref_hidden is None else made,
-        x.own_values,
-        x.ids,
-        x.offsets,
-        row,
-        x.targets,
-        x.temperature,
+        upstream, results, *logits_and_values, x.ids, x.offsets, row, x.targets, x.temperature
     )  # (nnz,)
     of_hidden = of_weight = of_bias = None
     if needs_grad[0]:
@@ -479,10 +454,11 @@ def _backward(
 
 def _fake(x: AllowedSets) -> list[Tensor]:
     m, dtype = x.hidden.shape[0], accumulation_dtype(x.hidden, x.weight)
-    kl = (m,) if x.has_reference else (0,)
+    has_reference, channels = x.reference is not None, 0 if x.values is None else x.values.shape[1]
+    kl = (m,) if has_reference else (0,)
     made = x.ids.shape if x.ref_hidden is not None else (0,)
-    norm = 4 if x.has_reference or x.backend == "triton" else 2
-    shapes = (m,), (m,), (m, x.own_values.shape[1]), kl, (m, norm), x.ids.shape
+    norm = 4 if has_reference or x.backend == "triton" else 2
+    shapes = (m,), (m,), (m, channels), kl, (m, norm), x.ids.shape
     results = [x.hidden.new_empty(shape, dtype=dtype) for shape in shapes]
     row = x.ids.new_empty(x.ids.shape, dtype=torch.int32 if x.backend == "triton" else torch.int64)
     return [*results, row, x.hidden.new_empty(made, dtype=dtype if x.ref_hidden is not None else x.hidden.dtype)]

@@ -18,6 +18,7 @@ from flexrec.ops.library import BACKENDS, Operation, choose_backend, kernels
 from flexrec.ops.ranking_metric import (
     Lists,
     Topics,
+    as_result,
     check_gain_values,
     check_lists,
     check_topics,
@@ -322,8 +323,7 @@ def _run_rewards(
         rewards = _launch(backend, "swap_scores", lists, parsed, weights=weights)
     else:
         rewards, spread = _launch(backend, "swap_rewards", lists, parsed, credit, variance=variance)
-    dtype = result_dtype(gains)
-    return rewards.to(dtype), gains.new_empty(0) if spread is None else spread.to(dtype)
+    return as_result(rewards, gains), gains.new_empty(0) if spread is None else as_result(spread, gains)
 
 
 def _run_scores(
@@ -348,7 +348,7 @@ def _run_scores(
         scores = _launch_of_topics(backend, "swap_scores", lists, parsed, about)
     else:
         scores = _launch(backend, "swap_scores", lists, parsed)
-    return scores.to(result_dtype(gains))
+    return as_result(scores, gains)
 
 
 def _fake_rewards(gains: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

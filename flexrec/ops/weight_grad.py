@@ -6,11 +6,13 @@ D = 4,096 in float32: 2.5 GB), so that the other two ways never make one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from flexrec.checks import check_choice
-from flexrec.ops.library import kernels
+from flexrec.ops.library import is_traced, kernels
 
 WEIGHT_GRADS = ("dense", "rows", "accumulate")
 
@@ -34,10 +36,13 @@ def accumulated_grad(weight: Tensor) -> Tensor:
     return buffer
 
 
-def check_weight_grad(weight_grad: str, backend: str, weight: Tensor, traced: bool) -> None:
-    """Raise ValueError unless the gradient can be delivered like that."""
+def check_weight_grad(weight_grad: str, backend: str, weight: Tensor, inputs: Iterable[object]) -> None:
+    """Raise ValueError unless the gradient of an operation of these inputs can be delivered like that."""
     check_choice("weight_grad", weight_grad, WEIGHT_GRADS)
-    if weight_grad != "dense" and (traced or backend == "torch"):
+    if weight_grad == "dense":
+        return
+    traced = is_traced(*inputs)
+    if traced or backend == "torch":
         where = "under torch.compile" if traced else "with backend='torch'"
         raise ValueError(f"weight_grad={weight_grad!r} is not possible {where}; use 'dense'")
     if weight_grad == "accumulate" and not weight.is_leaf:  # no other tensor is to get a gradient through it

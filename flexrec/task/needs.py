@@ -14,14 +14,14 @@ that no gain of the item alone says it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 
 from flexrec.checks import check_choice
-from flexrec.data.lists import Catalogue, RankingList
+from flexrec.data.lists import Catalogue, RankingDataset, RankingList
 from flexrec.metrics import OF_TOPICS
 
 # (list, catalogue, interest (K,), its variance (K,)) -> gain (K,) float32, its variance (K,) float32
@@ -179,7 +179,6 @@ NEEDS: dict[str, Need] = {
         ),
     )
 }
-DEFAULT_NEEDS = ("interest", "explore", "trend")
 
 
 def get_need(name: str) -> Need:
@@ -193,6 +192,19 @@ def get_need(name: str) -> Need:
     if name not in NEEDS:
         raise ValueError(f"unknown need {name!r}; known needs: {', '.join(NEEDS)}")
     return NEEDS[name]
+
+
+def needs_of(dataset: RankingDataset, names: Sequence[str] | None) -> list[Need]:
+    """The needs of these names; None: all that value items and that the data can answer.
+
+    Raises:
+        ValueError: an unknown name, or a need that the data cannot answer, with the reason.
+    """
+    if names is None:
+        names = [name for name, need in NEEDS.items() if need.metric is None and name not in dataset.unsupported]
+    needs = [get_need(name) for name in names]
+    dataset.check_needs(names)
+    return needs
 
 
 def observed_interest(lst: RankingList) -> tuple[np.ndarray, np.ndarray]:

@@ -124,6 +124,15 @@ def test_moments_equal_counting_by_hand(log_times, times, window, data):
     assert seen == set(range(len(times)))
 
 
+def test_a_busier_window_makes_nothing_rise():
+    """Item 0 keeps its half of a window with three times the events; item 1 goes from a quarter to a half."""
+    items = [0, 0, 1, 2] + [0] * 6 + [1] * 6
+    times = [1.0] * 4 + [11.0] * 12
+    log = sorted_events([(t, user, i, 0.5) for user, (t, i) in enumerate(zip(times, items, strict=True))])
+    ((_, moment),) = moments(log, 3, np.array([20.0]), trend_window=10.0)
+    np.testing.assert_allclose(moment.trend, [0.0, (6 - 3) / (6 + 5), 0.0], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("argument", "value"), [("trend_window", 0.0), ("trend_window", math.nan), ("trend_smoothing", 0.0)]
 )
@@ -204,6 +213,9 @@ def test_no_cut_inside_a_burst_of_equal_times():
     burst = sorted_events([(7.0, 0, i, 0.5) for i in range(20)] + [(1.0, 1, i, 0.5) for i in range(40, 60)])
     builder = ListBuilder(burst, NUM_ITEMS, trend_window=1.0, num_candidates=6, num_positives=2, min_history=3)
     assert builder.lists(burst, lists_per_user=5, seed=0) == []
+    before = sorted_events([(float(t), 0, 60 + t, 0.5) for t in range(3)] + rows_of(burst))
+    (lst,) = builder.lists(before, lists_per_user=5, seed=0)
+    assert lst.history.tolist() == [60, 61, 62]
 
 
 # Leakage 1: test users

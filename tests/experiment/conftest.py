@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from flexrec.data import simulate
 from flexrec.evaluation import evaluate
 from flexrec.experiment import model as model_module
-from flexrec.experiment import stages
+from flexrec.experiment import stages, training
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.trainer import callbacks
 
@@ -91,7 +91,8 @@ class Recorded:
         self.pace = {"format": 1.0, "listwise": 1.0, "reinforcement": 1.0}  # seconds a step
 
     def run(self, folder, **changes):
-        few = {"steps": 4, "warmup_steps": 3, "listwise_steps": 2, "prompts_per_step": 4, "needs": ("interest",)}
+        few = {"steps": 4, "warmup_steps": 3, "listwise_steps": 2, "prompts_per_step": 4}
+        few |= {"needs": ("interest",), "baselines": ("none",)}
         config = ExperimentConfig(output=str(folder), **{**few, **changes})
         return stages.run_experiment(config, say=self.said.append)
 
@@ -142,7 +143,7 @@ def recorded(monkeypatch, dataset):
     monkeypatch.setattr(stages, "Critic", type("Critic", (FakeCritic,), {"fit": staticmethod(fit)}))
     monkeypatch.setattr(stages, "set_seed", lambda seed: seen.seeds.update(set_seed=seed))
     for name in ("SupervisedTrainer", "FlexRecTrainer"):
-        monkeypatch.setattr(stages, name, lambda *args, **kwargs: Recorder(seen, *args, **kwargs))
+        monkeypatch.setattr(training, name, lambda *args, **kwargs: Recorder(seen, *args, **kwargs))
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: seen.seconds)
     rank = evaluate.rank_examples
 

@@ -1,7 +1,6 @@
 """`flexrec train --model`: a checkpoint of bfloat16 is trained in float32, in which small steps do not round away."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -12,14 +11,14 @@ from flexrec.data import Catalogue, simulate
 from flexrec.experiment import stages as experiment
 from flexrec.policy.small_model import build_model, build_tokenizer
 
-SMALL = ["--need", "interest", "--no-critic", "--prompts-per-step", "4", "--no-listwise-baseline"]
+SMALL = ["--need", "interest", "--no-critic", "--prompts-per-step", "4", "--baselines", "none"]
 SMALL += ["--warmup-steps", "1", "--listwise-steps", "1", "--steps", "2"]
 
 
 @pytest.fixture(autouse=True)
 def small_world(monkeypatch):
-    small = partial(simulate, num_users=60, num_items=70, num_topics=4, num_test_users=8, num_candidates=8)
-    monkeypatch.setattr(experiment, "simulate", small)
+    sizes = {"num_users": 60, "num_items": 70, "num_topics": 4, "num_test_users": 8, "num_candidates": 8}
+    monkeypatch.setattr(experiment, "simulate", lambda **options: simulate(**{**options, **sizes}))
 
 
 @pytest.fixture(scope="module")

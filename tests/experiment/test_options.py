@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 
 from flexrec import cli
 from flexrec.data import Catalogue
+from flexrec.data.options import all_data_options
 from flexrec.experiment import model as model_module
 from flexrec.experiment import stages
 from flexrec.experiment.config import ExperimentConfig
@@ -20,7 +21,7 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
     given = {
         "output": str(tmp_path / "run"),
         "dataset": "movielens",
-        "data": "somewhere",
+        "data": "/somewhere",
         "model": "some/model",
         "encoding": "title",
         "needs": ("trend", "interest"),
@@ -47,7 +48,7 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "share_prompts": False,
         "temperature": 0.6,
         "num_ranked": 8,
-        "listwise_baseline": False,
+        "baselines": ("sasrec", "listwise"),
         "bf16": True,
         "lora": 9,
         "lora_alpha": 10,
@@ -60,7 +61,7 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "resume": True,
         "seed": 13,
     }
-    fields = dataclasses.fields(ExperimentConfig)
+    fields = [field for field in dataclasses.fields(ExperimentConfig) if field.name != "data_options"]
     assert set(given) == {field.name for field in fields}
     for field in fields:
         assert given[field.name] != field.default, f"{field.name} is to differ from its default"
@@ -82,7 +83,7 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
     assert cli.main(["train", "--output", given["output"]]) == 2
     assert cli.main(["train", "--output", "x", "--critic", "--need", "trend", "--need", "explore", "trend"]) == 2
     full, default, twice = configs
-    assert dataclasses.asdict(full) == given
+    assert dataclasses.asdict(full) == {**given, "data_options": all_data_options("movielens", {})}
     assert default == ExperimentConfig(output=given["output"])
     assert twice == ExperimentConfig(output="x", critic=True, needs=("trend", "explore"))
 
@@ -110,7 +111,7 @@ def test_every_option_reaches_the_trainers(tmp_path, recorded):
     for one in dataclasses.fields(TrainerOptions):
         assert one.name == "tilt" or options[one.name] != one.default, one.name
     rates = {"learning_rate": 0.125, "warmup_learning_rate": 0.25}
-    recorded.run(tmp_path / "run", **options, **rates, save_every=3, steps=7, listwise_baseline=False)
+    recorded.run(tmp_path / "run", **options, **rates, save_every=3, steps=7)
     format_stage, listwise, reinforcement = recorded.stages
     args = reinforcement.args
     assert {name: getattr(args, name) for name in options} == options
@@ -138,22 +139,23 @@ def test_the_seed_reaches_everything_that_draws(tmp_path, recorded):
 
 
 def test_the_tilt_reaches_the_trainer(tmp_path, recorded):
-    recorded.run(tmp_path / "run", tilt=0.7, listwise_baseline=False)
+    recorded.run(tmp_path / "run", tilt=0.7)
     assert recorded.of("reinforcement")[0].args.tilt == 0.7
 
 
-@pytest.mark.parametrize("name", ["movielens", "kuairec", "interactions"])
+@pytest.mark.parametrize("name", ["movielens", "kuairec", "esci", "interactions"])
 def test_data_sets_are_loaded_with_their_folder_and_seed(monkeypatch, dataset, name):
     asked = []
-    monkeypatch.setattr(stages, f"load_{name}", lambda folder, *, seed: asked.append((folder, seed)) or dataset)
+    monkeypatch.setattr(stages, f"load_{name}", lambda folder, **options: asked.append((folder, options)) or dataset)
     assert stages.load_dataset(name, "somewhere", 13) is dataset
-    assert asked == [("somewhere", 13)]
+    assert stages.load_dataset(name, "somewhere", 13, {"num_candidates": 7}) is dataset
+    assert asked == [("somewhere", {"seed": 13}), ("somewhere", {"seed": 13, "num_candidates": 7})]
 
 
 def test_what_a_loader_found_is_said_and_what_it_lacks_is_refused(tmp_path, recorded, dataset, monkeypatch):
     found = replace(dataset, notes=("skipped 2 rows of log.csv",), unsupported={"trend": "it has no times"})
     monkeypatch.setattr(stages, "load_dataset", lambda *_: found)
-    recorded.run(tmp_path / "run", needs=("interest",), listwise_baseline=False)
+    recorded.run(tmp_path / "run", needs=("interest",))
     assert "skipped 2 rows of log.csv" in recorded.said
     with pytest.raises(ValueError, match="cannot answer the need 'trend': it has no times"):
         recorded.run(tmp_path / "other", needs=("interest", "trend"))

@@ -90,7 +90,7 @@ def test_reward_takes_names_from_columns_and_skips_reasoning():
     assert reward(texts[1:], columns={k: v[1:] for k, v in columns.items()}, **options)[0] == [1.0]
     values, log = reward(texts, columns=columns, **{**options, "reasoning_end": "</think>"}, metric="mrr")
     assert log["mrr/valid"] == 0.5  # nothing in the second follows the end of its reasoning
-    assert values[0] == 1.0
+    assert values == [1.0, 0.0]
 
 
 def test_token_ids_say_what_the_text_lacks():

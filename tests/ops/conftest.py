@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -158,3 +159,18 @@ def weighted_sum() -> Callable[..., Tensor]:
         return torch.stack(terms).sum()
 
     return total
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allocated and not written is NaN, or the most negative integer."""
+
+    def poison(new):
+        def allocate(*args, **kwargs):
+            x = new(*args, **kwargs)
+            return x.fill_(math.nan if x.is_floating_point() else torch.iinfo(x.dtype).min)
+
+        return allocate
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))

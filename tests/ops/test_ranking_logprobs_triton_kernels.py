@@ -15,27 +15,12 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from flexrec.ops.rank_order import rank_positions
-from flexrec.triton_kernels import aot
 from flexrec.triton_kernels import ranking_logprobs as kernels
 from flexrec.triton_kernels import ranking_logprobs_problem as problems
 from flexrec.triton_kernels.ranking_logprobs import Forward, ranking_logprobs_backward, ranking_logprobs_forward
 
 TEMPERATURE = 0.7
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is allocated and not written is NaN, or the most negative integer."""
-
-    def poison(new):
-        def allocate(*args, **kwargs):
-            x = new(*args, **kwargs)
-            return x.fill_(math.nan if x.is_floating_point() else torch.iinfo(x.dtype).min)
-
-        return allocate
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @dataclass
@@ -194,14 +179,22 @@ def test_outputs_and_gradients(shape, dtype, order, save, reference, device):
         assert_no_worse(ours, torchs, want, ulps=4)
         torch.testing.assert_close(ours.double(), want, rtol=1e-5, atol=1e-4)
     upstream = upstream_of(exact)
-    grads = ranking_logprobs_backward(
-        upstream, out.saved, *x.inputs, [True] * 3, reference=given, order=order, ragged=False
-    )
+    grads = ranking_logprobs_backward(upstream, out, *x.inputs, [True] * 3, reference=given, order=order, ragged=False)
     want_grads = grads_of(exact, exact_leaves, upstream)
     their_grads = grads_of(theirs, torch_leaves, upstream)
     for ours, torchs, want in zip(grads, their_grads, want_grads, strict=True):
         assert ours.dtype == dtype
         assert_no_worse(ours, torchs, want, ulps=4)
+
+
+def test_gradients_of_hidden_states_that_follow_at_once_are_rounded_once(device):
+    x = make(2, 2, 8, 30, 40, 50, dtype=torch.float16, device=device)
+    out = ranking_logprobs_forward(*x.inputs)
+    upstream = upstream_of(results(out))
+    found = ranking_logprobs_backward(upstream, out, *x.inputs, [True, False, False])[0]
+    leaves = x.leaves(torch.float64)
+    (exact,) = grads_of(plain(*leaves, x, None), leaves[:1], upstream)
+    assert (found == exact.half()).double().mean() > 0.97  # with rounded slopes three of five
 
 
 @pytest.mark.parametrize("order", ["canonical", "chosen"])
@@ -220,7 +213,7 @@ def test_lists_of_many_lengths(order, device):
         torch.testing.assert_close(ours, want.float(), rtol=1e-4, atol=1e-4)
         assert (ours[dead] == 0).all()
     grads = ranking_logprobs_backward(
-        upstream, out.saved, *x.inputs, [True] * 3, reference=x.reference("hidden"), order=order
+        upstream, out, *x.inputs, [True] * 3, reference=x.reference("hidden"), order=order
     )
     for ours, want in zip(grads, want_grads, strict=True):
         torch.testing.assert_close(ours, want.float(), rtol=1e-4, atol=1e-4)
@@ -236,7 +229,7 @@ def test_ways_to_have_the_weight_gradient(group, steps, order, dtype, device):
     upstream = upstream_of(results(out))
 
     def backward(**options):
-        return ranking_logprobs_backward(upstream, out.saved, *x.inputs, [False, True, True], order=order, **options)
+        return ranking_logprobs_backward(upstream, out, *x.inputs, [False, True, True], order=order, **options)
 
     _, dense, dense_bias = backward()
     hidden_grad, rows, bias_rows = backward(weight_mode="rows")
@@ -275,14 +268,12 @@ def test_few_lists_of_many_steps_take_a_library_product(device, monkeypatch):
     monkeypatch.setattr(kernels, "weight_grad_by_matmul", lambda *shape: True)
     out = ranking_logprobs_forward(*x.inputs)
     upstream = upstream_of(results(out))
-    launched = ranking_logprobs_backward(upstream, out.saved, *x.inputs, [False, True, True], ragged=True)
+    launched = ranking_logprobs_backward(upstream, out, *x.inputs, [False, True, True], ragged=True)
     calls = []
     bmm = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda *a: calls.append(a) or bmm(*a))
     for mode in ("dense", "rows"):
-        found = ranking_logprobs_backward(
-            upstream, out.saved, *x.inputs, [False, True, True], ragged=False, weight_mode=mode
-        )
+        found = ranking_logprobs_backward(upstream, out, *x.inputs, [False, True, True], ragged=False, weight_mode=mode)
         if mode == "rows":
             tokens = x.candidates.flatten()
             found = (
@@ -300,7 +291,7 @@ def test_a_token_of_many_lists_is_added_up_before_it_is_rounded(device):
     out = ranking_logprobs_forward(*x.inputs)
     upstream = 1e-3 * torch.ones_like(out.logprobs), *(torch.zeros_like(y) for y in results(out)[1:])
     x.hidden[:] = 1.0
-    arguments = upstream, out.saved, *x.inputs, [False, True, True]
+    arguments = upstream, out, *x.inputs, [False, True, True]
     _, rows, bias_rows = ranking_logprobs_backward(*arguments, weight_mode="rows")
     into = torch.ones(3, 8, dtype=torch.bfloat16, device=device), torch.ones(3, dtype=torch.bfloat16, device=device)
     ranking_logprobs_backward(*arguments, weight_mode="accumulate", into=into)
@@ -323,7 +314,7 @@ def test_tokens_out_of_range_are_neither_read_nor_written(mode, order, device):
     assert out.logprobs.isnan().tolist() == [[True, True, False], [False] * 3]
     grads = ranking_logprobs_backward(
         upstream_of(results(out)),
-        out.saved,
+        out,
         *x.inputs,
         [True] * 3,
         weight_mode=mode,
@@ -341,7 +332,7 @@ def test_only_what_is_asked_for_is_computed(size, device, monkeypatch):
     x = make(1, 2, 6, size, 24, 30, device=device)
     out = ranking_logprobs_forward(*x.inputs)
     upstream = upstream_of(results(out))
-    whole = ranking_logprobs_backward(upstream, out.saved, *x.inputs, [True] * 3)
+    whole = ranking_logprobs_backward(upstream, out, *x.inputs, [True] * 3)
     launched = []
     launch = kernels.launch
 
@@ -358,7 +349,7 @@ def test_only_what_is_asked_for_is_computed(size, device, monkeypatch):
         ([False, False, True], ["dlogits", "weight_grad"]),
     ):
         launched.clear()
-        found = ranking_logprobs_backward(upstream, out.saved, *x.inputs, wanted)
+        found = ranking_logprobs_backward(upstream, out, *x.inputs, wanted)
         assert launched == expected
         for have, want, asked in zip(found, whole, wanted, strict=True):
             assert (have is not None) == asked
@@ -405,7 +396,7 @@ def test_impossible_tokens(order, device):
     assert out.kl[0, 0] == math.inf
     assert out.kl[0, 1:].isfinite().all()
     upstream = tuple(torch.ones_like(y) for y in results(out))
-    grads = ranking_logprobs_backward(upstream, out.saved, *x.inputs, [True] * 3, reference=reference, order=order)
+    grads = ranking_logprobs_backward(upstream, out, *x.inputs, [True] * 3, reference=reference, order=order)
     assert all(g.isfinite().all() for g in grads)
     assert (grads[2][[1, 3]] == 0).all()
     assert (grads[0][0, 2:] == 0).all()
@@ -416,8 +407,8 @@ def test_saved_logits_may_be_in_a_tensor_without_entries(device):
     out = ranking_logprobs_forward(*x.inputs, save_logits=False)
     upstream = upstream_of(results(out))
     nothing = torch.zeros(0, device=device)
-    saved = kernels.Saved(*(nothing if y is None else y for y in out.saved))
-    want = ranking_logprobs_backward(upstream, out.saved, *x.inputs, [True] * 3)
+    saved = kernels.Forward(*(nothing if y is None else y for y in out))
+    want = ranking_logprobs_backward(upstream, out, *x.inputs, [True] * 3)
     torch.testing.assert_close(ranking_logprobs_backward(upstream, saved, *x.inputs, [True] * 3), want)
 
 
@@ -431,7 +422,7 @@ def test_nothing_to_rank(n, t, device):
     for mode, rows in (("dense", 6), ("rows", n * 5)):
         grads = ranking_logprobs_backward(
             tuple(results(out)),
-            out.saved,
+            out,
             *x.inputs,
             [True] * 3,
             weight_mode=mode,
@@ -456,39 +447,16 @@ def test_a_weight_of_more_than_2_to_the_31_entries(tmp_path, device):
     for x in (near, far):
         out = ranking_logprobs_forward(*x.inputs)
         upstream = upstream_of(results(out))
-        grads = ranking_logprobs_backward(upstream, out.saved, *x.inputs, [True, True, False], weight_mode="rows")
+        grads = ranking_logprobs_backward(upstream, out, *x.inputs, [True, True, False], weight_mode="rows")
         found.append((out.logprobs, *grads[:2]))
     for close, distant in zip(*found, strict=True):
         assert torch.equal(close, distant)
 
 
-@pytest.mark.parametrize(("n", "t", "k"), [(1, 1, 1), (3, 4, 9), (2, 1027, 1030), (2, 0, 5)])
-@pytest.mark.parametrize("ragged", [False, True])
-def test_ranks(n, t, k, ragged, device):
-    generator = torch.Generator().manual_seed(k)
-    lengths = torch.randint(0, k + 1, (n,), generator=generator) if ragged else None
-    ranking = torch.stack([torch.randperm(k, generator=generator)[:t] for _ in range(n)])
-    for i, length in enumerate([] if lengths is None else lengths.tolist()):
-        ranking[i] = -1
-        ranking[i, : min(t, length)] = torch.randperm(length, generator=generator)[:t]
-    found = kernels.rank_positions_(ranking.to(device), None if lengths is None else lengths.to(device), k)
-    assert found.dtype == torch.int32
-    assert found.stride(0) == kernels.padded(k)
-    assert torch.equal(found.long().cpu(), rank_positions(ranking, k, lengths))
-
-
-def test_ranks_out_of_range_write_nowhere(device):
-    """Where value checks are off: what is out of range is passed over, neighbouring rows stay as they are."""
-    ranking = torch.tensor([[0, 1], [-5, 90], [1, 0]], device=device)
-    found = kernels.rank_positions_(ranking, None, 3)
-    assert found.tolist()[::2] == [[0, 1, 2], [1, 0, 2]]
-    assert all(rank >= 0 for rank in found[1].tolist())
-
-
 def test_wrong_modes_are_said(device):
     x = make(1, 2, 3, 4, 5, 6, device=device)
     out = ranking_logprobs_forward(*x.inputs)
-    arguments = upstream_of(results(out)), out.saved, *x.inputs, [True] * 3
+    arguments = upstream_of(results(out)), out, *x.inputs, [True] * 3
     with pytest.raises(ValueError, match="weight_mode must be one of dense, rows, accumulate, got 'sparse'"):
         ranking_logprobs_backward(*arguments, weight_mode="sparse")
     with pytest.raises(ValueError, match=r"needs into\[weight\] \(6, 5\) on .*, got None"):
@@ -503,33 +471,3 @@ def test_wrong_modes_are_said(device):
         ranking_logprobs_backward(*arguments, weight_mode="rows", order="chosen")
     with pytest.raises(ValueError, match="order must be one of canonical, chosen, got 'random'"):
         ranking_logprobs_forward(*x.inputs, order="random")
-
-
-def test_choices_by_shape():
-    assert problems.choose_order(128, 128, 1) == "chosen"
-    for steps, size, group in ((127, 128, 1), (128, 127, 1), (512, 512, 2)):
-        assert problems.choose_order(steps, size, group) == "canonical"
-    assert problems.keeps_logits(512, 2048)
-    assert not problems.keeps_logits(513, 2048)
-    assert [problems.padded(k) for k in (1, 8, 9)] == [8, 8, 16]
-
-
-def test_every_launch_is_compiled_ahead_of_time():
-    """Tiles and warps that a launcher can choose are among those of the examples, which are checked for spills."""
-    compiled = {
-        (launch.kernel.__name__, launch.num_warps, *(launch.constants[f"BLOCK_{axis}"] for axis in "TKD"))
-        for _, _, launch in aot.variants()
-        if launch.kernel.__name__.startswith("ranking_logprobs_")
-    }
-    launched = set()
-    for rows in (1, 32, 33, 64, 5000):
-        for size in (1, 32, 33, 64, 65, 16384):
-            for arithmetic in ("half", "tf32", "ieee"):
-                for reference in (True, False):
-                    tiles = problems.softmax_tiles(rows, size, arithmetic, reference)
-                    for name in ("forward", "dlogits"):
-                        launched.add((f"ranking_logprobs_{name}_kernel", tiles.warps, tiles.t, tiles.k, tiles.d))
-                tiles = problems.product_tiles(rows, size, arithmetic)
-                for name in ("hidden_grad", "weight_grad"):
-                    launched.add((f"ranking_logprobs_{name}_kernel", tiles.warps, tiles.t, tiles.k, tiles.d))
-    assert launched <= compiled, launched - compiled

@@ -11,7 +11,6 @@ import pytest
 from flexrec.data import load_movielens, simulate
 from flexrec.data.lists import Catalogue, RankingList
 from flexrec.task.needs import (
-    DEFAULT_NEEDS,
     NEEDS,
     RARE_TOPIC_SHARE,
     Need,
@@ -91,7 +90,6 @@ def test_gains_refuse_bad_input(interest, variance, message):
 
 def test_needs_by_name():
     assert list(NEEDS) == ["interest", "explore", "trend", "diverse"]
-    assert DEFAULT_NEEDS == ("interest", "explore", "trend")
     assert [need.metric for need in NEEDS.values()] == [None, None, None, "alpha_ndcg"]
     for name, need in NEEDS.items():
         assert get_need(name) is need

@@ -248,9 +248,9 @@ def command_line(folder):
     from flexrec.experiment import stages as experiment
 
     world = {"num_users": 80, "num_items": 90, "num_topics": 4, "num_test_users": 11, "num_candidates": 8}
-    experiment.simulate = partial(simulate, **world)
+    experiment.simulate = lambda **options: simulate(**{**options, **world})
     small = ["--steps", "2", "--warmup-steps", "2", "--listwise-steps", "2", "--prompts-per-step", "8"]
-    more = ["--need", "interest", "--eval-every", "2"]
+    more = ["--need", "interest", "--eval-every", "2", "--baselines", "listwise", "rank_grpo"]
     return cli.main(["train", "--output", str(folder / "run"), *small, *more])
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from flexrec.experiment import stages as experiment
+from flexrec.experiment import training
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.stages import run_experiment
 
@@ -142,22 +143,25 @@ def test_command_line_writes_and_prints_once(tmp_path):
 
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    for stage in ("format", "listwise", "reinforcement"):
+    for stage in ("format", "listwise warm-up", "reinforcement", "listwise", "rank_grpo"):
         steps = [line["step"] for line in lines if line["stage"] == stage and "loss" in line]
         assert steps[:2] == [1, 2]
-    assert [line["step"] for line in lines if line["stage"] == "evaluation"] == [2]
+    points = [(line["of"], line["steps"]) for line in lines if line["stage"] == "evaluation"]
+    assert points[:4] == [("format", 0), ("format", 2), ("listwise warm-up", 4), ("reinforcement", 6)]
+    assert points[-1] == ("rank_grpo", 6)
     stored, metrics = np.load(run / "per_list.npz"), json.loads((run / "metrics.json").read_text())
     assert len(stored["trained/interest/ndcg@5"]) == len(stored["users"]) == 33
     # Shared out among two or not, the model that was saved ranks the test lists the same way.
     with pytest.MonkeyPatch.context() as patch:
         world = {"num_users": 80, "num_items": 90, "num_topics": 4, "num_test_users": 11, "num_candidates": 8}
-        patch.setattr(experiment, "simulate", partial(experiment.simulate, **world))
+        real = experiment.simulate
+        patch.setattr(experiment, "simulate", lambda **options: real(**{**options, **world}))
         again = experiment.evaluate_run(run)
     assert again["interest"]["ndcg@5"]["mean"] == pytest.approx(metrics["trained"]["interest"]["ndcg@5"])
 
 
 def test_prompts_must_divide_among_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "num_processes", lambda: 5)
+    monkeypatch.setattr(training, "num_processes", lambda: 5)
     with pytest.raises(ValueError, match=r"192 cannot be split evenly among 5 processes"):
         run_experiment(ExperimentConfig(output=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()

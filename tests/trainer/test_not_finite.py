@@ -37,18 +37,21 @@ def make_trainer(folder, model, **more):
 
 
 def spoil(trainer, steps, what):
-    """Make the loss or the gradient of some updates infinite or NaN; returns the weights seen before each update."""
+    """Make the loss of the first micro-batch of some updates NaN, or their gradient infinite, but never both; returns
+    the weights seen before each micro-batch."""
     weight, seen, whole = trainer.model.model.norm.weight, [], trainer.ranking_loss
+    accumulation = trainer.args.gradient_accumulation_steps
 
     def ranking_loss(model, examples):
         seen.append(weight.detach().clone())
         loss, metrics = whole(model, examples)
         if trainer.state.global_step + 1 not in steps:
             return loss, metrics
-        factor = {"loss": float("nan"), "gradient": 1.0}[what]
         if what == "gradient":
             trainer.model.model.norm.weight.register_hook(lambda g: g * float("inf"))
-        return loss * factor, metrics
+        elif len(seen) % accumulation == 1 % accumulation:
+            loss = loss + float("nan")
+        return loss, metrics
 
     trainer.ranking_loss = ranking_loss
     return seen
