@@ -113,7 +113,7 @@ class Evaluation:
             for n, (example, ranking) in enumerate(zip(examples, rankings[need], strict=True)):
                 order = np.concatenate([ranking, np.setdiff1d(np.arange(lengths[n]), ranking)])
                 gains[n, : lengths[n]] = example.gains[order]
-                if topics is not None:
+                if topics is not None and example.topics is not None:
                     topics[n, : lengths[n]] = example.topics[order]
             results[need] = rank_metrics(gains, metrics, lengths=lengths, num_ranked=ranked, topics=topics)
         return results

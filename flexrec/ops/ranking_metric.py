@@ -229,9 +229,7 @@ def check_topics(topics: torch.Tensor | Topics | None, metric: Metric, lists: Li
     """The topics of checked lists as ``Topics`` with weights (N, C) float64; None for metrics that have none."""
     if metric.definition.form != "topics":
         if topics is not None:
-            raise ValueError(
-                f"topics go with {' and '.join(OF_TOPICS)} only, got metric={str(metric)!r}: leave them out"
-            )
+            raise ValueError(f"topics go with {' and '.join(OF_TOPICS)} only, got metric={str(metric)!r}")
         return None
     if topics is None:
         raise ValueError(
@@ -340,7 +338,7 @@ def greedy_ranking(
         raise ValueError(f"metric must be one of {', '.join(OF_TOPICS)}, got {str(metric)!r}")
     parts, size = ingredients(lists, metric, topics=about), gains.shape[1]
     depth = size if metric.cutoff is None else min(size, metric.cutoff)
-    return greedy(parts.worth, about.weights, parts.decay, depth)[0]
+    return greedy(parts.worth, parts.topic_weights, parts.decay, depth)[0]
 
 
 # --- what metrics are made of -----------------------------------------------------------------------------------------
@@ -366,6 +364,9 @@ def term_gains(gains: torch.Tensor, metric: Metric, *, probabilities: bool = Fal
     return torch.exp2(gains - top) * -torch.expm1(gains * -LN2)
 
 
+_NO_TOPICS = torch.empty(0)
+
+
 @dataclass(frozen=True)
 class Ingredients:
     """What every closed form is built from: R = (combination of discounts and term gains) x inverse normaliser."""
@@ -377,26 +378,25 @@ class Ingredients:
     weight: torch.Tensor  # (N, K) float64, the term gains; 0 beyond length
     inverse_norm: torch.Tensor  # (N, 1) float64; 0 for a list without a positive gain
     decay: float = 1.0
-    about: torch.Tensor | None = None  # (N, K, C) float64, of metrics of topics
-    topic_weights: torch.Tensor | None = None  # (N, C) float64
+    about: torch.Tensor = _NO_TOPICS  # (N, K, C) float64, of metrics of topics
+    topic_weights: torch.Tensor = _NO_TOPICS  # (N, C) float64
 
     @property
     def worth(self) -> torch.Tensor:
         """(N, K, C) float64 of each item to each topic; -1 where there is no item."""
-        assert self.about is not None
         return torch.where(self.inside[:, :, None], self.weight[:, :, None] * self.about, -1.0)
 
     def by_topic(self) -> Ingredients:
         """Each topic of a list as a list of its own, (N C, K): what each item is worth to that topic alone."""
-        assert self.about is not None
         columns = self.about.shape[2]
         weight = (self.weight[:, None] * self.about.transpose(1, 2)).flatten(0, 1)
-        rows = (x.repeat_interleave(columns, dim=0) for x in (self.length, self.num_ranked, self.inside, self.discount))
-        return Ingredients(*rows, weight, torch.ones_like(weight[:, :1]), self.decay)
+        length, ranked, inside, discount = (
+            x.repeat_interleave(columns, dim=0) for x in (self.length, self.num_ranked, self.inside, self.discount)
+        )
+        return Ingredients(length, ranked, inside, discount, weight, torch.ones_like(weight[:, :1]), self.decay)
 
     def over_topics(self, values: torch.Tensor) -> torch.Tensor:
         """(N, ..): the sum over topics, by their weights, of ``values`` (N C, ..) of ``by_topic``."""
-        assert self.topic_weights is not None
         return torch.einsum("nc,nc...->n...", self.topic_weights, values.unflatten(0, self.topic_weights.shape))
 
 
@@ -415,7 +415,7 @@ def ingredients(
     weight = term_gains(gains, metric, probabilities=probabilities) if size else gains  # (N, K)
 
     parts = Ingredients(length, ranked, inside, discount, weight, torch.ones_like(length).double())
-    if topics is not None:
+    if topics is not None and topics.weights is not None:
         about = memberships(lists, topics)
         parts = replace(parts, decay=metric.definition.decay, about=about, topic_weights=topics.weights)
     kind = metric.definition.normaliser

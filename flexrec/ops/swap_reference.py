@@ -183,7 +183,7 @@ def _scores_of_later(parts: Ingredients, form: str) -> torch.Tensor:
     if form in ("cascade", "topics"):
         each, columns = w[:, None], []  # (N, C, K): err has a single topic
         weights = torch.ones_like(w[:, :1])  # (N, C)
-        if parts.about is not None and parts.topic_weights is not None:
+        if form == "topics":
             each, weights = each * parts.about.transpose(1, 2), parts.topic_weights
         used = parts.decay * each
         reached, g = reach(used), torch.zeros_like(each)  # (N, C, K): G_kj over j

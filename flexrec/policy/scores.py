@@ -177,8 +177,8 @@ def all_actions_of_scores(
         lengths=batch.lengths,
         tilt=tilt,
     )
-    of_ranked = (_of_ranked(values, batch) for values in (objective, logprobs, entropy))
-    return ActionScores(*of_ranked, None if kl is None else _of_ranked(kl, batch))
+    objective, logprobs, entropy = (_of_ranked(values, batch) for values in (objective, logprobs, entropy))
+    return ActionScores(objective, logprobs, entropy, None if kl is None else _of_ranked(kl, batch))
 
 
 def _all_actions_over_branches(

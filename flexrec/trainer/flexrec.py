@@ -167,7 +167,7 @@ class FlexRecTrainer(RankingTrainer):
 
         metrics: Mapping[str, float | torch.Tensor]
         if args.credit == "all_actions":
-            options = {"temperature": args.temperature, "tilt": args.tilt, "reference": ref_states}
+            options: dict[str, Any] = {"temperature": args.temperature, "tilt": args.tilt, "reference": ref_states}
             if any(part.topics is not None for part in parts):
                 with span("rewards"):
                     scores = scores_of(parts, gains, batch.lengths, shown)

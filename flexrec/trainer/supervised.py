@@ -89,7 +89,7 @@ class SupervisedTrainer(RankingTrainer):
 def _best_first(example: Example, rng: np.random.Generator) -> np.ndarray:
     """The candidates with a gain by falling gain, ties in random order; one at random where none has any."""
     order = rng.permutation(len(example.gains))
-    if example.metric is None:
+    if example.metric is None or example.topics is None:
         order = order[np.argsort(-example.gains[order], kind="stable")]
     else:
         gains, topics = (torch.from_numpy(of_items[order]) for of_items in (example.gains, example.topics))

@@ -20,11 +20,11 @@ def run(tmp_path_factory):
     """The folder of a run on a small world."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            stages, "simulate", lambda seed: simulate(**WORLD, history_length=10, observed_share=0.3, seed=seed)
+            stages, "simulate", lambda seed, **_: simulate(**WORLD, history_length=10, observed_share=0.3, seed=seed)
         )
         folder = tmp_path_factory.mktemp("diverse") / "run"
         options = "--metric ndcg@5 --warmup-steps 4 --listwise-steps 40 --warmup-learning-rate 3e-3 --steps 15"
-        options += " --prompts-per-step 64 --learning-rate 1e-3 --no-listwise-baseline --need diverse"
+        options += " --prompts-per-step 64 --learning-rate 1e-3 --need diverse"
         assert main(["train", *options.split(), "--output", str(folder)]) == 0
     return folder
 

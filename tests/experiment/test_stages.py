@@ -311,7 +311,7 @@ def test_a_run_is_evaluated_on_what_is_asked_or_on_what_it_was_trained_with(tmp_
 
 
 def test_a_need_of_whole_lists_has_its_metric_and_mmr_beside_the_others(tmp_path, recorded, dataset):
-    results = recorded.run(tmp_path / "run", needs=("interest", "diverse"), listwise_baseline=False)
+    results = recorded.run(tmp_path / "run", needs=("interest", "diverse"))
     for values in results.per_list.values():
         assert "alpha_ndcg@5" in values["diverse"]
         assert "alpha_ndcg@5" not in values["interest"]
@@ -329,4 +329,4 @@ def test_a_need_of_whole_lists_has_its_metric_and_mmr_beside_the_others(tmp_path
 
 
 def test_without_a_need_of_whole_lists_there_is_no_mmr(tmp_path, recorded):
-    assert "mmr" not in recorded.run(tmp_path / "run", listwise_baseline=False).per_list
+    assert "mmr" not in recorded.run(tmp_path / "run").per_list
