@@ -321,6 +321,8 @@ def _table_cells(
     header = ["need", "ranker", *metrics, f"{compared_by} against {base}", f"{100 * level:g} % interval", "p"]
 
     def change(need: str, new: str, old: str) -> list[str]:
+        if headline in constant[need]:
+            return ["", "", ""]
         found = relative_change(
             results[new][need][headlines[need]],
             results[old][need][headlines[need]],

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flexrec.data import Catalogue, simulate
+from flexrec.data import simulate
 from flexrec.decoding.sample import Rollout
 from flexrec.evaluation import evaluate as module
 from flexrec.evaluation.evaluate import Evaluation, rank_examples
@@ -89,27 +89,11 @@ def test_examples_are_ranked_greedily_as_asked(monkeypatch):
     assert [c for _, candidates, _ in calls for c in candidates] == [example.candidates for example in examples]
     for _, _, options in calls:
         assert options == {
-            "marks": None,
             "separator": builder.separator,
             "end": builder.end,
             "num_ranked": 2,
             "greedy": True,
         }
-
-
-def test_examples_are_ranked_with_their_marks(monkeypatch):
-    asked = []
-
-    def spy(model, prompts, candidates, *, marks, **options):
-        asked.append(marks)
-        return Rollout(np.tile(np.arange(2), (len(prompts), 1)), np.zeros((len(prompts), 2)))
-
-    monkeypatch.setattr(module, "sample_rankings", spy)
-    builder = PromptBuilder(build_tokenizer(Catalogue(("a",), ("A",), ((),)), []), encoding="item_token")
-    marked = [replace(example([0.5, 1.0]), marks=[[n], []]) for n in range(3)]
-    rank_examples(None, marked, builder, batch_size=2)
-    rank_examples(None, [example([0.5, 1.0])], builder)
-    assert asked == [[[[0], []], [[1], []]], [[[2], []]], None]
 
 
 def test_a_need_of_whole_lists_is_scored_by_its_own_metric_too():
@@ -123,11 +107,11 @@ def test_a_need_of_whole_lists_is_scored_by_its_own_metric_too():
         ],
         "interest": [example(g) for g in gains],
     }
-    rankings = [np.array([0, 1, 2]), np.array([0, 1, 2])]
+    rankings = [np.array([2, 0, 1]), np.array([0, 1, 2])]
     values = Evaluation(tests, None, None).of_rankings(dict.fromkeys(tests, rankings))
     assert list(values["diverse"]) == ["alpha_ndcg@5", *METRICS]
     assert list(values["interest"]) == list(METRICS)
     np.testing.assert_array_equal(values["diverse"]["ndcg@5"], values["interest"]["ndcg@5"])
     d = 1 / np.log2([2, 3, 4])
-    found, best = d @ [1.0, 0.9 * 0.5, 0.8], d @ [1.0, 0.8, 0.45]
+    found, best = d @ [0.8, 1.0, 0.9 * 0.5], d @ [1.0, 0.8, 0.45]
     np.testing.assert_allclose(values["diverse"]["alpha_ndcg@5"], [found / best, 1.0], rtol=1e-6)
