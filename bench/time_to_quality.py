@@ -1,6 +1,6 @@
 """NDCG@5 over seconds of training: a run of ``flexrec train`` against TRL's GRPO from the same base.
 
-    flexrec train --dataset movielens --data DIR --need interest --eval-every 5 --no-listwise-baseline --output RUN
+    flexrec train --dataset movielens --data DIR --need interest --eval-every 5 --output RUN
     python bench/time_to_quality.py RUN --output DIR                    20 to 50 minutes
     python bench/time_to_quality.py RUN --output DIR --answers free     a further curve: TRL as it comes
     python bench/time_to_quality.py RUN --output DIR --only plot        the figure anew, from the curves
@@ -119,19 +119,20 @@ def train_with_trl(
 
 
 def flexrec_curve(run: Path) -> list[dict[str, Any]]:
-    """(seconds since the base, NDCG@5) of a run of ``flexrec train``, the warm-up counted."""
-    metrics = json.loads((run / "metrics.json").read_text())
-    start = metrics["seconds"].get("listwise warm-up", 0.0)
-
-    def mean(values: dict[str, dict[str, float]]) -> float:
-        return float(np.mean([of_need["ndcg@5"] for of_need in values.values()]))
-
-    points = [{"step": 0, "seconds": 0.0, "ndcg@5": mean(metrics["base"])}]
-    for line in (run / "log.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        if entry["stage"] == "evaluation":
-            points.append({"step": entry["step"], "seconds": start + entry["seconds"], "ndcg@5": mean(entry["means"])})
-    return points
+    """Steps and seconds since the base, and NDCG@5, of a run of ``flexrec train``, the warm-up counted."""
+    entries = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    trained = ("format", "listwise warm-up", "reinforcement")
+    evaluations = [entry for entry in entries if entry["stage"] == "evaluation" and entry["of"] in trained]
+    base = next(entry for entry in reversed(evaluations) if entry["of"] == "format")
+    return [
+        {
+            "step": entry["steps"] - base["steps"],
+            "seconds": round(entry["seconds"] - base["seconds"], 2),
+            "ndcg@5": float(np.mean([of_need["ndcg@5"] for of_need in entry["means"].values()])),
+        }
+        for entry in evaluations
+        if entry["steps"] >= base["steps"]
+    ]
 
 
 def time_to_reach(curve: list[dict[str, Any]], quality: float, clock: str) -> float | None:

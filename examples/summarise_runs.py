@@ -47,7 +47,9 @@ def main() -> None:
     arguments = parser.parse_args()
     users, systems = load(arguments.runs)
     order = ["base", *(name for name in systems if name not in ("base", "trained")), "trained"]
-    print(comparison_markdown({name: systems[name] for name in order}, clusters=users))
+    start = "warm start" if "warm start" in systems else "base"
+    pairs = {"reinforcement": ("trained", start)}  # what it changed of where it started from
+    print(comparison_markdown({name: systems[name] for name in order}, clusters=users, pairs=pairs))
     for name in order[:-1]:
         for need in systems["trained"]:
             describe(f"trained against {name}, {need}", systems["trained"][need], systems[name][need], users)

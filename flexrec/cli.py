@@ -6,10 +6,11 @@ import argparse
 import codecs
 import errno
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, Field, fields
 from functools import partial
@@ -164,7 +165,10 @@ def _add_option(
     else:
         settings["metavar"] = one.metadata.get("metavar", {int: "N", float: "X"}.get(kind, "NAME"))
         settings |= {"nargs": "+", "action": "extend"} if of_many else {"type": kind}
-    argument = parser.add_argument(flag_of(one), **settings)
+    names = [flag_of(one)]
+    if dest.startswith(_DATA):  # messages of loaders name the arguments of Python
+        names = list(dict.fromkeys([*names, "--" + one.name.replace("_", "-")]))
+    argument = parser.add_argument(*names, **settings)
     argument.help = text  # Python 3.10 adds a default of its own to switches
 
 
@@ -259,8 +263,6 @@ def _positive(text: str) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from flexrec.evaluation.statistics import comparison_table
-    from flexrec.evaluation.summary import summary
     from flexrec.experiment.run_folder import RunFolder
     from flexrec.experiment.stages import run_experiment
     from flexrec.policy.distributed import process_index
@@ -276,14 +278,11 @@ def _train(arguments: argparse.Namespace) -> int:
     results = run_experiment(config, say=console.print)
     if process_index() > 0:
         return 0
-    users = len(set(results.users.tolist()))
-    title = f"{len(results.users)} lists of {users} test users never trained on; changes in ndcg@5 against the base"
-    console.print(comparison_table(results.per_list, clusters=results.users, title=title))
-    for sentence in summary(results.per_list, results.users):
+    console.print(results.table())
+    for sentence in results.summary():
         console.print(sentence)
     if (new := results.new_items) is not None:
-        title = f"Among items that were never trained on: {len(new.users)} lists"
-        console.print(comparison_table(new.per_list, clusters=new.users, title=title))
+        console.print(new.table(f"Among items that were never trained on: {len(new.users)} lists"))
     console.print(f"{results.seconds['total']:.0f} seconds in all; model, log and metrics.json are in {config.output}")
     return 0
 
@@ -292,22 +291,32 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from flexrec.evaluation.statistics import ONE_USER
     from flexrec.experiment.stages import evaluate_run
+    from flexrec.trainer.callbacks import to_json
 
     options = given(arguments, ExperimentConfig)
     if of_data := given_data_options(arguments):
         options["data_options"] = of_data
     scores = evaluate_run(Path(arguments.folder), **options)
-    table = Table(title=f"{arguments.folder}: mean over test lists [95 % interval over users]")
+    names = list(dict.fromkeys(name for values in scores.values() for name in values))
+    alone = any(math.isnan(v["low"]) for values in scores.values() for v in values.values())
+    interval = f"({ONE_USER})" if alone else "[95 % interval over users]"
+    table = Table(title=f"{arguments.folder}: mean over test lists {interval}")
     table.add_column("need")
-    for name in next(iter(scores.values())):
+    for name in names:
         table.add_column(name, justify="right")
     for need, values in scores.items():
-        table.add_row(need, *(f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in values.values()))
+        table.add_row(need, *(_with_interval(values[name]) if name in values else "" for name in names))
     Console().print(table)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n")
+        Path(arguments.json).write_text(to_json(scores, 2) + "\n")
     return 0
+
+
+def _with_interval(value: Mapping[str, float]) -> str:
+    interval = "" if math.isnan(value["low"]) else f" [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{value['mean']:.3f}{interval}"
 
 
 def _describe(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,8 @@
 """Quality over time beside TRL: who was where when, and a peer that generates rankings only."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
@@ -85,3 +87,47 @@ def test_a_constrained_peer_generates_rankings_only(tmp_path, encoding):
     trainer.reward_funcs[0] = Listening()
     trainer.train()
     assert seen[0].missing.sum() == seen[0].repeated.sum() == 0
+
+
+def write_log(folder, *evaluations):
+    lines = [{"stage": "format", "step": 1, "steps": 1, "seconds": 1.0}]
+    lines += [
+        {
+            "stage": "evaluation",
+            "of": of,
+            "step": 0,
+            "steps": steps,
+            "seconds": seconds,
+            "means": {"interest": {"ndcg@5": value}, "trend": {"ndcg@5": value + 0.2}},
+        }
+        for of, steps, seconds, value in evaluations
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_curve_of_a_run_begins_at_its_base_and_holds_the_warm_start(tmp_path):
+    own = [("format", 0, 0.0, 0.1), ("format", 3, 4.5, 0.2), ("listwise warm-up", 5, 8.5, 0.4)]
+    write_log(tmp_path, *own, ("reinforcement", 9, 20.5, 0.5), ("rank_grpo", 9, 18.5, 0.45))
+    assert [tuple(point.values()) for point in time_to_quality.flexrec_curve(tmp_path)] == [
+        (0, 0.0, pytest.approx(0.3)),
+        (2, 4.0, pytest.approx(0.5)),
+        (6, 16.0, pytest.approx(0.6)),
+    ]
+
+
+def test_curves_are_plotted_from_where_training_begins(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = Path(__file__).resolve().parents[1] / "examples" / "plot_curves.py"
+    spec = importlib.util.spec_from_file_location("plot_curves", path)
+    plot_curves = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plot_curves)
+    own = [("format", 0, 0.0, 0.1), ("format", 3, 4.5, 0.2), ("listwise warm-up", 5, 8.5, 0.4)]
+    baselines = [("rank_grpo", 9, 18.5, 0.45), ("listwise", 7, 9.0, 0.42)]
+    write_log(tmp_path, *own, ("reinforcement", 9, 20.5, 0.5), *baselines)
+    points, ends = plot_curves.curve(tmp_path, "interest", "ndcg@5")
+    assert points.tolist() == [[0, 0.0, 0.1], [3, 4.5, 0.2], [5, 8.5, 0.4], [9, 20.5, 0.5]]
+    assert ends == {"format": 1, "listwise warm-up": 2, "reinforcement": 3}
+    points, _ = plot_curves.curve(tmp_path, "interest", "ndcg@5", "rank_grpo")
+    assert points.tolist() == [[0, 0.0, 0.1], [3, 4.5, 0.2], [5, 8.5, 0.4], [9, 18.5, 0.45]]
+    points, _ = plot_curves.curve(tmp_path, "interest", "ndcg@5", "listwise")
+    assert points.tolist() == [[0, 0.0, 0.1], [3, 4.5, 0.2], [7, 9.0, 0.42]]

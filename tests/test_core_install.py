@@ -4,7 +4,19 @@ import os
 import subprocess
 import sys
 
-EXTRAS = ("trl", "verl", "vllm", "peft", "deepspeed", "openrlhf", "datasets", "matplotlib", "flash_attn", "ray")
+EXTRAS = (
+    "trl",
+    "verl",
+    "vllm",
+    "peft",
+    "deepspeed",
+    "openrlhf",
+    "implicit",
+    "datasets",
+    "matplotlib",
+    "flash_attn",
+    "ray",
+)
 
 # Before anything else is imported, the search for modules stops finding the extras: as if they were not installed.
 WITHOUT_EXTRAS = f"""

@@ -1,29 +1,30 @@
-"""Baselines that rank without a language model: random, popularity, trend, and neighbours by item similarity.
+"""Baselines that rank without the language model, and how they meet a need.
 
-They are fitted on ``RankingDataset.log`` and see what a list knows before its time; none of them reads needs.
+They are fitted on ``RankingDataset.log`` and see what a list knows before its time. None of them reads words; what a
+need multiplies interest by, novelty or trend, is known of every list and counts for every baseline that estimates
+interest, as it does for the critic: :func:`order_for`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import product
 from typing import Protocol
 
 import numpy as np
 
-from flexrec.data.lists import Interactions, RankingDataset, RankingList
-from flexrec.evaluation.statistics import rank_metrics
-
-_TUNING_LISTS = 1000
-_TUNING_METRIC = "ndcg@10"
-_TIE = 1e-9  # weight of what breaks ties: below the resolution of a float32 score
+from flexrec.data.lists import Catalogue, RankingDataset, RankingList
+from flexrec.evaluation.factorisation import ALS, BPR
+from flexrec.evaluation.neighbours import ItemKNN, UserKNN
+from flexrec.evaluation.sequential import SASRec
+from flexrec.evaluation.tuning import with_ties
+from flexrec.task.needs import Need
 
 
 class Baseline(Protocol):
     """Scores candidates; the higher, the better. Rank by ``argsort(-scores, kind="stable")``."""
 
     name: str
+    scores_interest: bool  # whether the scores say what a user will like, whatever is asked for
 
     def scores(self, lst: RankingList) -> np.ndarray:
         """(K,) float64, finite, by candidate."""
@@ -34,6 +35,7 @@ class Random:
     """Every order equally likely; a list gets the same scores every time, whatever was ranked before."""
 
     name = "random"
+    scores_interest = False
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -47,6 +49,7 @@ class Popularity:
     """Interactions with a candidate before the list's time."""
 
     name = "popularity"
+    scores_interest = False
 
     def scores(self, lst: RankingList) -> np.ndarray:
         return lst.popularity.astype(np.float64)
@@ -56,119 +59,39 @@ class Trend:
     """How strongly a candidate rises just before the list's time; ties by popularity."""
 
     name = "trend"
+    scores_interest = False
 
     def scores(self, lst: RankingList) -> np.ndarray:
-        return lst.trend + _TIE * _below_one(lst.popularity)
+        return with_ties(lst.trend.astype(np.float64), lst.popularity)
 
 
-@dataclass(frozen=True)
-class KNNSettings:
-    """What ``ItemKNN`` is tuned over.
+def order_for(need: Need, baseline: Baseline, lst: RankingList, catalogue: Catalogue) -> np.ndarray:
+    """(K,) positions of the candidates, best first, as ``baseline`` answers to ``need``.
 
-    Attributes:
-        weighting: "implicit", every interaction counts 1, or "interest", it counts its interest.
-        neighbours: k, how many of the most similar history items speak for a candidate.
-        shrinkage: h, added to the product of norms: similarities that rest on few users are drawn towards 0.
+    Scores of interest are of no common unit. Within the list they are put to [0, 1], the least to 0 and the greatest to
+    1, and the need makes gains of them, as of the critic's means: interest x factor. Equal gains are ordered by what
+    the need would give to full interest, then by scores. For "interest" that is the order of the scores, as it is for
+    baselines that estimate no interest.
     """
-
-    weighting: str = "implicit"
-    neighbours: int = 20
-    shrinkage: float = 10.0
-
-
-class ItemKNN:
-    """Item-based nearest neighbours (Sarwar et al. 2001; shrinkage as Ferrari Dacrema et al. 2019).
-
-    With x_i the column of item i in the (users, items) matrix of the log,
-
-        sim(i, j) = <x_i, x_j> / (|x_i| |x_j| + h),    score(c) = sum of the k largest sim(c, j) over j in the history.
-
-    A list of a user who is in the log is scored without that user's row: it holds the very feedback that is to be
-    predicted, and it is what makes tuning on training lists honest for users who are not in the log. Candidates
-    without a neighbour are ordered by popularity, below all others.
-    """
-
-    name = "item-knn"
-
-    def __init__(self, dataset: RankingDataset, settings: KNNSettings | None = None) -> None:
-        """Fit on ``dataset.log``; ``settings`` None tunes them on ``dataset.train`` (see ``tune``)."""
-        self._matrices = {
-            weighting: _interaction_matrix(dataset.log, len(dataset.catalogue), weighting)
-            for weighting in ("implicit", "interest")
-        }
-        self.settings = KNNSettings() if settings is None else settings
-        if settings is None:
-            self.settings = self.tune(dataset)
-
-    def scores(self, lst: RankingList) -> np.ndarray:
-        dot, norms = self._products(lst, self.settings.weighting)
-        return _knn_scores(dot, norms, self.settings) + _TIE * _below_one(lst.popularity)
-
-    def tune(self, dataset: RankingDataset, *, seed: int = 0) -> KNNSettings:
-        """The settings of a small grid with the best mean NDCG@10 of interest on (at most 1000) training lists.
-
-        Candidates without feedback count as 0 where they are sampled negatives, and are left out where feedback is
-        missing. Test lists are not looked at.
-        """
-        rng = np.random.default_rng(seed)
-        chosen = rng.permutation(len(dataset.train))[:_TUNING_LISTS]
-        grid = [
-            KNNSettings(*values)
-            for values in product(("implicit", "interest"), (5, 10, 20, 50, 1000), (0.0, 1.0, 5.0, 20.0))
-        ]
-        gains: dict[KNNSettings, list[np.ndarray]] = {settings: [] for settings in grid}
-        for lst in (dataset.train[i] for i in chosen):
-            kept = np.ones(len(lst.candidates), dtype=bool)
-            if dataset.unobserved == "critic":
-                kept = ~np.isnan(lst.interest)
-            interest = np.nan_to_num(lst.interest)[kept]
-            if not (interest > 0).any():
-                continue
-            products = {weighting: self._products(lst, weighting) for weighting in self._matrices}
-            ties = _TIE * _below_one(lst.popularity)
-            for settings in grid:
-                scores = _knn_scores(*products[settings.weighting], settings) + ties
-                gains[settings].append(interest[np.argsort(-scores[kept], kind="stable")])
-        if not gains[grid[0]]:
-            return self.settings
-        return max(grid, key=lambda s: rank_metrics(gains[s], (_TUNING_METRIC,))[_TUNING_METRIC].mean())
-
-    def _products(self, lst: RankingList, weighting: str) -> tuple[np.ndarray, np.ndarray]:
-        """<x_c, x_j> and |x_c| |x_j|, both (K, H), of candidates c and history items j, without the user's own row."""
-        matrix = self._matrices[weighting]  # (items, users)
-        of_candidates, of_history = matrix[lst.candidates], matrix[lst.history]  # (K, U), (H, U)
-        if 0 <= lst.user < matrix.shape[1]:
-            of_candidates[:, lst.user] = 0.0
-            of_history[:, lst.user] = 0.0
-        norms = np.outer(np.linalg.norm(of_candidates, axis=1), np.linalg.norm(of_history, axis=1))
-        return of_candidates @ of_history.T, norms
+    scores = baseline.scores(lst)
+    if not baseline.scores_interest or not len(scores):
+        return np.argsort(-scores, kind="stable")
+    span = scores.max() - scores.min()
+    interest = ((scores - scores.min()) / (span if span > 0 else 1.0)).astype(np.float32)
+    certain = np.zeros_like(interest)
+    gains, _ = need.gains(lst, catalogue, interest, certain)
+    at_most, _ = need.gains(lst, catalogue, np.ones_like(interest), certain)
+    return np.lexsort((-scores, -at_most, -gains))
 
 
-def _knn_scores(dot: np.ndarray, norms: np.ndarray, settings: KNNSettings) -> np.ndarray:
-    """(K,) sums of the k largest similarities per row of ``dot`` and ``norms`` (K, H)."""
-    similarity = dot / np.where(norms > 0, norms + settings.shrinkage, 1.0)
-    surplus = similarity.shape[1] - settings.neighbours
-    if surplus > 0:
-        similarity = np.partition(similarity, surplus, axis=1)[:, surplus:]
-    return similarity.sum(axis=1, dtype=np.float64)
-
-
-def _interaction_matrix(log: Interactions, num_items: int, weighting: str) -> np.ndarray:
-    """(items, users) float32; 1 or the interest of each logged pair, repeated pairs by their last."""
-    matrix = np.zeros((num_items, int(log.users.max(initial=-1)) + 1), dtype=np.float32)
-    matrix[log.items, log.users] = 1.0 if weighting == "implicit" else log.interest
-    return matrix
-
-
-def _below_one(popularity: np.ndarray) -> np.ndarray:
-    """(K,) float64 in [0, 1), in the order of ``popularity``."""
-    popularity = popularity.astype(np.float64)
-    return popularity / (1.0 + popularity.max(initial=0.0))
-
-
+# What costs seconds, then what costs minutes.
 BASELINES: dict[str, Callable[[RankingDataset], Baseline]] = {
     Random.name: lambda dataset: Random(),
     Popularity.name: lambda dataset: Popularity(),
     Trend.name: lambda dataset: Trend(),
     ItemKNN.name: ItemKNN,
+    UserKNN.name: UserKNN,
+    ALS.name: ALS,
+    BPR.name: BPR,
+    SASRec.name: SASRec,
 }

@@ -87,6 +87,12 @@ class Evaluation:
 
         return self.of_rankings({need: map_over_processes(rank, examples) for need, examples in self.tests.items()})
 
+    def telling(self, need: str, metric: str) -> bool:
+        """Whether a metric depends on the order of any list: where everybody likes everything, recall does not."""
+        gains = [example.gains for example in self.tests[need]]
+        worst, best = [np.sort(row) for row in gains], [np.sort(row)[::-1] for row in gains]
+        return not np.array_equal(rank_metrics(worst, (metric,))[metric], rank_metrics(best, (metric,))[metric])
+
     def of_rankings(self, rankings: dict[str, list[np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
         """need -> metric -> (L,) values of rankings given as candidate indices, best first."""
         results = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from flexrec.ops.ranking_metric import ranking_metric
 
+ONE_USER = "one user: no interval"
 METRICS = ("ndcg@5", "ndcg@10", "ndcg@30", "recall@5", "mrr@5")
 
 # ranker -> need -> metric -> (N,) values per list
@@ -75,7 +77,8 @@ class Comparison:
     """A ranker against another on the same lists.
 
     ``difference`` is mean_new - mean_base, ``percent`` the same in per cent of mean_base (NaN where that is 0); low and
-    high are the ends of their confidence intervals, ``p_value`` is two-sided.
+    high are the ends of their confidence intervals, ``p_value`` is two-sided. The lists of a single user say nothing
+    of others: intervals and p-value are NaN.
 
     Example:
         >>> found = flexrec.relative_change(np.array([0.6, 0.3]), np.array([0.4, 0.2]))
@@ -112,7 +115,7 @@ def bootstrap_interval(
         seed: of the resampling.
 
     Returns:
-        The two ends. With a single cluster both are the mean: one user says nothing about the spread over users.
+        The two ends. With a single cluster both are NaN: one user says nothing about the spread over users.
 
     Raises:
         ValueError: wrong shapes, no values, a value that is not finite, a level outside (0, 1).
@@ -125,6 +128,8 @@ def bootstrap_interval(
     """
     sums, counts = _cluster_sums([_values("values", values)], clusters)
     _check_resampling(level, num_samples)
+    if len(counts) == 1:
+        return float("nan"), float("nan")
     means = np.concatenate([total[:, 0] / size for total, size in _resample(sums, counts, num_samples, seed)])
     return _interval(means, level)
 
@@ -178,6 +183,9 @@ def relative_change(
         percent = float(_percent(np.array(mean_new), np.array(mean_base)))
     else:
         percent = percent_low = percent_high = float("nan")
+    p_value = _sign_flip_p_value(sums[:, 0] - sums[:, 1], num_samples, seed)
+    if len(counts) == 1:
+        difference_low = difference_high = percent_low = percent_high = p_value = float("nan")
     return Comparison(
         mean_new=mean_new,
         mean_base=mean_base,
@@ -187,7 +195,7 @@ def relative_change(
         percent=percent,
         percent_low=percent_low,
         percent_high=percent_high,
-        p_value=_sign_flip_p_value(sums[:, 0] - sums[:, 1], num_samples, seed),
+        p_value=p_value,
     )
 
 
@@ -200,7 +208,9 @@ def comparison_table(
     level: float = 0.95,
     num_samples: int = 2000,
     seed: int = 0,
+    pairs: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     title: str | None = None,
+    caption: str | None = None,
 ) -> Table:
     """A table for the terminal: rankers per need, their means, and the change of ``headline`` against ``base``.
 
@@ -214,7 +224,9 @@ def comparison_table(
         headline: the metric of the comparison.
         clusters: (N,) the user of each list.
         level, num_samples, seed: as ``bootstrap_interval``.
-        title: above the table.
+        pairs: further comparisons, each a row of differences below the rankers of a need: its name, and which ranker is
+            compared with which.
+        title, caption: above and below the table.
 
     Raises:
         ValueError: no ``base``, a ranker without a need or a metric that ``base`` has, and as ``relative_change``.
@@ -228,19 +240,20 @@ def comparison_table(
         >>> comparison_table(results).row_count  # the need, and a row for each ranker
         3
     """
-    header, rows = _table_cells(results, base, headline, clusters, level, num_samples, seed)
+    header, rows = _table_cells(results, base, headline, clusters, level, num_samples, seed, pairs)
     # 80 columns hold five metrics: the need heads its rows, the interval stands behind its change.
-    table = Table(title=title, box=box.SIMPLE_HEAD, highlight=False, pad_edge=False, padding=0)
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, highlight=False, pad_edge=False, padding=0)
     table.add_column("ranker", no_wrap=True)
     for name in header[2:-3]:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column(f"{headline} vs {base}", justify="right", no_wrap=True)
     previous = None
-    for need, ranker, *means, change, interval, _ in rows:
+    for need, ranker, *means, change, interval, p_value in rows:
         if need != previous:
             table.add_section()
             table.add_row(need, style="bold")
-        table.add_row(f" {ranker}", *means, f"{change} [{interval}]" if change else "")
+        said = f"{change} [{interval}]" if p_value else " ".join(filter(None, (change, interval)))
+        table.add_row(f" {ranker}", *means, f"{said} p {p_value}" if ranker in pairs and p_value else said)
         previous = need
     return table
 
@@ -254,6 +267,7 @@ def comparison_markdown(
     level: float = 0.95,
     num_samples: int = 2000,
     seed: int = 0,
+    pairs: Mapping[str, tuple[str, str]] = MappingProxyType({}),
 ) -> str:
     """The rows of ``comparison_table`` as a Markdown table (same arguments, same errors).
 
@@ -266,7 +280,7 @@ def comparison_markdown(
         >>> print(comparison_markdown(results, num_samples=100).splitlines()[-1])
         | interest | trained | 0.433 | +44.4 % | +33.3, +50.0 | 0.257 |
     """
-    header, rows = _table_cells(results, base, headline, clusters, level, num_samples, seed)
+    header, rows = _table_cells(results, base, headline, clusters, level, num_samples, seed, pairs)
     rule = ["---" if column < 2 else "---:" for column in range(len(header))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows]) + "\n"
 
@@ -279,35 +293,59 @@ def _table_cells(
     level: float,
     num_samples: int,
     seed: int,
+    pairs: Mapping[str, tuple[str, str]],
 ) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: need, row, metrics, change, its interval and p-value (or why there are none)."""
     if base not in results:
         raise ValueError(f"results must hold {base!r} to compare with, got {', '.join(results)}")
     constant = _constant_metrics(results, base)
     metrics = [m for m in next(iter(results[base].values()), {}) if any(m not in same for same in constant.values())]
     header = ["need", "ranker", *metrics, f"{headline} against {base}", f"{100 * level:g} % interval", "p"]
+
+    def change(need: str, new: str, old: str) -> list[str]:
+        if headline in constant[need]:
+            return ["", "", ""]
+        found = relative_change(
+            results[new][need][headline],
+            results[old][need][headline],
+            clusters=clusters,
+            level=level,
+            num_samples=num_samples,
+            seed=seed,
+        )
+        return _change_cells(found)
+
+    def cells(need: str, values: Mapping[str, float], form: str) -> list[str]:
+        return ["" if metric in constant[need] else format(values[metric], form) for metric in metrics]
+
     rows = []
-    for need, base_values in results[base].items():
+    for need in results[base]:
+        means = {}
         for name, needs in results.items():
             values = needs.get(need, {})
             missing = [metric for metric in dict.fromkeys([*metrics, headline]) if metric not in values]
             if missing:
                 raise ValueError(f"results[{name!r}][{need!r}] has no {', '.join(missing)}")
-            row = [need, name, *("" if m in constant[need] else f"{np.mean(values[m]):.3f}" for m in metrics)]
-            if name == base:
-                rows.append([*row, "", "", ""])
-                continue
-            change = relative_change(
-                values[headline],
-                base_values[headline],
-                clusters=clusters,
-                level=level,
-                num_samples=num_samples,
-                seed=seed,
-            )
-            p_value = f"{change.p_value:.3f}" if change.p_value >= 0.001 else "< 0.001"
-            interval = f"{change.percent_low:+.1f}, {change.percent_high:+.1f}"
-            rows.append([*row, f"{change.percent:+.1f} %", interval, p_value])
+            means[name] = {metric: float(np.mean(values[metric])) for metric in metrics}
+            compared = ["", "", ""] if name == base else change(need, name, base)
+            rows.append([need, name, *cells(need, means[name], ".3f"), *compared])
+        for name, (new, old) in pairs.items():
+            differences = {metric: means[new][metric] - means[old][metric] for metric in metrics}
+            rows.append([need, name, *cells(need, differences, "+.3f"), *change(need, new, old)])
     return header, rows
+
+
+def _change_cells(change: Comparison) -> list[str]:
+    """Change, interval and p-value as a table shows them; differences where there is no per cent of 0."""
+    if np.isnan(change.percent):
+        values, unit = (change.difference, change.difference_low, change.difference_high), ("+.3f", "")
+    else:
+        values, unit = (change.percent, change.percent_low, change.percent_high), ("+.1f", " %")
+    value, low, high = (format(number, unit[0]) for number in values)
+    if np.isnan(change.p_value):
+        return [value + unit[1], ONE_USER, ""]
+    p_value = f"{change.p_value:.3f}" if change.p_value >= 0.001 else "< 0.001"
+    return [value + unit[1], f"{low}, {high}", p_value]
 
 
 def _constant_metrics(results: _Results, base: str) -> dict[str, set[str]]:

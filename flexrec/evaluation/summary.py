@@ -22,7 +22,7 @@ def summary(
 ) -> list[str]:
     """A few sentences: whether what was trained is above everything else, and what reinforcement added.
 
-    A difference counts where its 95 % interval, over users, excludes 0.
+    A difference counts where its 95 % interval, over users, excludes 0; of a single user there is none.
 
     Args:
         users: (N,) the user of each list.
@@ -34,6 +34,8 @@ def summary(
     def against(need: str, other: str) -> Comparison:
         return relative_change(results[trained][need][metric], results[other][need][metric], clusters=users)
 
+    if len(np.unique(users)) == 1:
+        return ["There is one test user: no interval, and nothing that could be said of others."]
     found = {(need, rival): against(need, rival) for need in results[trained] for rival in rivals}
     behind = [(key, c) for key, c in found.items() if c.difference_high < 0]
     open_ = [(key, c) for key, c in found.items() if c.difference_low <= 0 <= c.difference_high]
@@ -54,6 +56,8 @@ def summary(
         changes = {need: against(need, warm_start) for need in results[trained]}
         listed = ", ".join(f"{_change(change)}, p = {change.p_value:.3f} on {need}" for need, change in changes.items())
         sentences.append(f"Reinforcement changed the warm start's {metric} by {listed}.")
+        if all(change.difference_low <= 0 <= change.difference_high for change in changes.values()):
+            sentences.append("That is no change that can be told from none: the warm start may already say it all.")
     return sentences
 
 

@@ -1,5 +1,5 @@
 from .config import ExperimentConfig as ExperimentConfig
-from .run_folder import Results as Results
+from .results import Results as Results
 from .run_folder import RunFolder as RunFolder
 from .run_folder import RunInfo as RunInfo
 from .stages import evaluate_run as evaluate_run

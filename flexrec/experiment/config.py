@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from flexrec.task.prompts import ENCODINGS
 from flexrec.trainer.options import TrainerOptions
 
 EMBEDDED = "embedded"
+CRITIC_MODELS = ("ensemble", "mf", "knn")
 MADE_IN_PYTHON = "python"  # a data set that is handed to run_experiment, with no name to load it by
+LISTWISE = "listwise"  # supervision alone, as long as the trained model took
+# Seconds on one core with the default data. als and bpr need the extra "baselines", and are left out without it.
+QUICK_BASELINES = ("random", "popularity", "trend", "item-knn", "user-knn", "als", "bpr")
+SLOW_BASELINES = ("sasrec", LISTWISE, "sequence_grpo", "rank_grpo")
 MAX_SEED = 2**32 - 1  # NumPy's
 
 
@@ -49,6 +55,11 @@ class ExperimentConfig(TrainerOptions):
         metavar="SHARE",
     )
     data_options: Mapping[str, Any] = field(default_factory=dict)
+    noise: float | None = option(
+        None,
+        "mean variance of logged interest around the expected one; default: as known or estimated by the data set",
+        low=0,
+    )
     needs: tuple[str, ...] | None = option(
         None, "what users ask for; default: every need that the data can answer", flag="need", metavar="NAME"
     )
@@ -61,6 +72,11 @@ class ExperimentConfig(TrainerOptions):
         None,
         "how an answer names a candidate; default: item_token for the embedded model, else index",
         choices=ENCODINGS,
+    )
+    show: tuple[str, ...] = option(
+        ("title",),
+        "what prompts in words show of an item: title, category, columns of the items, as in title,category,year",
+        metavar="NAME",
     )
     metric: str = option("ndcg@10", "the metric to maximise; ranks beyond its cutoff are not trained")
     temperature: float = option(0.3, "of the policy, in sampling and in log-probs", above=0)
@@ -75,7 +91,12 @@ class ExperimentConfig(TrainerOptions):
     prompts_per_step: int = option(192, "prompts in a step", low=1)
     learning_rate: float = option(5e-4, "of reinforcement", low=0)
     warmup_learning_rate: float = option(1e-3, "of the supervised stages", low=0)
-    listwise_baseline: bool = option(True, "train the listwise baseline, which takes as long as the reinforcement")
+    baselines: tuple[str, ...] | None = option(
+        None,
+        f"beside the baselines that cost seconds ({', '.join(QUICK_BASELINES)}), also {', '.join(SLOW_BASELINES)}, or "
+        f"all; none: no baselines; default: those that cost seconds",
+        metavar="NAME",
+    )
     bf16: bool = option(False, "compute in bfloat16, for GPUs; what is trained stays in float32")
     lora: int | None = option(
         None,
@@ -95,6 +116,10 @@ class ExperimentConfig(TrainerOptions):
         choices=("merged", "adapter"),
     )
     critic: bool | None = option(None, "fill in missing feedback by a critic; default: as the data set needs it")
+    critic_model: str = option("ensemble", "what the critic predicts by", choices=CRITIC_MODELS)
+    fuse_observed: bool = option(
+        True, "weigh observed feedback against the critic by precision, where its noise is known; else take it as it is"
+    )
     profile: bool = option(False, "show where the seconds of a step of reinforcement go; also in log.jsonl, by step")
     eval_every: int = option(0, "log test metrics every N steps; 0: never", low=0)
     save_every: int = option(0, "checkpoint every N steps; 0: never", low=0)
@@ -105,11 +130,43 @@ class ExperimentConfig(TrainerOptions):
         super().__post_init__()
         if self.data is not None:
             self.data = str(Path(self.data).absolute())  # from wherever the run is continued or evaluated
+        self.show = tuple(name.strip() for names in self.show for name in names.split(",") if name.strip())
+        if self.show != ("title",) and self.model == EMBEDDED and self.encoding in (None, "item_token"):
+            raise ValueError(
+                f"--show {','.join(self.show)}: the embedded model has a token for each item and reads no titles or "
+                f"columns; give --encoding index or title, or another --model"
+            )
         self.data_options = all_data_options(self.dataset, self.data_options)
         if self.lora is None:
             for name in ("lora_alpha", "lora_targets", "lora_save"):
                 if getattr(self, name) != getattr(ExperimentConfig, name):
                     raise ValueError(f"--{name.replace('_', '-')} is an option of --lora RANK, which is not given")
+
+        known = (*QUICK_BASELINES, *SLOW_BASELINES)
+        for name in self.baselines or ():
+            if name not in (*known, "all", "none"):
+                raise ValueError(f"unknown baseline {name!r}; --baselines takes {', '.join(known)}, all or none")
+        if "none" in (self.baselines or ()) and self.baselines != ("none",):
+            raise ValueError(f"--baselines none leaves all of them away, got {' '.join(self.baselines or ())}")
+
+    def chosen_baselines(self) -> tuple[str, ...]:
+        """Names of the baselines to run, in the order of the table.
+
+        Raises:
+            ImportError: one that was asked for by name, or among all, needs a package that is not installed.
+        """
+        named = self.baselines or ()
+        if named == ("none",):
+            return ()
+        everything = (*SLOW_BASELINES[1:], *QUICK_BASELINES, SLOW_BASELINES[0])
+        missing = [] if find_spec("implicit") else ["als", "bpr"]
+        if asked := [name for name in missing if name in named or "all" in named]:
+            raise ImportError(f"--baselines {' '.join(asked)} needs implicit: pip install 'flexrec[baselines]'")
+        return tuple(
+            name
+            for name in everything
+            if name not in missing and ("all" in named or name in (*QUICK_BASELINES, *named))
+        )
 
     def of_trainer(self) -> dict[str, Any]:
         """The trainer's options by name."""

@@ -4,11 +4,12 @@
     data.json         what its data set is called, holds and is known by, and what its loader said
     flexrec.json      how the model is to be prompted and what it was trained on (:class:`RunInfo`)
     catalogue.json    titles and topics of the items, and how strongly they rise at the end of the log
-    histories.json    the last items of every logged user
+    histories.json    the last items of every logged user         critic.npz      the critic, where there is one
     metrics.json      means, changes, configuration, seconds          per_list.npz   every metric of every test list
     warm_start.npz    the same of the warm start, for a run that is resumed after it
     log.jsonl         a line per step                                 checkpoints/   of reinforcement, by step
-    base/             the model after the format stage                reference/     the one that the KL refers to
+    base/             the model after the format stage                reference/     the one before reinforcement, where
+                                                      the KL refers to it, or baselines by reinforcement start from it
     backbone/         the embedded model, which adapters belong to
 
 base/, reference/, backbone/ and checkpoints are whole where they have a manifest.json, which is written last. Beside
@@ -22,7 +23,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,44 +35,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexrec.data.lists import Catalogue, RankingDataset
 from flexrec.data.options import all_data_options
-from flexrec.evaluation.statistics import Comparison, relative_change
 from flexrec.experiment.config import ExperimentConfig
+from flexrec.experiment.results import WARM_START, Results
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, OF_A_RUN, has_adapters, load_model, save_adapters
+from flexrec.task.critic import Critic
 from flexrec.task.needs import needs_of
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.callbacks import to_json
 
 MANIFEST, LOCK = "manifest.json", ".lock"
-CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "listwise_baseline"}  # by --resume
+FORMAT, WARM_UP, REINFORCEMENT = "format", "listwise warm-up", "reinforcement"  # the stages, in the log and by seconds
+CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "baselines"}  # by --resume
 
 
 try:
     import fcntl
 except ImportError:  # on Windows nothing is locked
     fcntl = None  # type: ignore[assignment]
-
-WARM_START = "warm start"  # what the policy that reinforcement starts from is called, where it is not the base
-
-
-@dataclass
-class Results:
-    """Per-list metrics of every system and need, and the seconds every stage took."""
-
-    users: np.ndarray  # (L,) user of each test list
-    per_list: dict[str, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)  # system, need, metric: (L,)
-    seconds: dict[str, float] = field(default_factory=dict)
-    new_items: Results | None = None  # of the lists of new items alone, where there are enough
-
-    def means(self, system: str) -> dict[str, dict[str, float]]:
-        return {
-            need: {metric: float(values.mean()) for metric, values in metrics.items()}
-            for need, metrics in self.per_list[system].items()
-        }
-
-    def compare(self, new: str, base: str, need: str, metric: str = "ndcg@5") -> Comparison:
-        """Paired comparison over the test lists, lists of one user resampled together."""
-        values = self.per_list
-        return relative_change(values[new][need][metric], values[base][need][metric], clusters=self.users)
 
 
 @dataclass(frozen=True)
@@ -89,6 +69,7 @@ class RunInfo:
     needs: list[str]
     seed: int
     described: bool = False
+    show: Sequence[str] = ("title",)
     data_options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -106,6 +87,7 @@ class RunInfo:
             needs=[need.name for need in needs_of(dataset, config.needs)],
             seed=config.seed,
             described=builder.described,
+            show=builder.show,
         )
 
     @classmethod
@@ -181,21 +163,23 @@ class RunFolder:
                     for path in made:
                         path.rmdir()
 
-    def cut_log(self, step: int | None) -> None:
+    def cut_log(self, step: int | None) -> dict[str, dict[str, Any]]:
         """Take out of the log what a resumed run is going to do again: all after the format stage, or, from a
-        checkpoint, after its step."""
-        kept, reinforced = [], False
+        checkpoint, after its step. Returns of each stage that is left the last step, as ``Stage.at`` says it."""
+        kept: list[str] = []
+        ends: dict[str, dict[str, Any]] = {}
         for line in self.log.read_text().splitlines() if self.log.is_file() else ():
             try:
                 entry = json.loads(line)
             except ValueError:  # the run was killed while it wrote
                 break
-            stage = entry["stage"]
-            reinforced = reinforced or stage in ("reinforcement", "evaluation")
-            if stage != "format" and (step is None or (reinforced and (stage == "listwise" or entry["step"] > step))):
-                break
-            kept.append(line + "\n")
+            stage = entry.get("of", entry["stage"])
+            of_checkpoint = stage == WARM_UP or (stage == REINFORCEMENT and entry["step"] <= (step or 0))
+            if stage == FORMAT or (step is not None and of_checkpoint):
+                kept.append(line + "\n")
+                ends[stage] = {"stage": stage, **{name: entry[name] for name in ("step", "steps", "seconds")}}
         self.log.write_text("".join(kept))
+        return ends
 
     def write_config(self, config: ExperimentConfig, dataset: RankingDataset) -> None:
         _write_json(self.path / "experiment.json", asdict(config), indent=2)
@@ -271,14 +255,21 @@ class RunFolder:
 
     def load_base(self, tokenizer: Any, lora: int | None) -> Any:
         """The model as it was after the format stage, with the adapters, of rank ``lora``, that other stages train."""
-        self.check_sealed(self.base)
+        return self._load_to_train(self.base, tokenizer, lora)
+
+    def load_start(self, tokenizer: Any, lora: int | None) -> Any:
+        """The model as it was before reinforcement, to be trained otherwise."""
+        return self._load_to_train(self.reference, tokenizer, lora)
+
+    def _load_to_train(self, folder: Path, tokenizer: Any, lora: int | None) -> Any:
+        self.check_sealed(folder)
         if self.backbone.is_dir():
             self.check_sealed(self.backbone)
-        if (self.base / ADAPTER_FILE).is_file() != (lora is not None):
-            raise ValueError(f"{self.base} was made {'without' if lora else 'with'} --lora: resume the run as it began")
-        model = load_model(self.base, tokenizer, backbone=self.backbone, trainable=True)
+        if (folder / ADAPTER_FILE).is_file() != (lora is not None):
+            raise ValueError(f"{folder} was made {'without' if lora else 'with'} --lora: resume the run as it began")
+        model = load_model(folder, tokenizer, backbone=self.backbone, trainable=True)
         if lora is not None and model.active_peft_config.r != lora:
-            raise ValueError(f"{self.base} holds LoRA of rank {model.active_peft_config.r}, got --lora {lora}")
+            raise ValueError(f"{folder} holds LoRA of rank {model.active_peft_config.r}, got --lora {lora}")
         return model.to("cuda") if torch.cuda.is_available() else model
 
     def save_backbone(self, model: Any) -> None:
@@ -286,10 +277,13 @@ class RunFolder:
         copy.deepcopy(model).unload().save_pretrained(self.backbone)
         self.seal(self.backbone)
 
-    def save_reference(self, model: Any) -> None:
-        """Write the policy that reinforcement starts from, for a resumed run."""
-        model.save_pretrained(self.reference)
+    def save_reference(self, model: Any, tokenizer: Any, info: RunInfo) -> None:
+        """Write the policy that reinforcement starts from, for a resumed run and for other reinforcement."""
+        _save_model(self.reference, model, tokenizer, info)
         self.seal(self.reference)
+
+    def has_reference(self) -> bool:
+        return (self.reference / MANIFEST).is_file()
 
     def load_reference(self) -> Any:
         self.check_sealed(self.reference)
@@ -301,12 +295,16 @@ class RunFolder:
         trend = np.zeros(len(catalogue)) if dataset.trend is None else dataset.trend
         rises = {catalogue.ids[i]: round(float(trend[i]), 4) for i in np.flatnonzero(trend)}
         items = {"ids": catalogue.ids, "titles": catalogue.titles, "topics": catalogue.topics}
-        _write_json(self.path / "catalogue.json", {**items, "trend": rises})
+        shown = {name: values.tolist() for name, values in catalogue.columns.items() if name in info.show}
+        counts = (
+            {} if dataset.rises is None else {name: dataset.rises[catalogue.index[name]].tolist() for name in rises}
+        )
+        _write_json(self.path / "catalogue.json", {**items, "columns": shown, "trend": rises, "rises": counts})
         histories: dict[str, list[dict[str, Any]]] = {}
         for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
             name = str(user) if dataset.user_ids is None else dataset.user_ids[user]
             histories.setdefault(name, []).append({"id": catalogue.ids[item], "interest": interest})
-        latest = {user: events[-info.max_history :] for user, events in histories.items()}
+        latest = {user: events[-info.max_history :] for user, events in histories.items() if info.max_history}
         _write_json(self.path / "histories.json", latest)
         _save_model(self.path, model, tokenizer, info)
         settle(self.path, deep=False)
@@ -324,15 +322,24 @@ class RunFolder:
             show_titles=info.show_titles,
             show_rising=info.show_rising,
             described=info.described,
+            show=info.show,
         )
         return info, model, builder
 
-    def read_catalogue(self) -> tuple[Catalogue, dict[str, float]]:
-        """The items, and the trend of what rises, by id."""
+    def save_critic(self, critic: Critic) -> None:
+        critic.save(self.path)
+
+    def load_critic(self) -> Critic:
+        """The run's critic; a FileNotFoundError where it has none."""
+        return Critic.load(self.path, self.read_catalogue()[0])
+
+    def read_catalogue(self) -> tuple[Catalogue, dict[str, float], dict[str, list[int]]]:
+        """The items, and of what rises the trend and the two counts that it comes from, by id."""
         saved = json.loads((self.path / "catalogue.json").read_text())
         topics = saved.get("topics", [[] for _ in saved["ids"]])  # which runs of older versions lack
-        catalogue = Catalogue(tuple(saved["ids"]), tuple(saved["titles"]), tuple(map(tuple, topics)))
-        return catalogue, saved["trend"]
+        columns = {name: _column(values) for name, values in saved.get("columns", {}).items()}
+        catalogue = Catalogue(tuple(saved["ids"]), tuple(saved["titles"]), tuple(map(tuple, topics)), columns)
+        return catalogue, saved["trend"], saved.get("rises", {})
 
     def read_histories(self) -> dict[str, list[dict[str, Any]]]:
         """The last items of every logged user, ``{"id", "interest"}`` each, oldest first."""
@@ -341,27 +348,13 @@ class RunFolder:
     def write_results(self, config: Mapping[str, Any], results: Results) -> None:
         """Write metrics.json (means, changes, configuration, seconds) and per_list.npz (every value, for paired
         tests)."""
-        stages = [name for name in ("base", WARM_START) if name in results.per_list]
-        baselines = [name for name in results.per_list if name not in (*stages, "trained")]
-        changes = {
-            need: {other: asdict(results.compare("trained", other, need)) for other in (*stages, *baselines)}
-            for need in results.per_list["base"]
-        }
         arrays = _arrays(results, results.per_list)
         new = results.new_items
         if new is not None:
             arrays |= {f"new items/{name}": values for name, values in _arrays(new, new.per_list).items()}
             arrays["new items/users"] = new.users
         np.savez_compressed(self.path / "per_list.npz", users=results.users, **arrays)
-        metrics = {
-            **{name: results.means(name) for name in (*stages, "trained")},
-            "baselines": {name: results.means(name) for name in baselines},
-            "changes_ndcg@5": changes,
-            **({} if new is None else {"new items": {name: new.means(name) for name in new.per_list}}),
-            "config": config,
-            "seconds": {name: round(seconds, 2) for name, seconds in results.seconds.items()},
-        }
-        _write_json(self.path / "metrics.json", metrics, indent=2)
+        _write_json(self.path / "metrics.json", {**results.to_json(), "config": config}, indent=2)
 
     def save_warm_start(self, results: Results) -> None:
         """Write what the warm start is worth, which nobody can measure any more once it is trained on."""
@@ -381,6 +374,13 @@ class RunFolder:
                 of = results.new_items if part else results
                 if of is not None:
                     of.per_list.setdefault(system, {}).setdefault(need, {})[metric] = saved[name]
+
+
+def _column(values: list[Any]) -> np.ndarray:
+    """A column of a catalogue from JSON, which knows no NaN."""
+    if any(isinstance(value, str) for value in values):
+        return np.array(values, dtype=object)
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

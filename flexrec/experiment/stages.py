@@ -6,19 +6,16 @@ the :class:`flexrec.experiment.run_folder.Results` it fills.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations import unset_hf_deepspeed_config
+from transformers import set_seed
 
 from flexrec.data.cold import hold_out_items, lists_of_new_items, new_items
 from flexrec.data.esci import load_esci
@@ -28,31 +25,22 @@ from flexrec.data.lists import RankingDataset, RankingList
 from flexrec.data.movielens import load_movielens
 from flexrec.data.options import all_data_options
 from flexrec.data.simulator import simulate
-from flexrec.evaluation.baselines import BASELINES
+from flexrec.evaluation.baselines import BASELINES, Baseline, order_for
+from flexrec.evaluation.critic import critic_quality
 from flexrec.evaluation.evaluate import Evaluation
 from flexrec.evaluation.statistics import bootstrap_interval
-from flexrec.experiment.config import EMBEDDED, MADE_IN_PYTHON, ExperimentConfig
+from flexrec.experiment.config import EMBEDDED, LISTWISE, MADE_IN_PYTHON, ExperimentConfig
 from flexrec.experiment.model import make_model
-from flexrec.experiment.run_folder import WARM_START, Results, RunFolder, RunInfo, load_checkpoint
+from flexrec.experiment.results import BASE, CRITIC, TRAINED, WARM_START, Results
+from flexrec.experiment.run_folder import FORMAT, REINFORCEMENT, WARM_UP, RunFolder, RunInfo
+from flexrec.experiment.training import GRPO, Training, grpo_config, reinforcement_arguments
 from flexrec.metrics import parse_metric
-from flexrec.policy.distributed import (
-    num_processes,
-    of_main_process,
-    on_main_process,
-    process_index,
-    spreads_parameters,
-    whole_state_dict,
-)
+from flexrec.policy.distributed import of_main_process, on_main_process, process_index
 from flexrec.policy.lora import require_peft
-from flexrec.profiling import profile_steps
 from flexrec.task.critic import Critic
 from flexrec.task.examples import RankingTask, TrainingExamples
 from flexrec.task.needs import get_need, needs_of
-from flexrec.task.prompts import PromptBuilder
-from flexrec.trainer.base import RankingTrainer
-from flexrec.trainer.callbacks import Clock, Curve, ProgressBar, Stage, StepLog
-from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
-from flexrec.trainer.supervised import SupervisedTrainer
+from flexrec.trainer.callbacks import Clock, StepLog
 
 MIN_NEW_LISTS = 20  # of new items alone: figures of fewer say nothing
 
@@ -71,7 +59,7 @@ def load_dataset(
     if folder is None:
         what = "the folder with your log" if name == "interactions" else "the folder with its published files"
         raise ValueError(f"--dataset {name} needs --data FOLDER, {what}")
-    loaders = {
+    loaders: dict[str, Callable[..., RankingDataset]] = {
         "movielens": load_movielens,
         "kuairec": load_kuairec,
         "esci": load_esci,
@@ -97,8 +85,9 @@ def run_experiment(
         ImportError: ``config.lora`` without PEFT.
     """
     if dataset is not None:
-        if config.data is not None or config.dataset not in ("simulated", MADE_IN_PYTHON):
-            raise ValueError(f"a data set is given: leave away dataset={config.dataset!r}, data={config.data!r}")
+        said = (config.dataset, config.data, config.data_options)
+        if said not in (("simulated", None, all_data_options("simulated", {})), (MADE_IN_PYTHON, None, {})):
+            raise ValueError(f"a data set is given: leave away dataset, data and data_options, got {said}")
         config = replace(config, dataset=MADE_IN_PYTHON, data_options={})
     PartialState()  # where there are several processes, they meet
     folder = RunFolder(config.output)
@@ -112,8 +101,12 @@ def _run_in(
     on_main_process(lambda: folder.check_usable(config))
     for name in config.needs or ():
         get_need(name)
-    _reinforcement_arguments(config)  # options that contradict each other are an error before anything is loaded
+    reinforcement_arguments(config)  # options that contradict each other are an error before anything is loaded
     parse_metric(config.metric)
+    chosen = config.chosen_baselines()
+    others = [name for name in GRPO if name in chosen]
+    for name in others:
+        reinforcement_arguments(grpo_config(config, name))
     if config.lora is not None:
         require_peft()
     set_seed(config.seed)
@@ -122,6 +115,8 @@ def _run_in(
     if dataset is None:
         say(f"Loading the {config.dataset} data ..")
         dataset = load_dataset(config.dataset, config.data, config.seed, config.data_options)
+    if config.noise is not None:
+        dataset = replace(dataset, noise=config.noise)
     for note in dataset.notes:
         say(note)
     if config.cold_items is not None:
@@ -146,8 +141,10 @@ def _run_in(
             critic = Critic.fit(
                 dataset.log,
                 dataset.catalogue,
+                model=config.critic_model,
                 lists=dataset.train if dataset.unobserved == "critic" else (),
                 noise=dataset.noise,
+                fuse=config.fuse_observed,
                 seed=config.seed,
                 progress=process_index() == 0,
             )
@@ -170,50 +167,67 @@ def _run_in(
     info = RunInfo.of(config, builder, dataset)
     resumed = config.resume and folder.has_base()
     checkpoint = of_main_process(folder.latest_checkpoint(say) if resumed and process_index() == 0 else None)
+    if checkpoint is not None and others and not folder.has_reference():
+        raise ValueError(
+            f"--baselines {' '.join(others)}: this run is past its warm start, from which they begin, and did not keep "
+            f"it: resume it without them"
+        )
     if resumed:
-        on_main_process(lambda: folder.cut_log(checkpoint[0] if checkpoint else None))
+        step = checkpoint[0] if checkpoint else None
+        clock.ends |= of_main_process(folder.cut_log(step) if process_index() == 0 else {})
     log = StepLog(folder.log, append=resumed)
+    training = Training(config, examples, builder, log, clock, evaluate)
     if not resumed:
         if config.lora is not None and config.model == EMBEDDED:
             on_main_process(lambda: folder.save_backbone(model))
             model.active_peft_config.base_model_name_or_path = str(folder.backbone.absolute())
-        with clock.stage("format"):
-            _supervise(model, "format", config.warmup_steps, config, examples, builder, log)
+        training.format(model)
         on_main_process(lambda: folder.save_base(model, tokenizer, info))
-    measure(model, "base")
+    measure(model, BASE)
+    if not resumed:
+        training.finished(FORMAT, results.per_list[BASE])
     if config.warmup == "listwise" and checkpoint is None:
-        with clock.stage("listwise warm-up"):
-            _supervise(model, "listwise", config.listwise_steps, config, examples, builder, log)
+        training.warm_up(model)
         measure(model, WARM_START)
+        training.finished(WARM_UP, results.per_list[WARM_START])
         on_main_process(lambda: folder.save_warm_start(results))
     elif config.warmup == "listwise":
         folder.load_warm_start(results)
+    if checkpoint is None and (others or (config.beta and config.lora is None)):
+        on_main_process(lambda: folder.save_reference(model, tokenizer, info))
 
-    with clock.stage("reinforcement") as stage, ExitStack() as listening:
-        profile = listening.enter_context(profile_steps()) if config.profile else None
-        _reinforce(model, config, examples, builder, log, evaluate, stage, checkpoint)
+    profile = training.reinforce(model, checkpoint)
     if profile is not None:
         say(profile.table())
     if config.lora is not None and config.lora_save == "merged":
         model = model.merge_and_unload()  # before the evaluation, which is of what is saved
-    measure(model, "trained")
+    measure(model, TRAINED)
+    training.finished(REINFORCEMENT, results.per_list[TRAINED])
     on_main_process(lambda: folder.save(model, tokenizer, info, dataset))
-
-    if config.listwise_baseline:
-        del model  # there is room for one
-        start = folder.load_base(tokenizer, config.lora)
-        steps = of_main_process(_equal_time_steps(clock, config))
-        with clock.stage("listwise"):
-            _supervise(start, "listwise", steps, config, examples, builder, log)
-        measure(start, "listwise")
-    for name, make in BASELINES.items():
-        baseline = make(dataset)
-        for one in measured:
-            orders = [np.argsort(-baseline.scores(lst), kind="stable") for lst in one.lists]
-            one.results.per_list[name] = one.evaluate.of_rankings({need.name: orders for need in needs})
     if critic is not None:
+        on_main_process(lambda: folder.save_critic(critic))
+
+    if policies := [name for name in chosen if name == LISTWISE or name in others]:
+        del model  # there is room for one
+    for name in policies:
+        if name == LISTWISE:
+            start = folder.load_base(tokenizer, config.lora)
+            training.supervise_instead(start, name, of_main_process(training.equal_time_steps()))
+        else:
+            start = folder.load_start(tokenizer, config.lora)
+            training.reinforce_instead(start, name)
+        measure(start, name)
+        training.finished(name, results.per_list[name])
+        del start
+    for name in (name for name in BASELINES if name in chosen):
+        with clock.stage(name):
+            baseline = BASELINES[name](dataset)
+            for one in measured:
+                one.rank(name, baseline_rankings(baseline, task, one.lists))
+    if critic is not None:
+        results.critic = critic_quality(critic, dataset.test)
         for one in measured:
-            one.results.per_list["critic"] = one.evaluate.of_rankings(critic_rankings(critic, task, one.lists))
+            one.rank(CRITIC, critic_rankings(critic, task, one.lists))
     clock.seconds["total"] = clock.elapsed()
     stated = {**asdict(config), "needs": tuple(need.name for need in needs)}
     on_main_process(lambda: folder.write_results(stated, results))
@@ -228,6 +242,17 @@ class _Measured:
         self.results = Results(np.array([lst.user for lst in lists]))
         tests = {need.name: [task.test_example(lst, need) for lst in lists] for need in task.needs}
         self.evaluate = Evaluation(tests, task.builder, num_ranked)
+
+    def rank(self, name: str, rankings: Mapping[str, Sequence[np.ndarray]]) -> None:
+        """Measure rankings of the lists, by need, as those of a ranker."""
+        self.results.per_list[name] = self.evaluate.of_rankings(rankings)
+
+
+def baseline_rankings(
+    baseline: Baseline, task: RankingTask, lists: Sequence[RankingList]
+) -> dict[str, list[np.ndarray]]:
+    """need -> the order of every list's candidates."""
+    return {need.name: [order_for(need, baseline, lst, task.catalogue) for lst in lists] for need in task.needs}
 
 
 def critic_rankings(critic: Critic, task: RankingTask, lists: Sequence[RankingList]) -> dict[str, list[np.ndarray]]:
@@ -252,6 +277,7 @@ def evaluate_run(
     """need -> metric -> mean, low and high (95 % interval over users) of a finished run on a data set's test users.
 
     Arguments that are None are those that the run was trained with; so are options of its data that are not given.
+    Metrics that any order of the candidates would get are left out; low and high are NaN where there is one user only.
     Items that the run was not trained with are ranked by what describes them; where enough test lists have several,
     "NEED, new items" is how well among each other.
 
@@ -276,7 +302,8 @@ def evaluate_run(
         if lists:
             one = _Measured(task, lists, trained_with.num_ranked)
             for need, metrics in one.evaluate(model, str(folder)).items():
-                scores[need + suffix] = {name: _summary(v, one.results.users) for name, v in metrics.items()}
+                told = {name: v for name, v in metrics.items() if one.evaluate.telling(need, name)}
+                scores[need + suffix] = {name: _summary(v, one.results.users) for name, v in told.items()}
     return scores
 
 
@@ -287,150 +314,3 @@ def _summary(values: np.ndarray, users: np.ndarray) -> dict[str, float]:
 
 def _say_nothing(text: str) -> None:
     """What the other processes say."""
-
-
-def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, learning_rate: float) -> dict[str, Any]:
-    per_process, rest = divmod(prompts, num_processes())
-    if rest or config.prompts_per_step % num_processes():
-        raise ValueError(
-            f"--prompts-per-step {config.prompts_per_step} cannot be split evenly among {num_processes()} processes"
-        )
-    return {
-        "output_dir": str(RunFolder(config.output).checkpoints),
-        "max_steps": steps,
-        "per_device_train_batch_size": per_process,
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": min(10, steps // 4),
-        "weight_decay": 0.01,
-        "max_grad_norm": 1.0,
-        "bf16": config.bf16,
-        "use_cpu": not torch.cuda.is_available(),
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "seed": config.seed,
-        "remove_unused_columns": False,
-        "dataloader_drop_last": True,
-        "log_level": "error",
-        "disable_tqdm": True,  # the steps' logs go to a file, and ProgressBar draws the bar
-        "logging_nan_inf_filter": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
-
-
-def _supervise(
-    model: Any,
-    stage: str,
-    steps: int,
-    config: ExperimentConfig,
-    examples: TrainingExamples,
-    builder: PromptBuilder,
-    log: StepLog,
-) -> None:
-    # As many rankings in a step as reinforcement has, each of another prompt.
-    rankings = config.prompts_per_step * config.num_generations
-    trainer = SupervisedTrainer(
-        _to_train(model),
-        TrainingArguments(**_training_arguments(config, steps, rankings, config.warmup_learning_rate)),
-        examples,
-        stage=stage,
-        num_imitated=min((n for n in (config.num_ranked, parse_metric(config.metric).cutoff) if n), default=None),
-        separator=builder.separator,
-        end=builder.end,
-        callbacks=[log.of_stage(stage), ProgressBar(stage)],
-    )
-    _train(trainer, model)
-
-
-def _to_train(model: Any) -> Any:
-    """``model``, or a copy where its parameters will be spread: what is spread is of no use to other stages."""
-    return copy.deepcopy(model) if spreads_parameters() else model
-
-
-def _train(trainer: RankingTrainer, model: Any, checkpoint: Path | None = None) -> None:
-    """Train what :func:`_to_train` has made of ``model``, which is the trained model in the end."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if spreads_parameters():
-        state = whole_state_dict(trainer.model_wrapped)
-        model.load_state_dict({name: state[name] for name in model.state_dict()})
-        unset_hf_deepspeed_config()  # which would spread the next model while it is loaded
-
-
-def _reinforcement_arguments(config: ExperimentConfig) -> FlexRecConfig:
-    common = _training_arguments(config, config.steps, config.prompts_per_step, config.learning_rate)
-    if config.save_every:
-        common |= {"save_strategy": "steps", "save_steps": config.save_every, "save_total_limit": 2}
-    return FlexRecConfig(**common, **config.of_trainer())
-
-
-class _Seal(TrainerCallback):
-    """Says of every checkpoint that it is whole, after all processes have written their part."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_main_process(lambda: None)
-        on_main_process(lambda: self.folder.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
-
-
-def _reference(model: Any, config: ExperimentConfig, resumed: bool) -> Any:
-    """A copy of the policy that reinforcement starts from, where the KL needs one; adapters need none."""
-    if config.beta == 0 or config.lora is not None:
-        return None
-    folder = RunFolder(config.output)
-    if resumed:  # the policy has moved on
-        return folder.load_reference()
-    on_main_process(lambda: folder.save_reference(model))
-    return copy.deepcopy(model)
-
-
-def _reinforce(
-    model: Any,
-    config: ExperimentConfig,
-    examples: TrainingExamples,
-    builder: PromptBuilder,
-    log: StepLog,
-    evaluate: Evaluation,
-    stage: Stage,
-    checkpoint: tuple[int, Path] | None,
-) -> None:
-    step, saved = checkpoint or (0, None)
-    if saved is not None and step >= config.steps:  # interrupted after the last step
-        load_checkpoint(model, saved)
-        return
-    reference = _reference(
-        model, config, resumed=saved is not None
-    )  # before there are arguments, by which DeepSpeed would spread it
-    trainer = FlexRecTrainer(
-        _to_train(model),
-        _reinforcement_arguments(config),
-        examples,
-        reference=reference,
-        separator=builder.separator,
-        end=builder.end,
-        callbacks=[log.of_stage("reinforcement"), ProgressBar("reinforcement"), _Seal(RunFolder(config.output))],
-    )
-    if config.eval_every:
-
-        def evaluate_whole(_: Any, name: str) -> dict[str, dict[str, np.ndarray]]:
-            with trainer.whole_model() as whole:
-                return evaluate(whole, name)
-
-        trainer.add_callback(Curve(evaluate_whole, log, config.eval_every, stage))
-    _train(trainer, model, saved)
-
-
-def _equal_time_steps(clock: Clock, config: ExperimentConfig) -> int:
-    """Steps of listwise supervision in the time that the trained model took from the base on."""
-    seconds = clock.seconds
-    spent = seconds.get("listwise warm-up", 0.0) + seconds["reinforcement"]
-    if "listwise warm-up" in seconds:
-        pace = seconds["listwise warm-up"] / config.listwise_steps
-    elif "format" in seconds:
-        pace = seconds["format"] / config.warmup_steps
-    else:  # a resumed run did not time its supervised stages
-        return config.listwise_steps + config.steps
-    return max(1, round(spent / pace))

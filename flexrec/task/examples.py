@@ -34,7 +34,7 @@ class Example:
     prompt: list[Token]
     candidates: list[list[Token]]  # K token sequences
     gains: np.ndarray  # (K,) float32, >= 0
-    variance: np.ndarray  # (K,) float32, of the gains; 0 where the feedback was observed
+    variance: np.ndarray  # (K,) float32, of the gains: what is not known of them; 0 where they are certain
     history_span: tuple[int, int]  # the history's tokens are prompt[start:end]
     need: str
     user: int

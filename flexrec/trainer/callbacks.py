@@ -22,9 +22,14 @@ Evaluate = Callable[[Any, str], dict[str, dict[str, np.ndarray]]]
 
 
 class Stage:
-    """A running stage of the clock; time spent in ``pause`` does not count."""
+    """A running stage of the clock; time spent in ``pause`` does not count.
 
-    def __init__(self) -> None:
+    Args:
+        steps, seconds: trained before it, by what its model comes from.
+    """
+
+    def __init__(self, name: str = "", steps: int = 0, seconds: float = 0.0) -> None:
+        self.name, self.steps, self.seconds = name, steps, seconds
         self.started = time.perf_counter()
 
     def elapsed(self) -> float:
@@ -33,22 +38,38 @@ class Stage:
     def pause(self, seconds: float) -> None:
         self.started += seconds
 
+    def at(self, step: int) -> dict[str, Any]:
+        """What the log says of a step: its number in the stage, and steps and seconds since training began."""
+        seconds = round(self.seconds + self.elapsed(), 2)
+        return {"stage": self.name, "step": step, "steps": self.steps + step, "seconds": seconds}
+
 
 class Clock:
-    """Seconds by stage."""
+    """Seconds by stage.
+
+    Attributes:
+        ends: of each stage of training, its last step as :meth:`Stage.at` says it.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.ends: dict[str, dict[str, Any]] = {}
         self._whole = Stage()
 
     def elapsed(self) -> float:
         return self._whole.elapsed()
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
-        stage = Stage()
+    def stage(self, name: str, steps: int = 0, after: str | None = None) -> Iterator[Stage]:
+        """Time a stage of so many steps, whose model comes from the stage ``after``; None: training begins with it.
+
+        Where an interrupted run is continued in the middle of it, ``ends`` knows its seconds so far.
+        """
+        before = self.ends.get(after or "", {"steps": 0, "seconds": 0.0})
+        stage = Stage(name, before["steps"], self.ends.get(name, before)["seconds"])
         yield stage
         self.seconds[name] = stage.elapsed()
+        self.ends[name] = stage.at(steps)
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
@@ -77,12 +98,17 @@ class StepLog:
             with self.path.open("a") as file:
                 file.write(to_json(entry) + "\n")
 
-    def of_stage(self, stage: str) -> TrainerCallback:
+    def evaluation(self, at: Mapping[str, Any], values: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Write a point of the curves: the means of ``values``, need -> metric -> (L,), at a :meth:`Stage.at`."""
+        means = {need: {m: float(v.mean()) for m, v in metrics.items()} for need, metrics in values.items()}
+        self.write(**{**at, "stage": "evaluation", "of": at["stage"]}, means=means)
+
+    def of_stage(self, stage: Stage) -> TrainerCallback:
         log = self
 
         class _Callback(TrainerCallback):
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-                log.write(stage=stage, step=state.global_step, **(logs or {}))
+                log.write(**stage.at(state.global_step), **(logs or {}))
 
         return _Callback()
 
@@ -112,20 +138,25 @@ class ProgressBar(TrainerCallback):
 
 
 class Curve(TrainerCallback):
-    """Evaluates every few steps and logs the means with the seconds trained so far."""
+    """Evaluates every few steps on the way, and where training begins; who runs a stage evaluates its end."""
 
     def __init__(self, evaluate: Evaluate, log: StepLog, every: int, stage: Stage) -> None:
         self.evaluate, self.log, self.every, self.stage = evaluate, log, every, stage
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.stage.steps + state.global_step == 0:
+            self._add(state, model)
+
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step % self.every and state.global_step != state.max_steps:
-            return
+        if state.global_step % self.every == 0 and state.global_step != state.max_steps:
+            self._add(state, model)
+
+    def _add(self, state: Any, model: Any) -> None:
         trained = self.stage.elapsed()
         with span(OUTSIDE):
-            values = self.evaluate(model, f"step {state.global_step}")
-        means = {need: {m: float(v.mean()) for m, v in metrics.items()} for need, metrics in values.items()}
-        self.log.write(stage="evaluation", step=state.global_step, seconds=round(trained, 2), means=means)
+            values = self.evaluate(model, f"step {self.stage.steps + state.global_step}")
         self.stage.pause(self.stage.elapsed() - trained)
+        self.log.evaluation(self.stage.at(state.global_step), values)
 
 
 class ProfileSteps(TrainerCallback):

@@ -1,14 +1,19 @@
 """Baselines: scores by hand, no look at test users or at the feedback to be predicted, tuning, no NaN anywhere."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
 
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset, RankingList
-from flexrec.evaluation import baselines as module
-from flexrec.evaluation.baselines import BASELINES, ItemKNN, KNNSettings, Popularity, Random, Trend
+from flexrec.evaluation import tuning as module
+from flexrec.evaluation.baselines import BASELINES, Popularity, Random, Trend, order_for
+from flexrec.evaluation.factorisation import ALS, BPR, has_implicit
+from flexrec.evaluation.neighbours import ItemKNN, KNNSettings, UserKNN
+from flexrec.evaluation.sequential import SASRec
 from flexrec.evaluation.statistics import rank_metrics
+from flexrec.task.needs import NEEDS
 
 
 def make_list(user=99, history=(), candidates=(0, 1, 2), interest=None, popularity=None, trend=None):
@@ -37,6 +42,13 @@ def make_dataset(log, num_items, train=(), test=(), unobserved="zero"):
         unobserved=unobserved,
     )
 
+
+# What can be fitted in a moment; als and bpr where implicit is installed.
+AVAILABLE = {
+    **{name: make for name, make in BASELINES.items() if name not in ("als", "bpr", "sasrec")},
+    **({"als": ALS, "bpr": BPR} if has_implicit() else {}),
+    "sasrec": partial(SASRec, hidden_size=16, max_epochs=2),
+}
 
 # Users 0..3; items 0 and 1 always together, item 2 with item 3, item 4 known to nobody.
 LOG = [(0, 0, 1.0), (0, 1, 0.5), (1, 0, 1.0), (1, 1, 1.0), (2, 2, 1.0), (2, 3, 1.0), (3, 0, 0.2), (3, 3, 1.0)]
@@ -127,7 +139,7 @@ def test_item_knn_does_not_read_the_feedback_it_predicts():
 
 def test_every_baseline_is_finite_and_blind_to_feedback_and_test_lists():
     dataset = clustered()
-    for name, make in BASELINES.items():
+    for name, make in AVAILABLE.items():
         baseline = make(dataset)
         assert baseline.name == name
         blind = make(dataclasses.replace(dataset, test=[]))
@@ -142,7 +154,7 @@ def test_every_baseline_is_finite_and_blind_to_feedback_and_test_lists():
 
 def test_lists_of_one_candidate_and_none():
     dataset = clustered()
-    for make in BASELINES.values():
+    for make in AVAILABLE.values():
         baseline = make(dataset)
         assert baseline.scores(make_list(history=[1], candidates=[2])).shape == (1,)
         assert baseline.scores(make_list(history=[1], candidates=[])).shape == (0,)
@@ -193,3 +205,79 @@ def test_tuning_without_any_feedback_keeps_the_defaults():
     dataset = make_dataset(LOG, 5, train=[make_list(history=[0])])
     assert ItemKNN(dataset).settings == KNNSettings()
     assert ItemKNN(dataclasses.replace(dataset, train=[])).settings == KNNSettings()
+
+
+@pytest.mark.parametrize("weighting", ["implicit", "interest"])
+@pytest.mark.parametrize(("neighbours", "shrinkage"), [(1, 0.0), (3, 2.0), (50, 1.0)])
+def test_user_knn_equals_its_formula(weighting, neighbours, shrinkage):
+    rng = np.random.default_rng(4)
+    log = [(u, i, rng.random()) for u in range(12) for i in range(9) if rng.random() < 0.5]
+    matrix, mean = np.zeros((12, 9)), np.mean([np.float32(y) for *_, y in log])
+    for u, i, y in log:
+        matrix[u, i] = 1.0 if weighting == "implicit" else y
+    knn = UserKNN(make_dataset(log, 9), KNNSettings(weighting, neighbours, shrinkage))
+    felt = np.array([0.25, np.nan, 1.0, 0.75], dtype=np.float32)
+    for user in (5, 99):  # in the log: never their own neighbour; not in the log
+        lst = make_list(user, history=[0, 1, 2, 3], candidates=[4, 5, 6, 7, 8])
+        lst = dataclasses.replace(lst, history_interest=felt)
+        history = np.zeros(9)
+        history[:4] = 1.0 if weighting == "implicit" else np.where(np.isnan(felt), mean, felt)
+        similar = [
+            0.0 if v == user else history @ row / (np.linalg.norm(history) * np.linalg.norm(row) + shrinkage)
+            for v, row in enumerate(matrix)
+        ]
+        nearest = np.argsort(similar)[::-1][:neighbours]
+        expected = [sum(similar[v] * matrix[v, c] for v in nearest) for c in lst.candidates]
+        np.testing.assert_allclose(knn.scores(lst), expected, rtol=1e-5)
+
+
+def test_user_knn_finds_the_clusters_and_knows_what_was_not_liked():
+    dataset = clustered()
+    knn = UserKNN(dataset)
+    assert ndcg(knn, dataset.test) > ndcg(Random(), dataset.test) + 0.25
+    assert knn.settings.weighting == "interest"
+    lst = dataset.test[0]
+    disliked = dataclasses.replace(lst, history_interest=np.zeros(len(lst.history), dtype=np.float32))
+    popular = np.argsort(-lst.popularity, kind="stable")
+    np.testing.assert_array_equal(np.argsort(-knn.scores(disliked), kind="stable"), popular)
+
+
+def test_items_and_users_that_a_log_does_not_know_cost_nothing():
+    """A log of 25 million ratings has 60,000 items and 160,000 users: only what it holds takes memory."""
+    log = Interactions(
+        users=np.array([0, 160_000, 160_000]),
+        items=np.array([5, 5, 59_999]),
+        interest=np.ones(3, dtype=np.float32),
+        times=np.arange(3.0),
+    )
+    ids = tuple(map(str, range(60_000)))
+    dataset = RankingDataset("wide", Catalogue(ids, ids, ((),) * len(ids)), log, train=[], test=[], unobserved="zero")
+    lst = make_list(history=[5], candidates=[59_999, 7])
+    for knn in (ItemKNN(dataset), UserKNN(dataset)):
+        assert knn.scores(lst)[0] > knn.scores(lst)[1] == 0
+
+
+def test_a_repeated_pair_counts_by_its_last_feedback():
+    dataset = make_dataset([(0, 0, 1.0), (0, 1, 0.25), (1, 2, 1.0), (0, 1, 0.75)], 3)
+    knn = ItemKNN(dataset, KNNSettings("interest", 1, 1.0))
+    scores = knn.scores(make_list(history=[0], candidates=[1, 2]))
+    assert scores[0] == pytest.approx(0.75 / (0.75 + 1))
+
+
+def test_orders_of_needs():
+    """Scores put to [0, 1] within the list, times what the need knows; where that is 0 for all, the factor decides."""
+
+    class Fixed:
+        name, scores_interest = "fixed", True
+
+        def scores(self, lst):
+            return np.array([-3.0, -1.0, -2.0, -1.5][: len(lst.candidates)])
+
+    catalogue = make_dataset(LOG, 5).catalogue
+    lst = make_list(candidates=[0, 1, 2, 3], trend=[1.0, 0.0, 0.75, 0.25])
+    assert order_for(NEEDS["interest"], Fixed(), lst, catalogue).tolist() == [1, 3, 2, 0]
+    # 0 x 1, 1 x 0, 0.5 x 0.75, 0.75 x 0.25: the last two by gains, the first two by what the need gives.
+    assert order_for(NEEDS["trend"], Fixed(), lst, catalogue).tolist() == [2, 3, 0, 1]
+    unaware = type("Unaware", (Fixed,), {"scores_interest": False})()
+    assert order_for(NEEDS["trend"], unaware, lst, catalogue).tolist() == [1, 3, 2, 0]
+    assert len(order_for(NEEDS["trend"], Fixed(), make_list(candidates=[]), catalogue)) == 0

@@ -92,9 +92,58 @@ def test_clusters_widen_the_interval_by_the_design_effect():
 
 
 def test_one_value_and_one_user():
-    assert bootstrap_interval(np.array([0.4])) == (0.4, 0.4)
-    low, high = bootstrap_interval(np.array([0.0, 1.0]), clusters=np.array([5, 5]))
-    assert low == high == 0.5
+    """Say nothing of others: there is no interval, and there are no tests."""
+    assert np.isnan(bootstrap_interval(np.array([0.4]))).all()
+    assert np.isnan(bootstrap_interval(np.array([0.0, 1.0]), clusters=np.array([5, 5]))).all()
+    change = relative_change(np.array([0.5, 1.0]), np.array([0.5, 0.5]), clusters=np.array([5, 5]))
+    assert (change.difference, change.percent) == (0.25, 50.0)
+    ends = [change.difference_low, change.difference_high, change.percent_low, change.percent_high, change.p_value]
+    assert np.isnan(ends).all()
+
+
+def test_tables_of_one_user_and_of_a_base_of_zeros_have_no_nan():
+    users = np.array([5, 5])
+    results = {
+        "base": {"interest": {"ndcg@5": np.array([0.25, 0.25])}, "trend": {"ndcg@5": np.zeros(2)}},
+        "trained": {"interest": {"ndcg@5": np.array([0.5, 0.5])}, "trend": {"ndcg@5": np.array([0.1, 0.3])}},
+    }
+    lines = comparison_markdown(results, clusters=users).splitlines()
+    assert lines[3] == "| interest | trained | 0.500 | +100.0 % | one user: no interval |  |"
+    assert lines[5] == "| trend | trained | 0.200 | +0.200 | one user: no interval |  |"
+    cells = list(comparison_table(results, clusters=users).columns[-1].cells)
+    assert cells == ["", "", "+100.0 % one user: no interval", "", "", "+0.200 one user: no interval"]
+    lines = comparison_markdown(results).splitlines()
+    assert lines[5].startswith("| trend | trained | 0.200 | +0.200 | +0.100, +0.300 |")
+
+
+def test_pairs_are_rows_of_differences():
+    rng = np.random.default_rng(2)
+    users = np.repeat(np.arange(30), 2)
+    results = {
+        name: {"interest": {m: mean + rng.normal(0, 0.05, 60) for m in ("ndcg@5", "mrr@5")}}
+        for name, mean in (("base", 0.2), ("start", 0.5), ("trained", 0.52))
+    }
+    pairs = {"gained": ("trained", "start")}
+    row = comparison_markdown(results, clusters=users, pairs=pairs).splitlines()[-1].strip("| ").split(" | ")
+    of = {
+        metric: relative_change(*(results[name]["interest"][metric] for name in pairs["gained"]), clusters=users)
+        for metric in ("ndcg@5", "mrr@5")
+    }
+    change = of["ndcg@5"]
+    p_value = f"{change.p_value:.3f}" if change.p_value >= 0.001 else "< 0.001"
+    interval = f"{change.percent_low:+.1f}, {change.percent_high:+.1f}"
+    assert row == [
+        "interest",
+        "gained",
+        *(f"{of[m].difference:+.3f}" for m in ("ndcg@5", "mrr@5")),
+        f"{change.percent:+.1f} %",
+        interval,
+        p_value,
+    ]
+    table = comparison_table(results, clusters=users, pairs=pairs, caption="what was gained")
+    assert list(table.columns[0].cells)[-1] == " gained"
+    assert list(table.columns[-1].cells)[-1] == f"{change.percent:+.1f} % [{interval}] p {p_value}"
+    assert table.caption == "what was gained"
 
 
 def test_relative_change_of_a_clear_gain():

@@ -54,6 +54,20 @@ def test_what_is_behind_is_said():
     assert len(sentences) == 3, "there was no warm start"
 
 
+def test_a_change_that_may_be_none_is_called_so():
+    found = results(base=(0.2, 0.2), warm_start=(0.8, 0.7), trained=(0.8, 0.7))
+    for need, of_start in found["warm start"].items():  # half of the users gain what the others lose
+        found["trained"][need]["ndcg@5"] = of_start["ndcg@5"] + np.where(USERS % 2, 0.01, -0.01)
+    *_, last = summary(found, USERS)
+    assert last.startswith("That is no change that can be told from none")
+
+
+def test_one_user_says_nothing_of_others():
+    found = results(base=(0.2, 0.2), trained=(0.8, 0.5), warm_start=(0.8, 0.4), critic=(0.78, 0.64))
+    (sentence,) = summary(found, np.zeros(len(USERS)))
+    assert sentence.startswith("There is one test user")
+
+
 def test_metrics_that_are_the_same_for_all_are_not_shown():
     found = results(base=(0.2, 0.2), trained=(0.8, 0.5))
     text = comparison_markdown(found, clusters=USERS)
@@ -63,6 +77,11 @@ def test_metrics_that_are_the_same_for_all_are_not_shown():
     rows = [line.split(" | ") for line in comparison_markdown(found, clusters=USERS).splitlines()]
     assert rows[0][2:4] == ["ndcg@5", "recall@5"]
     assert [row[3] for row in rows[2:]] == ["", "", "0.250", "0.300"]
+    for need in found["base"]:
+        found["trained"][need] = found["base"][need]
+    found["trained"]["trend"] = {**found["base"]["trend"], "recall@5": np.full(len(USERS), 0.3)}
+    rows = [line.split(" | ") for line in comparison_markdown(found, clusters=USERS).splitlines()]
+    assert rows[5][2:] == ["0.300", "", "", " |"], "nor is a change where there is none to be had"
     alone = {"base": found["base"]}
     assert "recall@5" in comparison_markdown(alone, clusters=USERS)
     assert pytest.approx(3) == len(comparison_table(results(base=(1, 1), trained=(2, 2)), clusters=USERS).columns)

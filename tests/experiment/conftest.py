@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from flexrec.data import simulate
 from flexrec.evaluation import evaluate
 from flexrec.experiment import model as model_module
-from flexrec.experiment import stages
+from flexrec.experiment import stages, training
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.trainer import callbacks
 
@@ -29,6 +29,12 @@ def dataset():
 
 
 class FakeCritic:
+    def save(self, folder):
+        (folder / "critic.npz").touch()
+
+    def interval_many(self, lists, level):
+        return [(m - level * DOUBT, m + level * DOUBT) for m, _ in self.predict_many(lists)]
+
     def predict_many(self, lists):
         """The later in the catalogue, the better."""
         return [(lst.candidates.astype(np.float32) / 100, np.full(len(lst.candidates), DOUBT)) for lst in lists]
@@ -91,7 +97,8 @@ class Recorded:
         self.pace = {"format": 1.0, "listwise": 1.0, "reinforcement": 1.0}  # seconds a step
 
     def run(self, folder, **changes):
-        few = {"steps": 4, "warmup_steps": 3, "listwise_steps": 2, "prompts_per_step": 4, "needs": ("interest",)}
+        few = {"steps": 4, "warmup_steps": 3, "listwise_steps": 2, "prompts_per_step": 4}
+        few |= {"needs": ("interest",), "baselines": ("none",)}
         config = ExperimentConfig(output=str(folder), **{**few, **changes})
         return stages.run_experiment(config, say=self.said.append)
 
@@ -133,7 +140,7 @@ def recorded(monkeypatch, dataset):
 
     def fit(*args, seed, lists, **kwargs):
         seen.seeds["critic"] = seed
-        seen.lists_of_critic = lists
+        seen.lists_of_critic, seen.critic_options = lists, kwargs
         return FakeCritic()
 
     seeded(stages, "simulate", dataset)
@@ -142,7 +149,7 @@ def recorded(monkeypatch, dataset):
     monkeypatch.setattr(stages, "Critic", type("Critic", (FakeCritic,), {"fit": staticmethod(fit)}))
     monkeypatch.setattr(stages, "set_seed", lambda seed: seen.seeds.update(set_seed=seed))
     for name in ("SupervisedTrainer", "FlexRecTrainer"):
-        monkeypatch.setattr(stages, name, lambda *args, **kwargs: Recorder(seen, *args, **kwargs))
+        monkeypatch.setattr(training, name, lambda *args, **kwargs: Recorder(seen, *args, **kwargs))
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: seen.seconds)
     rank = evaluate.rank_examples
 

@@ -14,7 +14,7 @@ from flexrec.policy.lora import add_lora, save_adapters
 from flexrec.policy.small_model import build_model, build_tokenizer
 from flexrec.task.descriptions import describing_tokens, item_token
 
-SMALL = ["--need", "interest", "--no-critic", "--prompts-per-step", "8"]
+SMALL = ["--need", "interest", "--no-critic", "--prompts-per-step", "8", "--baselines", "none"]
 SMALL += ["--warmup-steps", "2", "--listwise-steps", "2", "--steps", "4"]
 
 
@@ -86,7 +86,7 @@ def test_adapter_run_evaluates_ranks_and_moves(tmp_path):
     folder = tmp_path / "run"
     lora = ["--lora", "4", "--lora-alpha", "4", "--lora-targets", "q_proj", "v_proj"]
     command = ["train", "--output", str(folder), *lora]
-    assert main([*command, "--lora-save", "adapter", "--no-listwise-baseline", *SMALL]) == 0
+    assert main([*command, "--lora-save", "adapter", *SMALL]) == 0
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], set(config["target_modules"])) == (4, 4, {"q_proj", "v_proj"})
     assert not (folder / "model.safetensors").exists()
@@ -121,7 +121,7 @@ def test_new_items_of_another_model_come_with_its_adapters(tmp_path, other_model
     """Rows that its vocabulary lacks are made when the run is loaded, and hold what was trained; resume included."""
     folder = tmp_path / "run"
     whole = ["train", "--output", str(folder), "--model", str(other_model), "--encoding", "item_token", *SMALL]
-    whole += ["--beta", "0.1", "--save-every", "2", "--no-listwise-baseline"]
+    whole += ["--beta", "0.1", "--save-every", "2"]
     command = [*whole, "--lora", "4", "--lora-save", "adapter"]
 
     interrupt_at_the_end(monkeypatch, command)
@@ -169,7 +169,7 @@ def test_missing_peft_is_told_with_its_extra(tmp_path, capsys, monkeypatch):
 def test_kl_of_a_whole_model_starts_where_reinforcement_does(tmp_path, monkeypatch):
     """Without adapters the reference is a copy, kept in the run's folder for --resume."""
     folder = tmp_path / "run"
-    command = ["train", "--output", str(folder), "--beta", "0.1", "--save-every", "2", "--no-listwise-baseline", *SMALL]
+    command = ["train", "--output", str(folder), "--beta", "0.1", "--save-every", "2", *SMALL]
 
     interrupt_at_the_end(monkeypatch, command)
     before = kl_by_step(folder)

@@ -11,7 +11,7 @@ from flexrec.data import Catalogue, simulate
 from flexrec.experiment import stages as experiment
 from flexrec.policy.small_model import build_model, build_tokenizer
 
-SMALL = ["--need", "interest", "--no-critic", "--prompts-per-step", "4", "--no-listwise-baseline"]
+SMALL = ["--need", "interest", "--no-critic", "--prompts-per-step", "4", "--baselines", "none"]
 SMALL += ["--warmup-steps", "1", "--listwise-steps", "1", "--steps", "2"]
 
 

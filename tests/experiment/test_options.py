@@ -27,6 +27,7 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "needs": ("trend", "interest"),
         "credit": "noncausal",
         "tilt": 0.7,
+        "show": ("title", "year"),
         "metric": "recall@3",
         "warmup": "format",
         "steps": 7,
@@ -38,6 +39,9 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "baseline": "group",
         "scale": "rank",
         "uncertainty": "item",
+        "shuffle_weights": True,
+        "pessimism": 0.5,
+        "sample_gains": True,
         "learning_rate": 0.125,
         "warmup_learning_rate": 0.25,
         "entropy_coef": 0.75,
@@ -48,7 +52,7 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "share_prompts": False,
         "temperature": 0.6,
         "num_ranked": 8,
-        "listwise_baseline": False,
+        "baselines": ("sasrec", "listwise"),
         "bf16": True,
         "lora": 9,
         "lora_alpha": 10,
@@ -57,6 +61,9 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "profile": True,
         "critic": False,
         "cold_items": 0.25,
+        "critic_model": "knn",
+        "noise": 0.125,
+        "fuse_observed": False,
         "eval_every": 14,
         "save_every": 11,
         "resume": True,
@@ -100,6 +107,9 @@ def test_every_option_reaches_the_trainers(tmp_path, recorded):
         "baseline": "rank",
         "scale": "rank",
         "uncertainty": "item",
+        "shuffle_weights": True,
+        "pessimism": 0.5,
+        "sample_gains": True,
         "entropy_coef": 0.75,
         "beta": 0.375,
         "epsilon_low": 0.15,
@@ -112,7 +122,7 @@ def test_every_option_reaches_the_trainers(tmp_path, recorded):
     for one in dataclasses.fields(TrainerOptions):
         assert one.name == "tilt" or options[one.name] != one.default, one.name
     rates = {"learning_rate": 0.125, "warmup_learning_rate": 0.25}
-    recorded.run(tmp_path / "run", **options, **rates, save_every=3, steps=7, listwise_baseline=False)
+    recorded.run(tmp_path / "run", **options, **rates, save_every=3, steps=7)
     format_stage, listwise, reinforcement = recorded.stages
     args = reinforcement.args
     assert {name: getattr(args, name) for name in options} == options
@@ -140,7 +150,7 @@ def test_the_seed_reaches_everything_that_draws(tmp_path, recorded):
 
 
 def test_the_tilt_reaches_the_trainer(tmp_path, recorded):
-    recorded.run(tmp_path / "run", tilt=0.7, listwise_baseline=False)
+    recorded.run(tmp_path / "run", tilt=0.7)
     assert recorded.of("reinforcement")[0].args.tilt == 0.7
 
 
@@ -155,8 +165,8 @@ def test_data_sets_are_loaded_with_their_folder_and_seed(monkeypatch, dataset, n
 
 def test_what_a_loader_found_is_said_and_what_it_lacks_is_refused(tmp_path, recorded, dataset, monkeypatch):
     found = replace(dataset, notes=("skipped 2 rows of log.csv",), unsupported={"trend": "it has no times"})
-    monkeypatch.setattr(stages, "load_dataset", lambda *_: found)
-    recorded.run(tmp_path / "run", needs=("interest",), listwise_baseline=False)
+    monkeypatch.setattr(stages, "load_dataset", lambda *_, **__: found)
+    recorded.run(tmp_path / "run", needs=("interest",))
     assert "skipped 2 rows of log.csv" in recorded.said
     with pytest.raises(ValueError, match="cannot answer the need 'trend': it has no times"):
         recorded.run(tmp_path / "other", needs=("interest", "trend"))

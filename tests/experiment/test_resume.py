@@ -10,13 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flexrec import cli
-from flexrec.experiment import run_folder, stages
+from flexrec.experiment import run_folder, stages, training
 from flexrec.experiment.run_folder import RunFolder
 
 
 def test_resuming_continues_from_the_latest_checkpoint_and_the_first_reference(tmp_path, recorded):
     folder = tmp_path / "run"
-    options = {"steps": 12, "beta": 0.1, "listwise_baseline": False}
+    options = {"steps": 12, "beta": 0.1}
     recorded.interrupt(folder, **options)
     for step in (2, 9, 10):
         (folder / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
@@ -33,9 +33,9 @@ def test_resuming_continues_from_the_latest_checkpoint_and_the_first_reference(t
 
 
 def test_resuming_before_the_first_checkpoint_starts_from_the_base(tmp_path, recorded):
-    recorded.interrupt(tmp_path / "run", listwise_baseline=False)
+    recorded.interrupt(tmp_path / "run")
     recorded.stages.clear()
-    recorded.run(tmp_path / "run", resume=True, listwise_baseline=False)
+    recorded.run(tmp_path / "run", resume=True)
     assert [(s.stage, s.mark_before, s.checkpoint) for s in recorded.stages] == [
         ("listwise", 2.0, None),
         ("reinforcement", 12.0, None),
@@ -51,7 +51,7 @@ def test_resuming_after_the_last_step_takes_the_checkpoints_weights(tmp_path, re
     if lora:
         pytest.importorskip("peft")
     folder = tmp_path / "run"
-    recorded.interrupt(folder, listwise_baseline=False, **lora)
+    recorded.interrupt(folder, **lora)
     trained = recorded.of("reinforcement")[0].model
     with torch.no_grad():
         recorded.marked(trained).fill_(0.375)
@@ -64,7 +64,7 @@ def test_resuming_after_the_last_step_takes_the_checkpoints_weights(tmp_path, re
     monkeypatch.setattr(
         run_folder, "_save_model", lambda to, model, *rest: saved.append((to, model)) or save(to, model, *rest)
     )
-    recorded.run(folder, resume=True, listwise_baseline=False, **lora)
+    recorded.run(folder, resume=True, **lora)
     assert recorded.stages == [], "there is nothing left to train"
     ((where, model),) = saved
     assert where == folder
@@ -86,7 +86,7 @@ def test_resuming_after_the_last_step_takes_the_checkpoints_weights(tmp_path, re
 
 def test_a_resumed_run_keeps_what_the_warm_start_was_worth(tmp_path, recorded):
     folder = tmp_path / "run"
-    recorded.interrupt(folder, steps=12, listwise_baseline=False)
+    recorded.interrupt(folder, steps=12)
     with np.load(folder / "warm_start.npz") as saved:
         expected = {name: saved[name] for name in saved.files}
     checkpoint = folder / "checkpoints" / "checkpoint-2"
@@ -94,7 +94,7 @@ def test_a_resumed_run_keeps_what_the_warm_start_was_worth(tmp_path, recorded):
     (checkpoint / "optimizer.pt").write_bytes(b"moments")
     RunFolder(folder).seal(checkpoint)
     recorded.stages.clear()
-    results = recorded.run(folder, steps=12, listwise_baseline=False, resume=True)
+    results = recorded.run(folder, steps=12, resume=True)
     assert recorded.of("listwise") == [], "the warm start is not made again"
     found = results.per_list["warm start"]["interest"]
     assert len(found) > 3
@@ -122,7 +122,7 @@ def test_a_run_is_resumed_as_it_was_configured(tmp_path, recorded):
             recorded.run(folder, **{"seed": 13, name: value}, resume=True)
     assert (folder / "experiment.json").read_text() == before
     recorded.stages.clear()
-    recorded.run(folder, seed=13, resume=True, save_every=2, eval_every=1, listwise_baseline=False)
+    recorded.run(folder, seed=13, resume=True, save_every=2, eval_every=1)
     assert [stage.stage for stage in recorded.stages] == ["listwise", "reinforcement"]
 
 
@@ -133,17 +133,17 @@ def test_resume_needs_no_other_option(tmp_path, recorded, capsys):
     assert cli.main([*command, "--seed", "0"]) == 2
     assert "seed=13: got 0" in capsys.readouterr().err
     moved = folder.rename(tmp_path / "moved")
-    assert cli.main([command[0], "--output", str(moved), "--resume", "--seed", "13", "--no-listwise-baseline"]) == 0
+    assert cli.main([command[0], "--output", str(moved), "--resume", "--seed", "13"]) == 0
     config = json.loads((moved / "metrics.json").read_text())["config"]
     assert (config["seed"], config["needs"], config["metric"]) == (13, ["trend", "interest"], "recall@3")
-    assert not config["listwise_baseline"]
+    assert config["baselines"] == ["none"]
 
 
 def test_the_folder_of_something_else_is_not_resumed(tmp_path, recorded):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileNotFoundError, match=r"is not the folder of a run: it has no experiment\.json"):
         recorded.run(tmp_path, resume=True)
-    recorded.run(tmp_path / "new", resume=True, listwise_baseline=False)
+    recorded.run(tmp_path / "new", resume=True)
     assert [stage.stage for stage in recorded.stages] == ["format", "listwise", "reinforcement"]
 
 
@@ -151,7 +151,7 @@ def test_the_folder_of_something_else_is_not_resumed(tmp_path, recorded):
 def interrupted(tmp_path, recorded):
     """A run with whole checkpoints of steps 2 and 9, and what was said when it was resumed."""
     folder = tmp_path / "run"
-    recorded.interrupt(folder, steps=12, listwise_baseline=False)
+    recorded.interrupt(folder, steps=12)
     for step in (2, 9):
         checkpoint = folder / "checkpoints" / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
@@ -164,7 +164,7 @@ def interrupted(tmp_path, recorded):
 
 def resume(recorded, folder):
     """The checkpoint that a resumed run goes on from."""
-    recorded.run(folder, steps=12, resume=True, listwise_baseline=False)
+    recorded.run(folder, steps=12, resume=True)
     return recorded.of("reinforcement")[0].checkpoint
 
 
@@ -218,7 +218,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, recorded, interrupted)
 
 def test_a_damaged_base_or_reference_is_refused_by_name(tmp_path, recorded):
     folder = tmp_path / "run"
-    options = {"beta": 0.1, "steps": 12, "listwise_baseline": False}
+    options = {"beta": 0.1, "steps": 12}
     recorded.interrupt(folder, **options)
     checkpoint = folder / "checkpoints" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
@@ -242,30 +242,41 @@ def test_checkpoints_of_a_training_are_sealed(tmp_path):
     (tmp_path / "checkpoint-3" / "weights").write_bytes(b"1234")
     args, state = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=3)
     (tmp_path / "experiment.json").write_text("{}")
-    stages._Seal(run).on_save(args, state, None)
+    training._Seal(run).on_save(args, state, None)
     run.check_sealed(tmp_path / "checkpoint-3")
 
 
 def steps_of(folder):
     lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [(line["stage"], line["step"]) for line in lines]
+    return [(f"{line['of']} evaluation" if "of" in line else line["stage"], line["step"]) for line in lines]
 
 
 def test_the_log_of_a_resumed_run_has_no_step_twice(tmp_path):
     run = RunFolder(tmp_path)
-    done = [("format", n) for n in (1, 2)] + [("listwise", n) for n in (1, 2)]
-    reinforced = [("reinforcement", 1), ("reinforcement", 2), ("evaluation", 2), ("reinforcement", 3)]
-    baseline = [("listwise", 1), ("listwise", 2)]
+    done = [("format", 1), ("format", 2), ("format evaluation", 2)]
+    done += [("listwise warm-up", 1), ("listwise warm-up", 2), ("listwise warm-up evaluation", 2)]
+    reinforced = [("reinforcement", 1), ("reinforcement", 2), ("reinforcement evaluation", 2), ("reinforcement", 3)]
+    baselines = [("listwise", 1), ("listwise evaluation", 1), ("rank_grpo", 1), ("rank_grpo evaluation", 1)]
 
     def cut(lines, step, torn=""):
-        text = "".join(json.dumps({"stage": stage, "step": step}) + "\n" for stage, step in lines)
+        text = ""
+        for seconds, (name, number) in enumerate(lines):
+            of = name.removesuffix(" evaluation")
+            stage = {"stage": name} if of == name else {"stage": "evaluation", "of": of}
+            text += json.dumps({**stage, "step": number, "steps": 100 + number, "seconds": seconds}) + "\n"
         run.log.write_text(text + torn)
-        run.cut_log(step)
-        return steps_of(tmp_path)
+        ends = run.cut_log(step)
+        kept = steps_of(tmp_path)
+        for name, end in ends.items():
+            last = max(i for i, line in enumerate(lines) if line[0].startswith(name) and line in kept)
+            number = lines[last][1]
+            assert end == {"stage": name, "step": number, "steps": 100 + number, "seconds": last}
+        assert set(ends) == {of.removesuffix(" evaluation") for of, _ in kept}
+        return kept
 
     assert cut([*done, *reinforced], 2) == [*done, *reinforced[:3]]
-    assert cut([*done, *reinforced, *baseline], 3) == [*done, *reinforced], "the baseline is trained again"
-    assert cut([*done, *reinforced], None) == done[:2], "no checkpoint: the warm-up is made again"
+    assert cut([*done, *reinforced, *baselines], 3) == [*done, *reinforced], "the baselines are trained again"
+    assert cut([*done, *reinforced], None) == done[:3], "no checkpoint: the warm-up is made again"
     assert cut(done, 2, torn='{"stage": "rein') == done
     run.log.unlink()
     run.cut_log(2)
@@ -279,7 +290,7 @@ def test_two_runs_into_one_folder_are_refused(tmp_path, recorded, monkeypatch):
     """Before anything is loaded; the folder is free again afterwards."""
     folder = tmp_path / "deep" / "run"
     with RunFolder(folder).locked():
-        monkeypatch.setattr(stages, "load_dataset", lambda *args: pytest.fail("loaded"))
+        monkeypatch.setattr(stages, "load_dataset", lambda *args, **options: pytest.fail("loaded"))
         for more in ({}, {"resume": True}):
             with pytest.raises(FileExistsError, match=f"--output {folder} is in use by another run"):
                 recorded.run(folder, **more)

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flexrec.data.options import all_data_options
 from flexrec.evaluation.statistics import relative_change
 from flexrec.experiment.config import ExperimentConfig
-from flexrec.experiment.run_folder import Results, RunFolder, RunInfo
+from flexrec.experiment.results import Results
+from flexrec.experiment.run_folder import RunFolder, RunInfo
+from flexrec.task.critic import Critic
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def test_files_hold_every_value_and_every_comparison(tmp_path, results):
 
 
 def test_histories_are_the_latest_events_with_what_was_liked(tmp_path, recorded, dataset):
-    recorded.run(tmp_path / "run", listwise_baseline=False)
+    recorded.run(tmp_path / "run")
     histories = json.loads((tmp_path / "run" / "histories.json").read_text())
     log, ids = dataset.log, dataset.catalogue.ids
     assert set(histories) == {str(user) for user in np.unique(log.users)}
@@ -82,7 +84,7 @@ def test_histories_are_the_latest_events_with_what_was_liked(tmp_path, recorded,
 
 
 def test_the_catalogue_is_saved_with_titles_and_what_rises(tmp_path, recorded, dataset):
-    recorded.run(tmp_path / "run", listwise_baseline=False)
+    recorded.run(tmp_path / "run")
     saved = json.loads((tmp_path / "run" / "catalogue.json").read_text())
     assert (tuple(saved["ids"]), tuple(saved["titles"])) == (dataset.catalogue.ids, dataset.catalogue.titles)
     assert tuple(map(tuple, saved["topics"])) == dataset.catalogue.topics
@@ -92,7 +94,7 @@ def test_the_catalogue_is_saved_with_titles_and_what_rises(tmp_path, recorded, d
 
 
 def test_the_run_says_how_it_is_to_be_asked(tmp_path, recorded):
-    options = {"num_ranked": 5, "temperature": 0.6, "seed": 13, "listwise_baseline": False}
+    options = {"num_ranked": 5, "temperature": 0.6, "seed": 13}
     recorded.run(tmp_path / "run", **options)
     expected = {
         "encoding": "item_token",
@@ -103,16 +105,16 @@ def test_the_run_says_how_it_is_to_be_asked(tmp_path, recorded):
         "temperature": 0.6,
         "dataset": "simulated",
         "data": None,
+        "data_options": all_data_options("simulated", {}),
         "needs": ["interest"],
         "seed": 13,
         "described": True,
-        "data_options": all_data_options("simulated", {}),
     }
     for folder in (tmp_path / "run", tmp_path / "run" / "base"):
         assert json.loads((folder / "flexrec.json").read_text()) == expected
     assert recorded.saved_mark(tmp_path / "run") == 112.0
     assert recorded.saved_mark(tmp_path / "run" / "base") == 2.0
-    recorded.run(tmp_path / "index", encoding="index", needs=("explore", "trend"), listwise_baseline=False)
+    recorded.run(tmp_path / "index", encoding="index", needs=("explore", "trend"))
     found = json.loads((tmp_path / "index" / "flexrec.json").read_text())
     assert (found["encoding"], found["show_titles"], found["show_rising"]) == ("index", True, True)
     assert (found["needs"], found["num_ranked"], found["temperature"]) == (["explore", "trend"], None, 0.3)
@@ -141,6 +143,7 @@ def test_metrics_compare_users_and_state_the_configuration(tmp_path, recorded):
                     listwise_steps=2,
                     prompts_per_step=4,
                     needs=("interest",),
+                    baselines=("none",),
                     seed=13,
                     metric="recall@3",
                 )
@@ -164,7 +167,7 @@ def test_what_a_run_wrote_is_loaded_from_there_alone_and_executes_nothing(tmp_pa
 
         monkeypatch.setattr(loader, "from_pretrained", spy)
     folder = tmp_path / "run"
-    beta = {"beta": 0.1, "listwise_baseline": False}
+    beta = {"beta": 0.1}
     recorded.interrupt(folder, **beta, **lora)
     checkpoint = folder / "checkpoints" / "checkpoint-2"
     recorded.of("reinforcement")[0].model.save_pretrained(checkpoint)
@@ -179,9 +182,22 @@ def test_what_a_run_wrote_is_loaded_from_there_alone_and_executes_nothing(tmp_pa
 def test_files_of_a_run_have_the_mode_that_others_have(tmp_path, recorded):
     before = os.umask(0o027)
     try:
-        recorded.run(tmp_path / "run", beta=0.1, listwise_baseline=False)
+        recorded.run(tmp_path / "run", beta=0.1)
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert {"model.safetensors", "tokenizer.json", "metrics.json", "per_list.npz", "log.jsonl"} <= set(modes)
     assert {name: mode for name, mode in modes.items() if mode != 0o640} == {}
+
+
+def test_a_runs_critic_is_loaded_with_its_catalogue(tmp_path, recorded, dataset):
+    recorded.run(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    critic = Critic.fit(dataset.log, dataset.catalogue, lists=dataset.train, model="knn", noise=dataset.noise)
+    folder.save_critic(critic)
+    loaded = folder.load_critic()
+    for one, other in zip(critic.fill_many(dataset.train), loaded.fill_many(dataset.train), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    (tmp_path / "run" / "critic.npz").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no critic"):
+        folder.load_critic()

@@ -8,9 +8,12 @@ import pytest
 
 from flexrec.data.cold import hold_out_items, lists_of_new_items, new_items
 from flexrec.data.options import all_data_options
+from flexrec.evaluation.baselines import BASELINES
 from flexrec.evaluation.statistics import bootstrap_interval
-from flexrec.experiment import stages
-from flexrec.experiment.run_folder import Results, RunFolder
+from flexrec.experiment import config, stages, training
+from flexrec.experiment.config import ExperimentConfig
+from flexrec.experiment.results import Results
+from flexrec.experiment.run_folder import RunFolder
 from flexrec.trainer.callbacks import Curve
 
 
@@ -39,12 +42,12 @@ def test_without_a_critic_supervision_imitates_the_feedback(tmp_path, recorded, 
     [("ndcg@4", None, 4), ("ndcg@4", 3, 3), ("ndcg@4", 6, 4), ("ndcg", None, None)],
 )
 def test_supervision_imitates_the_ranks_that_earn(tmp_path, recorded, metric, num_ranked, expected):
-    recorded.run(tmp_path / "run", metric=metric, num_ranked=num_ranked, listwise_baseline=False)
+    recorded.run(tmp_path / "run", metric=metric, num_ranked=num_ranked)
     assert [stage.options["num_imitated"] for stage in recorded.of("listwise")] == [expected]
 
 
 def test_the_warm_start_and_the_critic_are_rows(tmp_path, recorded, dataset):
-    results = recorded.run(tmp_path / "run", needs=("interest", "trend"), listwise_baseline=False)
+    results = recorded.run(tmp_path / "run", needs=("interest", "trend"))
     assert recorded.marks()["warm start"] == 12.0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["warm start"]["trend"] == pytest.approx(results.means("warm start")["trend"])
@@ -69,12 +72,34 @@ def test_the_critic_is_fitted_as_asked_or_as_the_data_need_it(
     tmp_path, recorded, monkeypatch, dataset, asked, unobserved, fitted
 ):
     monkeypatch.setattr(stages, "simulate", lambda **_: dataclasses.replace(dataset, unobserved=unobserved))
-    recorded.run(tmp_path / "run", critic=asked, listwise_baseline=False)
+    recorded.run(tmp_path / "run", critic=asked)
     assert ("critic" in recorded.seeds) == fitted
     task = recorded.of("reinforcement")[0].examples.task
     assert (task.critic is not None) == fitted
     if fitted:  # only feedback that was not chosen by what was liked
         assert len(recorded.lists_of_critic) == (len(dataset.train) if unobserved == "critic" else 0)
+
+
+@pytest.mark.parametrize("asked", [{}, {"critic_model": "mf", "noise": 0.07, "fuse_observed": False}])
+def test_the_critic_is_fitted_with_its_options_measured_and_kept(tmp_path, recorded, dataset, asked):
+    results = recorded.run(tmp_path / "run", **asked)
+    options = recorded.critic_options
+    assert options["noise"] == asked.get("noise", dataset.noise) > 0
+    assert (options["model"], options["fuse"]) == (
+        asked.get("critic_model", "ensemble"),
+        asked.get("fuse_observed", True),
+    )
+    assert (tmp_path / "run" / "critic.npz").is_file()
+    guesses = np.concatenate([lst.candidates / 100 for lst in dataset.test])
+    truth = np.concatenate([lst.truth for lst in dataset.test])
+    assert results.critic["rmse"] == pytest.approx(np.sqrt(np.mean((guesses - truth) ** 2)), abs=1e-4)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["critic"] == results.critic
+
+
+def test_without_a_critic_none_is_kept_or_measured(tmp_path, recorded):
+    recorded.run(tmp_path / "run", critic=False)
+    assert not (tmp_path / "run" / "critic.npz").exists()
+    assert "critic" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
 
 
 def test_lists_are_drawn_anew_for_every_stage(tmp_path, recorded, monkeypatch, dataset):
@@ -89,7 +114,7 @@ def test_lists_are_drawn_anew_for_every_stage(tmp_path, recorded, monkeypatch, d
 
 
 def test_systems_are_measured_on_the_test_users_after_their_stages(tmp_path, recorded, dataset):
-    results = recorded.run(tmp_path / "run", num_ranked=5)
+    results = recorded.run(tmp_path / "run", num_ranked=5, baselines=("listwise",))
     # The base after the format stage; the trained model after the warm-up too; the baseline from the base again.
     assert [stage.stage for stage in recorded.stages] == ["format", "listwise", "reinforcement", "listwise"]
     assert [stage.mark_before for stage in recorded.stages] == [1.0, 2.0, 12.0, 2.0]
@@ -104,7 +129,7 @@ def test_items_kept_from_training_are_measured_by_themselves(tmp_path, recorded,
     """They have no token, stand in no training example, and every ranker is a row of the lists of them alone."""
     monkeypatch.setattr(stages, "MIN_NEW_LISTS", 5)
     folder = tmp_path / "run"
-    results = recorded.run(folder, cold_items=0.4, seed=3, listwise_baseline=False)
+    results = recorded.run(folder, cold_items=0.4, seed=3, baselines=("popularity",))
     examples = recorded.of("listwise")[0].examples
     builder = examples.task.builder
     is_new = np.array([not builder.knows(item_id) for item_id in dataset.catalogue.ids])
@@ -136,13 +161,13 @@ def test_items_kept_from_training_are_measured_by_themselves(tmp_path, recorded,
 
 
 def test_without_enough_new_items_nothing_is_said_of_them(tmp_path, recorded):
-    results = recorded.run(tmp_path / "run", listwise_baseline=False)
+    results = recorded.run(tmp_path / "run")
     assert results.new_items is None
     assert "new items" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
 
 
 def test_the_warm_up_is_left_out_where_it_is_not_wanted(tmp_path, recorded):
-    recorded.run(tmp_path / "run", warmup="format", listwise_baseline=False)
+    recorded.run(tmp_path / "run", warmup="format")
     assert [stage.stage for stage in recorded.stages] == ["format", "reinforcement"]
 
 
@@ -153,7 +178,7 @@ def ndcg_at_5(gains_in_order):
 
 
 def test_baselines_rank_best_first_on_the_true_interest(tmp_path, recorded, dataset):
-    results = recorded.run(tmp_path / "run")
+    results = recorded.run(tmp_path / "run", baselines=None)
     expected = [
         ndcg_at_5(lst.truth[np.argsort(-lst.popularity, kind="stable")].astype(np.float64)) for lst in dataset.test
     ]
@@ -176,7 +201,7 @@ def test_baselines_rank_best_first_on_the_true_interest(tmp_path, recorded, data
 )
 def test_the_listwise_baseline_has_as_long_as_the_trained_model_had(tmp_path, recorded, changes, pace, steps):
     recorded.pace |= pace
-    results = recorded.run(tmp_path / "run", **changes)
+    results = recorded.run(tmp_path / "run", **changes, baselines=("listwise",))
     assert recorded.stages[-1].stage == "listwise"
     assert recorded.stages[-1].args.max_steps == steps
     assert results.seconds["total"] == recorded.seconds
@@ -184,30 +209,142 @@ def test_the_listwise_baseline_has_as_long_as_the_trained_model_had(tmp_path, re
 
 
 def test_the_curve_is_drawn_as_often_as_asked(tmp_path, recorded):
-    recorded.run(tmp_path / "run", eval_every=3, listwise_baseline=False)
-    (curve,) = [c for c in recorded.of("reinforcement")[0].callbacks if isinstance(c, Curve)]
-    assert curve.every == 3
+    recorded.run(tmp_path / "run", eval_every=3)
+    for one in recorded.stages:
+        (curve,) = [c for c in one.callbacks if isinstance(c, Curve)]
+        assert curve.every == 3
     means = {m: v.mean() for m, v in curve.evaluate(None, "step 3")["interest"].items()}
     assert means["ndcg@5"] > 0
     assert recorded.evaluated[-1] == ("Evaluating step 3, interest", 112.0)
-    recorded.run(tmp_path / "other", listwise_baseline=False)
+    recorded.run(tmp_path / "other")
     assert not [c for c in recorded.of("reinforcement")[1].callbacks if isinstance(c, Curve)]
+
+
+def points_of(folder):
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return {line["of"]: (line["steps"], line["seconds"], line["means"]) for line in lines if "of" in line}
+
+
+def test_every_stage_ends_in_a_point_of_the_curves(tmp_path, recorded):
+    """Counted from where training began; baselines from where their model did."""
+    recorded.pace |= {"format": 1.5, "listwise": 2.0, "reinforcement": 3.0}
+    names = ("listwise", "sequence_grpo", "rank_grpo")
+    results = recorded.run(tmp_path / "run", baselines=names)
+    points = points_of(tmp_path / "run")
+    assert {of: point[:2] for of, point in points.items()} == {
+        "format": (3, 4.5),
+        "listwise warm-up": (5, 8.5),
+        "reinforcement": (9, 20.5),
+        "listwise": (3 + 8, 4.5 + 16.0),
+        "sequence_grpo": (9, 20.5),
+        "rank_grpo": (9, 20.5),
+    }
+    systems = {"format": "base", "listwise warm-up": "warm start", "reinforcement": "trained"}
+    for of, (*_, means) in points.items():
+        assert means["interest"] == pytest.approx(results.means(systems.get(of, of))["interest"])
+
+
+@pytest.mark.parametrize("warmup", ["listwise", "format"])
+def test_baselines_by_reinforcement_start_where_reinforcement_did(tmp_path, recorded, warmup):
+    options = {"prompts_per_step": 12, "num_generations": 2, "beta": 0.1, "num_iterations": 2, "learning_rate": 0.125}
+    folder = tmp_path / "run"
+    recorded.run(folder, warmup=warmup, baselines=("rank_grpo", "sequence_grpo"), **options, save_every=2)
+    own, sequence, rank = recorded.of("reinforcement")
+    start = 12.0 if warmup == "listwise" else 2.0
+    assert [one.mark_before for one in (own, sequence, rank)] == [start] * 3
+    assert recorded.saved_mark(folder / "reference") == start
+    assert recorded.marks()["sequence_grpo"] == recorded.marks()["rank_grpo"] == start + 100.0
+    for one, credit, level in ((sequence, "sequence", "token"), (rank, "rank", "item")):
+        args = one.args
+        assert (args.credit, args.importance_level) == (credit, level)
+        assert (args.baseline, args.scale, args.uncertainty, args.tilt) == ("rank", "rank", "none", None)
+        assert (args.per_device_train_batch_size, args.num_generations) == (3, 8), "24 rankings in groups of 8"
+        assert (args.max_steps, args.beta, args.num_iterations, args.learning_rate) == (4, 0.1, 2, 0.125)
+        assert args.save_strategy == "no"
+        assert recorded.mark_of(one.options["reference"]) == start
+    assert (own.args.credit, own.args.per_device_train_batch_size, own.args.num_generations) == ("all_actions", 12, 2)
+
+
+def test_baselines_by_reinforcement_need_groups_and_a_kept_start(tmp_path, recorded):
+    with pytest.raises(ValueError, match="'rank_grpo' compares rankings of one prompt: it needs an even number"):
+        recorded.run(tmp_path / "odd", prompts_per_step=5, baselines=("rank_grpo",))
+    assert not (tmp_path / "odd").exists()
+    folder = tmp_path / "run"
+    recorded.interrupt(folder, steps=12)
+    (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    RunFolder(folder).seal(folder / "checkpoints" / "checkpoint-2")
+    with pytest.raises(ValueError, match="--baselines rank_grpo: this run is past its warm start"):
+        recorded.run(folder, steps=12, baselines=("rank_grpo",), resume=True)
+
+
+def test_which_baselines_run(tmp_path, recorded, monkeypatch):
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    quick = ("random", "popularity", "trend", "item-knn", "user-knn")
+    assert ExperimentConfig(output="x").chosen_baselines() == quick
+    assert ExperimentConfig(output="x", baselines=("sasrec", "listwise")).chosen_baselines() == (
+        "listwise",
+        *quick,
+        "sasrec",
+    )
+    assert ExperimentConfig(output="x", baselines=("none",)).chosen_baselines() == ()
+    for asked in (("bpr",), ("all",)):
+        with pytest.raises(ImportError, match=r"bpr needs implicit: pip install 'flexrec\[baselines\]'"):
+            ExperimentConfig(output="x", baselines=asked).chosen_baselines()
+    monkeypatch.setattr(config, "find_spec", lambda name: name)
+    assert ExperimentConfig(output="x").chosen_baselines() == (*quick, "als", "bpr")
+    everything = ExperimentConfig(output="x", baselines=("all",)).chosen_baselines()
+    assert (
+        set(everything) == {*BASELINES, "listwise", *training.GRPO} == {*config.QUICK_BASELINES, *config.SLOW_BASELINES}
+    )
+    with pytest.raises(ValueError, match="unknown baseline 'itemknn'; --baselines takes random, popularity"):
+        ExperimentConfig(output="x", baselines=("itemknn",))
+    with pytest.raises(ValueError, match="--baselines none leaves all of them away, got none sasrec"):
+        ExperimentConfig(output="x", baselines=("none", "sasrec"))
+    results = recorded.run(tmp_path / "run", baselines=("none",))
+    assert set(results.per_list) == {"base", "warm start", "trained", "critic"}
+
+
+def test_what_a_need_multiplies_counts_for_baselines_that_estimate_interest(tmp_path, recorded, monkeypatch, dataset):
+    class Latest:
+        """The later in the catalogue, the better, below 0 all of it: only the order within a list counts."""
+
+        def __init__(self, interest):
+            self.scores_interest = interest
+
+        def scores(self, lst):
+            return lst.candidates.astype(np.float64) - 1000.0
+
+    made = {"item-knn": lambda dataset: Latest(True), "random": lambda dataset: Latest(False)}
+    monkeypatch.setattr(stages, "BASELINES", made)
+    results = recorded.run(tmp_path / "run", needs=("interest", "trend"), baselines=None)
+    for need, factor in (("interest", lambda lst: 1.0), ("trend", lambda lst: lst.trend)):
+        expected = {"item-knn": [], "random": []}
+        for lst in dataset.test:
+            gains = (lst.truth * factor(lst)).astype(np.float64)
+            interest = (lst.candidates - lst.candidates.min()) / (lst.candidates.max() - lst.candidates.min())
+            known = np.lexsort((-interest, -factor(lst) * np.ones(len(interest)), -interest * factor(lst)))
+            for name, order in (("item-knn", known), ("random", np.argsort(-lst.candidates))):
+                expected[name].append(ndcg_at_5(gains[order]) if gains.any() else 0.0)
+        for name, values in expected.items():
+            np.testing.assert_allclose(results.per_list[name][need]["ndcg@5"], values, rtol=1e-5)
+    assert results.means("item-knn")["trend"] != results.means("random")["trend"]
 
 
 def test_the_kl_refers_to_the_policy_before_reinforcement(tmp_path, recorded):
     folder = tmp_path / "run"
-    recorded.run(folder, beta=0.1, save_every=2, listwise_baseline=False)
+    recorded.run(folder, beta=0.1, save_every=2)
     (stage,) = recorded.of("reinforcement")
     assert recorded.mark_of(stage.options["reference"]) == 12.0
     assert recorded.mark_of(stage.model) == 112.0
     assert recorded.saved_mark(folder / "reference") == 12.0
-    recorded.run(tmp_path / "other", listwise_baseline=False)
+    recorded.run(tmp_path / "other")
     assert recorded.of("reinforcement")[1].options["reference"] is None
 
 
 def test_a_run_is_evaluated_on_what_is_asked_or_on_what_it_was_trained_with(tmp_path, recorded, monkeypatch, dataset):
     folder = tmp_path / "run"
-    recorded.run(folder, seed=13, num_ranked=5, needs=("interest", "explore"), listwise_baseline=False)
+    options = {"missing": "exposure"}
+    recorded.run(folder, seed=13, num_ranked=5, needs=("interest", "explore"), data_options=options)
     asked = []
     monkeypatch.setattr(stages, "load_dataset", lambda *arguments: asked.append(arguments) or dataset)
     info = json.loads((folder / "flexrec.json").read_text())
@@ -216,6 +353,8 @@ def test_a_run_is_evaluated_on_what_is_asked_or_on_what_it_was_trained_with(tmp_
     recorded.num_ranked.clear()
     scores = stages.evaluate_run(folder, None, None, None)
     assert list(scores) == ["interest", "explore"]
+    assert set(scores["interest"]) == {"ndcg@5", "ndcg@10", "ndcg@30"}, "everybody likes everything a little"
+    assert {"recall@5", "mrr@5"} <= set(scores["explore"])
     assert list(stages.evaluate_run(folder, "movielens", None, ["trend"])) == ["trend"]
     stages.evaluate_run(folder, "movielens", "elsewhere", None)
     stages.evaluate_run(folder, "simulated", None, None, {"history_length": 3})

@@ -181,7 +181,7 @@ def make_trainer(
     logs = Logs()
     kwargs = {"callbacks": [logs, *callbacks]}
     if stage is None:
-        args = FlexRecConfig(**options(folder, engine, num_generations=2, **more))
+        args = FlexRecConfig(**{"uncertainty": "rollout", **options(folder, engine, num_generations=2, **more)})
         kwargs["reference"] = make_model(1, tied) if args.beta and not lora else None
     else:
         args = TrainingArguments(**options(folder, engine, **more))
@@ -269,7 +269,7 @@ def command_line(folder):
     world = {"num_users": 80, "num_items": 90, "num_topics": 4, "num_test_users": 11, "num_candidates": 8}
     experiment.simulate = lambda **options: simulate(**{**options, **world})
     small = ["--steps", "2", "--warmup-steps", "2", "--listwise-steps", "2", "--prompts-per-step", "8"]
-    more = ["--need", "interest", "--eval-every", "2"]
+    more = ["--need", "interest", "--eval-every", "2", "--baselines", "listwise", "rank_grpo"]
     return cli.main(["train", "--output", str(folder / "run"), *small, *more])
 
 

@@ -30,14 +30,21 @@ def state_at(step: int, max_steps: int = 10) -> Any:
     return SimpleNamespace(global_step=step, max_steps=max_steps)
 
 
-def test_every_log_of_a_stage_is_a_line(tmp_path):
-    log = StepLog(tmp_path / "log.jsonl", append=False)
-    log.of_stage("format").on_log(None, state_at(3), None, logs={"loss": 0.5, "reward": 0.25})
-    log.of_stage("listwise").on_log(None, state_at(4), None)
+def test_every_log_of_a_stage_is_a_line(tmp_path, clock):
+    log, whole = StepLog(tmp_path / "log.jsonl", append=False), Clock()
+    clock.seconds += 50  # of something that is no training
+    with whole.stage("format", 3) as stage:
+        clock.seconds += 1.5
+        log.of_stage(stage).on_log(None, state_at(3), None, logs={"loss": 0.5, "reward": 0.25})
+    clock.seconds += 50
+    with whole.stage("warm-up", 5, after="format") as stage:
+        clock.seconds += 2
+        log.of_stage(stage).on_log(None, state_at(4), None)
     assert lines_of(log.path) == [
-        {"stage": "format", "step": 3, "loss": 0.5, "reward": 0.25},
-        {"stage": "listwise", "step": 4},
+        {"stage": "format", "step": 3, "steps": 3, "seconds": 1.5, "loss": 0.5, "reward": 0.25},
+        {"stage": "warm-up", "step": 4, "steps": 7, "seconds": 3.5},
     ]
+    assert whole.ends["warm-up"] == {"stage": "warm-up", "step": 5, "steps": 8, "seconds": 3.5}
 
 
 def test_a_run_that_is_continued_keeps_the_lines_of_before(tmp_path):
@@ -68,7 +75,7 @@ def test_seconds_by_stage_without_pauses(clock):
     assert whole.elapsed() == 13
 
 
-def test_a_curve_has_the_means_every_few_steps_and_at_the_end(tmp_path, clock):
+def test_a_curve_has_the_means_where_training_begins_and_every_few_steps(tmp_path, clock):
     evaluated = []
 
     def evaluate(model: Any, what: str) -> dict[str, dict[str, np.ndarray]]:
@@ -77,17 +84,34 @@ def test_a_curve_has_the_means_every_few_steps_and_at_the_end(tmp_path, clock):
         return {"interest": {"ndcg": np.array([0.25, 0.75]), "mrr": np.array([0.0, 1.0, 1.0, 0.0])}}
 
     log = StepLog(tmp_path / "log.jsonl", append=False)
-    with Clock().stage("reinforcement") as stage:
-        curve = Curve(evaluate, log, 4, stage)
-        for step in range(1, 11):
-            clock.seconds += 1.5
-            curve.on_step_end(None, state_at(step), None, model="the model")
-    assert evaluated == [("the model", f"step {step}") for step in (4, 8, 10)]
+    whole = Clock()
+    for name, after in (("format", None), ("reinforcement", "format")):
+        with whole.stage(name, 8, after) as stage:
+            curve = Curve(evaluate, log, 4, stage)
+            curve.on_train_begin(None, state_at(0), None, model="the model")
+            for step in range(1, 9):
+                clock.seconds += 1.5
+                curve.on_step_end(None, state_at(step, max_steps=8), None, model="the model")
+    assert evaluated == [("the model", f"step {step}") for step in (0, 4, 12)], "who runs a stage evaluates its end"
     means = {"interest": {"ndcg": 0.5, "mrr": 0.5}}
     assert lines_of(log.path) == [
-        {"stage": "evaluation", "step": step, "seconds": 1.5 * step, "means": means} for step in (4, 8, 10)
+        {"stage": "evaluation", "of": of, "step": step, "steps": steps, "seconds": 1.5 * steps, "means": means}
+        for of, step, steps in (("format", 0, 0), ("format", 4, 4), ("reinforcement", 4, 12))
     ]
-    assert stage.elapsed() == 15
+    assert stage.elapsed() == 12
+
+
+def test_a_stage_that_is_continued_goes_on_counting(clock):
+    whole = Clock()
+    whole.ends = {
+        "format": {"stage": "format", "step": 3, "steps": 3, "seconds": 10.0},
+        "reinforcement": {"stage": "reinforcement", "step": 2, "steps": 5, "seconds": 14.0},
+    }
+    with whole.stage("reinforcement", 4, after="format") as stage:
+        clock.seconds += 6
+        assert stage.at(3) == {"stage": "reinforcement", "step": 3, "steps": 6, "seconds": 20.0}
+    with whole.stage("another", 2, after="format") as stage:
+        assert stage.at(1) == {"stage": "another", "step": 1, "steps": 4, "seconds": 10.0}
 
 
 def test_a_curve_is_no_part_of_a_step(tmp_path):

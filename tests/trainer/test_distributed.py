@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from flexrec.experiment import stages as experiment
+from flexrec.experiment import training
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.stages import run_experiment
 
@@ -142,10 +143,12 @@ def test_command_line_writes_and_prints_once(tmp_path):
 
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    for stage in ("format", "listwise", "reinforcement"):
+    for stage in ("format", "listwise warm-up", "reinforcement", "listwise", "rank_grpo"):
         steps = [line["step"] for line in lines if line["stage"] == stage and "loss" in line]
         assert steps[:2] == [1, 2]
-    assert [line["step"] for line in lines if line["stage"] == "evaluation"] == [2]
+    points = [(line["of"], line["steps"]) for line in lines if line["stage"] == "evaluation"]
+    assert points[:4] == [("format", 0), ("format", 2), ("listwise warm-up", 4), ("reinforcement", 6)]
+    assert points[-1] == ("rank_grpo", 6)
     stored, metrics = np.load(run / "per_list.npz"), json.loads((run / "metrics.json").read_text())
     assert len(stored["trained/interest/ndcg@5"]) == len(stored["users"]) == 33
     # Shared out among two or not, the model that was saved ranks the test lists the same way.
@@ -158,7 +161,7 @@ def test_command_line_writes_and_prints_once(tmp_path):
 
 
 def test_prompts_must_divide_among_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "num_processes", lambda: 5)
+    monkeypatch.setattr(training, "num_processes", lambda: 5)
     with pytest.raises(ValueError, match=r"192 cannot be split evenly among 5 processes"):
         run_experiment(ExperimentConfig(output=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()

@@ -135,10 +135,10 @@ def test_prompts_are_shared_by_as_many_rankings_as_costs_least(tmp_path, monkeyp
 
 def test_metrics_without_a_variance_are_for_gains_that_are_certain(tmp_path):
     certain = [Example(**{**vars(example), "variance": 0 * example.variance}) for example in EXAMPLES]
-    trainer = trainer_of(tmp_path, metric="mrr", credit="swap")
+    trainer = trainer_of(tmp_path, metric="mrr", credit="swap", uncertainty="rollout")
     trainer.ranking_loss(trainer.model, certain)
     assert trainer._kept[0].variance is None
-    trainer = trainer_of(tmp_path, metric="mrr", credit="swap")
+    trainer = trainer_of(tmp_path, metric="mrr", credit="swap", uncertainty="rollout")
     with pytest.raises(ValueError, match="'mrr' has no reward variance"):
         trainer.ranking_loss(trainer.model, EXAMPLES)
 
@@ -178,7 +178,10 @@ def test_what_the_configuration_is_by_default(tmp_path):
         "tilt": None,
         "baseline": "none",
         "scale": "batch",
-        "uncertainty": "rollout",
+        "uncertainty": "none",
+        "shuffle_weights": False,
+        "pessimism": 0.0,
+        "sample_gains": False,
         "epsilon_low": 0.2,
         "epsilon_high": None,
         "importance_level": "item",

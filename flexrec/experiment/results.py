@@ -1,0 +1,111 @@
+"""What a run has measured: every metric of every test list, and what a person reads of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from flexrec.evaluation.baselines import BASELINES
+from flexrec.evaluation.statistics import METRICS, Comparison, comparison_table, relative_change
+from flexrec.evaluation.summary import summary
+
+BASE, WARM_START, TRAINED, CRITIC = "base", "warm start", "trained", "critic"  # the base is the start of all training
+REINFORCEMENT = "reinforcement"  # what a table calls the difference that it made
+
+
+@dataclass
+class Results:
+    """Per-list metrics of every system and need, and the seconds every stage took. ``print`` shows table and summary.
+
+    Example:
+        >>> from flexrec.experiment import Results
+        >>> values = {"base": [0.2, 0.4, 0.3], "warm start": [0.3, 0.5, 0.5], "trained": [0.4, 0.6, 0.5]}
+        >>> per_list = {name: {"interest": {"ndcg@5": np.array(v)}} for name, v in values.items()}
+        >>> results = Results(np.array([7, 8, 9]), per_list)
+        >>> round(results.compare("trained", "warm start", "interest").difference, 3)
+        0.067
+        >>> results.table().row_count  # the need, three rankers, and what reinforcement changed
+        5
+    """
+
+    users: np.ndarray  # (L,) user of each test list
+    per_list: dict[str, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)  # system, need, metric: (L,)
+    seconds: dict[str, float] = field(default_factory=dict)
+    new_items: Results | None = None  # of the lists of new items alone, where there are enough
+    critic: dict[str, float] = field(default_factory=dict)  # how good it is (``evaluation.critic``), where there is one
+
+    @property
+    def start(self) -> str:
+        """What reinforcement started from."""
+        return WARM_START if WARM_START in self.per_list else BASE
+
+    def means(self, system: str) -> dict[str, dict[str, float]]:
+        return {
+            need: {metric: float(values.mean()) for metric, values in metrics.items()}
+            for need, metrics in self.per_list[system].items()
+        }
+
+    def compare(self, new: str, base: str, need: str, metric: str = "ndcg@5") -> Comparison:
+        """Paired comparison over the test lists, lists of one user resampled together."""
+        values = self.per_list
+        return relative_change(values[new][need][metric], values[base][need][metric], clusters=self.users)
+
+    def table(self, title: str | None = None) -> Table:
+        """Rankers by need, their means and changes against the base, and what reinforcement changed, for a terminal."""
+        users = len(set(self.users.tolist()))
+        of_all = f"{len(self.users)} lists of {users} test users never trained on; changes in ndcg@5 against the base"
+        return comparison_table(
+            self.per_list,
+            clusters=self.users,
+            pairs={REINFORCEMENT: (TRAINED, self.start)},
+            title=title or of_all,
+            caption=self._how_to_read(),
+        )
+
+    def summary(self) -> list[str]:
+        """What the table says, in sentences."""
+        return summary(self.per_list, self.users, trained=TRAINED, warm_start=WARM_START, stages=(BASE,))
+
+    def __str__(self) -> str:
+        console = Console(width=120, no_color=True)
+        with console.capture() as text:
+            console.print(self.table())
+            for sentence in self.summary():
+                console.print(sentence)
+        return text.get()
+
+    def to_json(self) -> dict[str, Any]:
+        """Means, changes and seconds as metrics.json states them."""
+        stages = [name for name in (BASE, WARM_START) if name in self.per_list]
+        baselines = [name for name in self.per_list if name not in (*stages, TRAINED)]
+        needs, new = self.per_list[BASE], self.new_items
+        return {
+            **{name: self.means(name) for name in (*stages, TRAINED)},
+            "baselines": {name: self.means(name) for name in baselines},
+            "changes_ndcg@5": {
+                need: {other: asdict(self.compare(TRAINED, other, need)) for other in (*stages, *baselines)}
+                for need in needs
+            },
+            "change_by_reinforcement": {
+                need: {
+                    metric: asdict(self.compare(TRAINED, self.start, need, metric))
+                    for metric in METRICS
+                    if metric in needs[need]
+                }
+                for need in needs
+            },
+            **({"critic": self.critic} if self.critic else {}),
+            **({} if new is None else {"new items": {name: new.means(name) for name in new.per_list}}),
+            "seconds": {name: round(seconds, 2) for name, seconds in self.seconds.items()},
+        }
+
+    def _how_to_read(self) -> str | None:
+        known = [n for n in self.per_list if n == CRITIC or getattr(BASELINES.get(n), "scores_interest", False)]
+        difference = f"{REINFORCEMENT}: {TRAINED} minus {self.start}"
+        if not known or set(self.per_list[BASE]) == {"interest"}:
+            return difference
+        return f"{difference}. {', '.join(known)}: the interest they estimate x what the need multiplies it by"
