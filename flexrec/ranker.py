@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,10 +17,10 @@ from flexrec.evaluation.evaluate import check_outputs
 from flexrec.experiment.config import EMBEDDED
 from flexrec.experiment.needs import known_needs, renamed, untrained, wordings_of
 from flexrec.experiment.run_folder import RunFolder
-from flexrec.task.descriptions import Item, Token
+from flexrec.task.descriptions import Item, Token, title_words
 from flexrec.task.mixtures import find_need, is_mixture
 from flexrec.task.needs import Need
-from flexrec.task.prompts import strongest_risers
+from flexrec.task.prompts import shown_text, strongest_risers
 
 MAX_TOKENS = 2**16  # of prompts that are decoded together, padding included
 
@@ -47,18 +46,16 @@ class Ranker:
         self.info, self.model, self.builder = run.load()
         self._needs = known_needs(kept=self.info.own_needs, made=needs)
         self._wordings = wordings_of(self.info, self._needs)
-        trained_with, self._trend = run.read_catalogue()
-        self._items = {
-            item.id: item
-            for catalogue in (trained_with, items)
-            if catalogue is not None
-            for item in map(Item, catalogue.ids, catalogue.titles, catalogue.topics)
+        trained_with, self._trend, self._rises = run.read_catalogue()
+        catalogues = [catalogue for catalogue in (trained_with, items) if catalogue is not None]
+        self._items = {item_id: (catalogue, i) for catalogue in catalogues for item_id, i in catalogue.index.items()}
+        # Of each column, where it stands for numbers or texts, what stands for nothing.
+        self._columns = {
+            name: (values.dtype, "" if values.dtype == object else np.nan)
+            for catalogue in catalogues
+            for name, values in catalogue.columns.items()
         }
         self._histories, self._popularity = run.read_histories(), run.read_popularity()
-        self._columns: dict[str, dict[str, Any]] = {}  # of the items, by id
-        for catalogue in filter(None, (trained_with, items)):
-            for name, values in catalogue.columns.items():
-                self._columns.setdefault(name, {}).update(zip(catalogue.ids, values.tolist(), strict=True))
 
     def rank(
         self,
@@ -87,9 +84,19 @@ class Ranker:
                 trend = np.array([self._trend.get(item.id, 0.0) for item in items])
                 rising = [items[j] for j in strongest_risers(trend)]
                 history, interest = self._history(request)
+                query = self._query(request)
                 wording, warning = self._wording(request)
-                marks = self.builder.marks_in(*self._as_list(history, items, trend))
-                prompt, _ = self.builder.prompt(wording, history, items, interest=interest, rising=rising, marks=marks)
+                marks = self.builder.marks_in(*self._as_list(history, items, trend, query))
+                prompt, _ = self.builder.prompt(
+                    wording,
+                    history,
+                    items,
+                    interest=interest,
+                    rising=rising,
+                    rises=[self._rises[item.id] for item in rising] if self._rises else None,
+                    marks=marks,
+                    query=query,
+                )
                 tokens = self.builder.candidate_tokens(items, marks)
                 self._check_length(prompt, tokens, decoding)
             except ValueError as error:
@@ -111,13 +118,16 @@ class Ranker:
                 }
         return answers
 
-    def _as_list(self, history: list[Item], candidates: list[Item], trend: np.ndarray) -> tuple[RankingList, Catalogue]:
+    def _as_list(
+        self, history: list[Item], candidates: list[Item], trend: np.ndarray, query: str
+    ) -> tuple[RankingList, Catalogue]:
         """A request as data sets have their lists, with a catalogue of its items alone; an item may be in it twice."""
         items = [*history, *candidates]
         columns = {}
-        for name, known in self._columns.items():
-            nothing, kind = ("", object) if any(isinstance(v, str) for v in known.values()) else (np.nan, np.float64)
-            columns[name] = np.array([known.get(item.id, nothing) for item in items], dtype=kind)
+        for name, (dtype, nothing) in self._columns.items():
+            known = (self._items.get(item.id, (None, 0)) for item in items)
+            values = [nothing if of is None else of.columns.get(name, {i: nothing})[i] for of, i in known]
+            columns[name] = np.array(values, dtype=dtype)
         catalogue = Catalogue(
             tuple(map(str, range(len(items)))),
             tuple(item.title for item in items),
@@ -133,6 +143,7 @@ class Ranker:
             interest=np.full(len(candidates), np.nan, dtype=np.float32),
             popularity=np.array(popularity, dtype=np.float32),
             trend=trend.astype(np.float32),
+            query=query,
         )
         return lst, catalogue
 
@@ -192,8 +203,8 @@ class Ranker:
         """A warning where most words of an instruction are new to a model that knows none but those of its training."""
         if self.info.model != EMBEDDED or not self._wordings or text in self._wordings:
             return ""
-        known = {word for wording in self._wordings for word in _words(wording)}
-        words = _words(text)
+        known = {word for wording in self._wordings for word in title_words(wording)}
+        words = title_words(text)
         new = [word for word in words if word not in known]
         if 2 * len(new) <= len(words):
             return ""
@@ -201,6 +212,14 @@ class Ranker:
             f"{len(new)} of the {len(words)} words of the need are new to the model ({', '.join(new[:5])}): it was "
             f"trained on the needs {', '.join(self.info.needs)} and understands words like those of their wordings"
         )
+
+    def _query(self, request: dict[str, Any]) -> str:
+        query = request.get("query", "")
+        if not isinstance(query, str):
+            raise ValueError(f"'query' must be what is searched for, in words, got {_shown(query)}")
+        if request.get("need") == "search" and not query.strip():
+            raise ValueError("the need 'search' takes a 'query', in words")
+        return query
 
     def _candidates(self, request: dict[str, Any]) -> list[Item]:
         given = request.get("candidates")
@@ -215,6 +234,8 @@ class Ranker:
 
     def _history(self, request: dict[str, Any]) -> tuple[list[Item], list[float]]:
         """The latest items of the history, and the interest in them, NaN where it is not known."""
+        if self.info.max_history == 0 and "user" not in request:  # the run's data have no histories
+            request = {"history": [], **request}
         if "history" in request:
             given = request["history"]
             if not isinstance(given, list):
@@ -229,7 +250,8 @@ class Ranker:
             raise ValueError("a request needs a 'history' (may be empty) or a 'user'")
         items = [self._item(entry, f"{where}[{j}]") for j, entry in enumerate(given)]
         interest = [_interest(entry, f"{where}[{j}]") for j, entry in enumerate(given)]
-        return items[-self.info.max_history :], interest[-self.info.max_history :]
+        shown = max(0, len(items) - self.info.max_history)
+        return items[shown:], interest[shown:]
 
     def _item(self, entry: Any, where: str) -> Item:
         title, topics = None, None
@@ -239,18 +261,28 @@ class Ranker:
             item_id, title, topics = _id(entry["id"], f"{where}.id"), entry.get("title"), entry.get("topics")
         else:
             item_id = _id(entry, where)
-        known = self._items.get(item_id)
-        if title is None and known is not None:
-            title = known.title
+        catalogue, index = self._items.get(item_id, (None, 0))
+        if title is None and catalogue is not None:
+            title = catalogue.titles[index]
         if title is None:
             raise ValueError(f"'{where}' has no 'title', and the id {item_id!r} is not in the run's catalogue")
         if not isinstance(title, str):
             raise ValueError(f"the title of '{where}' must be a string, got {type(title).__name__}")
         if topics is None:
-            topics = () if known is None else known.topics
+            topics = () if catalogue is None else catalogue.topics[index]
         elif not isinstance(topics, list) or not all(isinstance(topic, str) for topic in topics):
             raise ValueError(f"the topics of '{where}' must be a list of strings, got {_shown(topics)}")
-        return Item(item_id, title, tuple(dict.fromkeys(topics)))
+        topics = tuple(dict.fromkeys(topics))
+        if self.builder.show == ("title",):
+            return Item(item_id, title, topics)
+        columns = {} if catalogue is None else {name: values[index] for name, values in catalogue.columns.items()}
+        given = entry if isinstance(entry, dict) else {}
+        for name in set(self.builder.show) & set(given) - {"title", "category"}:
+            value = given[name]
+            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                raise ValueError(f"{name!r} of '{where}' must be a text or a number, got {_shown(value)}")
+            columns[name] = value if isinstance(value, str) else float(value)
+        return Item(item_id, title, topics, shown_text(self.builder.show, title, topics, columns))
 
 
 def _interest(entry: Any, where: str) -> float:
@@ -307,10 +339,6 @@ def check_text(request: Any) -> None:
             waiting += value
         elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"half of a surrogate pair is no text, got {_shown(value)}")
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
 
 
 def _id(value: Any, where: str) -> str:

@@ -62,8 +62,8 @@ class ExperimentConfig(TrainerOptions):
     )
     needs: tuple[str, ...] | None = option(
         None,
-        "what users ask for: names, or names with weights, '0.7 interest + 0.3 explore'; default: every need that the "
-        "data can answer, and those of --needs",
+        "what users ask for: names, or names with weights, '0.7 interest + 0.3 explore'; default: every need that "
+        "values items and that the data can answer, so not diverse, and those of --needs",
         flag="need",
         metavar="NEED",
     )
@@ -82,6 +82,11 @@ class ExperimentConfig(TrainerOptions):
         None,
         "how an answer names a candidate; default: item_token for the embedded model, else index",
         choices=ENCODINGS,
+    )
+    show: tuple[str, ...] = option(
+        ("title",),
+        "what prompts in words show of an item: title, category, columns of the items, as in title,category,year",
+        metavar="NAME",
     )
     metric: str = option("ndcg@10", "the metric to maximise; ranks beyond its cutoff are not trained")
     temperature: float = option(0.3, "of the policy, in sampling and in log-probs", above=0)
@@ -137,6 +142,12 @@ class ExperimentConfig(TrainerOptions):
             self.data = str(Path(self.data).absolute())  # from wherever the run is continued or evaluated
         if self.needs_file is not None:
             self.needs_file = str(Path(self.needs_file).absolute())
+        self.show = tuple(name.strip() for names in self.show for name in names.split(",") if name.strip())
+        if self.show != ("title",) and self.model == EMBEDDED and self.encoding in (None, "item_token"):
+            raise ValueError(
+                f"--show {','.join(self.show)}: the embedded model has a token for each item and reads no titles or "
+                f"columns; give --encoding index or title, or another --model"
+            )
         self.data_options = all_data_options(self.dataset, self.data_options)
         if self.lora is None:
             for name in ("lora_alpha", "lora_targets", "lora_save"):

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flexrec.data.lists import RankingDataset
+from flexrec.data.lists import Catalogue, RankingDataset
 from flexrec.experiment.run_folder import RunInfo
+from flexrec.task.expression_values import find_column
 from flexrec.task.mixtures import find_need, told_apart
 from flexrec.task.needs import NEEDS, Need
 from flexrec.task.own_needs import asks_of_data, check_needs, columns_of, make_needs, read_needs
@@ -29,10 +30,11 @@ def known_needs(
 
 
 def choose_needs(names: Sequence[str] | None, known: Mapping[str, Need], dataset: RankingDataset) -> list[Need]:
-    """The needs of these names, mixtures among them, each once; None: all of one's own, and those of FlexRec's that the
-    data can answer."""
+    """The needs of these names, mixtures among them, each once; None: all of one's own, and those of FlexRec's that
+    value items and that the data can answer."""
     if names is None:
-        names = [name for name in known if name not in NEEDS or name not in dataset.unsupported]
+        answerable = [name for name in NEEDS if name not in dataset.unanswerable and NEEDS[name].metric is None]
+        names = [*answerable, *(name for name in known if name not in NEEDS)]
     return _found(names, known)
 
 
@@ -70,13 +72,14 @@ def check_answerable(needs: Sequence[Need], dataset: RankingDataset) -> list[str
     return check_needs(needs, dataset.catalogue)
 
 
-def unseen_columns(needs: Sequence[Need], builder: PromptBuilder) -> list[str]:
+def unseen_columns(needs: Sequence[Need], builder: PromptBuilder, catalogue: Catalogue) -> list[str]:
     """Which needs are about columns that prompts do not show, in sentences; marks say it without a prompt."""
     if builder.described:
         return []
+    missing = {need.name: [find_column(name, catalogue) or name for name in columns_of(need)] for need in needs}
     return [
-        f"need {need.name!r} is about {' and '.join(columns)}, which prompts do not show: the model can only guess it "
-        f"from what else it knows of an item"
-        for need in needs
-        if (columns := columns_of(need))
+        f"need {need!r} is about {' and '.join(hidden)}, which prompts do not show: the model can only guess it from "
+        f"what else it knows of an item; --show {','.join([*builder.show, *hidden])} shows it"
+        for need, columns in missing.items()
+        if (hidden := [name for name in columns if name not in builder.show])
     ]

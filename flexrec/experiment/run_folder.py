@@ -3,8 +3,7 @@
     experiment.json   what the run was configured with
     data.json         what its data set is called, holds and is known by, and what its loader said
     flexrec.json      how the model is to be prompted and what it was trained on (:class:`RunInfo`)
-    catalogue.json    titles and topics of the items, how strongly they rise at the end of the log, and what else the
-                      needs of one's own that candidates are described by are about
+    catalogue.json    titles and topics of the items, and how strongly they rise at the end of the log
     histories.json    the last items of every logged user         critic.npz      the critic, where there is one
     metrics.json      means, changes, configuration, seconds          per_list.npz   every metric of every test list
     warm_start.npz    the same of the warm start, for a run that is resumed after it
@@ -72,9 +71,10 @@ class RunInfo:
     needs: list[str]
     seed: int
     described: bool = False
-    data_options: Mapping[str, Any] = field(default_factory=dict)
+    show: Sequence[str] = ("title",)
     model: str = ""  # which the run began with
     own_needs: list[dict[str, Any]] = field(default_factory=list)  # that were written as expressions
+    data_options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -94,6 +94,7 @@ class RunInfo:
             own_needs=definitions_of(needs),
             seed=config.seed,
             described=builder.described,
+            show=builder.show,
             model=config.model,
         )
 
@@ -302,17 +303,20 @@ class RunFolder:
         trend = np.zeros(len(catalogue)) if dataset.trend is None else dataset.trend
         rises = {catalogue.ids[i]: round(float(trend[i]), 4) for i in np.flatnonzero(trend)}
         items = {"ids": catalogue.ids, "titles": catalogue.titles, "topics": catalogue.topics}
-        needs = make_needs(info.own_needs) if info.described and info.own_needs else []
-        named = {find_column(name, catalogue) for need in needs for name in columns_of(need)} - {None}
-        columns = {name: _to_list(values) for name, values in catalogue.columns.items() if name in named}
+        needs = make_needs(info.own_needs) if info.own_needs else []
+        named = {*info.show, *(find_column(name, catalogue) for need in needs for name in columns_of(need))}
+        columns = {name: values.tolist() for name, values in catalogue.columns.items() if name in named}
         popularity = np.bincount(log.items, minlength=len(catalogue)).tolist() if needs else []
-        more = {"columns": columns, "popularity": popularity} if needs else {}
-        _write_json(self.path / "catalogue.json", {**items, "trend": rises, **more})
+        counts = (
+            {} if dataset.rises is None else {name: dataset.rises[catalogue.index[name]].tolist() for name in rises}
+        )
+        of_items = {**items, "columns": columns, "popularity": popularity, "trend": rises, "rises": counts}
+        _write_json(self.path / "catalogue.json", of_items)
         histories: dict[str, list[dict[str, Any]]] = {}
         for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
             name = str(user) if dataset.user_ids is None else dataset.user_ids[user]
             histories.setdefault(name, []).append({"id": catalogue.ids[item], "interest": interest})
-        latest = {user: events[-info.max_history :] for user, events in histories.items()}
+        latest = {user: events[-info.max_history :] for user, events in histories.items() if info.max_history}
         _write_json(self.path / "histories.json", latest)
         _save_model(self.path, model, tokenizer, info)
         settle(self.path, deep=False)
@@ -330,6 +334,7 @@ class RunFolder:
             show_titles=info.show_titles,
             show_rising=info.show_rising,
             described=info.described,
+            show=info.show,
             described_needs=make_needs(info.own_needs) if info.own_needs else (),
         )
         return info, model, builder
@@ -341,13 +346,13 @@ class RunFolder:
         """The run's critic; a FileNotFoundError where it has none."""
         return Critic.load(self.path, self.read_catalogue()[0])
 
-    def read_catalogue(self) -> tuple[Catalogue, dict[str, float]]:
-        """The items, and the trend of what rises, by id."""
+    def read_catalogue(self) -> tuple[Catalogue, dict[str, float], dict[str, list[int]]]:
+        """The items, and of what rises the trend and the two counts that it comes from, by id."""
         saved = json.loads((self.path / "catalogue.json").read_text())
         topics = saved.get("topics", [[] for _ in saved["ids"]])  # which runs of older versions lack
-        columns = {name: _to_column(values) for name, values in saved.get("columns", {}).items()}
+        columns = {name: _column(values) for name, values in saved.get("columns", {}).items()}
         catalogue = Catalogue(tuple(saved["ids"]), tuple(saved["titles"]), tuple(map(tuple, topics)), columns)
-        return catalogue, saved["trend"]
+        return catalogue, saved["trend"], saved.get("rises", {})
 
     def read_popularity(self) -> dict[str, float]:
         """How often each item was taken in the log, by id, where needs of one's own may ask for it."""
@@ -387,6 +392,13 @@ class RunFolder:
                 of = results.new_items if part else results
                 if of is not None:
                     of.per_list.setdefault(system, {}).setdefault(need, {})[metric] = saved[name]
+
+
+def _column(values: list[Any]) -> np.ndarray:
+    """A column of a catalogue from JSON, which knows no NaN."""
+    if any(isinstance(value, str) for value in values):
+        return np.array(values, dtype=object)
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -436,17 +448,6 @@ def _arrays(results: Results, systems: Iterable[str]) -> dict[str, Any]:
         for need, per_metric in results.per_list[system].items()
         for metric, values in per_metric.items()
     }
-
-
-def _to_list(values: np.ndarray) -> list[Any]:
-    """A column of items as JSON holds it: null where a number is not given."""
-    return [None if value != value else value for value in values.tolist()]
-
-
-def _to_column(values: list[Any]) -> np.ndarray:
-    if any(isinstance(value, str) for value in values):
-        return np.array(values, dtype=object)
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def load_checkpoint(model: Any, checkpoint: Path) -> None:

@@ -8,7 +8,9 @@ the sum of theirs:
     <word:redemption> ..    the words of its title that several titles have
     <interest 4>            in a history: how much the user liked it, where that is known
     <rise 3>, <new 1>       among candidates: how strongly it rises, how new its topics are to the history
-    <need:cheap 9>          among candidates: how much it offers to a need of one's own, beside the list's best
+    <match 2>               among candidates of a search: how many of the query's words its title has
+
+The words of a query are written in the same tokens of words.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ NOVELTY_MARKS = tuple(f"<new {level}>" for level in range(NOVELTY_LEVELS + 1))
 OFFER_LEVELS = 12
 INTEREST_MARKS = tuple(f"<interest {level}>" for level in range(1, INTEREST_LEVELS + 1))  # what is not known has none
 
+MATCH_LEVELS = 5
+MATCH_MARKS = tuple(f"<match {level}>" for level in range(MATCH_LEVELS + 1))  # where there are queries
+
 MIN_TITLES = 2  # a word of fewer titles says nothing of other items
 MAX_WORDS = 5000  # the most frequent ones
 
@@ -51,6 +56,7 @@ class Item:
     id: str
     title: str
     topics: tuple[str, ...] = ()
+    shown: str | None = None  # what prompts in words say of it; None: its title
 
 
 def item_token(item_id: str) -> str:
@@ -83,19 +89,38 @@ def shared_words(catalogue: Catalogue) -> list[str]:
     return [word for word, count in counts.most_common(MAX_WORDS) if count >= MIN_TITLES]
 
 
+def known_words(catalogue: Catalogue, queries: Sequence[str] = ()) -> list[str]:
+    """The words that have tokens: those of several titles, then others of training queries."""
+    of_queries = Counter(word for query in queries for word in title_words(query))
+    of_both = [*shared_words(catalogue), *(word for word, _ in of_queries.most_common(MAX_WORDS))]
+    return list(dict.fromkeys(of_both))
+
+
+def query_match(query: str, titles: Sequence[str]) -> np.ndarray | None:
+    """(K,) float32 in [0, 1]: which share of the query's words stand in each title; None where nothing is searched."""
+    words = set(title_words(query))
+    found = [len(words.intersection(title_words(title))) for title in titles]
+    return np.array(found, dtype=np.float32) / len(words) if words else None
+
+
 def offer_marks(need: str) -> list[str]:
     """The marks of a need of one's own, from nothing to the list's best."""
     return [f"<need:{need} {level}>" for level in range(OFFER_LEVELS + 1)]
 
 
-def describing_tokens(catalogue: Catalogue, needs: Iterable[str] = ()) -> list[str]:
-    """The texts of all vocabulary entries that describe the items of a catalogue, their own tokens first; ``needs`` are
-    the names of those that candidates are described by."""
+def describing_tokens(catalogue: Catalogue, queries: Sequence[str] = (), needs: Iterable[str] = ()) -> list[str]:
+    """The texts of all vocabulary entries that describe the items of a catalogue, their own tokens first.
+
+    Args:
+        queries: of the training lists, whose words have tokens, too.
+        needs: names of those by what is offered to which candidates are described.
+    """
     return [
         *map(item_token, catalogue.ids),
         *map(topic_token, catalogue.topic_names),
-        *map(word_token, shared_words(catalogue)),
+        *map(word_token, known_words(catalogue, queries)),
         *(UNKNOWN_ITEM, *INTEREST_MARKS, *RISE_MARKS, *NOVELTY_MARKS),
+        *(MATCH_MARKS if queries else ()),
         *(mark for need in needs for mark in offer_marks(need)),
     ]
 
@@ -119,6 +144,7 @@ class Descriptions:
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
         self._unknown, *_ = self._ids([UNKNOWN_ITEM])
         self._interest, self._rise, self._novelty = map(self._ids, (INTEREST_MARKS, RISE_MARKS, NOVELTY_MARKS))
+        self._match = self._ids(MATCH_MARKS) if MATCH_MARKS[0] in self._vocabulary else []
         self._offers = [self._ids(offer_marks(need)) for need in needs]
         self._described: dict[Item, tuple[int, ...]] = {}
 
@@ -142,30 +168,44 @@ class Descriptions:
             self._described[item] = found
         return found
 
+    def word(self, word: str) -> int | None:
+        """The token of a word; None where it has none."""
+        return self._vocabulary.get(word_token(word))
+
     def interests(self, interest: Sequence[float] | np.ndarray) -> list[tuple[int, ...]]:
         """What each item of a history has besides, from the interest (H,) in [0, 1] in it; NaN: not known."""
         values = np.asarray(interest, dtype=np.float32)
         levels = np.minimum(np.nan_to_num(values) * INTEREST_LEVELS, INTEREST_LEVELS - 1).astype(np.int64)
         return [() if np.isnan(x) else (self._interest[n],) for x, n in zip(values, levels.tolist(), strict=True)]
 
-    def marks(self, trend: np.ndarray, novelty: np.ndarray, offers: Sequence[np.ndarray] = ()) -> list[tuple[int, ...]]:
+    def marks(
+        self,
+        trend: np.ndarray,
+        novelty: np.ndarray,
+        match: np.ndarray | None = None,
+        offers: Sequence[np.ndarray] = (),
+    ) -> list[tuple[int, ...]]:
         """What each candidate has besides in its list.
 
         Args:
             trend: (K,) in [0, 1], how strongly each candidate rises.
             novelty: (K,) in [0, 1], how new its topics are to the history (:func:`flexrec.task.needs.novelty`).
+            match: (K,) in [0, 1], how well it matches the query (:func:`query_match`); None where there is none.
             offers: of each need that candidates are described by, (K,) >= 0, what a candidate is worth to it.
         """
-        offered = [
-            [ids[level] for level in offer_levels(offer)] for ids, offer in zip(self._offers, offers, strict=True)
-        ]
         trend, novelty = np.asarray(trend, dtype=np.float32), np.asarray(novelty, dtype=np.float32)
         rise = np.digitize(trend, RISE_LEVELS)
         new = np.ceil(NOVELTY_LEVELS * novelty).astype(np.int64)
-        return [
-            (*([self._rise[r]] if rises else []), self._novelty[n], *more)
-            for r, n, rises, *more in zip(rise, new, trend > 0, *offered, strict=True)
+        marks = [
+            (*([self._rise[r]] if rises else []), self._novelty[n])
+            for r, n, rises in zip(rise, new, trend > 0, strict=True)
         ]
+        if match is not None and self._match:
+            levels = np.ceil(MATCH_LEVELS * match - 1e-6).astype(np.int64)
+            marks = [(*of_item, self._match[level]) for of_item, level in zip(marks, levels, strict=True)]
+        for ids, offer in zip(self._offers, offers, strict=True):
+            marks = [(*of_item, ids[level]) for of_item, level in zip(marks, offer_levels(offer), strict=True)]
+        return marks
 
 
 def offer_levels(offer: np.ndarray) -> np.ndarray:

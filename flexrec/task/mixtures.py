@@ -134,6 +134,8 @@ def mix_needs(parts: Sequence[tuple[float, Need]]) -> Need:
             raise ValueError(f"{need.name!r} stands in the mixture twice: give it one weight")
         if need.factor is None:
             raise ValueError(f"{need.name!r} cannot be mixed: its gains are not interest times a factor")
+        if need.metric is not None:
+            raise ValueError(f"{need.name!r} cannot be mixed: it values a list as a whole, by {need.metric}")
         if isinstance(need.factor, MixedFactor):
             raise ValueError(f"{need.name!r} is a mixture itself: name its parts with weights of their own")
     total = sum(weight for weight, _ in parts)

@@ -9,6 +9,9 @@ so that Var[gain] = factor^2 Var[interest] holds exactly. A need of one's own is
 some wordings and gains such as ``InterestTimes(factor)``; nothing has to be registered. Needs are mixed by
 :mod:`flexrec.task.mixtures`, written without Python by :mod:`flexrec.task.own_needs`, and scored by whoever can score
 by :mod:`flexrec.task.judge`.
+
+A need that names a ``metric`` is about the list as a whole: what an item earns depends on what stands above it, so
+that no gain of the item alone says it.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from flexrec.checks import did_you_mean
+from flexrec.checks import check_choice, did_you_mean
 from flexrec.data.lists import Catalogue, RankingList
+from flexrec.metrics import OF_TOPICS
 
 # (list, catalogue, interest (K,), its variance (K,)) -> gain (K,) float32, its variance (K,) float32
 GainFunction: TypeAlias = Callable[
@@ -86,6 +90,8 @@ class Need:
             both float32. :class:`InterestTimes` where gains are interest times something.
         phrase: what is wanted, as it stands in the wordings of a mixture after "mostly" or "a little of"; empty: the
             name.
+        metric: "alpha_ndcg" or "err_ia" where a ranking is valued as a whole, by the gains and topics of its items,
+            with the cutoff of the metric that is trained; None: by that metric.
 
     Example:
         >>> from flexrec.task import InterestTimes, Need
@@ -100,8 +106,11 @@ class Need:
     wordings: tuple[str, ...]
     gains: GainFunction
     phrase: str = ""
+    metric: str | None = None
 
     def __post_init__(self) -> None:
+        if self.metric is not None:
+            check_choice(f"metric of need {self.name!r}", self.metric, OF_TOPICS)
         if not self.name:
             raise ValueError("name of a need must not be empty")
         if not self.wordings or not all(wording.strip() for wording in self.wordings):
@@ -190,6 +199,32 @@ NEEDS: dict[str, Need] = {
             ),
             InterestTimes(_rise),
             phrase="what is on the rise",
+        ),
+        Need(
+            "search",
+            (
+                "Rank the candidates by how well they answer the search.",
+                "Put what the user is looking for at the top.",
+                "Order these items so that the best matches of the search come first.",
+                "Find what was searched for; what merely goes with it comes later.",
+                "Sort the results of this search by how relevant they are.",
+                "Which of these did I mean? Exact matches first.",
+            ),
+            InterestTimes(_everything),
+            phrase="what I search for",
+        ),
+        Need(
+            "diverse",
+            (
+                "Cover as many of the topics this user enjoys as you can, each with something they will like.",
+                "Mix it up: do not show me several items of the same kind in a row, but only things I would enjoy.",
+                "Give me a varied list of things I like, not ten times the same topic.",
+                "Rank the items so that each one adds a topic that those above it lack and that suits the user.",
+                "I do not know what I am in the mood for: let the first few differ from each other, and all be good.",
+                "Balance the top of the list across this user's interests instead of repeating the strongest one.",
+            ),
+            InterestTimes(_everything),
+            metric="alpha_ndcg",
         ),
     )
 }

@@ -109,6 +109,8 @@ def test_the_run_says_how_it_is_to_be_asked(tmp_path, recorded):
         "needs": ["interest"],
         "seed": 13,
         "described": True,
+        "model": "embedded",
+        "own_needs": [],
     }
     for folder in (tmp_path / "run", tmp_path / "run" / "base"):
         assert json.loads((folder / "flexrec.json").read_text()) == expected

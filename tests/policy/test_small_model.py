@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flexrec.data import Catalogue, Interactions
-from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, starting_rows
+from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, starting_rows, word_vectors
 from flexrec.task.descriptions import (
     INTEREST_MARKS,
     NOVELTY_MARKS,
@@ -13,6 +13,9 @@ from flexrec.task.descriptions import (
     UNKNOWN_ITEM,
     describing_tokens,
     item_token,
+    known_words,
+    title_words,
+    word_token,
 )
 from flexrec.task.prompts import CANDIDATES, LIKED, RANKING, RISING, SEEN
 
@@ -44,6 +47,31 @@ def test_item_vectors_put_items_of_the_same_users_together():
     assert not vectors[4].any(), "nobody had the last item"
     torch.testing.assert_close(vectors, item_vectors(log, 5, 8, seed=1))
     assert not torch.allclose(vectors, item_vectors(log, 5, 8, seed=2))
+
+
+def test_word_vectors_put_queries_beside_the_titles_that_share_their_words():
+    titles = ("Red running shoes", "Blue shoes for running", "Desk lamp, LED", "Lamp LED white", "Novel")
+    catalogue = Catalogue(tuple("abcde"), titles, ((),) * 5)
+    queries = ["cheap running shoes", "red blue desk white LED"]
+    words = known_words(catalogue, queries)
+    assert words[:4] == ["running", "shoes", "lamp", "led"], "those of several titles first"
+    assert set(words[4:]) == {"cheap", "red", "blue", "desk", "white"}
+
+    def scores(vectors, query):
+        row = dict(zip(words, vectors, strict=True))
+        of_titles = [sum(row[word] for word in title_words(title) if word in row) for title in titles[:4]]
+        return torch.stack(of_titles) @ sum(row[word] for word in query.split())
+
+    exact, few = (word_vectors(catalogue, words, size, seed=1) for size in (8, 2))
+    assert exact.shape == (9, 8)
+    assert scores(exact, "running shoes")[:2].min() > 0.3
+    assert scores(exact, "running shoes")[2:].abs().max() < 1e-3
+    assert scores(few, "red")[1] > 0.1, "red stands beside shoes elsewhere"
+    assert exact[words.index("cheap")].abs().max() < 1e-3, "no title has it"
+    torch.testing.assert_close(exact, word_vectors(catalogue, words, 8, seed=1))
+    rows = starting_rows(catalogue, torch.ones(5, 8), queries=queries)
+    assert torch.stack([rows[word_token(word)] for word in words]).square().mean() == pytest.approx(1.0)
+    assert not starting_rows(catalogue, torch.ones(5, 8))[word_token("shoes")].any()
 
 
 def test_liked_items_have_longer_vectors():
@@ -114,19 +142,19 @@ def test_what_describes_items_starts_from_vectors_and_directions_of_topics():
     named = [token for token in describing_tokens(catalogue) if ":" in token]
     assert sorted(rows) == sorted(named), "marks start as any token does"
     own = torch.stack([rows[item_token(i)] for i in catalogue.ids])
-    torch.testing.assert_close(own / own.norm(), vectors / vectors.norm())
+    scaled = vectors / vectors.square().mean().sqrt() * 0.5**0.5
+    assert (own - scaled).std().item() == pytest.approx(0.25, rel=0.2), "and noise of its own"
     x, y, z = (rows[f"<topic:{topic}>"] for topic in "xyz")
     directions = torch.stack([x, y, z])
     torch.testing.assert_close(directions @ directions.T, (x @ x) * torch.eye(3), atol=1e-5, rtol=1e-5)
     topics = torch.stack([x, x + y, y, z, torch.zeros(8)])
-    assert own.square().mean().item() == pytest.approx(0.5)
     assert topics.square().mean().item() == pytest.approx(0.5)
     assert not rows["<word:up>"].any()
     assert not torch.allclose(x, starting_rows(catalogue, vectors, seed=2)["<topic:x>"])
     assert starting_rows(catalogue, vectors[:, :2])["<topic:x>"].shape == (2,), "more topics than dimensions"
     plain = starting_rows(Catalogue(catalogue.ids, catalogue.titles, ((),) * 5), vectors)
     alone = torch.stack([plain[item_token(i)] for i in catalogue.ids])
-    assert alone.square().mean().item() == pytest.approx(1.0), "without topics all is its own"
+    assert (alone - scaled * 2**0.5).std().item() == pytest.approx(0.25, rel=0.2), "without topics all is its own"
 
 
 def test_a_catalogue_is_described_by_its_items_topics_and_shared_words():

@@ -119,6 +119,7 @@ def test_names_say_what_is_meant_and_mean_what_they_say(data, text, name):
         ("0.7 interest + 0.3", "'0.3' names no need; expected a weight and a need"),
         ("0.7 interest +", "'' names no need"),
         ("0.7 interest + 0.3 interest", "'interest' stands in the mixture twice"),
+        ("0.7 interest + 0.3 diverse", "'diverse' cannot be mixed: it values a list as a whole, by alpha_ndcg"),
         ("0.7 interest + 0.3 odd", "'odd' cannot be mixed: its gains are not interest times a factor"),
     ],
 )
@@ -149,9 +150,10 @@ WEIGHTS = [(0.9, 0.1), (0.75, 0.25), (0.6, 0.4), (0.5, 0.5), (0.4, 0.6), (0.25, 
 
 
 def test_distinct_mixtures_have_distinct_words():
-    texts = [f"{a} {x} + {b} {y}" for x, y in combinations(NEEDS, 2) for a, b in WEIGHTS]
+    mixable = [name for name, need in NEEDS.items() if need.metric is None]
+    texts = [f"{a} {x} + {b} {y}" for x, y in combinations(mixable, 2) for a, b in WEIGHTS]
     texts += ["interest + explore + trend", "0.6 interest + 0.3 explore + 0.1 trend", "2 trend + explore + interest"]
-    needs = [get_need(name) for name in NEEDS if get_need(name).factor] + [find_need(text) for text in texts]
+    needs = [*NEEDS.values(), *map(find_need, texts)]
     wordings = [wording for need in needs for wording in need.wordings]
     assert len(set(wordings)) == len(wordings)
     for need in needs:
