@@ -7,17 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ranking_at_random import check_above_random
 
 from flexrec import cli
 from flexrec.data import simulate
-from flexrec.evaluation.statistics import rank_metrics
 from flexrec.experiment import stages
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.needs import choose_needs, known_needs
 from flexrec.experiment.run_folder import RunInfo
 from flexrec.ranker import Ranker
-from flexrec.task import InterestTimes, JudgedGains, Need, find_need, get_need
-from flexrec.task.needs import evaluation_gains
+from flexrec.task import InterestTimes, JudgedGains, Need, get_need
 
 REAL_DATA = Path(os.environ.get("FLEXREC_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -37,7 +36,7 @@ FEW = ("--steps", "1", "--warmup-steps", "4", "--prompts-per-step", "12", "--bas
 
 @pytest.fixture(scope="module")
 def dataset():
-    data = simulate(num_users=150, num_items=120, num_topics=8, num_test_users=40, num_candidates=12, history_length=8)
+    data = simulate(num_users=150, num_items=120, num_topics=8, num_test_users=20, num_candidates=12, history_length=8)
     price = 20 * np.exp(np.random.default_rng(5).normal(size=120))
     price[:2] = np.nan
     return dataclasses.replace(data, catalogue=dataclasses.replace(data.catalogue, columns={"price": price}))
@@ -51,34 +50,17 @@ def simulated(dataset, monkeypatch, tmp_path):
     return dataset
 
 
-def check_above_random(names, dataset, times):
-    """That the run ranks each need better than a random order, by the need's own gains."""
-    trained = json.loads(Path("run/metrics.json").read_text())["trained"]
-    assert list(trained) == list(names)
-    known, rng = known_needs(kept=RunInfo.load(Path("run")).own_needs), np.random.default_rng(0)
-    for name in names:
-        gains = [evaluation_gains(find_need(name, known), lst, dataset.catalogue) for lst in dataset.test]
-        at_random = rank_metrics([rng.permutation(g) for g in gains for _ in range(5)], ("ndcg@5",))["ndcg@5"].mean()
-        assert trained[name]["ndcg@5"] > times * at_random > 0, (name, trained[name]["ndcg@5"], at_random)
-
-
 def test_each_is_trained_evaluated_and_served_from_the_command_line(simulated, capsys):
-    names = [
-        "interest",
-        "explore",
-        "trend",
-        "0.6 interest + 0.4 explore",
-        "0.5 trend + 0.3 interest + 0.2 cheap but good",
-    ]
+    names = ["0.6 interest + 0.4 explore", "0.5 trend + 0.3 interest + 0.2 cheap but good"]
     names += ["cheap but good", "only the best", "trending jazz"]
-    asked = [*names[:3], "6 interest + 4 explore", "0.5 trend + 0.3 interest + 0.2 cheap but good", *names[5:]]
-    command = ["train", "--needs", "needs.yaml", "--need", *asked, "--output", "run", "--listwise-steps", "25", *FEW]
+    asked = ["6 interest + 4 explore", *names[1:]]
+    command = ["train", "--needs", "needs.yaml", "--need", *asked, "--output", "run", "--listwise-steps", "20", *FEW]
     assert cli.main(command) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "need '6 interest + 4 explore' is '0.6 interest + 0.4 explore': weights are made to sum to 1" in said
     assert "need 'cheap but good': 2 of 120 items have nothing in price: their gain is 0" in said
     assert "need 'only the best': its gain is not interest times a factor" in said
-    check_above_random(names, simulated, times=1.15)
+    check_above_random("run", names, simulated, times=1.15)
     info = RunInfo.load(Path("run"))
     assert info.needs == names
     assert [need["name"] for need in info.own_needs] == ["cheap but good", "only the best", "trending jazz"]
@@ -87,7 +69,9 @@ def test_each_is_trained_evaluated_and_served_from_the_command_line(simulated, c
     again = ["0.6 interest + 0.4 explore", "cheap but good", "interest + cheap but good"]
     assert cli.main(["evaluate", "--run", "run", "--need", *again, "--json", "scores.json"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "was not trained on the need '0.5 interest + 0.5 cheap but good': it knows interest, explore" in said
+    assert (
+        "was not trained on the need '0.5 interest + 0.5 cheap but good': it knows 0.6 interest + 0.4 explore" in said
+    )
     scores = json.loads(Path("scores.json").read_text())
     assert list(scores) == [*again[:2], "0.5 interest + 0.5 cheap but good"]
     trained = json.loads(Path("run/metrics.json").read_text())["trained"]
@@ -136,7 +120,7 @@ def test_real_data(name, tmp_path, monkeypatch, capsys):
     needs = ("0.7 interest + 0.3 explore", own)
     command = ["train", "--dataset", name, "--data", str(REAL_DATA / folder), "--needs", "needs.yaml", "--need", *needs]
     assert cli.main([*command, "--output", "run", "--listwise-steps", "12", *FEW]) == 0
-    check_above_random(needs, read[0], times=1.2 if name == "movielens" else 1.0)
+    check_above_random("run", needs, read[0], times=1.2 if name == "movielens" else 1.0)
 
 
 @pytest.mark.parametrize(
