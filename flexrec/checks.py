@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import Field, field, fields
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -155,6 +156,8 @@ def _check_option(name: str, value: Any, about: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     low, above, high = (about.get(end) for end in ("low", "above", "high"))
+    if not low is above is high:
+        check_number(name, value)
     inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
     if not inside:
         if high is not None:
@@ -162,6 +165,12 @@ def _check_option(name: str, value: Any, about: Any) -> None:
         else:
             expected = f"be at least {low}" if above is None else "be positive" if above == 0 else f"exceed {above}"
         raise ValueError(f"{name} must {expected}, got {value}")
+
+
+def check_number(name: str, value: object, *, whole: bool = False) -> None:
+    """Raise a TypeError unless ``value`` is a number, a whole one where that is asked for; a tensor is none."""
+    if not isinstance(value, Integral if whole else Real):
+        raise TypeError(f"{name} must be a {'whole ' if whole else ''}number, got {type(value).__name__}")
 
 
 def check_finite(name: str, tensor: torch.Tensor, mask: torch.Tensor | None = None) -> None:

@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexrec.checks import check_choice, check_range, check_tensor
+from flexrec.checks import check_choice, check_number, check_range, check_tensor
 from flexrec.metrics import Metric
 from flexrec.numba_kernels import FLOOR
 from flexrec.ops.library import BACKENDS, accumulation_dtype
@@ -178,6 +178,8 @@ def _evaluate(
     check_tensor("gains", gains, (n, k))
     shown = _check_num_ranked(num_ranked, n, t, gains.device)
     per_ranking = None if lengths is None else lengths_per_ranking(lengths, n, len(lists.candidates), k)
+    if tilt is not None:
+        check_number("tilt", tilt)
     if tilt is not None and not 0 < tilt < math.inf:
         raise ValueError(f"tilt must be positive and finite, or None for the expectation; got {tilt}")
 
