@@ -62,6 +62,7 @@ class Ranker:
                 history, liked = self._history(request)
                 prompt, _ = self.builder.prompt(self._wording(request), history, items, liked=liked, rising=rising)
                 tokens = self.builder.candidate_tokens(items)
+                self.builder.check_answers(tokens, decoding.num_ranked or self.info.num_ranked)
                 described = self._marks(items, history, trend)
                 self._check_length(prompt, tokens, decoding)
             except ValueError as error:

@@ -36,7 +36,7 @@ from flexrec.metrics import parse_metric
 from flexrec.policy.distributed import of_main_process, on_main_process, process_index
 from flexrec.policy.lora import require_peft
 from flexrec.task.critic import Critic
-from flexrec.task.examples import RankingTask, TrainingExamples
+from flexrec.task.examples import RankingTask, TrainingExamples, answerable
 from flexrec.task.needs import get_need, needs_of
 from flexrec.trainer.callbacks import Clock, StepLog
 
@@ -110,11 +110,13 @@ def _run_in(
     if dataset is None:
         say(f"Loading the {config.dataset} data ..")
         dataset = load_dataset(config.dataset, config.data, config.seed, config.data_options)
+    needs = needs_of(dataset, config.needs)
+    given = dataset
+    on_main_process(lambda: folder.check_data(given))
+    model, tokenizer, builder = make_model(config, dataset, needs)
+    dataset = answerable(dataset, builder, config.num_ranked)
     for note in dataset.notes:
         say(note)
-    needs = needs_of(dataset, config.needs)
-    on_main_process(lambda: folder.check_data(dataset))
-    model, tokenizer, builder = make_model(config, dataset, needs)
     say(
         f"{len(dataset.catalogue)} items; {len(dataset.train)} lists of training users, {len(dataset.test)} of "
         f"{len({lst.user for lst in dataset.test})} other users to test on; model {config.model} with "
@@ -144,7 +146,7 @@ def _run_in(
     evaluate = Evaluation(tests, builder, config.num_ranked)
 
     # From here on the folder is written to; mistakes that can be seen before have left no trace.
-    on_main_process(lambda: folder.write_config(config, dataset))
+    on_main_process(lambda: folder.write_config(config, given))
     info = RunInfo.of(config, builder, dataset)
     resumed = config.resume and folder.has_base()
     checkpoint = of_main_process(folder.latest_checkpoint(say) if resumed and process_index() == 0 else None)
@@ -254,6 +256,7 @@ def evaluate_run(
         loaded = load_dataset(
             name, data or (trained_with.data if name == trained_with.dataset else None), trained_with.seed, options
         )
+    loaded = answerable(loaded, builder, trained_with.num_ranked)
     task = RankingTask(loaded.catalogue, needs_of(loaded, needs or trained_with.needs), builder)
     tests = {need.name: [task.test_example(lst, need) for lst in loaded.test] for need in task.needs}
     evaluation = Evaluation(tests, builder, trained_with.num_ranked)

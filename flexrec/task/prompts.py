@@ -14,6 +14,7 @@ import numpy as np
 
 from flexrec.checks import check_choice
 from flexrec.data.lists import Catalogue, RankingList
+from flexrec.rankings.state import RankingState, Spelling
 
 ENCODINGS = ("index", "title", "item_token")
 
@@ -208,6 +209,13 @@ class PromptBuilder:
     def candidate_tokens_of(self, lst: RankingList, catalogue: Catalogue) -> list[list[int]]:
         """:meth:`candidate_tokens` for a list of a data set."""
         return self.candidate_tokens([Item(catalogue.ids[i], catalogue.titles[i]) for i in lst.candidates])
+
+    def check_answers(self, tokens: list[list[int]], num_ranked: int | None = None) -> None:
+        """Raise a ValueError where rankings of candidates spelled so could not be told apart (see ``RankingState``)."""
+        try:
+            RankingState([tokens], **Spelling(self.separator, self.end, num_ranked).of([tokens]))
+        except ValueError as error:
+            raise ValueError(str(error).replace("candidates[0]", "candidates")) from None
 
     def marks_of(self, trend: np.ndarray, novelty: np.ndarray) -> list[list[int]] | None:
         """What describes each candidate in its list, as token ids; None for a builder without marks.
