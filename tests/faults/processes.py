@@ -12,13 +12,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 LOADED = ["flexrec.cli", "flexrec.experiment.stages", "flexrec.evaluation.summary", "flexrec.ranker", "peft"]
 LOADED += ["flexrec.numba_kernels.ranking_logprobs", "flexrec.numba_kernels.swap_rewards", __name__]
 WORLD = {"num_users": 24, "num_items": 70, "num_topics": 4, "num_test_users": 4, "num_candidates": 6}
+WORLD["lists_per_user"] = 1
 FILE_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate")  # and open, to write
 
 
@@ -114,7 +114,7 @@ def _run(arguments: list[str], log: Path, disturb: Callable[[], None] | None, ac
     from flexrec.data import simulate
     from flexrec.experiment import stages
 
-    stages.simulate = partial(simulate, **WORLD, lists_per_user=1)
+    stages.simulate = lambda **options: simulate(**{**options, **WORLD})
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a server of processes ignores it
     begin, events = time.process_time(), [0]
     (disturb or (lambda: on_file_events(lambda number: events.__setitem__(0, number))))()
