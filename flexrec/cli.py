@@ -51,9 +51,10 @@ RANK_EXAMPLES = """examples:
 
 By default the most probable item is taken at every rank. A request is one line of JSON:
   {"history": ["17", "4"], "need": "interest", "candidates": [{"id": "8", "title": "Night market 3"}, {"id": "9"}]}
-"history" lists ids (or {"id", "title", "liked": false} for what was seen and not liked), oldest first;
-{"user": "12"} takes a user's history from the run's log;
-"need" is a name (interest, explore, trend) or an instruction in words. The answer on the same line of the output:
+"history" lists ids (or {"id", "title", "liked": false} for what was seen and not liked, or with "interest" from 0 to 1,
+null where it is not known), oldest first; {"user": "12"} takes a user's history from the run's log;
+"need" is a name (interest, explore, trend) or an instruction in words. Items that the run does not know come with
+"title" and "topics" (a list), or stand in the table of --items. The answer on the same line of the output:
   {"line": 1, "ranking": [{"id": "9", "probability": 0.83}, {"id": "8", "probability": 1.0}]}
 or {"line": 1, "error": "what was wrong"}.
 """
@@ -83,6 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
     rank = _command(commands, "rank", "rank the candidates of requests", RANK_EXAMPLES)
     rank.add_argument("--run", dest="folder", required=True, metavar="DIR", help="folder of a finished run")
     rank.add_argument("--input", required=True, metavar="FILE", help="requests, one JSON object a line; - for stdin")
+    rank.add_argument(
+        "--items",
+        metavar="FILE",
+        help="a table of items (id, title, categories) beside those of the run (default: none)",
+    )
     rank.add_argument("--output", metavar="FILE", help="where the answers go (default: standard output)")
     rank.add_argument(
         "--batch-size", type=_positive, default=64, metavar="N", help="requests ranked together (default: %(default)s)"
@@ -272,6 +278,8 @@ def _train(arguments: argparse.Namespace) -> int:
     console.print(results.table())
     for sentence in results.summary():
         console.print(sentence)
+    if (new := results.new_items) is not None:
+        console.print(new.table(f"Among items that were never trained on: {len(new.users)} lists"))
     console.print(f"{results.seconds['total']:.0f} seconds in all; model, log and metrics.json are in {config.output}")
     return 0
 
@@ -335,6 +343,7 @@ def _describe(arguments: argparse.Namespace) -> int:
 def _rank(arguments: argparse.Namespace) -> int:
     import torch
 
+    from flexrec.data.items import read_catalogue
     from flexrec.ranker import Ranker
 
     decoding = Decoding(**given(arguments, Decoding))
@@ -342,7 +351,7 @@ def _rank(arguments: argparse.Namespace) -> int:
         raise FileNotFoundError(f"--input {arguments.input}: there is no such file")
     if arguments.output and Path(arguments.output).exists():
         raise FileExistsError(f"--output {arguments.output} exists: choose another file, nothing is overwritten")
-    ranker = Ranker(arguments.folder)
+    ranker = Ranker(arguments.folder, None if arguments.items is None else read_catalogue(Path(arguments.items)))
     generator = torch.Generator(ranker.model.device).manual_seed(arguments.seed)
     failed = 0
     with ExitStack() as files:

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from flexrec.data.lists import Catalogue
 from flexrec.decoding.options import Decoding
 from flexrec.decoding.sample import Rollout, best_of, sample_rankings, search_rankings
 from flexrec.evaluation.evaluate import check_outputs
 from flexrec.experiment.run_folder import RunFolder
+from flexrec.task.descriptions import Item, Token
 from flexrec.task.needs import get_need, novelty_of
-from flexrec.task.prompts import Item, strongest_risers
+from flexrec.task.prompts import strongest_risers
 
 MAX_TOKENS = 2**16  # of prompts that are decoded together, padding included
 
@@ -24,14 +26,27 @@ class Ranker:
     """A trained run, loaded from its folder, that ranks the candidates of requests.
 
     A request is a dictionary: ``need`` (a known name, or an instruction in words), ``candidates`` (a list of
-    ``{"id": .., "title": ..}``), and ``history`` (ids, or dictionaries like the candidates', oldest first; ``"liked":
-    false`` marks what was seen and not liked) or ``user`` (whose history the run has logged).
+    ``{"id": .., "title": .., "topics": [..]}``; ids alone where they are in a catalogue), and ``history`` (ids, or
+    dictionaries like the candidates', oldest first; ``"liked": false`` marks what was seen and not liked,
+    ``"interest"`` says from 0 to 1 how much it was, and is null where nobody knows) or ``user`` (whose history the run
+    has logged).
+
+    Items that the run was not trained with are ranked by what their titles and topics say.
+
+    Args:
+        items: a catalogue of further items, to be asked for by their ids; where it has an id of the run's, it counts.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, items: Catalogue | None = None) -> None:
         run = RunFolder(folder)
         self.info, self.model, self.builder = run.load()
-        self._catalogue, self._trend = run.read_catalogue()
+        trained_with, self._trend = run.read_catalogue()
+        self._items = {
+            item.id: item
+            for catalogue in (trained_with, items)
+            if catalogue is not None
+            for item in map(Item, catalogue.ids, catalogue.titles, catalogue.topics)
+        }
         self._histories = run.read_histories()
 
     def rank(
@@ -59,22 +74,21 @@ class Ranker:
                 items = self._candidates(request)
                 trend = np.array([self._trend.get(item.id, 0.0) for item in items])
                 rising = [items[j] for j in strongest_risers(trend)]
-                history, liked = self._history(request)
-                prompt, _ = self.builder.prompt(self._wording(request), history, items, liked=liked, rising=rising)
-                tokens = self.builder.candidate_tokens(items)
+                history, interest = self._history(request)
+                marks = self.builder.marks_of(trend, _novelty(history, items))
+                prompt, _ = self.builder.prompt(
+                    self._wording(request), history, items, interest=interest, rising=rising, marks=marks
+                )
+                tokens = self.builder.candidate_tokens(items, marks)
                 self.builder.check_answers(tokens, decoding.num_ranked or self.info.num_ranked)
-                described = self._marks(items, history, trend)
                 self._check_length(prompt, tokens, decoding)
             except ValueError as error:
                 answers[i] = {"error": str(error)}
                 continue
             ids = [entry["id"] if isinstance(entry, dict) else entry for entry in request["candidates"]]
-            readable.append(_Readable(i, ids, prompt, tokens, described))
+            readable.append(_Readable(i, ids, prompt, tokens))
         for part in _together(readable, max(decoding.num_beams, decoding.best_of)):
-            marks = [one.marks for one in part] if self.builder.marked else None
-            rollout = self._decode(
-                [one.prompt for one in part], [one.tokens for one in part], marks, decoding, generator
-            )
+            rollout = self._decode([one.prompt for one in part], [one.tokens for one in part], decoding, generator)
             check_outputs(rollout)
             for one, ranking, logprobs in zip(part, rollout.rankings, rollout.logprobs, strict=True):
                 answers[one.position] = {
@@ -86,7 +100,7 @@ class Ranker:
                 }
         return answers
 
-    def _check_length(self, prompt: list[int], tokens: list[list[int]], decoding: Decoding) -> None:
+    def _check_length(self, prompt: list[Token], tokens: list[list[Token]], decoding: Decoding) -> None:
         """Raise a ValueError where the model has no positions for the prompt and the longest answer to it."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
         ranks = min(decoding.num_ranked or self.info.num_ranked or len(tokens), len(tokens))
@@ -100,15 +114,13 @@ class Ranker:
 
     def _decode(
         self,
-        prompts: list[list[int]],
-        candidates: list[list[list[int]]],
-        marks: Any,
+        prompts: list[list[Token]],
+        candidates: list[list[list[Token]]],
         decoding: Decoding,
         generator: torch.Generator | None,
     ) -> Rollout:
         """One ranking per prompt."""
         common: dict[str, Any] = {
-            "marks": marks,
             "separator": self.builder.separator,
             "end": self.builder.end,
             "num_ranked": decoding.num_ranked or self.info.num_ranked,
@@ -129,15 +141,6 @@ class Ranker:
         )
         return best_of(sampled, decoding.best_of)
 
-    def _marks(self, items: list[Item], history: list[Item], trend: np.ndarray) -> list[list[int]] | None:
-        """What describes each candidate; items that have marks are all in the catalogue."""
-        if not self.builder.marked:
-            return None
-        shown, ranked = (
-            np.array([self._catalogue.index[item.id] for item in group], dtype=np.int64) for group in (history, items)
-        )
-        return self.builder.marks_of(trend, novelty_of(shown, ranked, self._catalogue))
-
     def _wording(self, request: dict[str, Any]) -> str:
         need = request.get("need")
         if not isinstance(need, str) or not need.strip():
@@ -155,8 +158,8 @@ class Ranker:
             raise ValueError(f"'candidates' has the id {min(repeated)!r} more than once")
         return items
 
-    def _history(self, request: dict[str, Any]) -> tuple[list[Item], list[bool]]:
-        """The latest items of the history, and which of them were liked."""
+    def _history(self, request: dict[str, Any]) -> tuple[list[Item], list[float]]:
+        """The latest items of the history, and the interest in them, NaN where it is not known."""
         if "history" in request:
             given = request["history"]
             if not isinstance(given, list):
@@ -170,28 +173,57 @@ class Ranker:
         else:
             raise ValueError("a request needs a 'history' (may be empty) or a 'user'")
         items = [self._item(entry, f"{where}[{j}]") for j, entry in enumerate(given)]
-        liked = [entry.get("liked", True) if isinstance(entry, dict) else True for entry in given]
-        for j, mark in enumerate(liked):
-            if not isinstance(mark, bool):
-                raise ValueError(f"'liked' of '{where}[{j}]' must be true or false, got {_shown(mark)}")
-        return items[-self.info.max_history :], liked[-self.info.max_history :]
+        interest = [_interest(entry, f"{where}[{j}]") for j, entry in enumerate(given)]
+        return items[-self.info.max_history :], interest[-self.info.max_history :]
 
-    def _item(self, entry: Any, where: str = "item") -> Item:
-        title = None
+    def _item(self, entry: Any, where: str) -> Item:
+        title, topics = None, None
         if isinstance(entry, dict):
             if entry.get("id") is None:
                 raise ValueError(f"'{where}' has no 'id'")
-            item_id, title = _id(entry["id"], f"{where}.id"), entry.get("title")
+            item_id, title, topics = _id(entry["id"], f"{where}.id"), entry.get("title"), entry.get("topics")
         else:
             item_id = _id(entry, where)
-        if title is None:
-            index = self._catalogue.index.get(item_id)
-            title = None if index is None else self._catalogue.titles[index]
+        known = self._items.get(item_id)
+        if title is None and known is not None:
+            title = known.title
         if title is None:
             raise ValueError(f"'{where}' has no 'title', and the id {item_id!r} is not in the run's catalogue")
         if not isinstance(title, str):
             raise ValueError(f"the title of '{where}' must be a string, got {type(title).__name__}")
-        return Item(item_id, title)
+        if topics is None:
+            topics = () if known is None else known.topics
+        elif not isinstance(topics, list) or not all(isinstance(topic, str) for topic in topics):
+            raise ValueError(f"the topics of '{where}' must be a list of strings, got {_shown(topics)}")
+        return Item(item_id, title, tuple(dict.fromkeys(topics)))
+
+
+def _interest(entry: Any, where: str) -> float:
+    """How much an item of a history was liked: an id alone was."""
+    if not isinstance(entry, dict):
+        return 1.0
+    if "interest" in entry:
+        if "liked" in entry:
+            raise ValueError(f"'{where}' says 'liked' and 'interest': give one of the two")
+        value = entry["interest"]
+        if value is None:
+            return float("nan")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"'interest' of '{where}' must lie in [0, 1] or be null, got {_shown(value)}")
+        return float(value)
+    liked = entry.get("liked", True)
+    if not isinstance(liked, bool):
+        raise ValueError(f"'liked' of '{where}' must be true or false, got {_shown(liked)}")
+    return float(liked)
+
+
+def _novelty(history: list[Item], candidates: list[Item]) -> np.ndarray:
+    """(K,) how new the topics of each candidate are to the history, as in training."""
+    items = [*history, *candidates]
+    numbers = tuple(map(str, range(len(items))))  # an item may be in both
+    catalogue = Catalogue(numbers, tuple(item.title for item in items), tuple(item.topics for item in items))
+    at = np.arange(len(items))
+    return novelty_of(at[: len(history)], at[len(history) :], catalogue)
 
 
 class _Readable(NamedTuple):
@@ -199,9 +231,8 @@ class _Readable(NamedTuple):
 
     position: int
     ids: list[Any]  # (K,) of the candidates, as they came
-    prompt: list[int]
-    tokens: list[list[int]]
-    marks: list[list[int]] | None
+    prompt: list[Token]
+    tokens: list[list[Token]]
 
 
 def _together(requests: Sequence[_Readable], copies: int) -> Iterator[list[_Readable]]:

@@ -12,10 +12,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexrec import ranker
-from flexrec.cli import build_parser, main
+from flexrec.cli import main
 from flexrec.data import simulate
 from flexrec.experiment import stages as experiment
-from flexrec.experiment.results import Results
 from flexrec.experiment.run_folder import RunFolder
 from flexrec.profiling import PARTS
 
@@ -130,7 +129,7 @@ def test_rank_answers_every_line(run, tmp_path, capsys):
             request(run, candidates=one),
             request(run, need="no-such-need"),
             request(run, need="Put what I will love at the top, please"),
-            request(run, candidates=[{"id": "unknown", "title": "Unknown"}, *one]),
+            request(run, candidates=[{"id": "unknown"}, *one]),
             request(run, candidates=[*one, *one]),
             request(run, candidates=[]),
             {k: v for k, v in request(run).items() if k != "history"},
@@ -148,13 +147,38 @@ def test_rank_answers_every_line(run, tmp_path, capsys):
     assert "JSON" in by_line[2]["error"]
     assert "known needs" in by_line[5]["error"]
     assert "ranking" in by_line[6]
-    assert "unknown" in by_line[7]["error"]
+    assert "the id 'unknown' is not in the run's catalogue" in by_line[7]["error"]
     assert "more than once" in by_line[8]["error"]
     assert "at least one" in by_line[9]["error"]
     assert "'history'" in by_line[10]["error"]
     assert "JSON object" in by_line[11]["error"]
     assert "ranking" in by_line[12]
     assert "requests.jsonl, line 2:" in capsys.readouterr().err
+
+
+def test_rank_takes_new_items_from_requests_and_tables(run, tmp_path, capsys):
+    """By title and topics; a table has more than one name for its columns, and a broken one is told."""
+    told = {"id": "film-1", "title": "Deep sky comets", "topics": ["astronomy"]}
+    table = tmp_path / "more.csv"
+    table.write_text("id,title,genres\nfilm-1,Deep sky comets,astronomy\nfilm-2,Never seen,\n")
+    one = request(run)["candidates"][:1]
+    by_request = [request(run, candidates=[told, *one], history=[told])]
+    code, (first,) = rank(run, tmp_path, by_request)
+    assert code == 0
+    (tmp_path / "rankings.jsonl").unlink()
+    by_table = [
+        request(run, candidates=["film-1", *one], history=["film-1"]),
+        request(run, candidates=["film-2", *one]),
+    ]
+    code, (second, third) = rank(run, tmp_path, by_table, "--items", str(table))
+    assert code == 0
+    assert second == first
+    assert {entry["id"] for entry in third["ranking"]} == {"film-2", one[0]["id"]}
+    assert main(["rank", "--run", str(run), "--input", "-", "--items", str(tmp_path / "none.csv")]) == 2
+    assert f"no table of items at {tmp_path / 'none.csv'}" in capsys.readouterr().err
+    table.write_text("name\nA\n")
+    assert main(["rank", "--run", str(run), "--input", "-", "--items", str(table)]) == 2
+    assert "more.csv" in capsys.readouterr().err
 
 
 def test_rank_knows_logged_users(run, tmp_path):
@@ -299,8 +323,9 @@ def test_every_option_of_rank_reaches_the_ranker(tmp_path, monkeypatch):
     class Fake:
         model = torch.nn.Module()
 
-        def __init__(self, folder):
+        def __init__(self, folder, items):
             made.append(folder)
+            assert items is None
 
         def rank(self, requests, *, decoding, generator):
             asked.append(([request["need"] for request in requests], decoding, generator.initial_seed()))
@@ -320,54 +345,6 @@ def test_every_option_of_rank_reaches_the_ranker(tmp_path, monkeypatch):
     (tmp_path / "rankings.jsonl").unlink()
     rank(tmp_path / "run", tmp_path, lines, "--num-beams", "6")
     assert asked == [(["0", "1", "2", "3", "4"], ranker.Decoding(num_beams=6), 0)]
-
-
-def test_every_option_of_evaluate_reaches_the_run(tmp_path, monkeypatch, capsys):
-    asked = []
-    scores = {"trend": {"ndcg@5": {"mean": 0.25, "low": 0.125, "high": 0.5}}}
-    monkeypatch.setattr(experiment, "evaluate_run", lambda folder, **given: asked.append((folder, given)) or scores)
-    options = ["--dataset", "movielens", "--data", "there", "--need", "trend", "--need", "interest"]
-    assert main(["evaluate", "--run", str(tmp_path), *options, "--json", str(tmp_path / "scores.json")]) == 0
-    assert main(["evaluate", "--run", str(tmp_path)]) == 0
-    given = {"dataset": "movielens", "data": "there", "needs": ("trend", "interest")}
-    assert asked == [(tmp_path, given), (tmp_path, {})]
-    assert json.loads((tmp_path / "scores.json").read_text()) == scores
-    assert "0.250 [0.125, 0.500]" in capsys.readouterr().out
-
-
-def test_an_evaluation_of_one_user_has_no_interval(tmp_path, monkeypatch, capsys):
-    nothing = float("nan")
-    scores = {
-        "interest": {"ndcg@5": {"mean": 0.25, "low": nothing, "high": nothing}},
-        "trend": {m: {"mean": 0.125, "low": nothing, "high": nothing} for m in ("ndcg@5", "mrr@5")},
-    }
-    monkeypatch.setattr(experiment, "evaluate_run", lambda folder: scores)
-    monkeypatch.setenv("COLUMNS", "200")
-    assert main(["evaluate", "--run", str(tmp_path), "--json", str(tmp_path / "scores.json")]) == 0
-    stored = json.loads((tmp_path / "scores.json").read_text())
-    assert stored["interest"]["ndcg@5"] == {"mean": 0.25, "low": None, "high": None}
-    shown = capsys.readouterr().out
-    assert "(one user: no interval)" in " ".join(shown.split())
-    assert "nan" not in shown
-    assert "0.125" in shown
-
-
-def test_the_table_of_train_resamples_users(tmp_path, monkeypatch, capsys):
-    users = np.repeat(np.arange(9), np.arange(9) % 4 + 1)
-    rng = np.random.default_rng(0)
-    per_list = {
-        name: {"interest": {"ndcg@5": rng.lognormal(0.0, 0.6, 9)[users] * rng.uniform(0.2, 0.4, len(users))}}
-        for name in ("base", "trained")
-    }
-    measured = Results(users, per_list, {"total": 7.0})
-    monkeypatch.setattr(experiment, "run_experiment", lambda config, say: measured)
-    monkeypatch.setenv("COLUMNS", "100")
-    assert main(["train", "--output", str(tmp_path / "run")]) == 0
-    shown = capsys.readouterr().out
-    change = measured.compare("trained", "base", "interest")
-    assert f"{change.percent:+.1f} % [{change.percent_low:+.1f}, {change.percent_high:+.1f}]" in shown
-    assert f"{len(users)} lists of 9 test users" in shown
-    assert "7 seconds in all" in shown
 
 
 def test_a_run_that_diverges_ends_with_advice(tmp_path, capsys):
@@ -409,47 +386,6 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys, error):
     if type(error) is RuntimeError:
         with pytest.raises(RuntimeError, match="unexpected pos"):
             main(["train", "--output", str(tmp_path / "run")])
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("--beta", "nan", "beta must be finite, got nan"),
-        ("--beta", "-1", "beta must be at least 0, got -1.0"),
-        ("--learning-rate", "inf", "learning_rate must be finite, got inf"),
-        ("--learning-rate", "-0.1", "learning_rate must be at least 0, got -0.1"),
-        ("--temperature", "0", "temperature must be positive, got 0.0"),
-        ("--entropy-coef", "-1", "entropy_coef must be at least 0"),
-        ("--tilt", "0", "tilt must be positive"),
-        ("--steps", "0", "steps must be at least 1, got 0"),
-        ("--seed", "-1", "seed must lie in [0, 4294967295], got -1"),
-        ("--save-every", "-1", "save_every must be at least 0, got -1"),
-        ("--lora", "0", "lora must be at least 1, got 0"),
-        ("--epsilon-low", "-0.5", "epsilon_low must be at least 0"),
-    ],
-)
-def test_options_outside_of_their_range_are_refused(tmp_path, capsys, option, value, message):
-    assert main(["train", "--output", str(tmp_path / "run"), option, value]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("options", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["rank", "--help"]])
-def test_help_has_examples(options, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(options)
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    assert "usage: flexrec" in text
-    if len(options) > 1:
-        assert "examples:" in text
-
-
-@pytest.mark.parametrize("command", ["train", "evaluate", "rank"])
-def test_every_option_shows_its_default(command):
-    (commands,) = (action for action in build_parser()._actions if action.dest == "command")
-    for action in commands.choices[command]._actions:
-        assert action.required or action.dest == "help" or "default" in action.help, action.option_strings
 
 
 def test_title_and_index_answers(tmp_path):

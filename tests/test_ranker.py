@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from flexrec import ranker as module
-from flexrec.data import simulate
+from flexrec.data import Catalogue, simulate
 from flexrec.decoding.sample import Rollout
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.run_folder import RunFolder, RunInfo
 from flexrec.policy.small_model import build_model, build_tokenizer
 from flexrec.ranker import Decoding, Ranker
-from flexrec.task.examples import RankingTask, marks_of
-from flexrec.task.needs import get_need
-from flexrec.task.prompts import PromptBuilder
+from flexrec.task.descriptions import Item
+from flexrec.task.examples import RankingTask
+from flexrec.task.needs import get_need, novelty_of
+from flexrec.task.prompts import PromptBuilder, strongest_risers
 
 SIZES = {"num_users": 24, "num_items": 70, "num_topics": 4, "num_test_users": 6, "num_candidates": 8}
 MAX_HISTORY = 5
@@ -27,17 +28,17 @@ def dataset():
     return simulate(**SIZES, observed_share=0.6, history_length=MAX_HISTORY)
 
 
-@pytest.fixture(scope="module", params=["item_token", "marks", "index", "title"])
+@pytest.fixture(scope="module", params=["item_token", "descriptions", "index", "title"])
 def run(request, tmp_path_factory, dataset):
     """The folder of a run with an untrained model, and the prompt builder that it was trained with."""
     folder = tmp_path_factory.mktemp("runs") / request.param
     folder.mkdir()
     tokenizer = build_tokenizer(dataset.catalogue, get_need("trend").wordings)
     model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
-    marked = request.param == "marks"
-    encoding = "item_token" if marked else request.param
+    described = request.param == "descriptions"
+    encoding = "item_token" if described else request.param
     builder = PromptBuilder(
-        tokenizer, encoding=encoding, show_titles=encoding != "item_token", show_rising=True, marked=marked
+        tokenizer, encoding=encoding, show_titles=encoding != "item_token", show_rising=True, described=described
     )
     config = ExperimentConfig(output=str(folder), num_ranked=6, temperature=0.6)
     RunFolder(folder).save(model, tokenizer, RunInfo.of(config, builder, dataset), dataset)
@@ -72,7 +73,8 @@ def as_request(lst, dataset, need="trend"):
     return {
         "need": need,
         "history": [
-            {"id": ids[item], "liked": bool(liked)} for item, liked in zip(lst.history, lst.history_liked, strict=True)
+            {"id": ids[item], "interest": None if np.isnan(interest) else float(interest)}
+            for item, interest in zip(lst.history, lst.history_interest, strict=True)
         ],
         "candidates": [{"id": ids[item]} for item in lst.candidates],
     }
@@ -94,8 +96,6 @@ def test_served_prompts_are_those_that_were_trained(run, dataset, decoded):
     ((prompts, candidates, options),) = decoded["sample"].calls
     assert prompts == [example.prompt for example in examples]
     assert candidates == [example.candidates for example in examples]
-    assert options["marks"] == marks_of(examples)
-    assert (options["marks"] is not None) == builder.marked
     assert (options["separator"], options["end"]) == (builder.separator, builder.end)
     liked = [lst.history_liked for lst in lists]
     assert any(marks.any() and not marks.all() for marks in liked)
@@ -140,15 +140,18 @@ def test_ids_alone_were_liked_and_words_are_taken_as_they_are(run, dataset, deco
     folder, builder = run
     ranker = Ranker(folder)
     ids = dataset.catalogue.ids
-    items = [module.Item(i, title) for i, title in zip(ids, dataset.catalogue.titles, strict=True)]
+    items = list(map(Item, ids, dataset.catalogue.titles, dataset.catalogue.topics))
     request = {"need": "What is on the rise?", "history": list(ids[:3]), "candidates": list(ids[60:64])}
     disliked = {**request, "history": [ids[0], {"id": ids[1], "liked": False}, {"id": ids[2]}]}
     named = {**request, "need": "trend"}
     ranker.rank([request, disliked, named])
     order = sorted(range(60, 64), key=lambda i: -round(float(dataset.trend[i]), 4))
     rising = [items[i] for i in order if dataset.trend[i] > 0.0001]
+    marks = builder.marks_of(
+        dataset.trend[60:64].round(4), novelty_of(np.arange(3), np.arange(60, 64), dataset.catalogue)
+    )
     expected = [
-        builder.prompt(words, items[:3], items[60:64], liked=liked, rising=rising)[0]
+        builder.prompt(words, items[:3], items[60:64], interest=liked, rising=rising, marks=marks)[0]
         for words, liked in (
             ("What is on the rise?", [True] * 3),
             ("What is on the rise?", [True, False, True]),
@@ -159,24 +162,22 @@ def test_ids_alone_were_liked_and_words_are_taken_as_they_are(run, dataset, deco
     if builder.encoding != "item_token":
         told = {"id": ids[60], "title": "Another  title"}
         ranker.rank([{**request, "candidates": [told, *ids[68:70]]}])
-        candidates = [module.Item(ids[60], "Another title"), *items[68:70]]
+        candidates = [Item(ids[60], "Another title"), *items[68:70]]
         rising = sorted(candidates, key=lambda item: -round(float(dataset.trend[ids.index(item.id)]), 4))
         rising = [item for item in rising if dataset.trend[ids.index(item.id)] > 0.0001]
-        prompt, _ = builder.prompt(request["need"], items[:3], candidates, liked=[True] * 3, rising=rising)
+        prompt, _ = builder.prompt(request["need"], items[:3], candidates, interest=[True] * 3, rising=rising)
         assert decoded["sample"].calls[1][0] == [prompt]
 
 
 def test_a_run_is_decoded_as_it_was_trained_unless_told_otherwise(run, dataset, decoded):
-    folder, builder = run
-    ranker = Ranker(folder)
+    ranker = Ranker(run[0])
     request = as_request(dataset.test[0], dataset)
     generator = torch.Generator()
 
     def options(which="sample", **asked):
         ranker.rank([request], Decoding(**asked), generator=generator)
         found = decoded[which].calls[-1][2]
-        assert (found["marks"] is not None) == builder.marked
-        return {name: value for name, value in found.items() if name not in ("separator", "end", "marks")}
+        return {name: value for name, value in found.items() if name not in ("separator", "end")}
 
     common = {"num_ranked": 6, "temperature": 0.6}
     sampled = {"num_generations": 1, "greedy": True, "top_p": 1.0, "generator": generator}
@@ -209,6 +210,56 @@ def test_the_best_of_beams_and_of_samples_is_the_answer(run, dataset, decoded):
     # Beams come best first; of samples the last has the largest probabilities.
     assert ranker.rank(requests, Decoding(num_beams=3)) == [answer(0, 0), answer(1, 3)]
     assert ranker.rank(requests, Decoding(best_of=3)) == [answer(0, 2), answer(1, 5)]
+
+
+def test_new_items_are_ranked_by_title_and_topics(run, dataset, decoded):
+    """They come with a request, or with a catalogue of one's own; only where items are described."""
+    folder, builder = run
+    ids, topics = dataset.catalogue.ids, dataset.catalogue.topics[0]
+    told = {"id": "new", "title": dataset.catalogue.titles[0], "topics": list(topics)}
+    request = {"need": "interest", "history": [told, ids[1]], "candidates": [told, ids[2], ids[3]]}
+    if builder.encoding == "item_token" and not builder.described:
+        assert "item 'new' has no token of its own" in Ranker(folder).rank([request])[0]["error"]
+        return
+    item = Item("new", dataset.catalogue.titles[0], topics)
+    history = [item, Item(ids[1], *known(dataset, ids[1]))]
+    candidates = [item, *(Item(i, *known(dataset, i)) for i in ids[2:4])]
+    trend = np.append(0.0, dataset.trend[2:4].round(4))
+    marks = builder.marks_of(trend, novelty_of(np.array([0, 1]), np.array([0, 2, 3]), dataset.catalogue))
+    Ranker(folder).rank([request])
+    rising = [candidates[j] for j in strongest_risers(trend)]
+    words = get_need("interest").wordings[0]
+    prompt, _ = builder.prompt(words, history, candidates, interest=[1, 1], rising=rising, marks=marks)
+    ((prompts, found, _),) = decoded["sample"].calls
+    assert (prompts, found) == ([prompt], [builder.candidate_tokens(candidates, marks)])
+    if builder.described:
+        unknown = builder.tokenizer.convert_tokens_to_ids("<unknown item>")
+        assert [token[0] == unknown for (token,) in found[0]] == [True, False, False]
+    by_id = {**request, "history": ["new", ids[1]], "candidates": ["new", ids[2], ids[3]]}
+    assert "'candidates[0]' has no 'title'" in Ranker(folder).rank([by_id])[0]["error"]
+    Ranker(folder, Catalogue(("new",), (item.title,), (topics,))).rank([by_id])
+    assert decoded["sample"].calls[-1][:2] == ([prompt], found)
+
+
+def known(dataset, item_id):
+    at = dataset.catalogue.index[item_id]
+    return dataset.catalogue.titles[at], dataset.catalogue.topics[at]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"interest": 1.5}, "'interest' of 'history[0]' must lie in [0, 1] or be null, got 1.5"),
+        ({"interest": True}, "'interest' of 'history[0]' must lie in [0, 1] or be null, got True"),
+        ({"interest": 0.5, "liked": True}, "'history[0]' says 'liked' and 'interest': give one of the two"),
+        ({"topics": "horror"}, "the topics of 'history[0]' must be a list of strings, got 'horror'"),
+        ({"topics": [1]}, "the topics of 'history[0]' must be a list of strings, got [1]"),
+    ],
+)
+def test_what_a_history_says_wrongly_is_named(run, dataset, decoded, entry, message):
+    ids = dataset.catalogue.ids
+    request = {"need": "interest", "history": [{"id": ids[0], **entry}], "candidates": [ids[1], ids[2]]}
+    assert Ranker(run[0]).rank([request]) == [{"error": message}]
 
 
 def test_the_model_of_the_folder_answers(run):

@@ -205,6 +205,9 @@ def table(rows: Iterable[Row], triton_version: str) -> str:
         "",
         "Cells: registers per thread / bytes spilled per thread / bytes of shared memory per program / tensor-core",
         "instruction. `+n` beside AMD's registers: n scalar registers are kept in lanes of vector registers.",
+        "",
+        "Registers count where they decide how many warps run side by side: 65,536 / (32 x registers, rounded up to 8)",
+        "of a multiprocessor on sm_80 and sm_90, 512 / registers of a SIMD on gfx942. Within a step they are free.",
     ]
     for module, variants in cells.items():
         lines += ["", f"## {module}", "", f"| kernel | warps | {' | '.join(TARGETS)} |", "|---" * 5 + "|"]

@@ -167,9 +167,9 @@ def scatter_kernel(
     entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
     coefficient = tl.load(coefficient_ptr + entry, mask=entry < entries, other=0.0)
-    place = tl.load(place_ptr + entry, mask=coefficient != 0.0, other=-1)
-    coefficient = tl.where((place >= 0) & (place < V), coefficient, 0.0)
     live = coefficient != 0.0
+    place = tl.load(place_ptr + entry, mask=live, other=-1)
+    live = (place >= 0) & (place < V)
     tile_ok = live[:, None] & (d < D)[None, :]
     index = tl.load(index_ptr + entry, mask=live, other=0).to(tl.int64)
     rows = tl.load(table_ptr + index[:, None] * D + d[None, :], mask=tile_ok, other=0.0)

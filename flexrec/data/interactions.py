@@ -126,7 +126,7 @@ def load_interactions(folder: str | Path, options: InteractionsOptions) -> Ranki
         if len(dataset.train) < FEW_LISTS:
             why = why_few_lists(dataset.log, options.min_history, options.num_positives)
             notes.append(f"only {len(dataset.train)} lists to train on. {why}")
-    return replace(dataset, user_ids=read.user_ids, notes=tuple(notes))
+    return replace(dataset, noise=read.noise, user_ids=read.user_ids, notes=tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ class ReadInteractions:
         time_boundary: with split="time", the moment before which training lies.
         groups: (M,) int64, which rows were shown together; or None.
         has_impressions: whether the log says so itself; else rows of one user and moment are taken together.
+        noise: of the interest, estimated from repeats; 0 where that cannot be.
         notes: what was found and what was skipped.
     """
 
@@ -153,6 +154,7 @@ class ReadInteractions:
     time_boundary: float | None
     groups: np.ndarray | None
     has_impressions: bool
+    noise: float
     notes: tuple[str, ...]
 
     @property
@@ -206,7 +208,7 @@ def read_interactions(
             raise ValueError(f"split='time' needs times, and {log_path} has none")
         boundary = float(np.quantile(log.times[~test], time_quantile, method="higher"))
         training = ~test & (log.times < boundary)
-    kept, interest = interest_of(log, training, test, gain or Gain(), notes)
+    kept, interest, noise = interest_of(log, training, test, gain or Gain(), notes)
     log = log.select(kept)
     assert log.times is not None
     return ReadInteractions(
@@ -218,6 +220,7 @@ def read_interactions(
         time_boundary=boundary,
         groups=_groups(log, timed),
         has_impressions=log.groups is not None,
+        noise=noise,
         notes=(*notes, *bad.notes()),
     )
 

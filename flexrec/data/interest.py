@@ -12,6 +12,7 @@ from flexrec.checks import check_choice
 from flexrec.data.log import Log
 
 GAINS = ("linear", "threshold", "quantile")
+MIN_REPEATS = 30
 
 # What an event is worth by its word, lower case. 0: shown, and passed over.
 EVENT_VALUES: dict[str, float] = {
@@ -82,8 +83,9 @@ def find_codes(ratings: np.ndarray) -> dict[float, str]:
 
 def interest_of(
     log: Log, training: np.ndarray, test: np.ndarray, gain: Gain, notes: list[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows of ``log`` are interactions (M,) bool, and the interest (M,) float32; NaN where there is none known.
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Which rows of ``log`` are interactions (M,) bool, the interest (M,) float32, NaN where there is none known, and
+    its noise (:func:`noise_of_repeats`), 0 where that is not known.
 
     Where a user comes back to an item, a row's interest is what all rows up to it tell: the last rating, the largest
     watch ratio or event, the sum of amounts, the number of interactions.
@@ -111,11 +113,40 @@ def interest_of(
         notes.append(
             f"{unknown} of {np.count_nonzero(kept)} interactions have no {log.feedback}: in histories, never candidates"
         )
+    readings = values.copy()
     values[kept], repeats = _so_far(log.select(kept), values[kept], test[kept])
+    noise = 0.0
+    if repeats and log.feedback in ("rating", "watch_ratio"):
+        rows = training & kept
+        single = _scaled(log, readings, values[training], gain, [])
+        noise = noise_of_repeats(log.users[rows], log.items[rows], single[rows])
     if repeats:
         how = {"rating": "the last counts", "amount": "they add up", "none": "they are counted"}
         notes.append(f"{repeats} interactions repeat a pair: {how.get(log.feedback, 'the strongest counts')}")
-    return kept, _scaled(log, values, values[training], gain, notes).astype(np.float32)
+    return kept, _scaled(log, values, values[training], gain, notes).astype(np.float32), noise
+
+
+def noise_of_repeats(users: np.ndarray, items: np.ndarray, interest: np.ndarray) -> float:
+    """How much the interest (M,) that one and the same user shows in one and the same item varies about its mean.
+
+    The pooled variance within pairs that are read more than once, as of an analysis of variance; NaN is no reading. 0,
+    which says that it is not known, where fewer than ``MIN_REPEATS`` readings repeat one.
+
+    Example:
+        >>> from flexrec.data.interest import noise_of_repeats
+        >>> users, items = np.repeat(np.arange(50), 2), np.zeros(100, dtype=np.int64)  # each was asked twice
+        >>> noise_of_repeats(users, items, np.tile([0.4, 0.6], 50))  # (0.1^2 + 0.1^2) / (2 - 1)
+        0.02
+    """
+    known = ~np.isnan(interest)
+    pairs = users[known].astype(np.int64) * (int(items.max(initial=0)) + 1) + items[known]
+    _, member, count = np.unique(pairs, return_inverse=True, return_counts=True)
+    repeated = len(pairs) - len(count)
+    if repeated < MIN_REPEATS:
+        return 0.0
+    values = interest[known].astype(np.float64)
+    about = values - (np.bincount(member, values) / count)[member]
+    return round(float(np.square(about).sum()) / repeated, 6)
 
 
 def _event_worths(log: Log, gain: Gain) -> np.ndarray:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 
 from flexrec.data.columns import ITEM_ROLES, find_columns, require
-from flexrec.data.layouts import Source
+from flexrec.data.layouts import Source, open_source
 from flexrec.data.lists import Catalogue
 from flexrec.data.tables import BadRows
 from flexrec.data.values import canonical_id, categories, number
@@ -89,6 +90,18 @@ def read_items(source: Source, named: Mapping[str, tuple[str, ...]], bad: BadRow
         notes.append(f"{cut} titles of {source.path.name} are cut to {MAX_TITLE} characters")
     kept_topics = _most_frequent(topics, source.path.name, notes)
     return Catalogue(tuple(first_line), tuple(titles), kept_topics, {n: _column(v) for n, v in columns.items()})
+
+
+def read_catalogue(path: Path) -> Catalogue:
+    """The items of a table (CSV, JSON lines, Parquet ..) with columns for ids, titles and categories.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no column of ids, no row, or a broken one, with its line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no table of items at {path}")
+    return read_items(open_source(path), {}, BadRows(strict=True), [])
 
 
 def bare_catalogue(ids: Iterable[str]) -> Catalogue:

@@ -36,8 +36,9 @@ def load_kuairec(folder: str | Path, options: KuaiRecOptions) -> RankingDataset:
     watched twice 1 (the authors take a watch ratio above 2 for a like). Topics are the categories of the first level;
     titles are captions. All candidates were watched, so that no negative is sampled; a share of the feedback is
     withheld and belongs to pairs of a user and a video drawn from the seed: it is NaN in lists and their histories,
-    absent from the log (``unobserved="critic"``), and kept as ``RankingList.truth`` for scoring. Trends compare the
-    last ``trend_days`` days with those before. How lists are cut and split: see ``flexrec.data.build``.
+    absent from the log (``unobserved="critic"``), and kept as ``RankingList.truth`` for scoring. Its noise is estimated
+    from what training users watched again. Trends compare the last ``trend_days`` days with those before. How lists
+    are cut and split: see ``flexrec.data.build``.
 
     Args:
         folder: holds ``big_matrix.csv`` or ``small_matrix.csv`` and, for captions and categories,
@@ -86,7 +87,7 @@ def load_kuairec(folder: str | Path, options: KuaiRecOptions) -> RankingDataset:
     assert log.times is not None
     if options.split == "time" and not timed:
         raise ValueError(f"split='time' needs times, and {source.path} has none")
-    kept, interest = interest_of(log, ~test, test, Gain(high=options.watched_twice), notes)
+    kept, interest, noise = interest_of(log, ~test, test, Gain(high=options.watched_twice), notes)
     log, test, interest = log.select(kept), test[kept], interest[kept]
     assert log.times is not None
     views = Interactions(log.users.astype(np.int64), log.items.astype(np.int64), interest, log.times)
@@ -102,7 +103,7 @@ def load_kuairec(folder: str | Path, options: KuaiRecOptions) -> RankingDataset:
         thinning=Thinning(options.feedback / 100, options.seed) if options.feedback < 100 else None,
         **options.of_lists(),
     )
-    return replace(dataset, user_ids=tuple(log.user_ids), notes=(*notes, *bad.notes()))
+    return replace(dataset, noise=noise, user_ids=tuple(log.user_ids), notes=(*notes, *bad.notes()))
 
 
 def _find_matrix(folder: Path, matrix: str | None) -> Path:

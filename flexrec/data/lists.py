@@ -51,6 +51,16 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def select(self, items: np.ndarray) -> Catalogue:
+        """The catalogue of these items (N,), in this order."""
+        chosen = items.tolist()
+        return Catalogue(
+            tuple(self.ids[i] for i in chosen),
+            tuple(self.titles[i] for i in chosen),
+            tuple(self.topics[i] for i in chosen),
+            {name: values[items] for name, values in self.columns.items()},
+        )
+
     @cached_property
     def index(self) -> dict[str, int]:
         """Item index by public id."""

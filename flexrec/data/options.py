@@ -192,6 +192,10 @@ class SimulatedOptions:
     num_candidates: int = _candidates(30)
     history_length: int = _history(20)
     max_train_lists: int | None = _max_train_lists(None)
+    observed_share: float = option(0.1, "share of the feedback that is collected", above=0, high=1)
+    missing: Literal["random", "exposure"] = option(
+        "random", "which feedback that is: by chance, or of what was exposed", choices=("random", "exposure")
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

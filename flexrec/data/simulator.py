@@ -13,6 +13,7 @@ from itertools import count
 
 import numpy as np
 
+from flexrec.checks import check_choice
 from flexrec.data.build import moments, trend_after
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset, RankingList
 
@@ -44,6 +45,8 @@ _STYLE_DIMENSIONS = 6
 _PAGE = 12  # items offered at a time, of which the user watches one
 _WATCH_PRECISION = 8.0  # a + b of the Beta distribution of a watch ratio: its standard deviation is at most 1/6
 _TREND_WINDOW = 10.0  # days
+_KNOWN_TASTE = 0.5  # how much of a user's taste the platform that collected the feedback had learnt
+MISSING_FEEDBACK = ("random", "exposure")
 _FIRST_LIST = 0.3  # share of the period before the first list: by then users have a history
 
 
@@ -58,6 +61,7 @@ def simulate(
     watches_per_user: int = 60,
     days: int = 100,
     observed_share: float = 0.1,
+    missing: str = "random",
     num_test_users: int = 200,
     test_lists_per_user: int = 3,
     max_train_lists: int | None = None,
@@ -69,7 +73,14 @@ def simulate(
     few favourites, mild dislike of most others) and a style p_u. The true interest, kept in ``RankingList.truth``, is
     sigmoid(2.5 (taste of u for i's topics + <p_u, q_i> / 2 + quality of i / 2 - 1.1)). The *watch ratio* of a view is
     Beta distributed with that mean, and is the logged interest. A share ``observed_share`` of it is kept, the rest
-    is thinned away at random: NaN in lists, absent from the log (``unobserved="critic"``).
+    is thinned away: NaN in lists, absent from the log (``unobserved="critic"``).
+
+    *Missing.* "random": each value is kept with the same probability. "exposure": not at random. The platform that
+    collected the feedback showed popular items at the top, and those that it took the user to like: what it showed
+    together (a list, or the page that a watched item was on) stood in order of log popularity that day plus half of
+    the logit of the true interest. Feedback on rank r is kept with probability min(1, c / r), as users look (the
+    position-based model of clicks, arXiv 1608.04468), c being such that the share comes out. Unpopular items, and what
+    a user dislikes, then have little feedback, so that what there is says too much good of them.
 
     *Time.* Two of three items have their day, on which they are up to e^4 times as popular as before; they rise
     steeply and decay slowly. Users watch ``watches_per_user`` items over ``days`` days: of a page of items drawn by
@@ -91,6 +102,7 @@ def simulate(
         watches_per_user: views of each user; repeated ones count once.
         days: the period; times of lists and log are in days. Lists lie in its last 70 %.
         observed_share: share of feedback that is kept, in (0, 1].
+        missing: which feedback that is, "random" or "exposure".
         num_test_users: users to test on, drawn like the others and absent from ``log`` and ``train``.
         max_train_lists: if there are more training lists, a random choice of this many is kept.
         seed: of everything.
@@ -115,6 +127,7 @@ def simulate(
         watches_per_user=watches_per_user,
         num_candidates=num_candidates,
         observed_share=observed_share,
+        missing=missing,
     )
     train = simulate_users(num_users, train_rng, lists_per_user=lists_per_user, max_lists=max_train_lists)
     test = simulate_users(num_test_users, test_rng, lists_per_user=test_lists_per_user, max_lists=None)
@@ -133,7 +146,7 @@ def simulate(
 
 def _check_arguments(arguments: dict) -> None:
     for name, value in arguments.items():
-        if name in ("observed_share", "seed", "max_train_lists"):
+        if name in ("observed_share", "missing", "seed", "max_train_lists"):
             continue
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -141,6 +154,7 @@ def _check_arguments(arguments: dict) -> None:
         raise ValueError(f"num_topics must lie in [2, {len(_TOPIC_WORDS)}], got {arguments['num_topics']}")
     if not 0.0 < arguments["observed_share"] <= 1.0:
         raise ValueError(f"observed_share must lie in (0, 1], got {arguments['observed_share']}")
+    check_choice("missing", arguments["missing"], MISSING_FEEDBACK)
     if arguments["seed"] < 0:
         raise ValueError(f"seed must not be negative, got {arguments['seed']}")
     if arguments["max_train_lists"] is not None and arguments["max_train_lists"] < 1:
@@ -221,13 +235,14 @@ def _simulate_users(
     max_lists: int | None,
     num_candidates: int,
     observed_share: float,
+    missing: str,
 ) -> _Users:
     days, num_items = world.log_popularity.shape
     taste = _true_taste(world, num_users, rng)  # (U, I) logits
     truth = 1.0 / (1.0 + np.exp(-taste))
 
     times = np.sort(rng.uniform(0.0, days, size=(num_users, watches_per_user)), axis=1)
-    items = _watch(world, taste, times, rng)  # (U, W)
+    items, pages = _watch(world, taste, times, rng)  # (U, W), (U, W, _PAGE)
     # Of repeated views the first counts; flattened, a user's views stand in order of time.
     pairs = np.arange(num_users)[:, None] * num_items + items
     first_views = np.sort(np.unique(pairs, return_index=True)[1])
@@ -249,9 +264,18 @@ def _simulate_users(
     list_truth = truth[list_users[:, None], candidates]
 
     watch_interest = _watch_ratio(truth[viewers, items.ravel()[first_views]], rng)
-    watch_kept = rng.random(len(first_views)) < observed_share
+    if missing == "random":
+        looked_at = list_looked_at = np.float64(observed_share)
+    else:
+        watched_at = _ranks_shown(world, taste, np.arange(num_users), times, pages)  # (U, W, _PAGE)
+        of_watched = np.take_along_axis(watched_at, (pages == items[..., None]).argmax(-1)[..., None], axis=-1)
+        looked_at = _attention(of_watched.ravel()[first_views], observed_share)
+        list_looked_at = _attention(
+            _ranks_shown(world, taste, list_users, list_times[:, None], candidates[:, None])[:, 0], observed_share
+        )
+    watch_kept = rng.random(len(first_views)) < looked_at
     list_interest = _watch_ratio(list_truth, rng)
-    list_kept = rng.random(candidates.shape) < observed_share
+    list_kept = rng.random(candidates.shape) < list_looked_at
 
     def joined(of_watches: np.ndarray, of_lists: np.ndarray) -> np.ndarray:
         of_lists = np.broadcast_to(of_lists, candidates.shape)
@@ -288,8 +312,11 @@ def _true_taste(world: _World, num_users: int, rng: np.random.Generator) -> np.n
     return 2.5 * (liking - 1.1)
 
 
-def _watch(world: _World, taste: np.ndarray, times: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(U, W) items watched: the favourite, by taste and chance, of a page drawn by the popularity of the day."""
+def _watch(
+    world: _World, taste: np.ndarray, times: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """(U, W) items watched, each the favourite, by taste and chance, of a page drawn by the popularity of the day, and
+    (U, W, _PAGE) the pages."""
     popularity = np.exp(world.log_popularity)
     cumulative = np.cumsum(popularity, axis=1) / popularity.sum(axis=1, keepdims=True)
     days, num_items = cumulative.shape
@@ -299,7 +326,26 @@ def _watch(world: _World, taste: np.ndarray, times: np.ndarray, rng: np.random.G
     drawn = np.searchsorted(line, day[..., None] + rng.random((*times.shape, _PAGE)))
     page = np.minimum(drawn - day[..., None] * num_items, num_items - 1)
     attraction = taste[np.arange(len(taste))[:, None, None], page] + 1.5 * rng.gumbel(size=page.shape)
-    return np.take_along_axis(page, attraction.argmax(axis=-1)[..., None], axis=-1)[..., 0]
+    return np.take_along_axis(page, attraction.argmax(axis=-1)[..., None], axis=-1)[..., 0], page
+
+
+def _ranks_shown(
+    world: _World, taste: np.ndarray, users: np.ndarray, times: np.ndarray, shown: np.ndarray
+) -> np.ndarray:
+    """The rank, from 1 on, at which each item of ``shown`` (N, M, S) stood when it was shown to ``users`` (N,) at
+    ``times`` (N, M), among the S."""
+    score = world.log_popularity[times.astype(np.int64)[..., None], shown]
+    score = score + _KNOWN_TASTE * taste[users[:, None, None], shown]
+    return 1 + np.argsort(np.argsort(-score, axis=-1, kind="stable"), axis=-1, kind="stable")
+
+
+def _attention(ranks: np.ndarray, share: float) -> np.ndarray:
+    """min(1, c / rank), with the mean ``share``: the probability that feedback is given."""
+    low, high = 0.0, float(ranks.max())  # at which everything is looked at
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if np.minimum(1.0, middle / ranks).mean() > share else (middle, high)
+    return np.minimum(1.0, high / ranks)
 
 
 def _draw_candidates(

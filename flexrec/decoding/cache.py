@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from flexrec.policy.lm_head import last_hidden
 from flexrec.policy.lora import causal_lm
 from flexrec.policy.packing import mask_for
+from flexrec.policy.row_tokens import RowTokens
 
 
 class Runs(NamedTuple):
@@ -45,10 +46,6 @@ class Runs(NamedTuple):
         rest[at] = False
         tokens[at], tokens[rest] = first, self.tokens
         return Runs(tokens, counts)
-
-    def spelled(self, tokens: np.ndarray | None) -> Runs:
-        """The same runs, where what they hold are numbers of ``tokens`` (R,); None: they hold tokens."""
-        return self if tokens is None else Runs(tokens[self.tokens], self.counts)
 
 
 class SharedDecoder:
@@ -80,8 +77,12 @@ class SharedDecoder:
         self.seen = torch.zeros(0, 0, 0, dtype=torch.bool)  # (B, share, columns of the cache)
         self.lengths = np.zeros(0, dtype=np.int64)  # (N,) tokens of each rollout, its prompt's included
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Encode the P prompts, once each; returns the states (N, D) after them."""
+    def prefill(self, prompts: Sequence[Sequence[int]], table: RowTokens | None = None) -> torch.Tensor:
+        """Encode the P prompts, once each; returns the states (N, D) after them.
+
+        Args:
+            table: what the prompts number, where they do not hold tokens themselves.
+        """
         size, width = len(prompts), max(map(len, prompts))
         tokens = np.full((size, width), self.pad_token_id, dtype=np.int64)
         for row, prompt in zip(tokens, prompts, strict=True):
@@ -90,6 +91,7 @@ class SharedDecoder:
         of_prompt = torch.from_numpy(np.arange(width) < lengths[:, None]).to(self.device)  # (P, width)
         states = last_hidden(
             self.model,
+            table=table,
             input_ids=torch.from_numpy(tokens).to(self.device),
             attention_mask=of_prompt.long(),
             **self.cached,
@@ -103,8 +105,12 @@ class SharedDecoder:
         self.lengths = np.repeat(lengths, self.num_generations)
         return states.repeat_interleave(self.num_generations, dim=0)
 
-    def extend(self, runs: Runs, hidden: torch.Tensor) -> None:
-        """Feed every rollout its run; ``hidden`` (N, D) takes the state after each run that is not empty."""
+    def extend(self, runs: Runs, hidden: torch.Tensor, table: RowTokens | None = None) -> None:
+        """Feed every rollout its run; ``hidden`` (N, D) takes the state after each run that is not empty.
+
+        Args:
+            table: what the runs number, where they do not hold tokens themselves.
+        """
         fed = np.flatnonzero(runs.counts)
         rollout = np.repeat(np.arange(len(runs.counts)), runs.counts)  # (tokens,)
         row = rollout // self.share
@@ -119,9 +125,13 @@ class SharedDecoder:
         owner[row, column] = rollout % self.share
         positions[row, column] = self.lengths[rollout] + np.arange(len(rollout)) - starts[rollout]
         self.lengths = self.lengths + runs.counts
+        if table is not None:  # of its rows, those that are fed
+            table = table.take(tokens.reshape(-1))
+            tokens = np.arange(tokens.size).reshape(shape[0], shape[1])
 
         states = last_hidden(
             self.model,
+            table=table,
             input_ids=torch.from_numpy(tokens).to(self.device),
             attention_mask=self._mask(torch.from_numpy(owner).to(self.device)),
             position_ids=torch.from_numpy(positions).to(self.device),

@@ -18,11 +18,11 @@ from numpy.typing import ArrayLike
 from flexrec.decoding.cache import Runs, SharedDecoder
 from flexrec.policy.lm_head import output_layer
 from flexrec.policy.lora import causal_lm
-from flexrec.policy.output_rows import Marks, numbered, row_tokens
 from flexrec.policy.packing import sharing
+from flexrec.policy.row_tokens import CandidateLists, Numbered, Prompts, RowTokens, numbered
 from flexrec.profiling import span
 from flexrec.rankings.reasoning import ReasoningRule, ReasoningTokens, eos_token_ids, reasoning_rule
-from flexrec.rankings.state import Candidates, RankingState, Spelling
+from flexrec.rankings.state import RankingState, Spelling
 
 _Output = tuple[torch.Tensor, torch.Tensor | None]  # weight (V, D) and bias (V,) of the output layer
 
@@ -42,10 +42,9 @@ class Rollout(NamedTuple):
 @torch.no_grad()
 def sample_rankings(
     model: Any,
-    prompts: Sequence[Sequence[int]],
-    candidates: Candidates,
+    prompts: Prompts,
+    candidates: CandidateLists,
     *,
-    marks: Marks | None = None,
     separator: Sequence[int] = (),
     end: Sequence[int] = (),
     num_generations: int = 1,
@@ -62,10 +61,8 @@ def sample_rankings(
 
     Args:
         model: a causal language model; it is used in evaluation mode.
-        prompts: P rows of token ids.
-        candidates: P lists of token-id sequences.
-        marks: token ids that describe each candidate further, whose output rows are added to that of its token
-            (:mod:`flexrec.policy.output_rows`); candidates are single tokens then, with no separator.
+        prompts: P rows of token ids, or of tuples of them, whose rows are summed (:mod:`flexrec.policy.row_tokens`).
+        candidates: P lists of token-id sequences; where they are tuples, each is a single one, with no separator.
         separator, end: token ids between two items and after the last.
         num_ranked: rank the first T only, or all where a list has fewer (default: all).
         temperature: of the sampling distribution; ``greedy`` takes the most probable token instead.
@@ -100,10 +97,10 @@ def sample_rankings(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
     sampling = _Sampling(temperature, top_p, greedy, generator)
+    batch = numbered(prompts, candidates, [*separator, *end])
     begun = _begun(
         model,
-        prompts,
-        candidates if marks is None else numbered(candidates)[0],
+        batch,
         Spelling(separator, end, num_ranked),
         temperature,
         num_generations,
@@ -111,12 +108,11 @@ def sample_rankings(
         reasoning_length=0 if rule is None else rule.max_length,
     )
     with begun as (state, decoder, output, hidden):
-        rows, tokens = _rows(output, candidates, marks, separator)
         reasoning = reasoning_logprobs = None
         if rule is not None:
             with span("decode"):
                 reasoning, reasoning_logprobs = _think(decoder, rule, hidden, output, sampling)
-        logprobs = _rank(decoder, state, hidden, rows, tokens, sampling)
+        logprobs = _rank(decoder, state, hidden, batch.output(*output), batch.table, sampling)
         return Rollout(state.rankings(), logprobs, reasoning, reasoning_logprobs)
 
 
@@ -164,11 +160,10 @@ def best_of(rollout: Rollout, num_generations: int, scores: ArrayLike | None = N
 @torch.no_grad()
 def search_rankings(
     model: Any,
-    prompts: Sequence[Sequence[int]],
-    candidates: Candidates,
+    prompts: Prompts,
+    candidates: CandidateLists,
     *,
     num_beams: int,
-    marks: Marks | None = None,
     separator: Sequence[int] = (),
     end: Sequence[int] = (),
     num_ranked: int | None = None,
@@ -207,11 +202,10 @@ def search_rankings(
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")
     spelling = Spelling(separator, end, num_ranked)
-    choices = candidates if marks is None else numbered(candidates)[0]
-    begun = _begun(model, prompts, choices, spelling, temperature, num_beams, pad_token_id, beams=True)
+    batch = numbered(prompts, candidates, [*separator, *end])
+    begun = _begun(model, batch, spelling, temperature, num_beams, pad_token_id, beams=True)
     with begun as (state, decoder, output, hidden):
-        rows, tokens = _rows(output, candidates, marks, separator)
-        totals, logprobs = _search(decoder, state, hidden, rows, tokens, temperature)
+        totals, logprobs = _search(decoder, state, hidden, batch.output(*output), batch.table, temperature)
         rankings, missing = state.rankings(), np.isneginf(totals)
         rankings[missing], logprobs[missing] = -1, -np.inf
         return Rollout(rankings, logprobs)
@@ -220,8 +214,7 @@ def search_rankings(
 @contextmanager
 def _begun(
     model: Any,
-    prompts: Sequence[Sequence[int]],
-    candidates: Candidates,
+    batch: Numbered,
     spelling: Spelling,
     temperature: float,
     num_generations: int,
@@ -237,6 +230,7 @@ def _begun(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}: use greedy=True for the mode")
+    prompts, candidates, table = batch
     if len(prompts) != len(candidates):
         raise ValueError(f"got {len(prompts)} prompts and {len(candidates)} lists of candidates")
     if any(len(prompt) == 0 for prompt in prompts):
@@ -263,7 +257,7 @@ def _begun(
             output = output_layer(model)
             decoder = SharedDecoder(model, output[0].device, num_generations, share, pad_token_id)
             with span("prefill"):
-                hidden = decoder.prefill(prompts)
+                hidden = decoder.prefill(prompts, table)
             yield state, decoder, output, hidden
     finally:
         model.train(training)
@@ -285,18 +279,6 @@ class _Sampling(NamedTuple):
             probs[:, 0] += probs.sum(dim=1) == 0  # where all is NaN, whichever: its log-prob tells of it
             column = torch.multinomial(probs, 1, generator=self.generator)
         return column, logprobs.gather(1, column)
-
-
-def _rows(
-    output: _Output, candidates: Candidates, marks: Marks | None, separator: Sequence[int]
-) -> tuple[_Output, np.ndarray | None]:
-    """What rankings are scored by: the layer, or with marks a row for each candidate, and the token of each row."""
-    if marks is None:
-        return output, None
-    if separator:
-        raise ValueError("marks describe candidates of a single token each, with nothing between two of them")
-    rows = row_tokens(candidates, marks, output[0].device)
-    return rows.summed(*output), numbered(candidates)[1]
 
 
 def _think(
@@ -340,7 +322,7 @@ def _rank(
     state: RankingState,
     hidden: torch.Tensor,
     output: _Output,
-    tokens_of: np.ndarray | None,
+    table: RowTokens | None,
     sampling: _Sampling,
 ) -> np.ndarray:
     """Sample the rankings into ``state``; returns their items' log-probs (N, T)."""
@@ -353,7 +335,7 @@ def _rank(
         runs = runs.keep(~done)
         if len(runs.tokens):
             with span("decode"):
-                decoder.extend(runs.spelled(tokens_of), hidden)
+                decoder.extend(runs, hidden, table)
         active = np.flatnonzero(~done)
         allowed = _padded(*state.allowed(), active)
         with span("decode"):
@@ -376,7 +358,7 @@ def _search(
     state: RankingState,
     hidden: torch.Tensor,
     output: _Output,
-    tokens_of: np.ndarray | None,
+    table: RowTokens | None,
     temperature: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Search into ``state``; returns log-probs (N,) of rankings, best first in each prompt, and (N, T) of items.
@@ -403,7 +385,7 @@ def _search(
         runs = runs.keep(~done)
         if len(runs.tokens):
             with span("decode"):
-                decoder.extend(runs.spelled(tokens_of), hidden)
+                decoder.extend(runs, hidden, table)
         # A beam that is an item ahead waits: two beams are compared when they have ranked as many.
         ranked = np.where(done, np.iinfo(np.int64).max, (state.rankings() >= 0).sum(axis=1)).reshape(-1, beams)
         choosing = ~done & (ranked == ranked.min(axis=1, keepdims=True)).reshape(-1)

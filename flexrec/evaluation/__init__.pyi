@@ -1,4 +1,5 @@
 from .baselines import BASELINES as BASELINES
+from .critic import critic_quality as critic_quality
 from .evaluate import Evaluation as Evaluation
 from .evaluate import rank_examples as rank_examples
 from .statistics import METRICS as METRICS

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from flexrec.decoding.sample import Rollout, sample_rankings
 from flexrec.evaluation.statistics import METRICS, rank_metrics
 from flexrec.policy.distributed import map_over_processes, process_index
-from flexrec.task.examples import Example, marks_of, prompts_and_candidates
+from flexrec.task.examples import Example, prompts_and_candidates
 from flexrec.task.prompts import PromptBuilder
 
 
@@ -43,7 +43,6 @@ def rank_examples(
         rollout = sample_rankings(
             model,
             *prompts_and_candidates(part),
-            marks=marks_of(part),
             separator=builder.separator,
             end=builder.end,
             num_ranked=num_ranked,

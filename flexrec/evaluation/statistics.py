@@ -305,6 +305,8 @@ def _table_cells(
     header = ["need", "ranker", *metrics, f"{headline} against {base}", f"{100 * level:g} % interval", "p"]
 
     def change(need: str, new: str, old: str) -> list[str]:
+        if headline in constant[need]:
+            return ["", "", ""]
         found = relative_change(
             results[new][need][headline],
             results[old][need][headline],

@@ -14,6 +14,7 @@ from flexrec.task.prompts import ENCODINGS
 from flexrec.trainer.options import TrainerOptions
 
 EMBEDDED = "embedded"
+CRITIC_MODELS = ("ensemble", "mf", "knn")
 MADE_IN_PYTHON = "python"  # a data set that is handed to run_experiment, with no name to load it by
 LISTWISE = "listwise"  # supervision alone, as long as the trained model took
 # Seconds on one core with the default data. als and bpr need the extra "baselines", and are left out without it.
@@ -46,7 +47,19 @@ class ExperimentConfig(TrainerOptions):
         "needs none",
         metavar="DIR",
     )
+    cold_items: float | None = option(
+        None,
+        "keep this share of the items from training, to see how new ones are ranked; default: none",
+        above=0,
+        high=0.9,
+        metavar="SHARE",
+    )
     data_options: Mapping[str, Any] = field(default_factory=dict)
+    noise: float | None = option(
+        None,
+        "mean variance of logged interest around the expected one; default: as known or estimated by the data set",
+        low=0,
+    )
     needs: tuple[str, ...] | None = option(
         None, "what users ask for; default: every need that the data can answer", flag="need", metavar="NAME"
     )
@@ -98,6 +111,10 @@ class ExperimentConfig(TrainerOptions):
         choices=("merged", "adapter"),
     )
     critic: bool | None = option(None, "fill in missing feedback by a critic; default: as the data set needs it")
+    critic_model: str = option("ensemble", "what the critic predicts by", choices=CRITIC_MODELS)
+    fuse_observed: bool = option(
+        True, "weigh observed feedback against the critic by precision, where its noise is known; else take it as it is"
+    )
     profile: bool = option(False, "show where the seconds of a step of reinforcement go; also in log.jsonl, by step")
     eval_every: int = option(0, "log test metrics every N steps; 0: never", low=0)
     save_every: int = option(0, "checkpoint every N steps; 0: never", low=0)

@@ -5,34 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flexrec.data.cold import new_items
 from flexrec.data.lists import RankingDataset
 from flexrec.experiment.config import EMBEDDED, ExperimentConfig
 from flexrec.experiment.run_folder import RunFolder
 from flexrec.policy.lora import ADAPTER_FILE, OF_A_RUN, add_lora, has_adapters
-from flexrec.policy.small_model import HIDDEN_SIZE, build_model, build_tokenizer, item_vectors, topic_vectors
+from flexrec.policy.small_model import HIDDEN_SIZE, build_model, build_tokenizer, item_vectors, starting_rows
+from flexrec.task.descriptions import describing_tokens, item_token
 from flexrec.task.needs import Need
-from flexrec.task.prompts import NOVELTY_MARKS, RISE_MARKS, PromptBuilder, add_item_tokens, item_token
+from flexrec.task.prompts import PromptBuilder, add_item_tokens
 
 
 def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Need]) -> tuple[Any, Any, PromptBuilder]:
     """Model, tokenizer and prompt builder: the embedded default, one from a hub or a folder, or a resumed run's."""
     encoding = config.encoding or ("item_token" if config.model == EMBEDDED else "index")
-    marked = config.model == EMBEDDED and encoding == "item_token"
+    described = config.model == EMBEDDED and encoding == "item_token"
+    # Where items are described, new ones are told by what they are, and have no row that was never trained.
+    known = np.flatnonzero(~new_items(dataset)) if described else np.arange(len(dataset.catalogue))
+    catalogue = dataset.catalogue.select(known)
     folder = RunFolder(config.output)
     if config.resume and folder.has_base():
         tokenizer: Any = AutoTokenizer.from_pretrained(folder.base, **OF_A_RUN)
         model: Any = folder.load_base(tokenizer, config.lora)
     elif config.model == EMBEDDED:
-        tokenizer = build_tokenizer(dataset.catalogue, [wording for need in needs for wording in need.wordings])
-        ids, size = dataset.catalogue.ids, HIDDEN_SIZE
-        vectors = item_vectors(dataset.log, len(ids), size, seed=config.seed)
-        if dataset.catalogue.topic_names:  # items are alike by who had them and by their topics, as much by either
-            topics = topic_vectors(dataset.catalogue, size, seed=config.seed)
-            vectors = vectors / vectors.square().mean().sqrt() + topics / topics.square().mean().sqrt()
-        model = build_model(tokenizer, hidden_size=size, item_ids=ids, vectors=vectors, seed=config.seed)
+        tokenizer = build_tokenizer(catalogue, [wording for need in needs for wording in need.wordings])
+        vectors = item_vectors(dataset.log, len(dataset.catalogue), HIDDEN_SIZE, seed=config.seed)[known]
+        rows = starting_rows(catalogue, vectors, seed=config.seed)
+        model = build_model(tokenizer, hidden_size=HIDDEN_SIZE, rows=rows, seed=config.seed)
     else:
         given = Path(config.model)
         if (given / ADAPTER_FILE).is_file():
@@ -50,10 +53,10 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
         except (OSError, ValueError) as error:
             raise ValueError(f"--model {config.model!r} cannot be loaded: {error}") from error
         if encoding == "item_token":
-            add_item_tokens(model, tokenizer, dataset.catalogue)
+            add_item_tokens(model, tokenizer, catalogue)
     if config.lora is not None and not has_adapters(model):
-        tokens = [item_token(item_id) for item_id in dataset.catalogue.ids] if encoding == "item_token" else []
-        tokens += [*RISE_MARKS, *NOVELTY_MARKS] if marked else []
+        tokens = [item_token(item_id) for item_id in catalogue.ids] if encoding == "item_token" else []
+        tokens = describing_tokens(catalogue) if described else tokens
         model = add_lora(
             model,
             config.lora,
@@ -67,7 +70,7 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
         tokenizer,
         encoding=encoding,
         show_titles=config.model != EMBEDDED or encoding != "item_token",
-        show_rising=not marked and any(need.name == "trend" for need in needs),  # which marks say better
-        marked=marked,
+        show_rising=not described and any(need.name == "trend" for need in needs),  # which marks say better
+        described=described,
     )
     return model, tokenizer, builder

@@ -35,6 +35,8 @@ class Results:
     users: np.ndarray  # (L,) user of each test list
     per_list: dict[str, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)  # system, need, metric: (L,)
     seconds: dict[str, float] = field(default_factory=dict)
+    new_items: Results | None = None  # of the lists of new items alone, where there are enough
+    critic: dict[str, float] = field(default_factory=dict)  # how good it is (``evaluation.critic``), where there is one
 
     @property
     def start(self) -> str:
@@ -52,14 +54,15 @@ class Results:
         values = self.per_list
         return relative_change(values[new][need][metric], values[base][need][metric], clusters=self.users)
 
-    def table(self) -> Table:
+    def table(self, title: str | None = None) -> Table:
         """Rankers by need, their means and changes against the base, and what reinforcement changed, for a terminal."""
         users = len(set(self.users.tolist()))
+        of_all = f"{len(self.users)} lists of {users} test users never trained on; changes in ndcg@5 against the base"
         return comparison_table(
             self.per_list,
             clusters=self.users,
             pairs={REINFORCEMENT: (TRAINED, self.start)},
-            title=f"{len(self.users)} lists of {users} test users never trained on; changes in ndcg@5 against the base",
+            title=title or of_all,
             caption=self._how_to_read(),
         )
 
@@ -79,7 +82,7 @@ class Results:
         """Means, changes and seconds as metrics.json states them."""
         stages = [name for name in (BASE, WARM_START) if name in self.per_list]
         baselines = [name for name in self.per_list if name not in (*stages, TRAINED)]
-        needs = self.per_list[BASE]
+        needs, new = self.per_list[BASE], self.new_items
         return {
             **{name: self.means(name) for name in (*stages, TRAINED)},
             "baselines": {name: self.means(name) for name in baselines},
@@ -95,6 +98,8 @@ class Results:
                 }
                 for need in needs
             },
+            **({"critic": self.critic} if self.critic else {}),
+            **({} if new is None else {"new items": {name: new.means(name) for name in new.per_list}}),
             "seconds": {name: round(seconds, 2) for name, seconds in self.seconds.items()},
         }
 

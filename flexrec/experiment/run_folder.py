@@ -4,7 +4,7 @@
     data.json         what its data set is called, holds and is known by, and what its loader said
     flexrec.json      how the model is to be prompted and what it was trained on (:class:`RunInfo`)
     catalogue.json    titles and topics of the items, and how strongly they rise at the end of the log
-    histories.json    the last items of every logged user
+    histories.json    the last items of every logged user         critic.npz      the critic, where there is one
     metrics.json      means, changes, configuration, seconds          per_list.npz   every metric of every test list
     warm_start.npz    the same of the warm start, for a run that is resumed after it
     log.jsonl         a line per step                                 checkpoints/   of reinforcement, by step
@@ -38,6 +38,7 @@ from flexrec.data.options import all_data_options
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.results import WARM_START, Results
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, OF_A_RUN, has_adapters, load_model, save_adapters
+from flexrec.task.critic import Critic
 from flexrec.task.needs import needs_of
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.callbacks import to_json
@@ -67,7 +68,7 @@ class RunInfo:
     data: str | None
     needs: list[str]
     seed: int
-    marked: bool = False
+    described: bool = False
     data_options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -84,7 +85,7 @@ class RunInfo:
             data_options=config.data_options,
             needs=[need.name for need in needs_of(dataset, config.needs)],
             seed=config.seed,
-            marked=builder.marked,
+            described=builder.described,
         )
 
     @classmethod
@@ -304,7 +305,7 @@ class RunFolder:
         histories: dict[str, list[dict[str, Any]]] = {}
         for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
             name = str(user) if dataset.user_ids is None else dataset.user_ids[user]
-            histories.setdefault(name, []).append({"id": catalogue.ids[item], "liked": interest >= 0.5})
+            histories.setdefault(name, []).append({"id": catalogue.ids[item], "interest": interest})
         latest = {user: events[-info.max_history :] for user, events in histories.items()}
         _write_json(self.path / "histories.json", latest)
         _save_model(self.path, model, tokenizer, info)
@@ -328,16 +329,23 @@ class RunFolder:
             encoding=info.encoding,
             show_titles=info.show_titles,
             show_rising=info.show_rising,
-            marked=info.marked,
+            described=info.described,
         )
         return info, model, builder
+
+    def save_critic(self, critic: Critic) -> None:
+        critic.save(self.path)
+
+    def load_critic(self) -> Critic:
+        """The run's critic; a FileNotFoundError where it has none."""
+        return Critic.load(self.path, self.read_catalogue()[0])
 
     def read_catalogue(self) -> tuple[Catalogue, dict[str, float]]:
         """The items, and the trend of what rises, by id."""
         path = self.path / "catalogue.json"
         saved = read_json(path)
         try:
-            topics = saved.get("topics", [[] for _ in saved["ids"]])  # which were not written while nothing was marked
+            topics = saved.get("topics", [[] for _ in saved["ids"]])  # which runs of older versions lack
             catalogue = Catalogue(tuple(saved["ids"]), tuple(saved["titles"]), tuple(map(tuple, topics)))
             trend = {str(item): float(rise) for item, rise in saved["trend"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -345,29 +353,38 @@ class RunFolder:
         return catalogue, trend
 
     def read_histories(self) -> dict[str, list[dict[str, Any]]]:
-        """The last items of every logged user, ``{"id", "liked"}`` each, oldest first."""
+        """The last items of every logged user, ``{"id", "interest"}`` each, oldest first."""
         return read_json(self.path / "histories.json")
 
     def write_results(self, config: Mapping[str, Any], results: Results) -> None:
         """Write metrics.json (means, changes, configuration, seconds) and per_list.npz (every value, for paired
         tests)."""
-        np.savez_compressed(self.path / "per_list.npz", users=results.users, **_arrays(results, results.per_list))
+        arrays = _arrays(results, results.per_list)
+        new = results.new_items
+        if new is not None:
+            arrays |= {f"new items/{name}": values for name, values in _arrays(new, new.per_list).items()}
+            arrays["new items/users"] = new.users
+        np.savez_compressed(self.path / "per_list.npz", users=results.users, **arrays)
         _write_json(self.path / "metrics.json", {**results.to_json(), "config": config}, indent=2)
 
     def save_warm_start(self, results: Results) -> None:
         """Write what the warm start is worth, which nobody can measure any more once it is trained on."""
-        np.savez_compressed(self.path / "warm_start.npz", **_arrays(results, [WARM_START]))
+        arrays = _arrays(results, [WARM_START])
+        if results.new_items is not None:
+            arrays |= {f"new items/{k}": values for k, values in _arrays(results.new_items, [WARM_START]).items()}
+        np.savez_compressed(self.path / "warm_start.npz", **arrays)
 
     def load_warm_start(self, results: Results) -> None:
         """Read it into ``results``, where it was written."""
         path = self.path / "warm_start.npz"
         if not path.is_file():
             return
-        of_needs = results.per_list.setdefault(WARM_START, {})
         with np.load(path) as saved:
             for name in saved.files:
-                _, need, metric = name.split("/")
-                of_needs.setdefault(need, {})[metric] = saved[name]
+                *part, system, need, metric = name.split("/")
+                of = results.new_items if part else results
+                if of is not None:
+                    of.per_list.setdefault(system, {}).setdefault(need, {})[metric] = saved[name]
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

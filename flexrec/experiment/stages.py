@@ -17,6 +17,7 @@ import numpy as np
 from accelerate import PartialState
 from transformers import set_seed
 
+from flexrec.data.cold import hold_out_items, lists_of_new_items, new_items
 from flexrec.data.esci import load_esci
 from flexrec.data.interactions import load_interactions
 from flexrec.data.kuairec import load_kuairec
@@ -25,6 +26,7 @@ from flexrec.data.movielens import load_movielens
 from flexrec.data.options import all_data_options
 from flexrec.data.simulator import simulate
 from flexrec.evaluation.baselines import BASELINES, Baseline, order_for
+from flexrec.evaluation.critic import critic_quality
 from flexrec.evaluation.evaluate import Evaluation
 from flexrec.evaluation.statistics import bootstrap_interval
 from flexrec.experiment.config import EMBEDDED, LISTWISE, MADE_IN_PYTHON, ExperimentConfig
@@ -39,6 +41,8 @@ from flexrec.task.critic import Critic
 from flexrec.task.examples import RankingTask, TrainingExamples, answerable
 from flexrec.task.needs import get_need, needs_of
 from flexrec.trainer.callbacks import Clock, StepLog
+
+MIN_NEW_LISTS = 20  # of new items alone: figures of fewer say nothing
 
 
 def load_dataset(
@@ -110,6 +114,10 @@ def _run_in(
     if dataset is None:
         say(f"Loading the {config.dataset} data ..")
         dataset = load_dataset(config.dataset, config.data, config.seed, config.data_options)
+    if config.noise is not None:
+        dataset = replace(dataset, noise=config.noise)
+    if config.cold_items is not None:
+        dataset = hold_out_items(dataset, config.cold_items, seed=config.seed)
     needs = needs_of(dataset, config.needs)
     given = dataset
     on_main_process(lambda: folder.check_data(given))
@@ -134,16 +142,26 @@ def _run_in(
             critic = Critic.fit(
                 dataset.log,
                 dataset.catalogue,
+                model=config.critic_model,
                 lists=dataset.train if dataset.unobserved == "critic" else (),
                 noise=dataset.noise,
+                fuse=config.fuse_observed,
                 seed=config.seed,
                 progress=process_index() == 0,
             )
     task = RankingTask(dataset.catalogue, needs, builder, critic)
     examples = TrainingExamples(task, dataset.train, resample=dataset.resample, seed=config.seed)
-    tests = {need.name: [task.test_example(lst, need) for lst in dataset.test] for need in needs}
-    results = Results(np.array([lst.user for lst in dataset.test]), seconds=clock.seconds)
-    evaluate = Evaluation(tests, builder, config.num_ranked)
+    measured = [_Measured(task, dataset.test, config.num_ranked)]
+    results, evaluate = measured[0].results, measured[0].evaluate
+    results.seconds = clock.seconds
+    new = lists_of_new_items(dataset.test, new_items(dataset))
+    if len(new) >= MIN_NEW_LISTS:
+        measured.append(_Measured(task, new, config.num_ranked))
+        results.new_items = measured[1].results
+
+    def measure(model: Any, name: str) -> None:
+        for one in measured:
+            one.results.per_list[name] = one.evaluate(model, name)
 
     # From here on the folder is written to; mistakes that can be seen before have left no trace.
     on_main_process(lambda: folder.write_config(config, given))
@@ -166,12 +184,12 @@ def _run_in(
             model.active_peft_config.base_model_name_or_path = str(folder.backbone.absolute())
         training.format(model)
         on_main_process(lambda: folder.save_base(model, tokenizer, info))
-    results.per_list[BASE] = evaluate(model, BASE)
+    measure(model, BASE)
     if not resumed:
         training.finished(FORMAT, results.per_list[BASE])
     if config.warmup == "listwise" and checkpoint is None:
         training.warm_up(model)
-        results.per_list[WARM_START] = evaluate(model, WARM_START)
+        measure(model, WARM_START)
         training.finished(WARM_UP, results.per_list[WARM_START])
         on_main_process(lambda: folder.save_warm_start(results))
     elif config.warmup == "listwise":
@@ -184,9 +202,11 @@ def _run_in(
         say(profile.table())
     if config.lora is not None and config.lora_save == "merged":
         model = model.merge_and_unload()  # before the evaluation, which is of what is saved
-    results.per_list[TRAINED] = evaluate(model, TRAINED)
+    measure(model, TRAINED)
     training.finished(REINFORCEMENT, results.per_list[TRAINED])
     on_main_process(lambda: folder.save(model, tokenizer, info, dataset))
+    if critic is not None:
+        on_main_process(lambda: folder.save_critic(critic))
 
     if policies := [name for name in chosen if name == LISTWISE or name in others]:
         del model  # there is room for one
@@ -197,19 +217,36 @@ def _run_in(
         else:
             start = folder.load_start(tokenizer, config.lora)
             training.reinforce_instead(start, name)
-        results.per_list[name] = evaluate(start, name)
+        measure(start, name)
         training.finished(name, results.per_list[name])
         del start
     for name in (name for name in BASELINES if name in chosen):
         with clock.stage(name):
             baseline = BASELINES[name](dataset)
-            results.per_list[name] = evaluate.of_rankings(baseline_rankings(baseline, task, dataset.test))
+            for one in measured:
+                one.rank(name, baseline_rankings(baseline, task, one.lists))
     if critic is not None:
-        results.per_list[CRITIC] = evaluate.of_rankings(critic_rankings(critic, task, dataset.test))
+        results.critic = critic_quality(critic, dataset.test)
+        for one in measured:
+            one.rank(CRITIC, critic_rankings(critic, task, one.lists))
     clock.seconds["total"] = clock.elapsed()
     stated = {**asdict(config), "needs": tuple(need.name for need in needs)}
     on_main_process(lambda: folder.write_results(stated, results))
     return results
+
+
+class _Measured:
+    """What rankers are worth on some test lists, under every need of a task."""
+
+    def __init__(self, task: RankingTask, lists: Sequence[RankingList], num_ranked: int | None) -> None:
+        self.lists = lists
+        self.results = Results(np.array([lst.user for lst in lists]))
+        tests = {need.name: [task.test_example(lst, need) for lst in lists] for need in task.needs}
+        self.evaluate = Evaluation(tests, task.builder, num_ranked)
+
+    def rank(self, name: str, rankings: Mapping[str, Sequence[np.ndarray]]) -> None:
+        """Measure rankings of the lists, by need, as those of a ranker."""
+        self.results.per_list[name] = self.evaluate.of_rankings(rankings)
 
 
 def baseline_rankings(
@@ -242,6 +279,8 @@ def evaluate_run(
 
     Arguments that are None are those that the run was trained with; so are options of its data that are not given.
     Metrics that any order of the candidates would get are left out; low and high are NaN where there is one user only.
+    Items that the run was not trained with are ranked by what describes them; where enough test lists have several,
+    "NEED, new items" is how well among each other.
 
     Args:
         dataset: the name of one, or one that was made in Python.
@@ -258,19 +297,21 @@ def evaluate_run(
         )
     loaded = answerable(loaded, builder, trained_with.num_ranked)
     task = RankingTask(loaded.catalogue, needs_of(loaded, needs or trained_with.needs), builder)
-    tests = {need.name: [task.test_example(lst, need) for lst in loaded.test] for need in task.needs}
-    evaluation = Evaluation(tests, builder, trained_with.num_ranked)
-    values = evaluation(model, str(folder))
-    users = np.array([lst.user for lst in loaded.test])
+    is_new = np.array([not builder.knows(item_id) for item_id in loaded.catalogue.ids])
+    new = lists_of_new_items(loaded.test, is_new)
+    scores = {}
+    for suffix, lists in (("", loaded.test), (", new items", new if len(new) >= MIN_NEW_LISTS else [])):
+        if lists:
+            one = _Measured(task, lists, trained_with.num_ranked)
+            for need, metrics in one.evaluate(model, str(folder)).items():
+                told = {name: v for name, v in metrics.items() if one.evaluate.telling(need, name)}
+                scores[need + suffix] = {name: _summary(v, one.results.users) for name, v in told.items()}
+    return scores
 
-    def summary(of_lists: np.ndarray) -> dict[str, float]:
-        low, high = bootstrap_interval(of_lists, clusters=users)
-        return {"mean": float(of_lists.mean()), "low": low, "high": high}
 
-    return {
-        need: {metric: summary(v) for metric, v in metrics.items() if evaluation.telling(need, metric)}
-        for need, metrics in values.items()
-    }
+def _summary(values: np.ndarray, users: np.ndarray) -> dict[str, float]:
+    low, high = bootstrap_interval(values, clusters=users)
+    return {"mean": float(values.mean()), "low": low, "high": high}
 
 
 def _say_nothing(text: str) -> None:

@@ -200,7 +200,7 @@ def _flat_entries(x: Entries) -> Entries:
 @njit(cache=True, nogil=True)
 def _logits_in_rank_order(x: Operands, position: Array, temperature: float, logits: Array) -> Sets:
     """Fill ``logits`` (N, T, K); which of them are the steps' entries."""
-    order, lengths, sets = _in_rank_order(position, x.index, x.hidden.shape[1])
+    order, lengths, sets = _in_rank_order(position, x.row_of, x.hidden.shape[1])
     triangle_logits(x.hidden, x.rows, order, lengths, x.bias, temperature, logits)
     return sets
 
@@ -227,7 +227,7 @@ def _backward(
 ) -> None:
     """Gradients of hidden states (N, T, D), of the candidates' rows (P, K, D) and bias (P, K); no rows where their D
     is 0, nothing of what has size 0."""
-    order, _, sets = _in_rank_order(position, x.index, x.hidden.shape[1])
+    order, _, sets = _in_rank_order(position, x.row_of, x.hidden.shape[1])
     dlogits = np.empty_like(entries.logits)
     flat = dlogits.reshape(-1)
     softmax_gradient(sets, _flat_entries(entries), _flat(results), _flat(upstream), temperature, parts, flat)

@@ -220,9 +220,9 @@ def restricted_logprobs_forward(
     entries = Entries(logits, array_of(values, dtype, 2), ref_logits)
     operands, target_ids = operands_of(hidden, weight, bias, ids, dtype), array_of(targets, torch.int64, 1)
     _forward(ids.numpy(), bounds, target_ids, operands, temperature, parts, row, entries, out)
-    logprobs, entropy, expectations, kl, norm, logits, row = (torch.from_numpy(x) for x in (*out, logits, row))
+    logprobs, entropy, expectations, kl, norm, *kept = (torch.from_numpy(x) for x in (*out, logits, row))
     results = logprobs, entropy, expectations, kl if has_reference else None
-    return *results, norm, logits, row, None if made is None else torch.from_numpy(made)
+    return *results, norm, *kept, None if made is None else torch.from_numpy(made)
 
 
 def set_softmax_backward(

@@ -126,7 +126,7 @@ class Operands(NamedTuple):
     hidden: Array  # (M, D), of rankings (N, T, D)
     rows: Array  # (R, D)
     bias: Array  # (R,) or (0,)
-    index: Array  # which row is each token's: (nnz,), of rankings (P, K)
+    row_of: Array  # which row is each token's: (nnz,), of rankings (P, K)
 
 
 def operands_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, dtype: torch.dtype) -> Operands:

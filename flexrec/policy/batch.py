@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flexrec.policy.output_rows import Marks, RowTokens, row_tokens
 from flexrec.policy.packing import TokenRows, pack_rankings
+from flexrec.policy.row_tokens import CandidateLists, Prompts, numbered
 from flexrec.rankings.reasoning import ReasoningTokens
 from flexrec.rankings.state import Candidates, EncodedRankings, encode_rankings
 
@@ -25,10 +25,9 @@ class RankingBatch:
     rankings: torch.Tensor  # (N, T) int64, index into the row's candidates, -1 beyond a row's own
     lengths: torch.Tensor  # (N,) int64, number of candidates
     encoded: EncodedRankings  # without what was allowed where there are candidate_ids, which say it
-    candidate_ids: torch.Tensor | None  # (P, K) int64 token ids, where every candidate is a single token
+    candidate_ids: torch.Tensor | None  # (P, K) int64 tokens or numbers of sums, where every candidate is a single one
     num_generations: int
     reasoning: ReasoningTokens | None = None
-    row_tokens: RowTokens | None = None  # what each candidate's output row is the sum of, where it has marks
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -45,11 +44,10 @@ class RankingBatch:
 
 
 def make_batch(
-    prompts: Sequence[Sequence[int]],
-    candidates: Candidates,
+    prompts: Prompts,
+    candidates: CandidateLists,
     rankings: np.ndarray,
     *,
-    marks: Marks | None = None,
     separator: Sequence[int] = (),
     end: Sequence[int] = (),
     num_generations: int = 1,
@@ -63,11 +61,12 @@ def make_batch(
 
     With ``rankings_per_row`` > 1 the rankings of a prompt share it: see :mod:`flexrec.policy.packing`. ``reasoning``,
     that of a rollout, stands between a prompt and its ranking, and :func:`reasoning_logprobs` scores it. With
-    ``by_token`` candidates of a single token are treated as those of several are. ``marks`` describe such candidates
-    further (:mod:`flexrec.policy.output_rows`).
+    ``by_token`` candidates of a single token are treated as those of several are. Tokens may be sums
+    (:mod:`flexrec.policy.row_tokens`).
     """
-    if marks is not None and (by_token or separator):
-        raise ValueError("marks describe candidates of a single token each, with nothing between two of them")
+    prompts, candidates, table = numbered(prompts, candidates, [*separator, *end])
+    if table is not None and by_token:
+        raise ValueError("candidates that are sums of tokens are scored as wholes: leave by_token out")
     candidate_ids = None if by_token else _single_tokens(candidates, separator, device)
     encoded = encode_rankings(
         candidates,
@@ -82,12 +81,18 @@ def make_batch(
     if reasoning is not None:
         if len(reasoning.tokens) != len(answers):
             raise ValueError(f"reasoning must have one row per ranking, {len(answers)}, got {len(reasoning.tokens)}")
-        answers = [np.concatenate(pair) for pair in zip(reasoning.tokens, answers, strict=True)]
+        said: Sequence[np.ndarray] = reasoning.tokens
+        if table is not None:
+            tokens_said, size = np.unique(np.concatenate(said)), len(table)
+            table = table.and_tokens(tokens_said)
+            said = [size + np.searchsorted(tokens_said, row) for row in said]
+        answers = [np.concatenate(pair) for pair in zip(said, answers, strict=True)]
     tokens = pack_rankings(
         prompts,
         answers,
         num_generations=num_generations,
         per_row=rankings_per_row,
+        table=table,
         pad_token_id=pad_token_id,
         device=device,
     )
@@ -100,7 +105,6 @@ def make_batch(
         candidate_ids=candidate_ids,
         num_generations=num_generations,
         reasoning=reasoning,
-        row_tokens=None if marks is None else row_tokens(candidates, marks, device),
     )
 
 

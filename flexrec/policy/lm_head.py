@@ -14,16 +14,18 @@ from torch import Tensor
 from flexrec.policy.distributed import gather_layer
 from flexrec.policy.lora import causal_lm
 from flexrec.policy.packing import TokenRows, attention_mask
+from flexrec.policy.row_tokens import RowTokens, summed_inputs
 from flexrec.profiling import span
 
 
-def last_hidden(model: Any, **inputs: Any) -> Tensor:
+def last_hidden(model: Any, *, table: RowTokens | None = None, **inputs: Any) -> Tensor:
     """(B, L, D) states that enter the output layer, which itself computes nothing.
 
     The call goes through ``model`` as a whole, so that who has laid a hand on it sees its forward pass: DDP, FSDP,
     DeepSpeed, the mixed precision of accelerate. Of its layers the last one's states alone are kept.
 
     Args:
+        table: what the "input_ids" number, where they are not tokens themselves.
         inputs: of the model's forward pass, "input_ids" (B, L) among them.
     """
     inner = causal_lm(model)
@@ -39,7 +41,8 @@ def last_hidden(model: Any, **inputs: Any) -> Tensor:
     hooks = inner.base_model.register_forward_hook(keep), inner.register_forward_hook(put_out, prepend=True)
     try:
         none = torch.empty(0, dtype=torch.int64, device=inputs["input_ids"].device)
-        return model(**inputs, logits_to_keep=none).hidden_states[-1]
+        with summed_inputs(inner.get_input_embeddings(), table):
+            return model(**inputs, logits_to_keep=none).hidden_states[-1]
     finally:
         for hook in hooks:
             hook.remove()
@@ -51,7 +54,9 @@ def hidden_of_rows(model: Any, rows: TokenRows) -> Tensor:
     mask = attention_mask(rows, config._attn_implementation, next(model.parameters()).dtype)
     positions = {"position_ids": rows.position_ids} if rows.shared else {}
     with span("forward"):
-        return last_hidden(model, input_ids=rows.input_ids, attention_mask=mask, use_cache=False, **positions)
+        return last_hidden(
+            model, table=rows.table, input_ids=rows.input_ids, attention_mask=mask, use_cache=False, **positions
+        )
 
 
 def output_layer(model: Any) -> tuple[Tensor, Tensor | None]:

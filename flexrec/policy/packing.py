@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexrec.policy.row_tokens import CandidateLists, Prompts, RowTokens
+
 PACKING_ATTENTION = ("sdpa", "eager", "flex_attention")  # implementations that take a mask of one's own
 
 
@@ -30,6 +32,7 @@ class TokenRows:
 
     Attributes:
         input_ids, position_ids: (B, L) int64.
+        table: what the input_ids number; None where they are tokens.
         part_of: (B, L) int64, which part of the row a token belongs to, one prompt and its rankings; -1 at padding.
         ranking_of: (B, L) int64, which ranking; -1 in prompts and at padding.
         row, prompt_start, prompt_length, answer_start: (N,) int64, where each ranking lies.
@@ -45,6 +48,12 @@ class TokenRows:
     prompt_length: np.ndarray
     answer_start: np.ndarray
     shared: bool
+    table: RowTokens | None = None
+
+    def tokens(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """(M,) the tokens at ``rows`` and ``columns`` (M,), of those that are sums the first."""
+        ids = self.input_ids[rows, columns]
+        return ids if self.table is None else torch.from_numpy(self.table.first).to(ids.device)[ids]
 
     def prompt_columns(self, rankings: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Columns of the prompt's tokens at ``positions``, in the rows of ``rankings``."""
@@ -68,8 +77,8 @@ def rankings_per_row(prompt_length: int, answer_length: int, num_generations: in
 
 def sharing(
     model: Any,
-    prompts: Sequence[Sequence[int]],
-    candidates: Sequence[Sequence[Sequence[int]]],
+    prompts: Prompts,
+    candidates: CandidateLists,
     *,
     separator: Sequence[int] = (),
     num_ranked: int | None = None,
@@ -103,10 +112,13 @@ def pack_rankings(
     *,
     num_generations: int = 1,
     per_row: int = 1,
+    table: RowTokens | None = None,
     pad_token_id: int = 0,
     device: torch.device | str = "cpu",
 ) -> TokenRows:
     """Lay out N = P * num_generations answers (token ids, any length) behind their P prompts.
+
+    Where ``table`` is given, prompts and answers hold numbers of its rows.
 
     With ``per_row`` = 1 every ranking has a row of its own. With more, up to ``per_row`` rankings of a prompt share a
     row, and short rows are put behind one another where they fit the longest, so that little is padding.
@@ -157,6 +169,7 @@ def pack_rankings(
         prompt_length=prompt_length,
         answer_start=answer_start,
         shared=len(rows) < len(answers),
+        table=table,
     )
 
 

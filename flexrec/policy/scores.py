@@ -211,12 +211,13 @@ class OutputRows(NamedTuple):
 
 
 def output_rows(states: RankingStates, batch: RankingBatch) -> OutputRows:
-    """The vocabulary's rows, or, where the batch has marks, a row for each candidate of each list."""
+    """The vocabulary's rows, or, where candidates are sums, a row for each candidate of each list."""
     assert batch.candidate_ids is not None
-    if batch.row_tokens is None:
+    table = batch.tokens.table
+    if table is None:
         return OutputRows(states.weight, states.bias, batch.candidate_ids)
-    numbers = torch.arange(batch.candidate_ids.numel(), device=batch.candidate_ids.device)
-    return OutputRows(*batch.row_tokens.summed(states.weight, states.bias), numbers.view_as(batch.candidate_ids))
+    of_candidates = table.take(np.arange(batch.candidate_ids.numel()))
+    return OutputRows(*of_candidates.summed(states.weight, states.bias), batch.candidate_ids)
 
 
 def _reference_arguments(reference: RankingStates, rows: OutputRows | RankingStates) -> dict[str, Any]:

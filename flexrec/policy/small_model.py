@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flexrec.data.lists import Catalogue, Interactions
-from flexrec.task.prompts import CANDIDATES, LIKED, NOVELTY_MARKS, RANKING, RISE_MARKS, RISING, SEEN, item_token
+from flexrec.task.descriptions import describing_tokens, item_token, shared_words, topic_token, word_token
+from flexrec.task.prompts import CANDIDATES, LIKED, RANKING, RISING, SEEN
 
 HIDDEN_SIZE = 128
 
 
 def build_tokenizer(catalogue: Catalogue, texts: Iterable[str], *, vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the titles, the topics and ``texts``, plus one token per item."""
+    """A byte-level BPE tokenizer trained on the titles, the topics and ``texts``, plus one token per item, and those by
+    which items are described (:mod:`flexrec.task.descriptions`)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,8 +37,7 @@ def build_tokenizer(catalogue: Catalogue, texts: Iterable[str], *, vocab_size: i
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
     )
     fast.add_tokens([LIKED, SEEN, RISING, CANDIDATES, RANKING])  # what stands in every prompt: one token each
-    fast.add_tokens([*RISE_MARKS, *NOVELTY_MARKS], special_tokens=True)
-    fast.add_tokens([item_token(item_id) for item_id in catalogue.ids], special_tokens=True)
+    fast.add_tokens(describing_tokens(catalogue), special_tokens=True)
     return fast
 
 
@@ -62,25 +63,35 @@ def item_vectors(log: Interactions, num_items: int, size: int, *, seed: int = 0)
     return vectors @ rotation
 
 
-def topic_vectors(catalogue: Catalogue, size: int, *, seed: int = 0) -> torch.Tensor:
-    """(items, size) float32: where items stand to each other by their topics, each topic a direction of its own.
+def starting_rows(catalogue: Catalogue, vectors: torch.Tensor, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """(size,) float32 by token, what the rows of the tokens that describe a catalogue's items start from.
 
-    An item of n topics is the sum of their directions, divided by the root of n. Of more topics than ``size`` the
-    directions are random instead of orthogonal.
+    An item's own row is its vector. Each topic is a direction of its own, random instead of orthogonal where there are
+    more than ``size``. Over the items, a row has a mean square of 1, of which topics make a half. Words of titles start
+    at 0.
+
+    Args:
+        vectors: (items, size), from :func:`item_vectors`.
     """
+    size = vectors.shape[1]
+    rows = {word_token(word): torch.zeros(size) for word in shared_words(catalogue)}
     topics = torch.from_numpy(catalogue.topic_matrix)
-    shares = topics / topics.sum(1, keepdim=True).clamp(min=1.0).sqrt()
-    directions = torch.randn(size, shares.shape[1], generator=torch.Generator().manual_seed(seed))
-    if shares.shape[1] <= size:
+    directions = torch.randn(size, topics.shape[1], generator=torch.Generator().manual_seed(seed))
+    if topics.shape[1] <= size:
         directions, _ = torch.linalg.qr(directions)
-    return shares @ directions.T
+    parts = [vectors] + [topics @ directions.T] * bool(catalogue.topic_names)
+    scales = [(len(parts) * part.square().mean().clamp(min=1e-12)).rsqrt() for part in parts]
+    rows |= {item_token(item_id): row * scales[0] for item_id, row in zip(catalogue.ids, vectors, strict=True)}
+    if catalogue.topic_names:
+        pairs = zip(catalogue.topic_names, directions.T, strict=True)
+        rows |= {topic_token(topic): direction * scales[1] for topic, direction in pairs}
+    return rows
 
 
 def build_model(
     tokenizer: Any,
     *,
-    item_ids: Sequence[str] = (),
-    vectors: torch.Tensor | None = None,
+    rows: Mapping[str, torch.Tensor] | None = None,
     hidden_size: int = HIDDEN_SIZE,
     num_layers: int = 2,
     num_heads: int = 4,
@@ -90,8 +101,8 @@ def build_model(
     """A freshly initialised Llama-type model for ``tokenizer``; input and output embeddings are tied.
 
     Args:
-        item_ids, vectors: the embeddings of these items' tokens start from ``vectors`` (items, hidden_size), scaled to
-            the spread of the others, plus a quarter of the noise those have.
+        rows: (hidden_size,) by token, what some tokens' embeddings start from, in units of the spread of the others,
+            plus a quarter of the noise those have.
     """
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 8) * 8,
@@ -109,10 +120,9 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    if vectors is not None:
-        tokens = tokenizer.convert_tokens_to_ids([item_token(item_id) for item_id in item_ids])
+    if rows:
+        tokens = tokenizer.convert_tokens_to_ids(list(rows))
         with torch.no_grad():
             weight = model.get_input_embeddings().weight
-            spread = config.initializer_range / vectors.square().mean().sqrt()
-            weight[tokens] = vectors * spread + weight[tokens] / 4
+            weight[tokens] = torch.stack(list(rows.values())) * config.initializer_range + weight[tokens] / 4
     return model

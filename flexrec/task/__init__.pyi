@@ -1,11 +1,11 @@
 from .critic import Critic as Critic
+from .descriptions import Item as Item
+from .descriptions import item_token as item_token
 from .examples import Example as Example
 from .examples import RankingTask as RankingTask
 from .examples import TrainingExamples as TrainingExamples
 from .needs import NEEDS as NEEDS
 from .needs import Need as Need
 from .needs import get_need as get_need
-from .prompts import Item as Item
 from .prompts import PromptBuilder as PromptBuilder
 from .prompts import add_item_tokens as add_item_tokens
-from .prompts import item_token as item_token

@@ -1,136 +1,64 @@
 """The critic: how interested a user would be in an item, and how sure that is, where no feedback was collected.
 
-A deep ensemble of small heteroscedastic networks (Lakshminarayanan et al. 2017, arXiv 1612.01474) is fitted on the log.
-Each member predicts mean m_e and noise variance s_e^2 of a pair's feedback; the ensemble's prediction is
-
-    mean = avg_e m_e,        variance = avg_e s_e^2 + var_e m_e,
-
-what the feedback scatters by plus what the members disagree on. A user is known to the networks by interactions alone,
-never by number, so a user who came after the fit is served like any other.
-
-Where there are lists of training users, two things are learnt from them: to read a history of which no interest is
-known, which is all there is of a user who came after the fit, and by how much the means are wrong where feedback was
-not chosen by the user (:mod:`flexrec.task.calibration`).
+A model (:data:`MODELS`) is fitted on the log and predicts a pair's feedback, mean and variance. A user is known to it
+by interactions alone, never by number, so a user who came after the fit is served like any other. The critic adds what
+feedback says of that model (:mod:`flexrec.task.calibration`): where there are lists of training users, by how much its
+means are wrong because feedback in the log was chosen by the user, and in any case how much of its variance is
+ignorance of the expected interest, which is what counts, and how much the noise of an observation, which is not.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
-import torch
-from rich.progress import track
-from torch import nn
 
+from flexrec.checks import check_choice
 from flexrec.data.lists import Catalogue, Interactions, RankingList
-from flexrec.task.calibration import UNCHANGED, calibrated, fit_calibration
+from flexrec.task.beta import beta_quantiles
+from flexrec.task.calibration import (
+    UNCHANGED,
+    Calibration,
+    calibrated,
+    fit_calibration,
+    fit_shares,
+    noise_share,
+    shares,
+)
+from flexrec.task.critic_ensemble import Ensemble
+from flexrec.task.critic_linear import Factorization, Neighbours
+from flexrec.task.critic_pairs import (
+    CriticModel,
+    Evidence,
+    check_log,
+    leave_out_pairs,
+    merged,
+    num_known,
+    pairs_of_lists,
+    watched_pairs,
+    with_nothing_known,
+)
 from flexrec.task.needs import novelty
 
-_EMBEDDING = 16
-_HIDDEN = 32
-_BATCH = 1024  # targets, about: whole users are never split
-_EPOCH_BUDGET = 1_000_000  # interactions
-_LEARNING_RATE = 1e-2
-_WEIGHT_DECAY = 1e-1
-_SMOOTHING = 2.0  # pseudo-count that draws averages over few interactions towards 0
-_BETA_NLL = 0.5
+_PLAIN: dict[str, type[Factorization] | type[Neighbours]] = {"mf": Factorization, "knn": Neighbours}
+MODELS: dict[str, type[Ensemble] | type[Factorization] | type[Neighbours]] = {"ensemble": Ensemble, **_PLAIN}
+
 _VALIDATION_SHARE = 0.1
 _PREDICT_LISTS = 512  # lists predicted at a time
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Users' known interactions and the pairs to predict; "rows" number the users of a batch from 0."""
-
-    num_rows: int
-    context_rows: torch.Tensor  # (M,) int64
-    context_items: torch.Tensor  # (M,) int64
-    context_interest: torch.Tensor  # (M,) float32, 0 where not known
-    context_known: torch.Tensor  # (E or 1, M) float32, 1 where a member may see the interest
-    context_present: torch.Tensor  # (E or 1, M) float32, 1 where a member may see the interaction
-    target_rows: torch.Tensor  # (N,) int64
-    target_items: torch.Tensor  # (N,) int64
-    target_context: torch.Tensor  # (N,) int64, the context entry that is the target itself (to be left out), or -1
-
-
-class _Ensemble(nn.Module):
-    """E networks side by side: every parameter has a leading dimension E, every layer is one batched product."""
-
-    topics: torch.Tensor  # (I, C)
-
-    def __init__(self, size: int, topics: torch.Tensor, mean: float, variance: float, generator: torch.Generator):
-        super().__init__()
-        items, num_topics = topics.shape
-
-        def normal(*shape: int, scale: float) -> nn.Parameter:
-            return nn.Parameter(scale * torch.randn(size, *shape, generator=generator))
-
-        self.register_buffer("topics", topics)
-        self.global_mean = mean
-        self.item_embedding = normal(items, _EMBEDDING, scale=0.1)
-        # Topics start orthogonal (as far as there is room), and the user as the sum of surprise x embedding: then the
-        # product of user and item is the user's summed surprise at items that share the item's topics.
-        bases = torch.randn(size, max(num_topics, _EMBEDDING), _EMBEDDING, generator=generator)
-        self.topic_embedding = nn.Parameter(torch.linalg.qr(bases).Q[:, :num_topics].contiguous())
-        self.item_bias = nn.Parameter(torch.zeros(size, items))
-        user_width, pair_width = 2 * _EMBEDDING + 3, 3 * _EMBEDDING + 3
-        self.user_weight = normal(user_width, _EMBEDDING, scale=0.1 * user_width**-0.5)
-        self.user_weight.data[:, _EMBEDDING : 2 * _EMBEDDING] += torch.eye(_EMBEDDING)
-        self.hidden_weight = normal(pair_width, _HIDDEN, scale=(2 / pair_width) ** 0.5)
-        self.hidden_bias = nn.Parameter(torch.zeros(size, 1, _HIDDEN))
-        self.out_weight = normal(_HIDDEN, 2, scale=0.1 * _HIDDEN**-0.5)
-        start = torch.tensor([np.log(mean / (1 - mean)), np.log(variance)], dtype=torch.float32)
-        self.out_bias = nn.Parameter(start.repeat(size, 1, 1))
-
-    def forward(self, pairs: _Pairs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean (E, N) in (0, 1) and log-variance (E, N) of every target."""
-        members = len(self.item_embedding)
-        items = self.item_embedding + self.topics @ self.topic_embedding  # (E, I, D)
-
-        # What each interaction adds to its user: [embedding, surprise x embedding, surprise, 1, known].
-        history = items[:, pairs.context_items]  # (E, M, D)
-        present = pairs.context_present.expand(members, -1)  # (E, M)
-        known = pairs.context_known.expand(members, -1) * present  # (E, M)
-        surprise = (pairs.context_interest - self.global_mean) * known  # (E, M)
-        parts = torch.cat(
-            [
-                history * present.unsqueeze(-1),
-                history * surprise.unsqueeze(-1),
-                torch.stack([surprise, present, known], -1),
-            ],
-            -1,
-        )  # (E, M, 2D + 3)
-        sums = parts.new_zeros(members, pairs.num_rows, parts.shape[-1]).index_add(1, pairs.context_rows, parts)
-        # A target in the log is no evidence about itself; -1 is the row of zeros at the end.
-        own = nn.functional.pad(parts, (0, 0, 0, 1))[:, pairs.target_context]  # (E, N, 2D + 3)
-        sums = sums[:, pairs.target_rows] - own  # (E, N, 2D + 3)
-        count, num_known = sums[..., -2:-1].clamp(min=0), sums[..., -1:].clamp(min=0)  # (E, N, 1)
-        statistics = torch.cat([sums[..., -3:-2] / (num_known + _SMOOTHING), count.log1p(), num_known.log1p()], -1)
-        user = torch.cat(
-            [
-                sums[..., :_EMBEDDING] / (count + _SMOOTHING),
-                sums[..., _EMBEDDING : 2 * _EMBEDDING] / (num_known + _SMOOTHING).sqrt(),
-                statistics,
-            ],
-            -1,
-        )  # (E, N, 2D + 3)
-        user = torch.bmm(user, self.user_weight)  # (E, N, D)
-
-        item = items[:, pairs.target_items]  # (E, N, D)
-        features = torch.cat([user, item, user * item, statistics], -1)  # (E, N, 3D + 3)
-        hidden = torch.relu(torch.baddbmm(self.hidden_bias, features, self.hidden_weight))  # (E, N, H)
-        out = torch.baddbmm(self.out_bias, hidden, self.out_weight)  # (E, N, 2)
-        logits = out[..., 0] + self.item_bias[:, pairs.target_items] + (user * item).sum(-1)  # (E, N)
-        return logits.sigmoid(), out[..., 1].clamp(-9.0, 0.0)
+_FILE = "critic.npz"
 
 
 class Critic:
     """Predicts mean and variance of the interest in unobserved user-item pairs; made by ``Critic.fit``.
 
+    The variance is that of the expected interest: what the critic does not know of it. The noise of feedback around
+    the expected interest is no part of it, where it is known (``noise``).
+
     Attributes:
-        calibration: (5,) the coefficients of :mod:`flexrec.task.calibration`, for means; (0, 1, 0, 0, 0) for none.
+        calibration: what was learnt from feedback about the model's means and variances.
+        fuse: ``fill`` weighs what was observed against the prediction, each by its precision; otherwise, and where the
+            noise of feedback is not known, what was observed is taken for certain.
 
     Example:
         >>> from flexrec.data import simulate
@@ -140,18 +68,24 @@ class Critic:
         >>> interest, variance = critic.fill_many(data.train[:1])[0]  # predicted where nothing was observed
         >>> bool(np.isnan(data.train[0].interest).any()), bool(np.isnan(interest).any())
         (True, False)
+        >>> low, high = critic.interval(data.test[0], 0.8)  # each interest lies between them with this probability
+        >>> bool((low < high).all())
+        True
     """
 
-    def __init__(self, network: _Ensemble, log: Interactions, num_items: int, variance_scale: float) -> None:
-        self._network = network
-        self._num_items = num_items
-        self._variance_scale = variance_scale
-        self._catalogue: Catalogue | None = None  # of which the calibration reads topics
-        self.calibration = UNCHANGED
-        self._noise = 0.0
-        # The log by user: items of user u are self._items[self._starts[u] : self._starts[u + 1]].
-        self._items, self._interest = log.items, log.interest
-        self._starts = _starts(log.users)
+    def __init__(
+        self,
+        model: CriticModel,
+        log: Interactions,
+        catalogue: Catalogue,
+        calibration: Calibration | None = None,
+        *,
+        fuse: bool = True,
+    ) -> None:
+        self.model = model
+        self.calibration = calibration or Calibration()
+        self.fuse = fuse
+        self._log, self._catalogue = log, catalogue  # the log is sorted by user and item
 
     @classmethod
     def fit(
@@ -159,95 +93,131 @@ class Critic:
         log: Interactions,
         catalogue: Catalogue,
         *,
+        model: str = "ensemble",
         lists: Sequence[RankingList] = (),
         noise: float = 0.0,
+        fuse: bool = True,
         seed: int = 0,
         ensemble: int = 5,
         epochs: int | None = None,
         progress: bool = False,
     ) -> Critic:
-        """Fit an ensemble on logged feedback.
+        """Fit a model on logged feedback, and calibrate it.
 
-        Every interaction is predicted from its user's other ones. Which of these are shown, and of which the interest
-        is known, is drawn anew each time, so that the networks serve users with little or no known feedback too. The
-        loss is the Gaussian negative log-likelihood weighted by variance^0.5 (beta-NLL, arXiv 2203.09168), without
-        which hard pairs would not be learned. A tenth of the log is held out: the epoch with the least squared error
-        there is kept, and variances are scaled by one number so that they equal the squared errors there on average.
+        A tenth of the log is held out of the model's fit. Its variances are calibrated there: on the pairs that lists
+        hold, or on all of them where there are no lists, each predicted twice, with what is known of its user and as
+        of a user of whom no feedback is known.
 
         Args:
             log: feedback of training users, interest in [0, 1]. Repeated pairs are averaged.
             catalogue: the items, whose topics are used as features.
+            model: "ensemble", neural networks (:mod:`flexrec.task.critic_ensemble`); "mf", matrix factorisation with a
+                Bayesian last layer, or "knn", neighbours among the items (:mod:`flexrec.task.critic_linear`).
             lists: lists of training users, whose feedback, where there is some, was collected whether they liked an
                 item or not (``RankingDataset.unobserved == "critic"``; never sampled negatives). Their histories are
                 shown in training too, of interest unknown, and means are calibrated on their feedback.
-            noise: variance of a logged interest around the true one, by which ``fill`` weighs what was observed.
+            noise: mean variance of a logged interest around the expected one. 0: not known; what was logged is taken
+                for the expected interest, and the critic's variances are those of feedback.
+            fuse: see :class:`Critic`.
             seed: of initial weights, batches and the held-out tenth; the same seed gives the same critic.
-            ensemble: number of networks.
-            epochs: passes over the log. None: 8 to 30, about a million interactions in all; more of them help a little.
+            ensemble: number of networks, of the model of this name.
+            epochs: its passes over the log. None: 8 to 30, about a million interactions in all; more help a little.
             progress: show a progress bar.
 
         Raises:
-            ValueError: fewer than two interactions, an item outside the catalogue, or interest outside [0, 1] or NaN.
+            ValueError: fewer than two interactions, an item outside the catalogue, interest outside [0, 1] or NaN, or
+                an unknown model.
         """
-        _check_log(log, len(catalogue))
-        if epochs is None:
-            epochs = int(np.clip(_EPOCH_BUDGET // len(log), 8, 30))
-        if ensemble < 1 or epochs < 1:
+        check_log(log, len(catalogue))
+        check_choice("model", model, tuple(MODELS))
+        if ensemble < 1 or (epochs is not None and epochs < 1):
             raise ValueError(f"ensemble and epochs must be at least 1, got {ensemble} and {epochs}")
-        log = _merged(log, len(catalogue))
+        if not 0 <= noise < 0.25:
+            raise ValueError(f"noise must lie in [0, 0.25), a variance of values in [0, 1]; got {noise}")
+        log = merged(log, len(catalogue))
         rng = np.random.default_rng(seed)
         held_out = np.zeros(len(log), dtype=bool)
         held_out[rng.choice(len(log), size=max(1, round(_VALIDATION_SHARE * len(log))), replace=False)] = True
-        seen = _select(log, ~held_out)
-        validation = _leave_out_pairs(log, held_out)
-        target = torch.from_numpy(log.interest[held_out])
-
-        generator = torch.Generator().manual_seed(seed)
-        mean = float(np.clip(seen.interest.mean(), 0.01, 0.99))
-        variance = float(np.clip(seen.interest.var(), 1e-3, 0.25))
-        network = _Ensemble(ensemble, _topic_shares(catalogue), mean, variance, generator)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
-        best_error, best_state = np.inf, copy.deepcopy(network.state_dict())
-        watched = _watched(lists, seen, len(catalogue))
-        batches = _user_batches(seen, rng)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, _LEARNING_RATE, total_steps=epochs * len(batches), pct_start=0.1
+        seen = log.select(~held_out)
+        evidence = Evidence(
+            catalogue=catalogue,
+            log=seen,
+            watched=watched_pairs(lists, seen, len(catalogue)),
+            held_out=leave_out_pairs(log, held_out),
+            interest=log.interest[held_out],
         )
-        for _ in track(range(epochs), description="Fitting the critic", disable=not progress):
-            for rows in _user_batches(seen, rng):
-                pairs, interest = _training_pairs(seen, rows, ensemble, generator)
-                if len(watched):
-                    pairs = _with_watched(pairs, watched, rows, ensemble, generator)
-                predicted, log_variance = network(pairs)
-                loss = _beta_nll(predicted, log_variance, interest)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-            with torch.no_grad():
-                error = (network(validation)[0].mean(0) - target).square().mean().item()
-            if error < best_error:
-                best_error, best_state = error, copy.deepcopy(network.state_dict())
-        network.load_state_dict(best_state)
-        predicted_mean, predicted_variance = _mixture(network, validation)
-        squared_error = (predicted_mean - target).square().mean().item()
-        scale = squared_error / max(predicted_variance.mean().item(), 1e-12)
-        critic = cls(network, log, len(catalogue), scale)
-        critic._noise = noise
-        critic._calibrate(lists, catalogue)
+        fitted: CriticModel
+        if model == "ensemble":
+            fitted = Ensemble.fit(evidence, rng, seed=seed, members=ensemble, epochs=epochs, progress=progress)
+        else:
+            fitted = _PLAIN[model].fit(evidence, seed)
+        critic = cls(fitted, log, catalogue, fuse=fuse)
+        observed = [lst for lst in lists if not np.isnan(lst.interest).all()]
+        if observed:
+            critic._calibrate_on_lists(observed, log.select(held_out), noise)
+        else:
+            critic._calibrate_on_log(evidence, noise)
         return critic
 
-    def _calibrate(self, lists: Sequence[RankingList], catalogue: Catalogue) -> None:
-        """Fit the calibration on the feedback of lists, each pair predicted without itself."""
-        observed = [lst for lst in lists if not np.isnan(lst.interest).all()]
-        if not observed:
-            return
-        mean = np.concatenate([mean for mean, _ in self.predict_many(observed)])
-        interest = np.concatenate([lst.interest for lst in observed])
-        new = np.concatenate([novelty(lst, catalogue) for lst in observed])
+    def _calibrate_on_lists(self, lists: Sequence[RankingList], held_out: Interactions, noise: float) -> None:
+        """Means on all feedback, each pair predicted without itself; variances on that which no model was fitted on."""
+        raw, of_strangers = self._predict_raw(lists), self._predict_raw(lists, strangers=True)
+        interest = np.concatenate([lst.interest for lst in lists])
+        new = np.concatenate([novelty(lst, self._catalogue) for lst in lists])
         known = ~np.isnan(interest)
-        self._catalogue = catalogue
-        self.calibration = fit_calibration(mean[known], new[known], interest[known])
+        means = fit_calibration(raw[0][known], new[known], interest[known])
+        pairs = np.concatenate([lst.user * len(self._catalogue) + lst.candidates for lst in lists])
+        unseen = known & np.isin(pairs, held_out.users * len(self._catalogue) + held_out.items)
+        if not unseen.any():  # so few are better than none
+            unseen = known
+        self._calibrate([raw, of_strangers], means, new, unseen, interest, noise)
+
+    def _calibrate_on_log(self, evidence: Evidence, noise: float) -> None:
+        """Variances on the held-out tenth; there is no history to which something could be new."""
+        predicted = [
+            (*self.model.predict(pairs), num_known(pairs) == 0)
+            for pairs in (evidence.held_out, with_nothing_known(evidence.held_out))
+        ]
+        size = len(evidence.interest)
+        self._calibrate(predicted, UNCHANGED, np.zeros(size), np.ones(size, dtype=bool), evidence.interest, noise)
+
+    def _calibrate(
+        self,
+        predicted: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+        means: np.ndarray,
+        new: np.ndarray,
+        chosen: np.ndarray,
+        interest: np.ndarray,
+        noise: float,
+    ) -> None:
+        """The model's means, variances and whether nothing is known, by several views of the same pairs, of which
+        ``chosen`` count."""
+        new, interest = new[chosen], interest[chosen]
+        views = [(mean[chosen], variance[chosen], nothing[chosen]) for mean, variance, nothing in predicted]
+        right = [calibrated(mean, new, means) for mean, _, _ in views]
+        nu = noise_share(right[0], interest, noise)
+        variance = fit_shares(
+            np.concatenate(right),
+            np.concatenate([shares(mean, variance) for mean, variance, _ in views]),
+            np.tile(new, len(views)),
+            np.concatenate([nothing for _, _, nothing in views]),
+            np.tile(interest, len(views)),
+            nu,
+        )
+        self.calibration = Calibration(means, variance, nu)
+
+    def _predict_raw(
+        self, lists: Sequence[RankingList], strangers: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The model's mean and variance of all candidates of all lists, and whether no feedback of the user is known;
+        as of users who are not in the log if they are ``strangers``."""
+        log = self._log.select(np.zeros(0, dtype=np.int64)) if strangers else self._log
+        parts = []
+        for start in range(0, len(lists), _PREDICT_LISTS):
+            pairs = pairs_of_lists(lists[start : start + _PREDICT_LISTS], log, len(self._catalogue))
+            parts.append((*self.model.predict(pairs), num_known(pairs) == 0))
+        mean, variance, nothing_known = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return mean, variance, nothing_known
 
     def predict(self, lst: RankingList) -> tuple[np.ndarray, np.ndarray]:
         """Mean (K,) float32 in [0, 1] and variance (K,) float32 >= 0 of the interest in each candidate.
@@ -259,24 +229,38 @@ class Critic:
 
     def predict_many(self, lists: Sequence[RankingList]) -> list[tuple[np.ndarray, np.ndarray]]:
         """``predict`` for many lists at once."""
-        results: list[tuple[np.ndarray, np.ndarray]] = []
-        for start in range(0, len(lists), _PREDICT_LISTS):
-            chunk = lists[start : start + _PREDICT_LISTS]
-            mean, variance = _mixture(self._network, self._list_pairs(chunk))
-            ends = np.cumsum([len(lst.candidates) for lst in chunk])[:-1]
-            means = np.split(mean.numpy(), ends)
-            if self._catalogue is not None:
-                new = [novelty(lst, self._catalogue) for lst in chunk]
-                means = [calibrated(m, n, self.calibration) for m, n in zip(means, new, strict=True)]
-            variances = np.split((self._variance_scale * variance).numpy(), ends)
-            results += zip(means, variances, strict=True)
-        return results
+        if not lists:
+            return []
+        raw, variance, nothing_known = self._predict_raw(lists)
+        new = np.concatenate([novelty(lst, self._catalogue) for lst in lists])
+        mean = calibrated(raw, new, self.calibration.mean)
+        ignorance = self.calibration.ignorance(mean, shares(raw, variance), new, nothing_known)
+        ends = np.cumsum([len(lst.candidates) for lst in lists])[:-1]
+        return list(zip(np.split(mean, ends), np.split(ignorance, ends), strict=True))
+
+    def interval(self, lst: RankingList, level: float = 0.8) -> tuple[np.ndarray, np.ndarray]:
+        """Low and high (K,): the expected interest in each candidate lies between them with probability ``level``.
+
+        The ends leave (1 - level) / 2 on either side of the Beta distribution that has the predicted mean and variance.
+        """
+        return self.interval_many([lst], level)[0]
+
+    def interval_many(self, lists: Sequence[RankingList], level: float = 0.8) -> list[tuple[np.ndarray, np.ndarray]]:
+        """``interval`` for many lists at once."""
+        if not 0 < level < 1:
+            raise ValueError(f"level must lie between 0 and 1, got {level}")
+        if not lists:
+            return []
+        mean, variance = (np.concatenate(parts) for parts in zip(*self.predict_many(lists), strict=True))
+        bounds = beta_quantiles(mean, variance, ((1 - level) / 2, (1 + level) / 2)).astype(np.float32)
+        ends = np.cumsum([len(lst.candidates) for lst in lists])[:-1]
+        return list(zip(np.split(bounds[:, 0], ends), np.split(bounds[:, 1], ends), strict=True))
 
     def fill(self, lst: RankingList) -> tuple[np.ndarray, np.ndarray]:
         """The prediction and its variance, (K,) float32 both; where observed, ``lst.interest`` with variance 0.
 
-        With an observation noise s, what was observed is fused with the prediction by precision: v being the variance
-        of the prediction without the noise that it counts in, (v observed + s predicted) / (v + s), of variance
+        Where the noise of an observation is known, what was observed is fused with the prediction by precision: v being
+        the variance of the prediction and s that of the noise, (v observed + s predicted) / (v + s), of variance
         v s / (v + s).
         """
         return self.fill_many([lst])[0]
@@ -284,176 +268,60 @@ class Critic:
     def fill_many(self, lists: Sequence[RankingList]) -> list[tuple[np.ndarray, np.ndarray]]:
         """``fill`` for many lists at once."""
         filled = []
-        for lst, (mean, variance) in zip(lists, self.predict_many(lists), strict=True):
+        for lst, (mean, ignorance) in zip(lists, self.predict_many(lists), strict=True):
             observed = ~np.isnan(lst.interest)
-            ignorance = np.maximum(variance - self._noise, 0.1 * variance)
-            trust = ignorance / (ignorance + self._noise) if self._noise else np.ones_like(variance)
+            noise = self.calibration.noise_of(mean, ignorance) if self.fuse else np.zeros_like(mean)
+            trust = ignorance / (ignorance + noise)
             fused = trust * np.nan_to_num(lst.interest) + (1 - trust) * mean
             interest = np.where(observed, fused, mean).astype(np.float32)
-            filled.append((interest, np.where(observed, trust * self._noise, variance).astype(np.float32)))
+            filled.append((interest, np.where(observed, trust * noise, ignorance).astype(np.float32)))
         return filled
 
-    def _list_pairs(self, lists: Sequence[RankingList]) -> _Pairs:
-        items, interest, known, lengths, own = [], [], [], [], []
-        position = np.full(self._num_items, -1, dtype=np.int64)
-        start = 0
-        for number, lst in enumerate(lists):
-            for name, array in (("history", lst.history), ("candidates", lst.candidates)):
-                if len(array) and not 0 <= array.min() <= array.max() < self._num_items:
-                    raise ValueError(f"lists[{number}].{name} must hold items in [0, {self._num_items}), got {array}")
-            in_log = 0 <= lst.user < len(self._starts) - 1
-            of_user = slice(*self._starts[lst.user : lst.user + 2]) if in_log else slice(0)
-            logged = self._items[of_user]
-            unrated = np.setdiff1d(lst.history, logged)
-            context = np.concatenate([logged, unrated])
-            items.append(context)
-            interest.append(np.concatenate([self._interest[of_user], np.zeros(len(unrated), dtype=np.float32)]))
-            known.append(np.repeat(np.array([1.0, 0.0], dtype=np.float32), [len(logged), len(unrated)]))
-            lengths.append(len(context))
-            position[context] = start + np.arange(len(context))
-            own.append(position[lst.candidates])
-            position[context] = -1
-            start += len(context)
-        rows = np.arange(len(lists))
-        return _Pairs(
-            num_rows=len(lists),
-            context_rows=torch.from_numpy(np.repeat(rows, lengths)),
-            context_items=torch.from_numpy(np.concatenate(items)),
-            context_interest=torch.from_numpy(np.concatenate(interest)),
-            context_known=torch.from_numpy(np.concatenate(known))[None],
-            context_present=torch.ones(1, start),
-            target_rows=torch.from_numpy(np.repeat(rows, [len(lst.candidates) for lst in lists])),
-            target_items=torch.from_numpy(np.concatenate([lst.candidates for lst in lists])),
-            target_context=torch.from_numpy(np.concatenate(own)),
+    def save(self, folder: str | Path) -> Path:
+        """Write the critic into a folder, as one file of arrays, and return its path. The catalogue is not written."""
+        path = Path(folder) / _FILE
+        name = next(name for name, kind in MODELS.items() if isinstance(self.model, kind))
+        log, calibration = self._log, self.calibration
+        np.savez_compressed(
+            path,
+            allow_pickle=False,
+            model=np.array(name),
+            fuse=np.array(self.fuse),
+            num_items=np.array(len(self._catalogue)),
+            **{f"log/{name}": getattr(log, name) for name in ("users", "items", "interest", "times")},
+            **{f"calibration/{name}": np.asarray(getattr(calibration, name)) for name in ("mean", "variance", "noise")},
+            **{f"model/{name}": array for name, array in self.model.to_arrays().items()},
+        )
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path, catalogue: Catalogue) -> Critic:
+        """The critic that ``save`` wrote, for the catalogue that it was fitted with.
+
+        Raises:
+            FileNotFoundError: there is none in ``folder``.
+            ValueError: the catalogue has another number of items.
+        """
+        path = Path(folder) / _FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no critic: it has no {path.name}")
+        with np.load(path, allow_pickle=False) as saved:
+            arrays = {name: saved[name] for name in saved.files}
+        if arrays["num_items"] != len(catalogue):
+            raise ValueError(
+                f"catalogue must have the {arrays['num_items']} items that the critic was fitted with, "
+                f"got {len(catalogue)}"
+            )
+        model = MODELS[str(arrays["model"])].from_arrays(_part(arrays, "model/"), catalogue)
+        calibration = _part(arrays, "calibration/")
+        return cls(
+            model,
+            Interactions(**_part(arrays, "log/")),
+            catalogue,
+            Calibration(calibration["mean"], calibration["variance"], float(calibration["noise"])),
+            fuse=bool(arrays["fuse"]),
         )
 
 
-def _topic_shares(catalogue: Catalogue) -> torch.Tensor:
-    """(I, C) float32 topics of each item; rows of n topics have length 1, whatever n."""
-    topics = torch.from_numpy(catalogue.topic_matrix)
-    return topics / topics.sum(1, keepdim=True).clamp(min=1.0).sqrt()
-
-
-def _beta_nll(mean: torch.Tensor, log_variance: torch.Tensor, interest: torch.Tensor) -> torch.Tensor:
-    """Sum over members of the mean beta-NLL; ``mean`` and ``log_variance`` (E, N), ``interest`` (N,)."""
-    weight = (_BETA_NLL * log_variance.detach()).exp()
-    nll = 0.5 * ((mean - interest).square() * (-log_variance).exp() + log_variance)
-    return (weight * nll).mean(1).sum()
-
-
-@torch.no_grad()
-def _mixture(network: _Ensemble, pairs: _Pairs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (N,) and variance (N,) of the members' mixture: average noise plus disagreement."""
-    means, log_variances = network(pairs)
-    return means.mean(0), log_variances.exp().mean(0) + means.var(0, correction=0)
-
-
-def _training_pairs(
-    log: Interactions, rows: np.ndarray, members: int, generator: torch.Generator
-) -> tuple[_Pairs, torch.Tensor]:
-    """All interactions of some users, each to be predicted from the others, and their interest (N,)."""
-    starts = _starts(log.users)
-    lengths = starts[rows + 1] - starts[rows]
-    positions = np.repeat(starts[rows] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-    batch_rows = torch.from_numpy(np.repeat(np.arange(len(rows)), lengths))
-    items = torch.from_numpy(log.items[positions])
-    interest = torch.from_numpy(log.interest[positions])
-    # Each member sees a share of its own of each user's interactions, and the interest of a share of these.
-    share = torch.rand(2, members, len(rows), generator=generator).mul_(2.0).clamp_(max=1.0)[:, :, batch_rows]
-    shown, rated = (torch.rand(2, members, len(items), generator=generator) < share).float()
-    pairs = _Pairs(
-        num_rows=len(rows),
-        context_rows=batch_rows,
-        context_items=items,
-        context_interest=interest,
-        context_known=rated,
-        context_present=shown,
-        target_rows=batch_rows,
-        target_items=items,
-        target_context=torch.arange(len(items)),
-    )
-    return pairs, interest
-
-
-def _watched(lists: Sequence[RankingList], log: Interactions, num_items: int) -> np.ndarray:
-    """(W, 2) user and item of what histories hold and the log does not, each once, sorted; users of the log alone."""
-    rows = [lst.user * num_items + lst.history for lst in lists if lst.user >= 0]
-    pairs = np.setdiff1d(np.concatenate(rows) if rows else np.zeros(0, np.int64), log.users * num_items + log.items)
-    users, items = np.divmod(pairs, num_items)
-    return np.stack([users, items], axis=1)[np.isin(users, log.users)]
-
-
-def _with_watched(
-    pairs: _Pairs, watched: np.ndarray, users: np.ndarray, members: int, generator: torch.Generator
-) -> _Pairs:
-    """The pairs of ``users``, whose context holds what they watched too, of interest unknown; each member sees a share
-    of its own."""
-    row_of = np.full(int(max(users.max(), watched[:, 0].max())) + 1, -1)
-    row_of[users] = np.arange(len(users))
-    chosen = watched[row_of[watched[:, 0]] >= 0]
-    rows = torch.from_numpy(row_of[chosen[:, 0]])
-    items = torch.from_numpy(chosen[:, 1])
-    share = torch.rand(members, len(users), generator=generator).mul_(1.5).clamp_(max=1.0)[:, rows]
-    shown = (torch.rand(members, len(items), generator=generator) < share).float()
-    return replace(
-        pairs,
-        context_rows=torch.cat([pairs.context_rows, rows]),
-        context_items=torch.cat([pairs.context_items, items]),
-        context_interest=torch.cat([pairs.context_interest, torch.zeros(len(items))]),
-        context_known=torch.cat([pairs.context_known, torch.zeros(members, len(items))], dim=1),
-        context_present=torch.cat([pairs.context_present, shown], dim=1),
-    )
-
-
-def _leave_out_pairs(log: Interactions, held_out: np.ndarray) -> _Pairs:
-    """The held-out interactions, to be predicted from all others of their users."""
-    context = _select(log, ~held_out)
-    targets = _select(log, held_out)
-    return _Pairs(
-        num_rows=int(log.users.max()) + 1,
-        context_rows=torch.from_numpy(context.users),
-        context_items=torch.from_numpy(context.items),
-        context_interest=torch.from_numpy(context.interest),
-        context_known=torch.ones(1, len(context)),
-        context_present=torch.ones(1, len(context)),
-        target_rows=torch.from_numpy(targets.users),
-        target_items=torch.from_numpy(targets.items),
-        target_context=torch.full((len(targets),), -1),
-    )
-
-
-def _user_batches(log: Interactions, rng: np.random.Generator) -> list[np.ndarray]:
-    """Users in random order, cut where about ``_BATCH`` interactions are together."""
-    users = rng.permutation(np.unique(log.users))
-    sizes = np.diff(_starts(log.users))[users]
-    cuts = np.flatnonzero(np.diff(np.cumsum(sizes) // _BATCH)) + 1
-    return np.split(users, cuts)
-
-
-def _starts(users: np.ndarray) -> np.ndarray:
-    """(U + 1,) where each user's interactions begin in a log sorted by user."""
-    return np.searchsorted(users, np.arange(int(users.max(initial=-1)) + 2))
-
-
-def _select(log: Interactions, chosen: np.ndarray) -> Interactions:
-    return Interactions(log.users[chosen], log.items[chosen], log.interest[chosen], log.times[chosen])
-
-
-def _merged(log: Interactions, num_items: int) -> Interactions:
-    """Sorted by user and item, repeated pairs averaged (with the time of the first)."""
-    pairs, first, member = np.unique(log.users * num_items + log.items, return_index=True, return_inverse=True)
-    interest = np.bincount(member, log.interest) / np.bincount(member)
-    users, items = np.divmod(pairs.astype(np.int64), num_items)
-    return Interactions(users, items, interest.astype(np.float32), log.times[first])
-
-
-def _check_log(log: Interactions, num_items: int) -> None:
-    if len(log) < 2:
-        raise ValueError(f"log must hold at least 2 interactions to fit a critic on, got {len(log)}")
-    if log.users.min() < 0:
-        raise ValueError(f"log.users must be >= 0, got {log.users.min()}")
-    if not 0 <= log.items.min() <= log.items.max() < num_items:
-        raise ValueError(f"log.items must lie in [0, {num_items}), got {log.items.min()} to {log.items.max()}")
-    if not np.all((log.interest >= 0) & (log.interest <= 1)):  # also false for NaN
-        where = int(np.flatnonzero(~((log.interest >= 0) & (log.interest <= 1)))[0])
-        raise ValueError(f"log.interest must lie in [0, 1], got {log.interest[where]} at index {where}")
+def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

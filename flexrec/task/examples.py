@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,8 +11,12 @@ from torch.utils.data import Dataset
 from flexrec.data.lists import Catalogue, RankingDataset, RankingList
 from flexrec.profiling import span
 from flexrec.task.critic import Critic
-from flexrec.task.needs import Need, evaluation_gains, novelty, observed_interest
+from flexrec.task.descriptions import Token
+from flexrec.task.needs import Need, evaluation_gains, observed_interest
 from flexrec.task.prompts import PromptBuilder
+
+NAMELESS_SHARE = 0.1  # of the items of a training example, which are shown without their own tokens
+GUESSED_SHARE = 0.8  # of training lists, in which a random part of what is not known of the history is guessed
 
 
 @dataclass(frozen=True)
@@ -27,27 +31,18 @@ class Example:
         [11, 12]
     """
 
-    prompt: list[int]
-    candidates: list[list[int]]  # K token sequences
+    prompt: list[Token]
+    candidates: list[list[Token]]  # K token sequences
     gains: np.ndarray  # (K,) float32, >= 0
-    variance: np.ndarray  # (K,) float32, of the gains; 0 where the feedback was observed
+    variance: np.ndarray  # (K,) float32, of the gains: what is not known of them; 0 where they are certain
     history_span: tuple[int, int]  # the history's tokens are prompt[start:end]
     need: str
     user: int
-    marks: list[list[int]] | None = None  # K lists of token ids that describe a candidate in this list
 
 
-def prompts_and_candidates(examples: Sequence[Example]) -> tuple[list[list[int]], list[list[list[int]]]]:
+def prompts_and_candidates(examples: Sequence[Example]) -> tuple[list[list[Token]], list[list[list[Token]]]]:
     """The two columns of examples that models see."""
     return [example.prompt for example in examples], [example.candidates for example in examples]
-
-
-def marks_of(examples: Sequence[Example]) -> list[list[list[int]]] | None:
-    """The marks of the examples' candidates; None where they have none. Some with and some without is a ValueError."""
-    marks = [example.marks for example in examples if example.marks is not None]
-    if marks and len(marks) < len(examples):
-        raise ValueError(f"{len(marks)} of {len(examples)} examples have marks: give them to all, or to none")
-    return marks or None
 
 
 class RankingTask:
@@ -84,22 +79,44 @@ class RankingTask:
                 return self.critic.fill_many(lists)
         return [observed_interest(lst) for lst in lists]
 
+    def guessed_histories(self, lists: Sequence[RankingList]) -> list[np.ndarray | None]:
+        """The interest (H,) in the history of each list that the critic expects, where histories show interest."""
+        if self.critic is None or not self.builder.described:
+            return [None] * len(lists)
+        histories = [replace(lst, candidates=lst.history) for lst in lists]
+        with span("critic"):
+            return [mean for mean, _ in self.critic.predict_many(histories)]
+
     def training_example(
-        self, lst: RankingList, need: Need, wording: str, feedback: tuple[np.ndarray, np.ndarray]
+        self,
+        lst: RankingList,
+        need: Need,
+        wording: str,
+        feedback: tuple[np.ndarray, np.ndarray],
+        *,
+        nameless: Collection[int] = (),
     ) -> Example:
+        """Items ``nameless`` are shown as new ones are, without their own tokens."""
         gains, variance = need.gains(lst, self.catalogue, *feedback)
-        return self._example(lst, need, wording, gains, variance)
+        return self._example(lst, need, wording, gains, variance, nameless)
 
     def test_example(self, lst: RankingList, need: Need) -> Example:
         """With the need's first wording and the gains that results are stated in (true or observed interest)."""
         gains = evaluation_gains(need, lst, self.catalogue)
         return self._example(lst, need, need.wordings[0], gains, np.zeros_like(gains))
 
-    def _example(self, lst: RankingList, need: Need, wording: str, gains: np.ndarray, variance: np.ndarray) -> Example:
-        prompt, history_span = self.builder.prompt_of(lst, self.catalogue, wording)
-        candidates = self.builder.candidate_tokens_of(lst, self.catalogue)
-        marks = self.builder.marks_of(lst.trend, novelty(lst, self.catalogue)) if self.builder.marked else None
-        return Example(prompt, candidates, gains, variance, history_span, need.name, lst.user, marks)
+    def _example(
+        self,
+        lst: RankingList,
+        need: Need,
+        wording: str,
+        gains: np.ndarray,
+        variance: np.ndarray,
+        nameless: Collection[int] = (),
+    ) -> Example:
+        prompt, history_span = self.builder.prompt_of(lst, self.catalogue, wording, nameless=nameless)
+        candidates = self.builder.candidate_tokens_of(lst, self.catalogue, nameless=nameless)
+        return Example(prompt, candidates, gains, variance, history_span, need.name, lst.user)
 
 
 def answerable(dataset: RankingDataset, builder: PromptBuilder, num_ranked: int | None = None) -> RankingDataset:
@@ -134,11 +151,14 @@ def answerable(dataset: RankingDataset, builder: PromptBuilder, num_ranked: int 
             )
     draw = dataset.resample
     resample = None if draw is None else lambda seed: kept(draw(seed))[0]
-    return replace(dataset, **left, resample=resample, notes=tuple(notes))
+    return replace(dataset, train=left["train"], test=left["test"], resample=resample, notes=tuple(notes))
 
 
 class TrainingExamples(Dataset):
     """Every training list under every need; wording and the candidates' order are drawn anew each epoch.
+
+    So is, where items are described, which of them are shown as if they were new, and how much of an unknown interest
+    in the history is shown as the critic guesses it: where little is known, a model would not learn to read it.
 
     Args:
         lists: the lists of the first epoch.
@@ -179,12 +199,17 @@ class TrainingExamples(Dataset):
         return self._size
 
     def __getitem__(self, index: int) -> Example:
-        lst, need, feedback = self._pick(index)
+        lst, need, feedback, guess = self._pick(index)
         rng = np.random.default_rng([self.seed, self._epoch, index])
         order = rng.permutation(len(lst.candidates))
         wording = need.wordings[rng.integers(len(need.wordings))]
-        shuffled = lst.reordered(order)
-        return self.task.training_example(shuffled, need, wording, (feedback[0][order], feedback[1][order]))
+        shuffled, nameless = lst.reordered(order), set()
+        if self.task.builder.described:
+            shuffled = _guessed(shuffled, guess, rng)
+            items = np.concatenate([lst.history, lst.candidates])
+            nameless = set(items[rng.random(len(items)) < NAMELESS_SHARE].tolist())
+        shown = (feedback[0][order], feedback[1][order])
+        return self.task.training_example(shuffled, need, wording, shown, nameless=nameless)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the data loader when an epoch begins."""
@@ -194,9 +219,18 @@ class TrainingExamples(Dataset):
     def _set_lists(self, lists: Sequence[RankingList], epoch: int) -> None:
         self._lists = list(lists)
         self._feedback = self.task.training_feedback(self._lists)
+        self._guesses = self.task.guessed_histories(self._lists)
         self._epoch = epoch
 
-    def _pick(self, index: int) -> tuple[RankingList, Need, tuple[np.ndarray, np.ndarray]]:
+    def _pick(self, index: int) -> tuple[RankingList, Need, tuple[np.ndarray, np.ndarray], np.ndarray | None]:
         which, need = divmod(index, len(self.task.needs))
         which %= len(self._lists)
-        return self._lists[which], self.task.needs[need], self._feedback[which]
+        return self._lists[which], self.task.needs[need], self._feedback[which], self._guesses[which]
+
+
+def _guessed(lst: RankingList, guess: np.ndarray | None, rng: np.random.Generator) -> RankingList:
+    """The list with a random part of the unknown interest in its history, or none, as in ``guess`` (H,)."""
+    if guess is None or lst.history_interest is None or rng.random() >= GUESSED_SHARE:
+        return lst
+    shown = np.isnan(lst.history_interest) & (rng.random(len(guess)) < rng.random())
+    return replace(lst, history_interest=np.where(shown, guess, lst.history_interest))

@@ -6,8 +6,7 @@ so that building one costs microseconds and a candidate has the same tokens in e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,8 @@ import numpy as np
 from flexrec.checks import check_choice
 from flexrec.data.lists import Catalogue, RankingList
 from flexrec.rankings.state import RankingState, Spelling
+from flexrec.task.descriptions import Descriptions, Item, Token, item_token, token_id
+from flexrec.task.needs import novelty
 
 ENCODINGS = ("index", "title", "item_token")
 
@@ -24,37 +25,6 @@ MAX_RISING = 8
 # The fixed parts of every prompt.
 LIKED, SEEN = "\nLiked before:\n", "Seen before:\n"
 RISING, CANDIDATES, RANKING = "Rising now:\n", "Candidates:\n", "Ranking, best first:\n"
-
-# Marks say what a candidate is in this list only: how strongly it rises, how new its topics are to the history.
-RISE_LEVELS = np.array([0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], dtype=np.float32)  # a trend from here on is the next
-NOVELTY_LEVELS = 5
-RISE_MARKS = tuple(f"<rise {level}>" for level in range(1, len(RISE_LEVELS) + 2))  # what does not rise has none
-NOVELTY_MARKS = tuple(f"<new {level}>" for level in range(NOVELTY_LEVELS + 1))
-
-
-@dataclass(frozen=True)
-class Item:
-    """An item as a prompt shows it.
-
-    Example:
-        >>> from flexrec.task import Item
-        >>> Item("318", "The Shawshank Redemption").title
-        'The Shawshank Redemption'
-    """
-
-    id: str
-    title: str
-
-
-def item_token(item_id: str) -> str:
-    """The text of the vocabulary entry that stands for one item under ``encoding="item_token"``.
-
-    Example:
-        >>> from flexrec.task import item_token
-        >>> item_token("318")
-        '<item:318>'
-    """
-    return f"<item:{item_id}>"
 
 
 def add_item_tokens(model: Any, tokenizer: Any, catalogue: Catalogue) -> int:
@@ -89,14 +59,14 @@ class PromptBuilder:
         show_titles: write titles in the prompt. Always so for "index" and "title"; with "item_token" a pretrained
             model needs them to know what an item is, while a model trained on the catalogue does not.
         show_rising: name the candidates that rise at the moment of the request (needs about trends read them).
-        marked: describe candidates by marks too (:meth:`marks_of`), vocabulary entries of the embedded model's
-            tokenizer whose output rows are added to an item's own. For "item_token" only.
+        described: items are several tokens whose rows are summed (:mod:`flexrec.task.descriptions`), of the embedded
+            model's tokenizer. For "item_token" only.
 
     Attributes:
         separator, end: token ids between two items of an answer and after the last.
 
     Raises:
-        ValueError: no eos token, or marks with another encoding or by a tokenizer that has none.
+        ValueError: no eos token, or items described under another encoding or by a tokenizer without the tokens for it.
 
     Example:
         >>> from flexrec.data import Catalogue
@@ -126,18 +96,16 @@ class PromptBuilder:
         encoding: str = "index",
         show_titles: bool = True,
         show_rising: bool = True,
-        marked: bool = False,
+        described: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.encoding = check_choice("encoding", encoding, ENCODINGS)
         self.show_titles = show_titles or encoding != "item_token"
         self.show_rising = show_rising
-        self.marked = marked
-        if marked and encoding != "item_token":
-            raise ValueError(f"marks are added to the rows of item tokens: use encoding 'item_token', got {encoding!r}")
-        self._rise_ids, self._novelty_ids = (
-            [_token_id(tokenizer, text) for text in texts] if marked else [] for texts in (RISE_MARKS, NOVELTY_MARKS)
-        )
+        self.described = described
+        if described and encoding != "item_token":
+            raise ValueError(f"item tokens are described by others: use encoding 'item_token', got {encoding!r}")
+        self._descriptions = Descriptions(tokenizer) if described else None
         self._pieces: dict[str, list[int]] = {}
         self._item_tokens: dict[str, int] = {}
         self._frame = self._chat_frame()
@@ -155,48 +123,66 @@ class PromptBuilder:
         history: Sequence[Item],
         candidates: Sequence[Item],
         *,
-        liked: Sequence[bool] | None = None,
+        interest: Sequence[float] | np.ndarray | None = None,
         rising: Sequence[Item] = (),
-    ) -> tuple[list[int], tuple[int, int]]:
+        marks: Sequence[tuple[int, ...]] | None = None,
+    ) -> tuple[list[Token], tuple[int, int]]:
         """Token ids of one prompt, after which the answer begins, and the span (start, end) of the history in it.
 
         Args:
             wording: the need in words.
-            history: oldest first; it is shown as what was liked and what was merely seen.
-            liked: which items of the history were liked; None: none is known to be.
+            history: oldest first; it is shown as what was liked and what was merely seen, or, where items are
+                described, in order with the interest in each.
+            interest: (H,) in [0, 1], how much each item of the history was liked, from 1/2 on it was; NaN: that is not
+                known. None: of none it is.
             rising: candidates that rise, the strongest first.
+            marks: (K,) what else describes the candidates, from :meth:`marks_of`.
         """
         before, after = self._frame
-        marks = [False] * len(history) if liked is None else liked
-        ids = [*before, *self._encode(wording + LIKED)]
-        start = len(ids)
-        ids += self._listing([item for item, mark in zip(history, marks, strict=True) if mark])
-        ids += self._encode(SEEN)
-        ids += self._listing([item for item, mark in zip(history, marks, strict=True) if not mark])
+        known = np.asarray([np.nan] * len(history) if interest is None else interest, dtype=np.float32)
+        if len(known) != len(history):
+            raise ValueError(f"interest must have a value per item of the history, {len(history)}, got {len(known)}")
+        ids: list[Token]
+        if self._descriptions is not None:
+            ids = [*before, *self._encode(wording), *self._encode(SEEN)]
+            start = len(ids)
+            ids += self._listing(history, more=self._descriptions.interests(known))
+        else:
+            ids = [*before, *self._encode(wording + LIKED)]
+            start = len(ids)
+            ids += self._listing([item for item, liked in zip(history, known >= 0.5, strict=True) if liked])
+            ids += self._encode(SEEN)
+            ids += self._listing([item for item, liked in zip(history, known >= 0.5, strict=True) if not liked])
         end = len(ids)
         if self.show_rising:
             ids += [*self._encode(RISING), *self._listing(rising)]
-        ids += [*self._encode(CANDIDATES), *self._listing(candidates, numbered=self.encoding == "index")]
+        ids += [*self._encode(CANDIDATES), *self._listing(candidates, numbered=self.encoding == "index", more=marks)]
         ids += [*self._encode(RANKING), *after]
         return ids, (start, end)
 
-    def prompt_of(self, lst: RankingList, catalogue: Catalogue, wording: str) -> tuple[list[int], tuple[int, int]]:
-        """:meth:`prompt` for a list of a data set."""
+    def prompt_of(
+        self, lst: RankingList, catalogue: Catalogue, wording: str, *, nameless: Collection[int] = ()
+    ) -> tuple[list[Token], tuple[int, int]]:
+        """:meth:`prompt` for a list of a data set; items ``nameless`` are shown as if they had no id."""
         groups = (lst.history, lst.candidates, lst.candidates[strongest_risers(lst.trend)])
-        history, candidates, rising = ([Item(catalogue.ids[i], catalogue.titles[i]) for i in group] for group in groups)
-        return self.prompt(wording, history, candidates, liked=lst.history_liked.tolist(), rising=rising)
+        history, candidates, rising = (_items(group, catalogue, nameless) for group in groups)
+        marks = self.marks_of(lst.trend, novelty(lst, catalogue)) if self.described else None
+        return self.prompt(wording, history, candidates, interest=lst.history_interest, rising=rising, marks=marks)
 
-    def candidate_tokens(self, candidates: Sequence[Item]) -> list[list[int]]:
+    def candidate_tokens(
+        self, candidates: Sequence[Item], marks: Sequence[tuple[int, ...]] | None = None
+    ) -> list[list[Token]]:
         """The token sequence by which an answer names each candidate.
 
         Raises:
             ValueError: a title that tokenises to nothing (encoding "title"), or an item without a token of its own
-                (encoding "item_token").
+                (encoding "item_token", unless items are described).
         """
         if self.encoding == "index":
-            return [self._encode(f"[{i}]") for i in range(1, len(candidates) + 1)]
+            return [[*self._encode(f"[{i}]")] for i in range(1, len(candidates) + 1)]
         if self.encoding == "item_token":
-            return [[self._item_token_id(item)] for item in candidates]
+            more = [()] * len(candidates) if marks is None else marks
+            return [[self._item_token(item, further)] for item, further in zip(candidates, more, strict=True)]
         sequences = [self._encode(_one_line(item.title)) for item in candidates]
         for item, sequence in zip(candidates, sequences, strict=True):
             if not sequence:
@@ -204,59 +190,60 @@ class PromptBuilder:
                     f"candidate {item.id!r} has the title {item.title!r}, which gives no tokens: "
                     f"give it a title, or use the encoding 'index'"
                 )
-        return sequences
+        return [[*sequence] for sequence in sequences]
 
-    def candidate_tokens_of(self, lst: RankingList, catalogue: Catalogue) -> list[list[int]]:
+    def candidate_tokens_of(
+        self, lst: RankingList, catalogue: Catalogue, *, nameless: Collection[int] = ()
+    ) -> list[list[Token]]:
         """:meth:`candidate_tokens` for a list of a data set."""
-        return self.candidate_tokens([Item(catalogue.ids[i], catalogue.titles[i]) for i in lst.candidates])
+        marks = self.marks_of(lst.trend, novelty(lst, catalogue)) if self.described else None
+        return self.candidate_tokens(_items(lst.candidates, catalogue, nameless), marks)
 
-    def check_answers(self, tokens: list[list[int]], num_ranked: int | None = None) -> None:
+    def check_answers(self, tokens: list[list[Any]], num_ranked: int | None = None) -> None:
         """Raise a ValueError where rankings of candidates spelled so could not be told apart (see ``RankingState``)."""
+        if self.encoding == "item_token":  # each is one token
+            return
         try:
             RankingState([tokens], **Spelling(self.separator, self.end, num_ranked).of([tokens]))
         except ValueError as error:
             raise ValueError(str(error).replace("candidates[0]", "candidates")) from None
 
-    def marks_of(self, trend: np.ndarray, novelty: np.ndarray) -> list[list[int]] | None:
-        """What describes each candidate in its list, as token ids; None for a builder without marks.
+    def marks_of(self, trend: np.ndarray, novelty: np.ndarray) -> list[tuple[int, ...]] | None:
+        """:meth:`flexrec.task.descriptions.Descriptions.marks`; None where items are not described."""
+        return None if self._descriptions is None else self._descriptions.marks(trend, novelty)
 
-        Args:
-            trend: (K,) in [0, 1], how strongly each candidate rises.
-            novelty: (K,) in [0, 1], how new its topics are to the history (:func:`flexrec.task.needs.novelty`).
-        """
-        if not self.marked:
-            return None
-        trend, novelty = np.asarray(trend, dtype=np.float32), np.asarray(novelty, dtype=np.float32)
-        rise = np.digitize(trend, RISE_LEVELS)
-        new = np.ceil(NOVELTY_LEVELS * novelty).astype(np.int64)
-        return [
-            [*([self._rise_ids[r]] if rises else []), self._novelty_ids[n]]
-            for r, n, rises in zip(rise, new, trend > 0, strict=True)
-        ]
+    def knows(self, item_id: str) -> bool:
+        """Whether an answer can name an item as one that the model was trained with."""
+        return self._descriptions is None or self._descriptions.knows(item_id)
 
-    def _listing(self, items: Sequence[Item], numbered: bool = False) -> list[int]:
-        ids: list[int] = []
-        for i, item in enumerate(items, start=1):
+    def _listing(
+        self, items: Sequence[Item], numbered: bool = False, more: Sequence[tuple[int, ...]] | None = None
+    ) -> list[Token]:
+        ids: list[Token] = []
+        further = [()] * len(items) if more is None else more
+        for i, (item, marks) in enumerate(zip(items, further, strict=True), start=1):
             if numbered:
                 ids += self._encode(f"[{i}] ")
             if self.encoding == "item_token":
-                ids.append(self._item_token_id(item))
+                ids.append(self._item_token(item, marks))
             if self.show_titles:
                 ids += self._encode(_one_line(item.title) + "\n")
         return ids if self.show_titles else [*ids, *self._encode("\n")]
 
-    def _item_token_id(self, item: Item) -> int:
-        token_id = self._item_tokens.get(item.id)
-        if token_id is None:
+    def _item_token(self, item: Item, marks: tuple[int, ...]) -> Token:
+        if self._descriptions is not None:
+            return (*self._descriptions.of(item), *marks)
+        own = self._item_tokens.get(item.id)
+        if own is None:
             try:
-                token_id = _token_id(self.tokenizer, item_token(item.id))
+                own = token_id(self.tokenizer, item_token(item.id))
             except ValueError:
                 raise ValueError(
                     f"item {item.id!r} has no token of its own: it was not in the catalogue that the model was "
                     f"trained with (encoding 'item_token')"
                 ) from None
-            self._item_tokens[item.id] = token_id
-        return token_id
+            self._item_tokens[item.id] = own
+        return own
 
     def _encode(self, text: str) -> list[int]:
         """Tokens of a piece of text; a title that spells a special token is read as plain text."""
@@ -290,12 +277,11 @@ def strongest_risers(trend: np.ndarray) -> np.ndarray:
     return order[trend[order] > 0]
 
 
-def _token_id(tokenizer: Any, text: str) -> int:
-    """The vocabulary entry that is spelled so."""
-    token_id = tokenizer.convert_tokens_to_ids(text)
-    if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != text:
-        raise ValueError(f"the tokenizer has no token {text!r}")
-    return int(token_id)
+def _items(indices: np.ndarray, catalogue: Catalogue, nameless: Collection[int]) -> list[Item]:
+    return [
+        Item("" if i in nameless else catalogue.ids[i], catalogue.titles[i], catalogue.topics[i])
+        for i in indices.tolist()
+    ]
 
 
 def _one_line(title: str) -> str:

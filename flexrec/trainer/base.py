@@ -19,7 +19,7 @@ from flexrec.policy.distributed import whole_model
 from flexrec.policy.lora import ADAPTER_FILE, has_adapters
 from flexrec.profiling import active_profile, span
 from flexrec.rankings.reasoning import ReasoningTokens
-from flexrec.task.examples import Example, marks_of, prompts_and_candidates
+from flexrec.task.examples import Example, prompts_and_candidates
 from flexrec.trainer.callbacks import ProfileSteps
 
 MAX_NOT_FINITE = 3  # updates in a row
@@ -173,7 +173,6 @@ class RankingTrainer(Trainer):
         return make_batch(
             *prompts_and_candidates(examples),
             rankings,
-            marks=marks_of(examples),
             separator=self.separator,
             end=self.end,
             num_generations=num_generations,

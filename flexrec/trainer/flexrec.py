@@ -40,7 +40,7 @@ from flexrec.policy.scores import (
 )
 from flexrec.profiling import span
 from flexrec.rankings.reasoning import eos_token_ids, reasoning_rule
-from flexrec.task.examples import Example, marks_of, prompts_and_candidates
+from flexrec.task.examples import Example, prompts_and_candidates
 from flexrec.trainer.base import EpochOrder, LossAndMetrics, RankingTrainer, pad_rows
 from flexrec.trainer.options import TrainerOptions
 
@@ -55,7 +55,7 @@ class FlexRecConfig(TrainerOptions, TrainingArguments):
         >>> from flexrec.trainer import FlexRecConfig
         >>> args = FlexRecConfig(output_dir="out", metric="ndcg@10", num_generations=8, credit="swap", use_cpu=True)
         >>> args.scale, args.uncertainty
-        ('batch', 'rollout')
+        ('batch', 'none')
     """
 
     max_reasoning_tokens: int | None = option(
@@ -161,6 +161,8 @@ class FlexRecTrainer(RankingTrainer):
                     item_mask=item_mask,
                     reduce=self.accelerator.reduce,
                 )
+                if args.shuffle_weights:
+                    weights = shuffled(weights, np.random.default_rng(self._randomness().spawn(2)[1]))
 
         metrics: Mapping[str, float | torch.Tensor]
         if args.credit == "all_actions":
@@ -230,11 +232,20 @@ class FlexRecTrainer(RankingTrainer):
         uncertain = self.accelerator.reduce((variance > 0).any().float()) > 0
         return _Sampled(
             batch,
-            in_rank_order([example.gains for example in examples]),
+            in_rank_order(self._gains(examples)),
             variance if uncertain else None,
             None,
             self._reference_states(batch) if args.beta > 0 else None,
         )
+
+    def _gains(self, examples: Sequence[Example]) -> list[np.ndarray]:
+        """What the candidates of each example count as."""
+        gains = [example.gains for example in examples]
+        if self.args.sample_gains:
+            rng = np.random.default_rng(self._randomness().spawn(1)[0])
+            gains = [drawn_gains(example, rng) for example in examples]
+        doubts = [np.float32(self.args.pessimism) * np.sqrt(example.variance) for example in examples]
+        return [np.maximum(gain - doubt, np.float32(0.0)) for gain, doubt in zip(gains, doubts, strict=True)]
 
     def _rollout(self, examples: Sequence[Example]) -> Rollout:
         seed = int(self._randomness().generate_state(1)[0])
@@ -242,7 +253,6 @@ class FlexRecTrainer(RankingTrainer):
             return sample_rankings(
                 model,
                 *prompts_and_candidates(examples),
-                marks=marks_of(examples),
                 separator=self.separator,
                 end=self.end,
                 num_generations=self.args.num_generations,
@@ -380,3 +390,21 @@ class FlexRecTrainer(RankingTrainer):
             per_update=per_process * self.accelerator.num_processes,
             repeats=self.args.num_iterations,
         )
+
+
+def drawn_gains(example: Example, rng: np.random.Generator) -> np.ndarray:
+    """(K,) float32: gains drawn from the gamma distributions of their means and variances, which are never negative."""
+    mean, variance = example.gains.astype(np.float64), example.variance.astype(np.float64)
+    uncertain = (variance > 0) & (mean > 0)
+    scale = np.where(uncertain, variance, 1.0) / np.where(uncertain, mean, 1.0)
+    drawn = rng.gamma(np.where(uncertain, mean, 1.0) / scale, scale)
+    return np.where(uncertain, drawn, mean).astype(np.float32)
+
+
+def shuffled(weights: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """``weights``, those that are not 0 changed about by chance."""
+    positive = weights > 0
+    order = rng.permutation(int(positive.sum()))
+    result = weights.clone()
+    result[positive] = weights[positive][torch.from_numpy(order).to(weights.device)]
+    return result

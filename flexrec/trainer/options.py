@@ -35,7 +35,16 @@ class TrainerOptions:
     baseline: str = option("none", "what rewards are compared with", choices=BASELINES)
     scale: str = option("batch", "what advantages are divided by", choices=SCALES)
     uncertainty: str = option(
-        "rollout", "weight rewards by their certainty, per rollout or item", choices=("none", "rollout", "item")
+        "none", "weight rewards by their certainty, per rollout or item", choices=("none", "rollout", "item")
+    )
+    shuffle_weights: bool = option(
+        False, "the control of --uncertainty: its weights, each given to another rollout or item by chance"
+    )
+    pessimism: float = option(
+        0.0, "take so many standard deviations off the gains, which stay at least 0", low=0, metavar="KAPPA"
+    )
+    sample_gains: bool = option(
+        False, "draw gains from what is known of them anew at every step, instead of their mean"
     )
     epsilon_low: float = option(0.2, "lower clip range of the importance ratio", low=0)
     epsilon_high: float | None = option(None, "upper clip range; default: as the lower", low=0)
@@ -50,6 +59,8 @@ class TrainerOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.shuffle_weights and self.uncertainty == "none":
+            raise ValueError("shuffle_weights shuffles the weights of uncertainty='rollout' or 'item', got 'none'")
         if self.baseline == "rank" and self.num_generations == 1:
             raise ValueError("baseline='rank' compares the rollouts of one prompt: it needs num_generations > 1")
         if self.credit == "all_actions" and (self.baseline != "none" or self.scale not in ("batch", "none")):

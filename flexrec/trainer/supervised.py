@@ -78,7 +78,7 @@ class SupervisedTrainer(RankingTrainer):
         rows = torch.from_numpy(batch.tokens.row[rankings]).to(hidden.device)
         columns = torch.from_numpy(batch.tokens.prompt_columns(rankings, positions)).to(hidden.device)
         predicting = hidden[rows, columns - 1]
-        targets = batch.tokens.input_ids[rows, columns]
+        targets = batch.tokens.tokens(rows, columns)
         weight, bias = output_layer(model)
         logprobs = vocabulary_logprobs(predicting, weight, targets, bias=bias)
         return -logprobs.sum() * share / len(targets)

@@ -344,3 +344,26 @@ def test_what_a_test_row_tells_is_told_by_no_training_row(tmp_path):
     assert log_as_text(one) == log_as_text(again)
     assert as_text(one, one.train) == as_text(again, again.train)
     assert as_text(one, one.test) != as_text(again, again.test)
+
+
+def test_noise_is_estimated_from_ratings_that_were_given_again(tmp_path):
+    rng = random.Random(1)
+    rows = [
+        (f"u{u}", f"i{i}", rng.choice((1, 2, 3, 4, 5)), 10**9 + 60 * (u * 100 + n))
+        for u in range(30)
+        for n, i in enumerate(rng.sample(range(40), 20))
+    ]
+    rows += [(u, i, rng.choice((1, 2, 3, 4, 5)), t + 30) for u, i, _, t in rows[::3]]
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    lines = ["user,item,rating,timestamp", *(",".join(map(str, row)) for row in rows)]
+    (folder / "interactions.csv").write_text("\n".join(lines) + "\n")
+    dataset = load(folder)
+    trained = {dataset.user_ids[u] for u in dataset.log.users.tolist()}
+    readings = {}
+    for user, item, rating, _ in rows:
+        if user in trained:
+            readings.setdefault((user, item), []).append(np.clip((rating - 3) / 2, 0, 1))
+    pairs = [values for values in readings.values() if len(values) == 2]
+    assert dataset.noise == pytest.approx(np.mean([np.var(values, ddof=1) for values in pairs]), abs=1e-6)
+    assert dataset.noise > 0

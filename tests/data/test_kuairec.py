@@ -134,6 +134,25 @@ def test_after_the_boundary_nothing_changes_training(tmp_path):
     assert dataset.log.times.max() < dataset.time_boundary
 
 
+def test_noise_is_estimated_from_what_training_users_watched_again(tmp_path):
+    rng = random.Random(5)
+    views = make_views()
+    again = [(u, v, round(min(3.0, max(0.0, r + rng.gauss(0, 0.3))), 3), t + 7.5) for u, v, r, t in views if v % 3 == 0]
+    dataset = load_kuairec(write(tmp_path, views + again), **SMALL)
+    trained = {int(dataset.user_ids[u]) for u in dataset.log.users.tolist()}
+    readings = {}
+    for user, video, ratio, _ in views + again:
+        if user in trained:
+            readings.setdefault((user, video), []).append(min(1.0, ratio / 2.0))
+    pairs = [values for values in readings.values() if len(values) == 2]
+    assert len(pairs) > 60
+    assert dataset.noise == pytest.approx(np.mean([np.var(values, ddof=1) for values in pairs]), abs=1e-6)
+    assert dataset.noise > 0.005
+    assert load_kuairec(write(tmp_path / "once", views), **SMALL).noise == 0
+    few = load_kuairec(write(tmp_path / "few", views + again[:20]), **SMALL)
+    assert few.noise == 0, "too few to say"
+
+
 def test_the_small_matrix_and_views_without_a_time(tmp_path):
     write(tmp_path, make_views(num_users=12), "big_matrix.csv")
     write(tmp_path, make_views(), "small_matrix.csv")

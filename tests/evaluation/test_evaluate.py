@@ -1,11 +1,9 @@
 """Greedy rankings of examples, and the metrics of whole and partial rankings."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
-from flexrec.data import Catalogue, simulate
+from flexrec.data import simulate
 from flexrec.decoding.sample import Rollout
 from flexrec.evaluation import evaluate as module
 from flexrec.evaluation.evaluate import Evaluation, rank_examples
@@ -89,24 +87,8 @@ def test_examples_are_ranked_greedily_as_asked(monkeypatch):
     assert [c for _, candidates, _ in calls for c in candidates] == [example.candidates for example in examples]
     for _, _, options in calls:
         assert options == {
-            "marks": None,
             "separator": builder.separator,
             "end": builder.end,
             "num_ranked": 2,
             "greedy": True,
         }
-
-
-def test_examples_are_ranked_with_their_marks(monkeypatch):
-    asked = []
-
-    def spy(model, prompts, candidates, *, marks, **options):
-        asked.append(marks)
-        return Rollout(np.tile(np.arange(2), (len(prompts), 1)), np.zeros((len(prompts), 2)))
-
-    monkeypatch.setattr(module, "sample_rankings", spy)
-    builder = PromptBuilder(build_tokenizer(Catalogue(("a",), ("A",), ((),)), []), encoding="item_token")
-    marked = [replace(example([0.5, 1.0]), marks=[[n], []]) for n in range(3)]
-    rank_examples(None, marked, builder, batch_size=2)
-    rank_examples(None, [example([0.5, 1.0])], builder)
-    assert asked == [[[[0], []], [[1], []]], [[[2], []]], None]

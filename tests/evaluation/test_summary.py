@@ -77,6 +77,11 @@ def test_metrics_that_are_the_same_for_all_are_not_shown():
     rows = [line.split(" | ") for line in comparison_markdown(found, clusters=USERS).splitlines()]
     assert rows[0][2:4] == ["ndcg@5", "recall@5"]
     assert [row[3] for row in rows[2:]] == ["", "", "0.250", "0.300"]
+    for need in found["base"]:
+        found["trained"][need] = found["base"][need]
+    found["trained"]["trend"] = {**found["base"]["trend"], "recall@5": np.full(len(USERS), 0.3)}
+    rows = [line.split(" | ") for line in comparison_markdown(found, clusters=USERS).splitlines()]
+    assert rows[5][2:] == ["0.300", "", "", " |"], "nor is a change where there is none to be had"
     alone = {"base": found["base"]}
     assert "recall@5" in comparison_markdown(alone, clusters=USERS)
     assert pytest.approx(3) == len(comparison_table(results(base=(1, 1), trained=(2, 2)), clusters=USERS).columns)

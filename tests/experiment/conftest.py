@@ -29,6 +29,12 @@ def dataset():
 
 
 class FakeCritic:
+    def save(self, folder):
+        (folder / "critic.npz").touch()
+
+    def interval_many(self, lists, level):
+        return [(m - level * DOUBT, m + level * DOUBT) for m, _ in self.predict_many(lists)]
+
     def predict_many(self, lists):
         """The later in the catalogue, the better."""
         return [(lst.candidates.astype(np.float32) / 100, np.full(len(lst.candidates), DOUBT)) for lst in lists]
@@ -134,7 +140,7 @@ def recorded(monkeypatch, dataset):
 
     def fit(*args, seed, lists, **kwargs):
         seen.seeds["critic"] = seed
-        seen.lists_of_critic = lists
+        seen.lists_of_critic, seen.critic_options = lists, kwargs
         return FakeCritic()
 
     seeded(stages, "simulate", dataset)

@@ -29,7 +29,11 @@ OF_LISTS = {
     "trend_days": (["--trend-days", "2.5"], 2.5),
 }
 GIVEN = {
-    "simulated": {name: OF_LISTS[name] for name in ("num_candidates", "history_length", "max_train_lists")},
+    "simulated": {
+        **{name: OF_LISTS[name] for name in ("num_candidates", "history_length", "max_train_lists")},
+        "observed_share": (["--observed-share", "0.03"], 0.03),
+        "missing": (["--missing", "exposure"], "exposure"),
+    },
     "movielens": {**OF_LISTS, "strict": (["--no-strict"], False)},
     "kuairec": {
         **{name: value for name, value in OF_LISTS.items() if name != "num_positives"},

@@ -12,7 +12,7 @@ from flexrec.experiment import stages as experiment
 from flexrec.experiment.run_folder import RunFolder
 from flexrec.policy.lora import add_lora, save_adapters
 from flexrec.policy.small_model import build_model, build_tokenizer
-from flexrec.task.prompts import NOVELTY_MARKS, RISE_MARKS, item_token
+from flexrec.task.descriptions import describing_tokens, item_token
 
 SMALL = ["--need", "interest", "--no-critic", "--prompts-per-step", "8", "--baselines", "none"]
 SMALL += ["--warmup-steps", "2", "--listwise-steps", "2", "--steps", "4"]
@@ -66,12 +66,14 @@ def test_merged_run_is_a_whole_model(tmp_path):
     assert not hasattr(model, "peft_config")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     start = AutoModelForCausalLM.from_pretrained(folder / "backbone")
-    ids = json.loads((folder / "catalogue.json").read_text())["ids"]
+    saved = json.loads((folder / "catalogue.json").read_text())
+    ids = saved["ids"]
     items = tokenizer.convert_tokens_to_ids([item_token(i) for i in ids])
     change = (model.get_input_embeddings().weight - start.get_input_embeddings().weight).abs().amax(dim=1)
     assert change[items].min() > 0, "every item's row is trained"
-    marks = tokenizer.convert_tokens_to_ids([*RISE_MARKS, *NOVELTY_MARKS])
-    assert (change[marks] > 0).sum() > 6, "and those of the marks that occurred"
+    catalogue = Catalogue(tuple(ids), tuple(saved["titles"]), tuple(map(tuple, saved["topics"])))
+    marks = tokenizer.convert_tokens_to_ids(describing_tokens(catalogue)[len(ids) :])
+    assert (change[marks] > 0).sum() > 6, "and those of what else describes them, where it occurred"
     change[[*items, *marks]] = 0
     assert change.max() == 0, "and no other"
     assert same_by_evaluate(folder, tmp_path)

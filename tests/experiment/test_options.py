@@ -13,7 +13,7 @@ from flexrec.experiment import model as model_module
 from flexrec.experiment import stages
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.policy.small_model import build_model, build_tokenizer
-from flexrec.task.prompts import NOVELTY_MARKS, RISE_MARKS
+from flexrec.task.descriptions import describing_tokens
 from flexrec.trainer.options import TrainerOptions
 
 
@@ -38,6 +38,9 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "baseline": "group",
         "scale": "rank",
         "uncertainty": "item",
+        "shuffle_weights": True,
+        "pessimism": 0.5,
+        "sample_gains": True,
         "learning_rate": 0.125,
         "warmup_learning_rate": 0.25,
         "entropy_coef": 0.75,
@@ -56,6 +59,10 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "lora_save": "adapter",
         "profile": True,
         "critic": False,
+        "cold_items": 0.25,
+        "critic_model": "knn",
+        "noise": 0.125,
+        "fuse_observed": False,
         "eval_every": 14,
         "save_every": 11,
         "resume": True,
@@ -99,6 +106,9 @@ def test_every_option_reaches_the_trainers(tmp_path, recorded):
         "baseline": "rank",
         "scale": "rank",
         "uncertainty": "item",
+        "shuffle_weights": True,
+        "pessimism": 0.5,
+        "sample_gains": True,
         "entropy_coef": 0.75,
         "beta": 0.375,
         "epsilon_low": 0.15,
@@ -154,7 +164,7 @@ def test_data_sets_are_loaded_with_their_folder_and_seed(monkeypatch, dataset, n
 
 def test_what_a_loader_found_is_said_and_what_it_lacks_is_refused(tmp_path, recorded, dataset, monkeypatch):
     found = replace(dataset, notes=("skipped 2 rows of log.csv",), unsupported={"trend": "it has no times"})
-    monkeypatch.setattr(stages, "load_dataset", lambda *_: found)
+    monkeypatch.setattr(stages, "load_dataset", lambda *_, **__: found)
     recorded.run(tmp_path / "run", needs=("interest",))
     assert "skipped 2 rows of log.csv" in recorded.said
     with pytest.raises(ValueError, match="cannot answer the need 'trend': it has no times"):
@@ -189,10 +199,10 @@ def test_what_the_prompts_of_a_run_show(recorded, dataset):
     assert builder().encoding == "item_token"
     assert not builder().show_titles
     assert not builder().show_rising
-    assert builder(("interest", "trend")).marked
+    assert builder(("interest", "trend")).described
     assert not builder(("interest", "trend")).show_rising  # which marks say better
     assert builder(encoding="index").show_titles
-    assert not builder(encoding="index").marked
+    assert not builder(encoding="index").described
     assert not builder(encoding="index").show_rising
     assert builder(("interest", "trend"), encoding="index").show_rising
 
@@ -226,8 +236,7 @@ def test_options_of_lora_reach_the_adapters(recorded, dataset):
     model, tokenizer, _ = model_module.make_model(config, dataset, [stages.get_need("interest")])
     lora = model.active_peft_config
     assert (lora.r, lora.lora_alpha, set(lora.target_modules)) == (3, 7, {"q_proj", "v_proj"})
-    items = [model_module.item_token(i) for i in dataset.catalogue.ids]
-    items = tokenizer.convert_tokens_to_ids([*items, *RISE_MARKS, *NOVELTY_MARKS])
+    items = tokenizer.convert_tokens_to_ids(describing_tokens(dataset.catalogue))
     assert [sorted(ids) for ids in lora.trainable_token_indices.values()] == [sorted(items)]
     index = ExperimentConfig(output="unused", lora=3, encoding="index")
     model, _, _ = model_module.make_model(index, dataset, [stages.get_need("interest")])

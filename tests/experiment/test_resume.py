@@ -300,7 +300,7 @@ def test_two_runs_into_one_folder_are_refused(tmp_path, recorded, monkeypatch):
     """Before anything is loaded; the folder is free again afterwards."""
     folder = tmp_path / "deep" / "run"
     with RunFolder(folder).locked():
-        monkeypatch.setattr(stages, "load_dataset", lambda *args: pytest.fail("loaded"))
+        monkeypatch.setattr(stages, "load_dataset", lambda *args, **options: pytest.fail("loaded"))
         for more in ({}, {"resume": True}):
             with pytest.raises(FileExistsError, match=f"--output {folder} is in use by another run"):
                 recorded.run(folder, **more)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flexrec.data.options import all_data_options
 from flexrec.evaluation.statistics import relative_change
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.results import Results
 from flexrec.experiment.run_folder import RunFolder, RunInfo
+from flexrec.task.critic import Critic
 
 
 @pytest.fixture
@@ -70,15 +72,15 @@ def test_histories_are_the_latest_events_with_what_was_liked(tmp_path, recorded,
     histories = json.loads((tmp_path / "run" / "histories.json").read_text())
     log, ids = dataset.log, dataset.catalogue.ids
     assert set(histories) == {str(user) for user in np.unique(log.users)}
-    liked = set()
+    liked = []
     for user, events in histories.items():
         rows = np.flatnonzero(log.users == int(user))
         assert len(rows) > 5
         latest = rows[np.argsort(log.times[rows], kind="stable")][-5:]
         assert [event["id"] for event in events] == [ids[log.items[row]] for row in latest]
-        assert [event["liked"] for event in events] == [bool(log.interest[row] >= 0.5) for row in latest]
-        liked |= {event["liked"] for event in events}
-    assert liked == {True, False}
+        assert [event["interest"] for event in events] == log.interest[latest].tolist()
+        liked += [event["interest"] >= 0.5 for event in events]
+    assert set(liked) == {True, False}
 
 
 def test_the_catalogue_is_saved_with_titles_and_what_rises(tmp_path, recorded, dataset):
@@ -103,9 +105,10 @@ def test_the_run_says_how_it_is_to_be_asked(tmp_path, recorded):
         "temperature": 0.6,
         "dataset": "simulated",
         "data": None,
+        "data_options": all_data_options("simulated", {}),
         "needs": ["interest"],
         "seed": 13,
-        "marked": True,
+        "described": True,
     }
     for folder in (tmp_path / "run", tmp_path / "run" / "base"):
         assert json.loads((folder / "flexrec.json").read_text()) == expected
@@ -122,7 +125,7 @@ def test_a_request_may_show_as_much_history_as_the_longest_that_was_trained(data
     lists = [dataclasses.replace(lst, history=lst.history[: i % 5 + 1]) for i, lst in enumerate(dataset.train[:9])]
     assert {len(lst.history) for lst in lists} == {1, 2, 3, 4, 5}
     trained_on = dataclasses.replace(dataset, train=lists)
-    builder = SimpleNamespace(encoding="index", show_titles=True, show_rising=False, marked=False)
+    builder = SimpleNamespace(encoding="index", show_titles=True, show_rising=False, described=False)
     assert RunInfo.of(ExperimentConfig(output="unused"), builder, trained_on).max_history == 5
 
 
@@ -185,3 +188,16 @@ def test_files_of_a_run_have_the_mode_that_others_have(tmp_path, recorded):
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert {"model.safetensors", "tokenizer.json", "metrics.json", "per_list.npz", "log.jsonl"} <= set(modes)
     assert {name: mode for name, mode in modes.items() if mode != 0o640} == {}
+
+
+def test_a_runs_critic_is_loaded_with_its_catalogue(tmp_path, recorded, dataset):
+    recorded.run(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    critic = Critic.fit(dataset.log, dataset.catalogue, lists=dataset.train, model="knn", noise=dataset.noise)
+    folder.save_critic(critic)
+    loaded = folder.load_critic()
+    for one, other in zip(critic.fill_many(dataset.train), loaded.fill_many(dataset.train), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    (tmp_path / "run" / "critic.npz").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no critic"):
+        folder.load_critic()

@@ -7,11 +7,13 @@ import re
 import numpy as np
 import pytest
 
+from flexrec.data.cold import hold_out_items, lists_of_new_items, new_items
 from flexrec.data.options import all_data_options
 from flexrec.evaluation.baselines import BASELINES
 from flexrec.evaluation.statistics import bootstrap_interval
 from flexrec.experiment import config, stages, training
 from flexrec.experiment.config import ExperimentConfig
+from flexrec.experiment.results import Results
 from flexrec.experiment.run_folder import RunFolder
 from flexrec.trainer.callbacks import Curve
 
@@ -109,6 +111,28 @@ def test_the_critic_is_fitted_as_asked_or_as_the_data_need_it(
         assert len(recorded.lists_of_critic) == (len(dataset.train) if unobserved == "critic" else 0)
 
 
+@pytest.mark.parametrize("asked", [{}, {"critic_model": "mf", "noise": 0.07, "fuse_observed": False}])
+def test_the_critic_is_fitted_with_its_options_measured_and_kept(tmp_path, recorded, dataset, asked):
+    results = recorded.run(tmp_path / "run", **asked)
+    options = recorded.critic_options
+    assert options["noise"] == asked.get("noise", dataset.noise) > 0
+    assert (options["model"], options["fuse"]) == (
+        asked.get("critic_model", "ensemble"),
+        asked.get("fuse_observed", True),
+    )
+    assert (tmp_path / "run" / "critic.npz").is_file()
+    guesses = np.concatenate([lst.candidates / 100 for lst in dataset.test])
+    truth = np.concatenate([lst.truth for lst in dataset.test])
+    assert results.critic["rmse"] == pytest.approx(np.sqrt(np.mean((guesses - truth) ** 2)), abs=1e-4)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["critic"] == results.critic
+
+
+def test_without_a_critic_none_is_kept_or_measured(tmp_path, recorded):
+    recorded.run(tmp_path / "run", critic=False)
+    assert not (tmp_path / "run" / "critic.npz").exists()
+    assert "critic" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
 def test_lists_are_drawn_anew_for_every_stage(tmp_path, recorded, monkeypatch, dataset):
     """Where the data set can: the lists of another epoch come from its ``resample``."""
     drawn = []
@@ -130,6 +154,47 @@ def test_systems_are_measured_on_the_test_users_after_their_stages(tmp_path, rec
     np.testing.assert_array_equal(results.users, [lst.user for lst in dataset.test])
     for values in results.per_list.values():
         assert {v.shape for v in values["interest"].values()} == {(len(dataset.test),)}
+
+
+def test_items_kept_from_training_are_measured_by_themselves(tmp_path, recorded, dataset, monkeypatch):
+    """They have no token, stand in no training example, and every ranker is a row of the lists of them alone."""
+    monkeypatch.setattr(stages, "MIN_NEW_LISTS", 5)
+    folder = tmp_path / "run"
+    results = recorded.run(folder, cold_items=0.4, seed=3, baselines=("popularity",))
+    examples = recorded.of("listwise")[0].examples
+    builder = examples.task.builder
+    is_new = np.array([not builder.knows(item_id) for item_id in dataset.catalogue.ids])
+    assert is_new.sum() == round(0.4 * len(dataset.catalogue))
+    np.testing.assert_array_equal(is_new, new_items(hold_out_items(dataset, 0.4, seed=3)))
+    for lst, whole in zip(examples._lists, dataset.train, strict=True):
+        np.testing.assert_array_equal(lst.candidates, whole.candidates[~is_new[whole.candidates]])
+    new = results.new_items
+    lists = lists_of_new_items(dataset.test, is_new)
+    np.testing.assert_array_equal(new.users, [lst.user for lst in lists])
+    assert set(new.per_list) == set(results.per_list) >= {"base", "warm start", "trained", "popularity", "critic"}
+    best_first = [lst.truth[np.argsort(-lst.popularity, kind="stable")].astype(np.float64) for lst in lists]
+    expected = [ndcg_at_5(np.pad(gains, (0, 5))) for gains in best_first]
+    np.testing.assert_allclose(new.per_list["popularity"]["interest"]["ndcg@5"], expected, rtol=1e-6)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["new items"]["trained"]["interest"] == pytest.approx(new.means("trained")["interest"])
+    saved = np.load(folder / "per_list.npz")
+    values = new.per_list["trained"]["interest"]["ndcg@5"]
+    np.testing.assert_array_equal(saved["new items/trained/interest/ndcg@5"], values)
+    np.testing.assert_array_equal(saved["new items/users"], new.users)
+    again = Results(results.users, new_items=Results(new.users))
+    RunFolder(folder).load_warm_start(again)
+    for one, before in ((again, results), (again.new_items, new)):
+        of_start = before.per_list["warm start"]["interest"]
+        np.testing.assert_array_equal(one.per_list["warm start"]["interest"]["ndcg@5"], of_start["ndcg@5"])
+    scores = stages.evaluate_run(folder, None, None, None)
+    assert list(scores) == ["interest", "interest, new items"]
+    assert scores["interest, new items"]["ndcg@5"]["mean"] == pytest.approx(values.mean())
+
+
+def test_without_enough_new_items_nothing_is_said_of_them(tmp_path, recorded):
+    results = recorded.run(tmp_path / "run")
+    assert results.new_items is None
+    assert "new items" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
 
 
 def test_the_warm_up_is_left_out_where_it_is_not_wanted(tmp_path, recorded):
@@ -309,7 +374,8 @@ def test_the_kl_refers_to_the_policy_before_reinforcement(tmp_path, recorded):
 
 def test_a_run_is_evaluated_on_what_is_asked_or_on_what_it_was_trained_with(tmp_path, recorded, monkeypatch, dataset):
     folder = tmp_path / "run"
-    recorded.run(folder, seed=13, num_ranked=5, needs=("interest", "explore"))
+    options = {"missing": "exposure"}
+    recorded.run(folder, seed=13, num_ranked=5, needs=("interest", "explore"), data_options=options)
     asked = []
     monkeypatch.setattr(stages, "load_dataset", lambda *arguments: asked.append(arguments) or dataset)
     info = json.loads((folder / "flexrec.json").read_text())

@@ -125,7 +125,7 @@ def test_advantages_and_gradient_are_those_of_flexrec_trainer(tmp_path, monkeypa
     found = gradient(trainer.model)
 
     advantages, expected = flexrec_trainers_view(
-        tmp_path, monkeypatch, trainer, rollouts[0], **{"credit": "swap", **options}
+        tmp_path, monkeypatch, trainer, rollouts[0], **{"credit": "swap", "uncertainty": "rollout", **options}
     )
     encoded = encode_rankings(
         batch["candidates"],

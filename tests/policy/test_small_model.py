@@ -1,11 +1,20 @@
 """The embedded default: a tokenizer and a model made from a catalogue and a log."""
 
 import numpy as np
+import pytest
 import torch
 
 from flexrec.data import Catalogue, Interactions
-from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, topic_vectors
-from flexrec.task.prompts import CANDIDATES, LIKED, RANKING, RISING, SEEN, item_token
+from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, starting_rows
+from flexrec.task.descriptions import (
+    INTEREST_MARKS,
+    NOVELTY_MARKS,
+    RISE_MARKS,
+    UNKNOWN_ITEM,
+    describing_tokens,
+    item_token,
+)
+from flexrec.task.prompts import CANDIDATES, LIKED, RANKING, RISING, SEEN
 
 CATALOGUE = Catalogue(ids=("a", "b", "c", "d"), titles=("Alien", "Ça va", "Night 3", "東京"), topics=((), (), (), ()))
 
@@ -55,7 +64,8 @@ def test_model_starts_from_the_vectors_at_the_usual_spread():
     tokenizer = build_tokenizer(CATALOGUE, [])
     vectors = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)) * 50
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "seed": 3}
-    model = build_model(tokenizer, item_ids=CATALOGUE.ids, vectors=vectors, **sizes)
+    rows = {item_token(i): row / 50 for i, row in zip(CATALOGUE.ids, vectors, strict=True)}
+    model = build_model(tokenizer, rows=rows, **sizes)
     weight = model.get_input_embeddings().weight.detach()
     tokens = tokenizer.convert_tokens_to_ids([item_token(i) for i in CATALOGUE.ids])
     cosine = torch.nn.functional.cosine_similarity(weight[tokens], vectors)
@@ -93,13 +103,36 @@ def test_texts_that_stand_in_many_prompts_take_few_tokens():
     assert len(with_them.encode(texts[0])) < len(without.encode(texts[0])) / 2
 
 
-def test_topic_vectors_are_sums_of_directions():
-    topics = (("x",), ("x", "y"), ("y",), ("z",), ())
-    catalogue = Catalogue(ids=tuple("abcde"), titles=tuple("abcde"), topics=topics)
-    vectors = topic_vectors(catalogue, 8, seed=1)
-    cosines = vectors @ vectors.T
-    half = 0.5**0.5
-    expected = [[1, half, 0, 0, 0], [half, 1, half, 0, 0], [0, half, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]]
-    torch.testing.assert_close(cosines, torch.tensor(expected), atol=1e-5, rtol=0)
-    assert not torch.allclose(vectors, topic_vectors(catalogue, 8, seed=2))
-    assert topic_vectors(catalogue, 2).shape == (5, 2), "more topics than dimensions"
+TOPICS = (("x",), ("x", "y"), ("y",), ("z",), ())
+
+
+def test_what_describes_items_starts_from_vectors_and_directions_of_topics():
+    """Half of the mean square of an item's row is its own, half its topics'; words start at nothing."""
+    catalogue = Catalogue(ids=tuple("abcde"), titles=("Up", "Down", "Up 2", "Down", ""), topics=TOPICS)
+    vectors = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)) * 30
+    rows = starting_rows(catalogue, vectors, seed=1)
+    named = [token for token in describing_tokens(catalogue) if ":" in token]
+    assert sorted(rows) == sorted(named), "marks start as any token does"
+    own = torch.stack([rows[item_token(i)] for i in catalogue.ids])
+    torch.testing.assert_close(own / own.norm(), vectors / vectors.norm())
+    x, y, z = (rows[f"<topic:{topic}>"] for topic in "xyz")
+    directions = torch.stack([x, y, z])
+    torch.testing.assert_close(directions @ directions.T, (x @ x) * torch.eye(3), atol=1e-5, rtol=1e-5)
+    topics = torch.stack([x, x + y, y, z, torch.zeros(8)])
+    assert own.square().mean().item() == pytest.approx(0.5)
+    assert topics.square().mean().item() == pytest.approx(0.5)
+    assert not rows["<word:up>"].any()
+    assert not torch.allclose(x, starting_rows(catalogue, vectors, seed=2)["<topic:x>"])
+    assert starting_rows(catalogue, vectors[:, :2])["<topic:x>"].shape == (2,), "more topics than dimensions"
+    plain = starting_rows(Catalogue(catalogue.ids, catalogue.titles, ((),) * 5), vectors)
+    alone = torch.stack([plain[item_token(i)] for i in catalogue.ids])
+    assert alone.square().mean().item() == pytest.approx(1.0), "without topics all is its own"
+
+
+def test_a_catalogue_is_described_by_its_items_topics_and_shared_words():
+    titles = ("The Matrix (1999)", "The Matrix Reloaded (2003)", "Election (1999)", "Matrix, matrix", "")
+    found = describing_tokens(Catalogue(ids=tuple("abcde"), titles=titles, topics=TOPICS))
+    items, topics = [f"<item:{i}>" for i in "abcde"], [f"<topic:{t}>" for t in "xyz"]
+    assert found[:8] == items + topics
+    assert set(found[8:11]) == {"<word:matrix>", "<word:the>", "<word:1999>"}
+    assert found[11:] == [UNKNOWN_ITEM, *INTEREST_MARKS, *RISE_MARKS, *NOVELTY_MARKS]

@@ -6,6 +6,7 @@ against those that training computes for it, a row for each ranking or one for a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +18,12 @@ from flexrec.decoding import sample as rollouts
 from flexrec.decoding.logits_processor import RankingLogitsProcessor
 from flexrec.decoding.sample import Rollout, sample_rankings
 from flexrec.policy.batch import make_batch
+from flexrec.policy.row_tokens import with_summed_rows
 from flexrec.policy.scores import ranking_scores, ranking_states, reasoning_logprobs
 from flexrec.policy.small_model import build_model, build_tokenizer
 from flexrec.rankings import RankingState
-from flexrec.task.needs import get_need, novelty
+from flexrec.task.descriptions import Token
+from flexrec.task.needs import get_need
 from flexrec.task.prompts import ENCODINGS, PromptBuilder
 
 GENERATIONS, TEMPERATURE = 4, 1.3
@@ -29,13 +32,12 @@ GENERATIONS, TEMPERATURE = 4, 1.3
 class World(NamedTuple):
     model: Any
     tokenizer: Any
-    prompts: list[list[int]]
-    candidates: list[list[list[int]]]
+    prompts: list[list[Token]]
+    candidates: list[list[list[Token]]]
     spelling: dict[str, Any]
-    marks: list[list[list[int]]] | None
 
 
-@pytest.fixture(scope="module", params=[*ENCODINGS, "item_token and marks"])
+@pytest.fixture(scope="module", params=[*ENCODINGS, "item_token and descriptions"])
 def world(request: pytest.FixtureRequest) -> World:
     """The embedded model and lists of unequal lengths, spelled in one of the encodings."""
     data = simulate(num_users=10, num_items=90, num_topics=4, num_test_users=3, num_candidates=12, seed=0)
@@ -44,32 +46,16 @@ def world(request: pytest.FixtureRequest) -> World:
     model = build_model(tokenizer, hidden_size=32, num_layers=2).eval()
     with torch.no_grad():  # far from uniform, so that a wrong distribution shows
         model.get_output_embeddings().weight.mul_(10.0)
-    encoding, _, marked = request.param.partition(" and ")
-    builder = PromptBuilder(tokenizer, encoding=encoding, marked=bool(marked))
-    prompts, candidates, marks = [], [], []
+    encoding, _, described = request.param.partition(" and ")
+    builder = PromptBuilder(tokenizer, encoding=encoding, described=bool(described))
+    prompts, candidates = [], []
     for lst, size in zip(data.test, (12, 5, 9), strict=False):
         some = lst.reordered(np.arange(size))
         prompts.append(builder.prompt_of(some, data.catalogue, wording)[0])
         candidates.append(builder.candidate_tokens_of(some, data.catalogue))
-        marks.append(builder.marks_of(some.trend, novelty(some, data.catalogue)))
     assert len({len(prompt) for prompt in prompts}) > 1
     spelling = {"separator": builder.separator, "end": builder.end}
-    return World(model, tokenizer, prompts, candidates, spelling, marks if marked else None)
-
-
-class AddMarks:
-    """For generate, before what restricts it: the logits of a candidate's marks are added to that of its token."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        summed = scores.clone()
-        for n in range(len(scores)):
-            p = n // GENERATIONS
-            for (token,), marks in zip(self.world.candidates[p], self.world.marks[p], strict=True):
-                summed[n, token] += scores[n, marks].sum()
-        return summed
+    return World(model, tokenizer, prompts, candidates, spelling)
 
 
 def by_rollout(world: World, **reasoning: Any) -> Rollout:
@@ -77,7 +63,6 @@ def by_rollout(world: World, **reasoning: Any) -> Rollout:
         world.model,
         world.prompts,
         world.candidates,
-        marks=world.marks,
         num_generations=GENERATIONS,
         temperature=TEMPERATURE,
         generator=torch.Generator().manual_seed(3),
@@ -87,15 +72,18 @@ def by_rollout(world: World, **reasoning: Any) -> Rollout:
 
 
 def by_generate(world: World, **reasoning: Any) -> Rollout:
-    """What generate sampled, with the log-probs that it sampled with."""
-    eos = world.tokenizer.eos_token_id
+    """What generate sampled, with the log-probs that it sampled with; from a model with the rows of sums, if any."""
+    model, (prompts, candidates, _) = with_summed_rows(world.model, world.prompts, world.candidates)
+    rows = list(range(world.model.config.vocab_size, model.config.vocab_size))  # which reasoning must not name
+    world = world._replace(model=model, prompts=prompts, candidates=candidates)
+    eos = [world.tokenizer.eos_token_id, *rows]
     processor = RankingLogitsProcessor(world.candidates, eos_token_id=eos, **world.spelling, **reasoning)
     width = max(map(len, world.prompts))
     torch.manual_seed(3)
     out = world.model.generate(
         input_ids=torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in world.prompts]),
         attention_mask=torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in world.prompts]),
-        logits_processor=[processor] if world.marks is None else [AddMarks(world), processor],
+        logits_processor=[processor],
         max_new_tokens=processor.max_new_tokens,
         do_sample=True,
         top_k=0,
@@ -105,7 +93,7 @@ def by_generate(world: World, **reasoning: Any) -> Rollout:
         output_scores=True,
     )
     rankings = processor.rankings(out.sequences)
-    said = processor.reasoning(out.sequences) if reasoning else None
+    said = replace(processor.reasoning(out.sequences), never=tuple(eos[:1])) if reasoning else None
     logprobs = np.zeros(rankings.shape)
     of_reasoning = None if said is None else np.zeros((len(rankings), said.num_sampled.max()))
     by_step = torch.stack([scores.double().log_softmax(dim=1) for scores in out.scores], dim=1)  # (N, steps, V)
@@ -132,14 +120,14 @@ def by_generate(world: World, **reasoning: Any) -> Rollout:
 @pytest.mark.parametrize("reasons", [False, True], ids=["ranking", "reasoning"])
 @pytest.mark.parametrize("sampler", ["rollout, rows of their own", "rollout, shared rows", "generate"])
 def test_ratios_are_one(world: World, sampler: str, reasons: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if sampler == "generate" and reasons and world.marks is not None:
-        pytest.skip("marks belong to rankings: a processor that adds them would have to know where reasoning ends")
     share = GENERATIONS if "shared" in sampler else 1
     monkeypatch.setattr(rollouts, "sharing", lambda *args, **kwargs: share)
     reasoning = {}
     if reasons:
         with torch.no_grad():  # a marker that comes by itself in some rows, and is forced in the others
-            likely = world.model(torch.tensor([world.prompts[0]])).logits[0, -1].argmax().item()
+            plain, batch = with_summed_rows(world.model, world.prompts[:1], world.candidates[:1])
+            vocabulary = len(world.tokenizer)
+            likely = plain(torch.tensor([batch.prompts[0]])).logits[0, -1, :vocabulary].argmax().item()
         reasoning = {"reasoning_end": [likely], "max_reasoning_tokens": 10}
     rollout = by_generate(world, **reasoning) if sampler == "generate" else by_rollout(world, **reasoning)
     assert [int((row >= 0).sum()) for row in rollout.rankings[::GENERATIONS]] == [12, 5, 9]
@@ -150,7 +138,6 @@ def test_ratios_are_one(world: World, sampler: str, reasons: bool, monkeypatch: 
             world.prompts,
             world.candidates,
             rollout.rankings,
-            marks=world.marks,
             num_generations=GENERATIONS,
             rankings_per_row=per_row,
             reasoning=rollout.reasoning,

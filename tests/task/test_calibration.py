@@ -6,9 +6,19 @@ import torch
 
 from flexrec.data import simulate
 from flexrec.data.lists import Interactions
-from flexrec.task import critic as module
-from flexrec.task.calibration import UNCHANGED, calibrated, fit_calibration
+from flexrec.task import critic as of_critic
+from flexrec.task import critic_ensemble as module
+from flexrec.task.calibration import (
+    UNCHANGED,
+    Calibration,
+    calibrated,
+    fit_calibration,
+    fit_shares,
+    noise_share,
+    shares,
+)
 from flexrec.task.critic import Critic
+from flexrec.task.critic_pairs import watched_pairs
 from flexrec.task.needs import novelty
 
 COEFFICIENTS = np.array([0.3, 1.2, -0.8, 0.2, -0.4])
@@ -55,6 +65,52 @@ def test_few_observations_change_little():
     assert calibrated(some, np.array([1.0]), UNCHANGED) is some
 
 
+def made_up_errors(size=200_000, noise=0.1):
+    """Pairs whose ignorance and noise are known: mean, share, novelty, nothing known, feedback, expected interest."""
+    rng = np.random.default_rng(2)
+    mean, share, new = rng.uniform(0.1, 0.9, size), rng.uniform(0.1, 0.7, size), rng.random(size)
+    nothing = rng.random(size) < 0.5
+    rho = 1 / (1 + np.exp(-(-0.4 + 0.7 * np.log(share / (1 - share)) - 0.8 * new + 0.5 * nothing)))
+    size_of = 1 / rho - 1
+    interest = rng.beta(mean * size_of, (1 - mean) * size_of)
+    kept = np.clip(interest, 1e-3, 1 - 1e-3)
+    feedback = rng.beta(kept * (1 / noise - 1), (1 - kept) * (1 / noise - 1))
+    return mean, share, new, nothing, feedback, interest
+
+
+def test_the_ignorance_of_a_made_up_world_is_found_without_its_noise():
+    mean, share, new, nothing, feedback, interest = made_up_errors()
+    nu = noise_share(mean, feedback, float(np.square(feedback - interest).mean()))
+    assert nu == pytest.approx(0.1, rel=0.03)
+    found = fit_shares(mean, share, new, nothing, feedback, nu)
+    np.testing.assert_allclose(found, [-0.4, 0.7, -0.8, 0.5], atol=0.05)
+    calibration = Calibration(UNCHANGED, found, nu)
+    ignorance = calibration.ignorance(mean, share, new, nothing)
+    for part in (nothing, ~nothing, new > 0.5, share > 0.5):
+        assert ignorance[part].mean() == pytest.approx(np.square(interest - mean)[part].mean(), rel=0.03)
+    noise = calibration.noise_of(mean, ignorance)
+    assert noise.mean() == pytest.approx(np.square(feedback - interest).mean(), rel=0.03)
+
+
+def test_shares_of_variances_and_of_noise():
+    np.testing.assert_allclose(shares(np.array([0.5, 0.2, 0.5]), np.array([0.05, 0.08, 0.3])), [0.2, 0.5, 0.99])
+    # Of a squared error of 0.16, 0.1 is noise and 0.06 ignorance, which leaves f (1 - f) a mean of 0.25 - 0.06.
+    mean = np.array([0.5, 0.5])
+    assert noise_share(mean, np.array([0.1, 0.9]), 0.1) == pytest.approx(0.1 / 0.19)
+    assert noise_share(mean, np.array([0.1, 0.9]), 0.0) == 0.0
+    assert noise_share(mean, mean, 0.2) == 0.2 / 0.45, "no more than this is known where the noise exceeds the errors"
+
+
+def test_few_errors_change_little_and_no_variance_is_none():
+    """The slopes stay where nothing speaks against them, and what was predicted without error is not certain."""
+    mean, share, new, nothing = np.array([0.4, 0.6]), np.array([0.2, 0.3]), np.array([0.0, 1.0]), np.zeros(2)
+    found = fit_shares(mean, share, new, nothing, np.array([0.1, 0.9]), 0.0)
+    np.testing.assert_allclose(found[1:3], [1.0, 0.0], atol=0.1)
+    perfect = fit_shares(mean, share, new, nothing, mean, 0.1)
+    ignorance = Calibration(UNCHANGED, perfect, 0.1).ignorance(mean, share, new, nothing)
+    np.testing.assert_allclose(ignorance, 0.005 * mean * (1 - mean), rtol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def world():
     return simulate(num_users=60, num_items=90, num_topics=4, num_test_users=10, num_candidates=9, observed_share=0.4)
@@ -63,8 +119,8 @@ def world():
 def test_a_critic_is_calibrated_on_the_feedback_of_lists(world, monkeypatch):
     """With each pair predicted without itself; observed pairs only, and from then on for every list."""
     plain = Critic.fit(world.log, world.catalogue, epochs=2, ensemble=2)
-    assert plain.calibration.tolist() == [0, 1, 0, 0, 0]
-    monkeypatch.setattr(module, "_watched", lambda *args: np.zeros((0, 2), dtype=np.int64))
+    assert plain.calibration.mean.tolist() == [0, 1, 0, 0, 0]
+    monkeypatch.setattr(of_critic, "watched_pairs", lambda *args: np.zeros((0, 2), dtype=np.int64))
     cured = Critic.fit(world.log, world.catalogue, epochs=2, ensemble=2, lists=world.train)
     raw = [mean for mean, _ in plain.predict_many(world.train)]
     mean = np.concatenate(raw)
@@ -72,13 +128,19 @@ def test_a_critic_is_calibrated_on_the_feedback_of_lists(world, monkeypatch):
     interest = np.concatenate([lst.interest for lst in world.train])
     known = ~np.isnan(interest)
     expected = fit_calibration(mean[known], new[known], interest[known])
-    np.testing.assert_allclose(cured.calibration, expected, atol=1e-4)
+    np.testing.assert_allclose(cured.calibration.mean, expected, atol=1e-4)
     assert np.abs(expected - UNCHANGED).max() > 0.05
     for lst in world.test:
-        before, variance = plain.predict(lst)
-        after, same = cured.predict(lst)
-        np.testing.assert_allclose(after, by_hand(before, novelty(lst, world.catalogue), expected), atol=1e-3)
-        np.testing.assert_allclose(same, variance)
+        before, _ = plain.predict(lst)
+        after, variance = cured.predict(lst)
+        new = novelty(lst, world.catalogue)
+        np.testing.assert_allclose(after, by_hand(before, new, expected), atol=1e-3)
+        # The model's share of what its mean allows becomes a share of what the calibrated one allows.
+        _, of_model, _ = plain._predict_raw([lst])
+        r = of_model / (before * (1 - before))
+        a, b, c, d = cured.calibration.variance
+        rho = 1 / (1 + np.exp(-(a + b * np.log(r / (1 - r)) + c * new + d)))  # nothing is known of test users
+        np.testing.assert_allclose(variance, rho * after * (1 - after), rtol=1e-2)
     filled, _ = cured.fill(world.train[0])
     observed = ~np.isnan(world.train[0].interest)
     np.testing.assert_array_equal(filled[observed], world.train[0].interest[observed])
@@ -87,13 +149,13 @@ def test_a_critic_is_calibrated_on_the_feedback_of_lists(world, monkeypatch):
 def test_what_was_watched_and_not_logged():
     lists = [make(0, [1, 2, 3]), make(0, [3, 4]), make(2, [5]), make(7, [6])]
     log = Interactions(np.array([0, 0, 2]), np.array([2, 9, 1]), np.ones(3, dtype=np.float32), np.zeros(3))
-    found = module._watched(lists, log, 10)
+    found = watched_pairs(lists, log, 10)
     assert found.tolist() == [[0, 1], [0, 3], [0, 4], [2, 5]], "each once, and of users in the log"
-    assert module._watched([], log, 10).shape == (0, 2)
+    assert watched_pairs([], log, 10).shape == (0, 2)
 
 
 def test_observed_feedback_and_prediction_are_fused_by_precision(world):
-    """The variance of the prediction counts the noise of feedback in, which is no ignorance."""
+    """The critic's variance is its ignorance; an observation's is the noise, the same share nu of f (1 - f) for all."""
     certain, noisy = (
         Critic.fit(world.log, world.catalogue, epochs=2, ensemble=2, noise=noise) for noise in (0.0, 0.03)
     )
@@ -101,15 +163,27 @@ def test_observed_feedback_and_prediction_are_fused_by_precision(world):
     observed = ~np.isnan(lst.interest)
     assert observed.any()
     assert not observed.all()
-    mean, variance = certain.predict(lst)
+    mean, ignorance = noisy.predict(lst)
     interest, doubt = noisy.fill(lst)
-    ignorance = variance - 0.03
-    assert ignorance.min() > 0.1 * variance.max()
-    expected = (ignorance * lst.interest + 0.03 * mean) / (ignorance + 0.03)
+    noise = noisy.calibration.noise * (mean * (1 - mean) - ignorance)
+    assert 0.05 < noisy.calibration.noise < 0.5
+    assert (noise > 0).all()
+    expected = (ignorance * lst.interest + noise * mean) / (ignorance + noise)
     np.testing.assert_allclose(interest, np.where(observed, expected, mean), rtol=1e-5)
-    np.testing.assert_allclose(doubt, np.where(observed, ignorance * 0.03 / (ignorance + 0.03), variance), rtol=1e-5)
-    certainly, _ = certain.fill(lst)
-    np.testing.assert_array_equal(certainly[observed], lst.interest[observed])
+    np.testing.assert_allclose(doubt, np.where(observed, ignorance * noise / (ignorance + noise), ignorance), rtol=1e-5)
+    for one in (certain, Critic(noisy.model, noisy._log, world.catalogue, noisy.calibration, fuse=False)):
+        interest, doubt = one.fill(lst)
+        np.testing.assert_array_equal(interest[observed], lst.interest[observed])
+        assert not doubt[observed].any()
+
+
+def test_the_noise_of_feedback_is_no_ignorance(world):
+    certain, noisy = (
+        Critic.fit(world.log, world.catalogue, epochs=2, ensemble=2, noise=noise) for noise in (0.0, 0.03)
+    )
+    variances = [np.concatenate([v for _, v in one.predict_many(world.test)]).mean() for one in (certain, noisy)]
+    assert variances[0] - variances[1] == pytest.approx(0.03, rel=0.25)
+    assert certain.calibration.noise == 0
 
 
 def make(user, history):

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from flexrec.data.lists import Catalogue, Interactions, RankingList
-from flexrec.task import critic as module
+from flexrec.task import critic as of_critic
+from flexrec.task import critic_ensemble as module
 from flexrec.task.critic import Critic
+from flexrec.task.critic_pairs import merged, topic_shares
 
 NUM_USERS, NUM_ITEMS, NUM_TOPICS = 300, 120, 6
 
@@ -149,14 +151,15 @@ def test_feedback_of_a_pair_is_not_used_to_predict_it(world):
     before = critic.predict(lists[0])[0]
     interest[at] = 1.0 - interest[at]
     # The same networks, asked with another value of that one pair.
-    changed = Critic(critic._network, _sorted(world.log, interest), NUM_ITEMS, 1.0)
+    changed = Critic(critic.model, _sorted(world.log, interest), world.catalogue, critic.calibration)
     after = changed.predict(lists[0])[0]
     assert after[0] == pytest.approx(before[0], abs=1e-6)
     assert after[1] != before[1]  # to predict another pair it does count
 
 
-def _sorted(log: Interactions, interest: np.ndarray) -> Interactions:
+def _sorted(log: Interactions, interest: np.ndarray | None = None) -> Interactions:
     order = np.lexsort((log.items, log.users))
+    interest = log.interest if interest is None else interest
     return Interactions(log.users[order], log.items[order], interest[order], log.times[order])
 
 
@@ -196,7 +199,7 @@ class Fit:
         self.log = Interactions(
             *(a[:size] for a in (world.log.users, world.log.items, world.log.interest, world.log.times))
         )
-        training_pairs, leave_out_pairs = module._training_pairs, module._leave_out_pairs
+        training_pairs, leave_out_pairs = module._training_pairs, of_critic.leave_out_pairs
         user_batches, forward, make = module._user_batches, module._Ensemble.forward, module._Ensemble.__init__
 
         def spy_on_training(log, rows, *more):
@@ -218,7 +221,7 @@ class Fit:
 
         def spy_on_trying(network, pairs):
             mean, log_variance = forward(network, pairs)
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() and len(mean[0]) == len(self.target):
                 self.tried.append((mean.mean(0) - self.target).square().mean().item())
             return mean, log_variance
 
@@ -228,7 +231,7 @@ class Fit:
 
         with monkeypatch.context() as patch:
             patch.setattr(module, "_training_pairs", spy_on_training)
-            patch.setattr(module, "_leave_out_pairs", spy_on_holding_out)
+            patch.setattr(of_critic, "leave_out_pairs", spy_on_holding_out)
             patch.setattr(module, "_user_batches", spy_on_batches)
             patch.setattr(module._Ensemble, "forward", spy_on_trying)
             patch.setattr(module._Ensemble, "__init__", spy_on_making)
@@ -245,25 +248,27 @@ def test_the_held_out_tenth_is_not_trained_on(world, monkeypatch):
 def test_the_best_epoch_is_kept(world, monkeypatch):
     """On so little that it overfits: the last epoch is not the best."""
     fit = Fit(monkeypatch, world, size=200, epochs=20)
-    *epochs, kept = fit.tried
+    *epochs, kept, _ = fit.tried  # the last is of users of whom nothing is known
     assert len(epochs) == 20
     assert min(epochs) < epochs[-1]
     assert kept == min(epochs)
 
 
 def test_variances_equal_the_squared_errors_on_the_held_out_tenth(world, monkeypatch):
+    """On average, as the fit weighs pairs, over what was predicted with and without the users' feedback."""
     fit = Fit(monkeypatch, world, epochs=5)
     # The critic that knows all but the held-out pairs predicts them as it did when it was fitted.
     keep = [pair not in fit.held_out for pair in zip(fit.log.users.tolist(), fit.log.items.tolist(), strict=True)]
-    seen = fit.log.select(np.array(keep))
-    order = np.lexsort((seen.items, seen.users))
-    seen = Interactions(*(getattr(seen, name)[order] for name in ("users", "items", "interest", "times")))
-    critic = Critic(fit.critic._network, seen, NUM_ITEMS, fit.critic._variance_scale)
+    seen = _sorted(fit.log.select(np.array(keep)))
+    critic = Critic(fit.critic.model, seen, world.catalogue, fit.critic.calibration)
+    monkeypatch.setattr(of_critic, "novelty", lambda lst, catalogue: np.zeros(len(lst.candidates)))
     pairs = sorted(fit.held_out)
-    predicted = critic.predict_many([make_list(user, np.array([item])) for user, item in pairs])
-    mean, variance = (np.concatenate(parts) for parts in zip(*predicted, strict=True))
-    feedback = world.feedback[tuple(np.array(pairs).T)]
-    assert variance.mean() == pytest.approx(np.square(mean - feedback).mean(), rel=1e-3)
+    known = [make_list(user, np.array([item])) for user, item in pairs]
+    unknown = [make_list(-1, np.array([item]), history=seen.items[seen.users == user]) for user, item in pairs]
+    mean, variance = (np.concatenate(parts) for parts in zip(*critic.predict_many(known + unknown), strict=True))
+    error = mean - np.tile(world.feedback[tuple(np.array(pairs).T)], 2)
+    weight = 1 / np.sqrt(mean * (1 - mean))
+    assert (weight * variance).mean() == pytest.approx((weight * error**2).mean(), rel=1e-3)
 
 
 def test_weights_batches_and_the_held_out_tenth_are_drawn_from_the_seed(world, monkeypatch):
@@ -319,7 +324,7 @@ def test_variance_is_noise_plus_disagreement():
 
 def test_members_are_shown_shares_of_their_own(world, monkeypatch):
     """Of the interactions, and of the interest in those: so that users with little or no feedback are served, too."""
-    log = module._merged(world.log, NUM_ITEMS)
+    log = merged(world.log, NUM_ITEMS)
     rows = np.arange(40, 80)
     pairs, interest = module._training_pairs(log, rows, 3, torch.Generator().manual_seed(0))
     users = rows[pairs.target_rows.numpy()]
@@ -343,14 +348,14 @@ def test_repeated_pairs_are_averaged():
     log = Interactions(
         np.array([1, 0, 1]), np.array([2, 3, 2]), np.array([0.2, 0.5, 0.8], np.float32), np.array([4.0, 5.0, 6.0])
     )
-    merged = module._merged(log, 10)
-    assert (merged.users.tolist(), merged.items.tolist()) == ([0, 1], [3, 2])
-    assert merged.interest.tolist() == pytest.approx([0.5, 0.5])
+    result = merged(log, 10)
+    assert (result.users.tolist(), result.items.tolist()) == ([0, 1], [3, 2])
+    assert result.interest.tolist() == pytest.approx([0.5, 0.5])
 
 
 def test_rows_of_topics_have_length_one():
     names = ("a", "b", "c")
-    shares = module._topic_shares(Catalogue(names, names, (("x",), ("x", "y"), ())))
+    shares = topic_shares(Catalogue(names, names, (("x",), ("x", "y"), ())))
     np.testing.assert_allclose(shares, [[1.0, 0.0], [0.5**0.5, 0.5**0.5], [0.0, 0.0]], rtol=1e-6)
 
 

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from flexrec.data import simulate
 from flexrec.policy.small_model import build_model, build_tokenizer
-from flexrec.task.examples import RankingTask, TrainingExamples, marks_of
+from flexrec.task.examples import RankingTask, TrainingExamples
 from flexrec.task.needs import NEEDS, get_need, novelty
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
@@ -72,33 +72,88 @@ def test_gains_follow_the_candidates_when_their_order_changes(world):
     assert len(orders) > 3
 
 
-def test_marks_follow_the_candidates_and_say_the_list_s_trend_and_novelty(world):
-    dataset, _ = world
-    tokenizer = build_tokenizer(dataset.catalogue, [])
-    builder = PromptBuilder(tokenizer, encoding="item_token", show_titles=False, marked=True)
+@pytest.fixture(scope="module")
+def described(world):
+    tokenizer = build_tokenizer(world[0].catalogue, NEEDS["interest"].wordings)
+    builder = PromptBuilder(tokenizer, encoding="item_token", show_titles=False, show_rising=False, described=True)
+    return world[0], builder, lambda token: tokenizer.convert_ids_to_tokens(list(token))
+
+
+class Guesses(HalfCritic):
+    """Expects of every pair the same."""
+
+    def __init__(self, interest):
+        self.interest = interest
+
+    def predict_many(self, lists):
+        return [(np.full(len(lst.candidates), self.interest, dtype=np.float32), None) for lst in lists]
+
+
+def test_marks_follow_the_candidates_and_say_the_list_s_trend_and_novelty(described):
+    dataset, builder, _ = described
     task = RankingTask(dataset.catalogue, [get_need("trend")], builder)
     examples = TrainingExamples(task, dataset.train, seed=3)
     seen = set()
     for index, lst in enumerate(dataset.train[:20]):
-        expected = builder.marks_of(lst.trend, novelty(lst, dataset.catalogue))
-        tokens = builder.candidate_tokens_of(lst, dataset.catalogue)
-        example = examples[index]
-        assert example.marks == [expected[tokens.index(candidate)] for candidate in example.candidates]
-        assert task.test_example(lst, get_need("trend")).marks == expected
-        seen |= {token for row in expected for token in row}
+        marks = builder.marks_of(lst.trend, novelty(lst, dataset.catalogue))
+        test = task.test_example(lst, get_need("trend"))
+        for (token,), item, of_item in zip(test.candidates, lst.candidates, marks, strict=True):
+            assert token[0] == builder.tokenizer.convert_tokens_to_ids(f"<item:{dataset.catalogue.ids[item]}>")
+            assert token[-len(of_item) :] == of_item
+        gains = dict(zip([token[1:] for (token,) in test.candidates], test.gains, strict=True))
+        shuffled = examples[index]
+        assert {token[1:] for (token,) in shuffled.candidates} == set(gains), "an item may lose its own token only"
+        seen |= {mark for of_item in marks for mark in of_item}
     assert len(seen) > 6, "levels of both kinds"
-    assert marks_of([examples[0], examples[1]]) == [examples[0].marks, examples[1].marks]
 
 
-def test_examples_have_marks_all_or_none(world):
-    dataset, builder = world
-    task = RankingTask(dataset.catalogue, [get_need("trend")], builder)
-    plain = task.test_example(dataset.test[0], get_need("trend"))
-    assert plain.marks is None
-    assert marks_of([plain, plain]) is None
-    marked = replace(plain, marks=[[1]] * len(plain.candidates))
-    with pytest.raises(ValueError, match="1 of 2 examples have marks"):
-        marks_of([plain, marked])
+def test_some_items_of_training_examples_have_no_token_of_their_own(described):
+    """A tenth, drawn anew for each example, and the same in the prompt as in the answer; none in test examples."""
+    dataset, builder, texts = described
+    task = RankingTask(dataset.catalogue, [get_need("interest")], builder)
+    examples = TrainingExamples(task, dataset.train, seed=3)
+    nameless, names = [], []
+    for example in (examples[index] for index in range(len(dataset.train))):
+        own = [texts(token)[0] == "<unknown item>" for (token,) in example.candidates]
+        listed = [token for token in example.prompt[example.history_span[1] :] if isinstance(token, tuple)]
+        assert listed == [token for (token,) in example.candidates]
+        start, end = example.history_span
+        nameless += own + [texts(token)[0] == "<unknown item>" for token in example.prompt[start : end - 1]]
+        names.append(tuple(own))
+    assert 0.08 < np.mean(nameless) < 0.12
+    assert len(set(names)) > 5
+    for lst in dataset.test:
+        example = task.test_example(lst, get_need("interest"))
+        shown = [token for token in example.prompt if isinstance(token, tuple)]
+        assert not any("<unknown item>" in texts(token) for token in shown)
+
+
+def test_unknown_interest_in_histories_is_guessed_in_part(described):
+    """In four of five training lists; what is known stays, and without a critic nothing is guessed."""
+    dataset, builder, texts = described
+
+    def levels(critic):
+        task = RankingTask(dataset.catalogue, [get_need("interest")], builder, critic)
+        examples = TrainingExamples(task, dataset.train, seed=3)
+        for index, lst in enumerate(dataset.train):
+            start, end = examples[index].history_span
+            shown = [texts(token)[-1] for token in examples[index].prompt[start : end - 1]]
+            yield lst.history_interest, [text if text.startswith("<interest") else None for text in shown]
+
+    guessed_lists, guessed, unknown = 0, 0, 0
+    for interest, shown in levels(Guesses(0.3)):
+        assert [s for s, x in zip(shown, interest, strict=True) if not np.isnan(x)] == [
+            f"<interest {min(int(4 * x), 3) + 1}>" for x in interest if not np.isnan(x)
+        ]
+        guesses = [s for s, x in zip(shown, interest, strict=True) if np.isnan(x)]
+        assert set(guesses) <= {None, "<interest 2>"}
+        guessed_lists += any(guesses)
+        guessed += sum(s is not None for s in guesses)
+        unknown += len(guesses)
+    assert 0.6 < guessed_lists / len(dataset.train) < 0.9
+    assert 0.3 < guessed / unknown < 0.5, "four fifths of the lists, half of each on average"
+    for interest, shown in levels(None):
+        assert [s is None for s in shown] == np.isnan(interest).tolist()
 
 
 def test_test_examples_ask_in_the_first_wording_and_are_not_guessed(world):

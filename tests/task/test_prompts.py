@@ -6,7 +6,8 @@ import pytest
 from flexrec.data import Catalogue
 from flexrec.data.lists import RankingList
 from flexrec.policy.small_model import build_model, build_tokenizer
-from flexrec.task.prompts import Item, PromptBuilder, add_item_tokens, item_token, strongest_risers
+from flexrec.task.descriptions import Item, item_token
+from flexrec.task.prompts import PromptBuilder, add_item_tokens, strongest_risers
 
 CATALOGUE = Catalogue(
     ids=("a", "b", "c", "d"),
@@ -25,7 +26,7 @@ def tokenizer():
 def test_prompt_holds_need_history_and_candidates(tokenizer, encoding):
     builder = PromptBuilder(tokenizer, encoding=encoding)
     ids, (start, end) = builder.prompt(
-        "Rank what I will like", ITEMS[:2], ITEMS[2:], liked=[False, True], rising=ITEMS[2:3]
+        "Rank what I will like", ITEMS[:2], ITEMS[2:], interest=[False, True], rising=ITEMS[2:3]
     )
     text = tokenizer.decode(ids)
     assert text.index("Rank what I will like") < text.index("Liked before:") < text.index("Candidates:")
@@ -53,8 +54,8 @@ def test_prompt_to_the_letter(tokenizer, encoding):
     texts = {}
     for show_rising in (True, False):
         builder = PromptBuilder(tokenizer, encoding=encoding, show_rising=show_rising)
-        liked, rising = [True, False, True], [ITEMS[3], ITEMS[2]]
-        ids, (start, end) = builder.prompt("Rank", history, ITEMS[2:], liked=liked, rising=rising)
+        interest, rising = [True, False, True], [ITEMS[3], ITEMS[2]]
+        ids, (start, end) = builder.prompt("Rank", history, ITEMS[2:], interest=interest, rising=rising)
         texts[show_rising] = tokenizer.decode(ids)
         shown = f"{mark('a')}Alien\n{mark('d')}Dune\nSeen before:\n{mark('b')}Aliens\n"
         assert tokenizer.decode(ids[start:end]) == shown
@@ -64,8 +65,8 @@ def test_prompt_to_the_letter(tokenizer, encoding):
         assert texts[show_rising] == before + (risers if show_rising else "") + after
     ids, (start, end) = builder.prompt("Rank", ITEMS[:1], ITEMS[2:])
     assert tokenizer.decode(ids[start:end]) == f"Seen before:\n{mark('a')}Alien\n", "nothing is known to be liked"
-    with pytest.raises(ValueError, match="zip"):
-        builder.prompt("Rank", ITEMS[:1], ITEMS[2:], liked=[True, False])
+    with pytest.raises(ValueError, match="interest must have a value per item of the history, 1, got 2"):
+        builder.prompt("Rank", ITEMS[:1], ITEMS[2:], interest=[True, False])
 
 
 def test_prompt_of_a_list_says_what_the_list_holds(tokenizer):
@@ -81,7 +82,7 @@ def test_prompt_of_a_list_says_what_the_list_holds(tokenizer):
     )
     builder = PromptBuilder(tokenizer, encoding="title")
     expected = builder.prompt(
-        "Rank", [ITEMS[3], ITEMS[0], ITEMS[1]], [ITEMS[2], ITEMS[0], ITEMS[1]], liked=[False, True, False],
+        "Rank", [ITEMS[3], ITEMS[0], ITEMS[1]], [ITEMS[2], ITEMS[0], ITEMS[1]], interest=[False, True, False],
         rising=[ITEMS[1], ITEMS[2]],
     )  # fmt: skip
     assert builder.prompt_of(lst, CATALOGUE, "Rank") == expected
@@ -118,7 +119,7 @@ def test_item_tokens_are_single_and_short_prompts_have_no_titles(tokenizer):
     tokens = builder.candidate_tokens(ITEMS)
     assert all(len(t) == 1 for t in tokens)
     assert len({t[0] for t in tokens}) == 4
-    ids, (start, _) = builder.prompt("Rank what I will like", ITEMS[:2], ITEMS[2:], liked=[True, True])
+    ids, (start, _) = builder.prompt("Rank what I will like", ITEMS[:2], ITEMS[2:], interest=[True, True])
     assert [t for run in tokens[:2] for t in run] == ids[start : start + 2]
     assert "Alien" not in tokenizer.decode(ids)
     with pytest.raises(ValueError, match="item 'zz' has no token of its own"):
@@ -128,9 +129,9 @@ def test_item_tokens_are_single_and_short_prompts_have_no_titles(tokenizer):
 @pytest.mark.parametrize("encoding", ["index", "title"])
 def test_without_tokens_of_their_own_items_are_known_by_their_titles_alone(tokenizer, encoding):
     shown, asked_not_to = (PromptBuilder(tokenizer, encoding=encoding, show_titles=titles) for titles in (True, False))
-    expected = shown.prompt("Rank", ITEMS[:2], ITEMS[2:], liked=[False, True], rising=ITEMS[3:])
+    expected = shown.prompt("Rank", ITEMS[:2], ITEMS[2:], interest=[False, True], rising=ITEMS[3:])
     assert asked_not_to.show_titles
-    assert asked_not_to.prompt("Rank", ITEMS[:2], ITEMS[2:], liked=[False, True], rising=ITEMS[3:]) == expected
+    assert asked_not_to.prompt("Rank", ITEMS[:2], ITEMS[2:], interest=[False, True], rising=ITEMS[3:]) == expected
     assert "Alien\n" in tokenizer.decode(expected[0])
 
 
@@ -176,7 +177,7 @@ def test_add_item_tokens_resizes_the_model():
 
 def test_marks_say_how_a_candidate_rises_and_how_new_it_is(tokenizer):
     """Levels begin at their bounds; what does not rise has no mark of it."""
-    builder = PromptBuilder(tokenizer, encoding="item_token", marked=True)
+    builder = PromptBuilder(tokenizer, encoding="item_token", described=True)
     trend = np.array([0.0, 0.001, 0.02, 0.0999, 0.1, 0.45, 0.7, 1.0], dtype=np.float32)
     novelty = np.array([0.0, 0.01, 0.2, 0.21, 0.6, 0.79, 0.81, 1.0], dtype=np.float32)
     marks = builder.marks_of(trend, novelty)
@@ -194,10 +195,84 @@ def test_marks_say_how_a_candidate_rises_and_how_new_it_is(tokenizer):
     assert PromptBuilder(tokenizer, encoding="item_token").marks_of(trend, novelty) is None
 
 
-def test_marks_need_item_tokens_and_tokens_of_their_own(tokenizer):
+NAMES = Catalogue(
+    ids=("a", "b", "c"),
+    titles=("Night Bus", "Night Train 2", "The train, the TRAIN"),
+    topics=(("road",), ("rail", "night"), ("rail",)),
+)
+
+
+@pytest.fixture(scope="module")
+def describing():
+    tokenizer = build_tokenizer(NAMES, ["Rank"])
+    builder = PromptBuilder(tokenizer, encoding="item_token", show_titles=False, show_rising=False, described=True)
+    return builder, lambda token: tokenizer.convert_ids_to_tokens(list(token))
+
+
+def test_an_item_is_its_token_its_topics_and_the_words_that_titles_share(describing):
+    """One that is not known is the rest; what nobody has a token for is left out."""
+    builder, texts = describing
+    items = [
+        Item("b", "Night Train 2", ("rail", "night")),
+        Item("c", "The train, the TRAIN", ("rail",)),
+        Item("new", "Train to Mars", ("rail", "space")),
+        Item("", "Mars"),
+    ]
+    assert [texts(token) for (token,) in builder.candidate_tokens(items)] == [
+        ["<item:b>", "<topic:rail>", "<topic:night>", "<word:night>", "<word:train>"],
+        ["<item:c>", "<topic:rail>", "<word:train>"],
+        ["<unknown item>", "<topic:rail>", "<word:train>"],
+        ["<unknown item>"],
+    ]
+    assert builder.knows("a")
+    assert not builder.knows("new")
+
+
+def test_a_described_history_stands_in_order_with_the_interest_in_each(describing):
+    builder, texts = describing
+    history = [Item(i, "") for i in "abcaba"]
+    interest = [0.0, 0.2499, 0.25, 0.5, 1.0, np.nan]
+    marks = [(builder.tokenizer.convert_tokens_to_ids("<new 3>"),)]
+    candidate = [Item("c", "Night")]
+    ids, (start, end) = builder.prompt("Rank", history, candidate, interest=interest, marks=marks)
+    levels = ["<interest 1>", "<interest 1>", "<interest 2>", "<interest 3>", "<interest 4>"]
+    shown = [[f"<item:{i}>", level] for i, level in zip("abcab", levels, strict=True)]
+    assert [texts(token) for token in ids[start : end - 1]] == [*shown, ["<item:a>"]]
+    (listed,) = [token for token in ids[end:] if isinstance(token, tuple)]
+    assert texts(listed) == ["<item:c>", "<word:night>", "<new 3>"]
+    assert builder.candidate_tokens(candidate, marks) == [[listed]], "the answer names what the prompt lists"
+    plain, _ = builder.prompt("Rank", history, candidate, marks=marks)
+    assert plain[start : end - 1] == [(ids[start + n][0],) for n in (0, 1, 2, 0, 1, 0)], "nothing is known"
+
+
+def test_the_lists_of_a_data_set_are_described_with_their_topics_and_marks(describing):
+    builder, texts = describing
+    lst = RankingList(
+        user=0,
+        time=1.0,
+        history=np.array([0]),
+        candidates=np.array([1, 2]),
+        interest=np.zeros(2, dtype=np.float32),
+        popularity=np.ones(2, dtype=np.float32),
+        trend=np.array([0.0, 0.9], dtype=np.float32),
+        history_interest=np.array([0.9], dtype=np.float32),
+    )
+    ids, (start, _) = builder.prompt_of(lst, NAMES, "Rank")
+    assert texts(ids[start]) == ["<item:a>", "<topic:road>", "<word:night>", "<interest 4>"]
+    (first,), (second,) = builder.candidate_tokens_of(lst, NAMES)
+    assert texts(second) == ["<item:c>", "<topic:rail>", "<word:train>", "<rise 9>", "<new 5>"]
+    assert [token for token in ids if token in (first, second)] == [first, second]
+    nameless, _ = builder.prompt_of(lst, NAMES, "Rank", nameless={0, 2})
+    assert texts(nameless[start])[:2] == ["<unknown item>", "<topic:road>"]
+    of_answer = [texts(token)[0] for (token,) in builder.candidate_tokens_of(lst, NAMES, nameless={0, 2})]
+    assert of_answer == ["<item:b>", "<unknown item>"]
+
+
+def test_descriptions_need_item_tokens_and_tokens_of_their_own(tokenizer):
     with pytest.raises(ValueError, match="use encoding 'item_token', got 'index'"):
-        PromptBuilder(tokenizer, encoding="index", marked=True)
+        PromptBuilder(tokenizer, encoding="index", described=True)
     strange = build_tokenizer(CATALOGUE, [])
-    strange.convert_tokens_to_ids = lambda text: None
+    vocabulary = {text: number for text, number in strange.get_vocab().items() if text != "<rise 1>"}
+    strange.get_vocab = lambda: vocabulary
     with pytest.raises(ValueError, match="no token '<rise 1>'"):
-        PromptBuilder(strange, encoding="item_token", marked=True)
+        PromptBuilder(strange, encoding="item_token", described=True)

@@ -40,14 +40,19 @@ CASES = {
     "lora": UNTIED | {"lora": 2, "beta": 0.1},
     "listwise": {"stage": "listwise"},
     "format": UNTIED | {"stage": "format"},
+    # Tokens that are sums, at the input and in the output.
+    "described": {"described": True},
+    "format, described": UNTIED | {"stage": "format", "described": True},
 }
 
 
 class Lists(Dataset):
-    """Lists of several lengths, made anew each epoch; those of ``doubtful`` have gains in doubt."""
+    """Lists of several lengths, made anew each epoch; those of ``doubtful`` have gains in doubt. Where they are
+    ``described``, candidates and some tokens of the history have another token added."""
 
-    def __init__(self, size, single=False, doubtful=range(0, 16, 2)):
+    def __init__(self, size, single=False, doubtful=range(0, 16, 2), described=False):
         self.size, self.single, self.doubtful, self.epoch = size, single, doubtful, 0
+        self.described = described
 
     def __len__(self):
         return self.size
@@ -58,9 +63,14 @@ class Lists(Dataset):
     def __getitem__(self, index):
         rng = np.random.default_rng([self.epoch, index])
         length = 1 if self.single else 3 + index % 3
+        prompt = [1, *rng.integers(2, 8, size=3 + index % 4).tolist()]
+        candidates = [[int(token)] for token in 10 + rng.permutation(20)[:length]]
+        if self.described:
+            prompt[1:3] = [(token, 31 + index % 4) for token in prompt[1:3]]
+            candidates = [[(token, 35 + token % 3)] for (token,) in candidates]
         return Example(
-            prompt=[1, *rng.integers(2, 8, size=3 + index % 4).tolist()],
-            candidates=[[int(token)] for token in 10 + rng.permutation(20)[:length]],
+            prompt=prompt,
+            candidates=candidates,
             gains=rng.permutation(length).astype(np.float32) / 5,
             variance=(rng.random(length) * (index in self.doubtful)).astype(np.float32),
             history_span=(1, 2 + index % 4),
@@ -154,7 +164,16 @@ def options(folder, engine, **more):
 
 
 def make_trainer(
-    folder, engine, tied=True, lora=None, stage=None, make=RepeatableTrainer, callbacks=(), doubtful=(), **more
+    folder,
+    engine,
+    tied=True,
+    lora=None,
+    stage=None,
+    make=RepeatableTrainer,
+    callbacks=(),
+    doubtful=(),
+    described=False,
+    **more,
 ):
     model = make_model(tied=tied)
     if lora:
@@ -162,7 +181,7 @@ def make_trainer(
     logs = Logs()
     kwargs = {"callbacks": [logs, *callbacks]}
     if stage is None:
-        args = FlexRecConfig(**options(folder, engine, num_generations=2, **more))
+        args = FlexRecConfig(**{"uncertainty": "rollout", **options(folder, engine, num_generations=2, **more)})
         kwargs["reference"] = make_model(1, tied) if args.beta and not lora else None
     else:
         args = TrainingArguments(**options(folder, engine, **more))
@@ -172,7 +191,7 @@ def make_trainer(
         assert args.device.type == "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     # With one candidate there is only one order, which leaves the loss of the histories.
-    lists = Lists(16, single=stage == "format", doubtful=doubtful or range(0, 16, 2))
+    lists = Lists(16, single=stage == "format", doubtful=doubtful or range(0, 16, 2), described=described)
     trainer = make(model, args, lists, **kwargs)
     assert trainer.accelerator.is_fsdp2 == (engine == "fsdp2")
     assert trainer.is_deepspeed_enabled == (engine == "zero3")

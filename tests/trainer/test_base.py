@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -273,8 +272,7 @@ def test_batches_are_encoded_with_the_trainers_spelling(tmp_path, monkeypatch) -
     monkeypatch.setattr(module, "make_batch", spy)
     args = TrainingArguments(**arguments(tmp_path))
     trainer = Recorder(model_of(), args, Numbered(), separator=[20], end=[21, 22])
-    marks = [[[7], [8, 9]], [[], [7]]]
-    examples = [replace(example_of(user), marks=of_list) for user, of_list in zip((0, 5), marks, strict=True)]
+    examples = [example_of(user) for user in (0, 5)]
     rankings, said = np.array([[0, 1]] * 6), object()
     trainer._batch(examples, rankings, 3, 2, said)
     ((positional, options),) = asked
@@ -288,7 +286,6 @@ def test_batches_are_encoded_with_the_trainers_spelling(tmp_path, monkeypatch) -
         "num_generations": 3,
         "rankings_per_row": 2,
         "reasoning": said,
-        "marks": marks,
         "device": torch.device("cpu"),
     }
 

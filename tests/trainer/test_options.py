@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,6 @@ def test_rollouts_are_asked_for_with_every_option(tmp_path, monkeypatch):
     generator = options.pop("generator")
     assert generator.initial_seed() == int(np.random.SeedSequence([9, 0, 0, 0]).generate_state(1)[0])
     assert options == {
-        "marks": None,
         "separator": (20,),
         "end": (21, 22),
         "num_generations": 3,
@@ -135,10 +135,10 @@ def test_prompts_are_shared_by_as_many_rankings_as_costs_least(tmp_path, monkeyp
 
 def test_metrics_without_a_variance_are_for_gains_that_are_certain(tmp_path):
     certain = [Example(**{**vars(example), "variance": 0 * example.variance}) for example in EXAMPLES]
-    trainer = trainer_of(tmp_path, metric="mrr", credit="swap")
+    trainer = trainer_of(tmp_path, metric="mrr", credit="swap", uncertainty="rollout")
     trainer.ranking_loss(trainer.model, certain)
     assert trainer._kept[0].variance is None
-    trainer = trainer_of(tmp_path, metric="mrr", credit="swap")
+    trainer = trainer_of(tmp_path, metric="mrr", credit="swap", uncertainty="rollout")
     with pytest.raises(ValueError, match="'mrr' has no reward variance"):
         trainer.ranking_loss(trainer.model, EXAMPLES)
 
@@ -178,7 +178,10 @@ def test_what_the_configuration_is_by_default(tmp_path):
         "tilt": None,
         "baseline": "none",
         "scale": "batch",
-        "uncertainty": "rollout",
+        "uncertainty": "none",
+        "shuffle_weights": False,
+        "pessimism": 0.0,
+        "sample_gains": False,
         "epsilon_low": 0.2,
         "epsilon_high": None,
         "importance_level": "item",
@@ -191,30 +194,20 @@ def test_what_the_configuration_is_by_default(tmp_path):
     assert {name: getattr(args, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("credit", ["swap", "policy", "all_actions"])
-def test_marks_reach_the_rollout_and_every_score(tmp_path, monkeypatch, credit):
-    """Of a reference too, and the probabilities that credit by the policy weighs with."""
-    sampled, weighed = [], []
+def test_probabilities_that_credit_by_the_policy_weighs_with_are_of_summed_rows(tmp_path, monkeypatch):
+    weighed = []
 
-    def spy(*args, **kwargs):
-        sampled.append(kwargs["marks"])
-        return sample(*args, **kwargs)
-
-    def spy_on_probs(hidden, weight, candidates, *args, **kwargs):
+    def spy(hidden, weight, candidates, *args, **kwargs):
         weighed.append((weight, candidates))
         return probs(hidden, weight, candidates, *args, **kwargs)
 
-    sample, probs = module.sample_rankings, module.ranking_probs
-    monkeypatch.setattr(module, "sample_rankings", spy)
-    monkeypatch.setattr(module, "ranking_probs", spy_on_probs)
-    marks = [[[2 + k % 2] for k in range(len(example.candidates))] for example in EXAMPLES]
-    examples = [Example(**{**vars(e), "marks": m}) for e, m in zip(EXAMPLES, marks, strict=True)]
-    trainer = trainer_of(tmp_path, model_of(1), beta=0.1, credit=credit)
+    probs = module.ranking_probs
+    monkeypatch.setattr(module, "ranking_probs", spy)
+    of_lists = [[[(token, 2 + k % 2)] for k, (token,) in enumerate(e.candidates)] for e in EXAMPLES]
+    examples = [replace(e, candidates=lst) for e, lst in zip(EXAMPLES, of_lists, strict=True)]
+    trainer = trainer_of(tmp_path, model_of(1), beta=0.1, credit="policy")
     trainer.ranking_loss(trainer.model, examples)
-    assert sampled == [marks]
-    assert trainer._kept[0].batch.row_tokens is not None
-    if credit == "policy":
-        ((weight, candidates),) = weighed
-        of_model = trainer.model.get_output_embeddings().weight
-        first = EXAMPLES[1].candidates[0][0]
-        torch.testing.assert_close(weight[candidates[1, 0]], of_model[first] + of_model[2])
+    ((weight, candidates),) = weighed
+    of_model = trainer.model.get_output_embeddings().weight
+    first = EXAMPLES[1].candidates[0][0]
+    torch.testing.assert_close(weight[candidates[1, 0]], of_model[first] + of_model[2])

@@ -167,6 +167,20 @@ def test_a_long_history_is_modelled_in_chunks(tmp_path):
     assert torch.isfinite(gradient(loss, trainer.model)).all()
 
 
+def test_the_history_is_predicted_by_its_first_tokens(tmp_path):
+    """Of items that several tokens describe, each is predicted by the one that names it, from summed input rows."""
+    trainer = trainer_of(tmp_path, "format")
+    one = examples_of()[0]
+    prompt = [1, 2, (3, 30), (4, 31, 32), 5, 6]
+    described = Example(prompt, [[(10, 30)], [(11,)]], *(a[:2] for a in (one.gains, one.variance)), (2, 5), "x", 0)
+    _, metrics = trainer.ranking_loss(trainer.model, [described])
+    weight = trainer.model.get_input_embeddings().weight
+    inputs = torch.stack([weight[list(t) if isinstance(t, tuple) else [t]].sum(0) for t in prompt])
+    logprobs = trainer.model(inputs_embeds=inputs[None]).logits[0].double().log_softmax(-1)
+    expected = -(logprobs[1, 3] + logprobs[2, 4] + logprobs[3, 5]) / 3
+    assert float(metrics["history_nll"]) == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_titles_are_spelled_as_the_trainer_is_told(tmp_path, monkeypatch):
     """The likelihood of a whole title, among what is left, by the trainer's separator and end."""
     trainer = trainer_of(tmp_path, "listwise", separator=[30], end=[31])
