@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 MIN_TEMPERATURE = 1e-10
+MAX_NUMBER = 3.4e38  # of float32
 
 _value_checks = os.environ.get("FLEXREC_VALUE_CHECKS", "0") not in ("", "0")
 
@@ -167,10 +168,12 @@ def _check_option(name: str, value: Any, about: Any) -> None:
         raise ValueError(f"{name} must {expected}, got {value}")
 
 
-def check_number(name: str, value: object, *, whole: bool = False) -> None:
-    """Raise a TypeError unless ``value`` is a number, a whole one where that is asked for; a tensor is none."""
+def check_number(name: str, value: Any, *, whole: bool = False) -> None:
+    """Raise unless ``value`` is a number that float32 can hold, a whole one where that is asked for; a tensor is none."""
     if not isinstance(value, Integral if whole else Real):
         raise TypeError(f"{name} must be a {'whole ' if whole else ''}number, got {type(value).__name__}")
+    if MAX_NUMBER < abs(value) < math.inf:
+        raise ValueError(f"{name} must be a number that float32 can hold, got {value}")
 
 
 def check_finite(name: str, tensor: torch.Tensor, mask: torch.Tensor | None = None) -> None:
