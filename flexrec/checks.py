@@ -169,8 +169,9 @@ def _check_option(name: str, value: Any, about: Any) -> None:
 
 
 def check_number(name: str, value: Any, *, whole: bool = False) -> None:
-    """Raise unless ``value`` is a number that float32 can hold, a whole one where that is asked for; a tensor is none."""
-    if not isinstance(value, Integral if whole else Real):
+    """Raise unless ``value`` is a number that float32 can hold, and whole where that is asked for; no tensor is one."""
+    kind: Any = Integral if whole else Real
+    if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {'whole ' if whole else ''}number, got {type(value).__name__}")
     if MAX_NUMBER < abs(value) < math.inf:
         raise ValueError(f"{name} must be a number that float32 can hold, got {value}")

@@ -165,7 +165,10 @@ def _add_option(
     else:
         settings["metavar"] = one.metadata.get("metavar", {int: "N", float: "X"}.get(kind, "NAME"))
         settings |= {"nargs": "+", "action": "extend"} if of_many else {"type": kind}
-    argument = parser.add_argument(flag_of(one), **settings)
+    names = [flag_of(one)]
+    if dest.startswith(_DATA):  # messages of loaders name the arguments of Python
+        names = list(dict.fromkeys([*names, "--" + one.name.replace("_", "-")]))
+    argument = parser.add_argument(*names, **settings)
     argument.help = text  # Python 3.10 adds a default of its own to switches
 
 

@@ -15,9 +15,9 @@ from flexrec.decoding.options import Decoding
 from flexrec.decoding.sample import Rollout, best_of, sample_rankings, search_rankings
 from flexrec.evaluation.evaluate import check_outputs
 from flexrec.experiment.run_folder import RunFolder
-from flexrec.task.descriptions import Item, Token
+from flexrec.task.descriptions import Item, Token, query_match
 from flexrec.task.needs import get_need, novelty_of
-from flexrec.task.prompts import strongest_risers
+from flexrec.task.prompts import shown_text, strongest_risers
 
 MAX_TOKENS = 2**16  # of prompts that are decoded together, padding included
 
@@ -40,13 +40,9 @@ class Ranker:
     def __init__(self, folder: str | Path, items: Catalogue | None = None) -> None:
         run = RunFolder(folder)
         self.info, self.model, self.builder = run.load()
-        trained_with, self._trend = run.read_catalogue()
-        self._items = {
-            item.id: item
-            for catalogue in (trained_with, items)
-            if catalogue is not None
-            for item in map(Item, catalogue.ids, catalogue.titles, catalogue.topics)
-        }
+        trained_with, self._trend, self._rises = run.read_catalogue()
+        catalogues = [catalogue for catalogue in (trained_with, items) if catalogue is not None]
+        self._items = {item_id: (catalogue, i) for catalogue in catalogues for item_id, i in catalogue.index.items()}
         self._histories = run.read_histories()
 
     def rank(
@@ -75,9 +71,18 @@ class Ranker:
                 trend = np.array([self._trend.get(item.id, 0.0) for item in items])
                 rising = [items[j] for j in strongest_risers(trend)]
                 history, interest = self._history(request)
-                marks = self.builder.marks_of(trend, _novelty(history, items))
+                query = self._query(request)
+                match = query_match(query, [item.title for item in items])
+                marks = self.builder.marks_of(trend, _novelty(history, items), match)
                 prompt, _ = self.builder.prompt(
-                    self._wording(request), history, items, interest=interest, rising=rising, marks=marks
+                    self._wording(request),
+                    history,
+                    items,
+                    interest=interest,
+                    rising=rising,
+                    rises=[self._rises[item.id] for item in rising] if self._rises else None,
+                    marks=marks,
+                    query=query,
                 )
                 tokens = self.builder.candidate_tokens(items, marks)
                 self.builder.check_answers(tokens, decoding.num_ranked or self.info.num_ranked)
@@ -147,6 +152,14 @@ class Ranker:
             raise ValueError("'need' must be the name of a need or an instruction in words")
         return need if " " in need.strip() else get_need(need.strip()).wordings[0]
 
+    def _query(self, request: dict[str, Any]) -> str:
+        query = request.get("query", "")
+        if not isinstance(query, str):
+            raise ValueError(f"'query' must be what is searched for, in words, got {_shown(query)}")
+        if request.get("need") == "search" and not query.strip():
+            raise ValueError("the need 'search' takes a 'query', in words")
+        return query
+
     def _candidates(self, request: dict[str, Any]) -> list[Item]:
         given = request.get("candidates")
         if not isinstance(given, list) or not given:
@@ -160,6 +173,8 @@ class Ranker:
 
     def _history(self, request: dict[str, Any]) -> tuple[list[Item], list[float]]:
         """The latest items of the history, and the interest in them, NaN where it is not known."""
+        if self.info.max_history == 0 and "user" not in request:  # the run's data have no histories
+            request = {"history": [], **request}
         if "history" in request:
             given = request["history"]
             if not isinstance(given, list):
@@ -174,7 +189,8 @@ class Ranker:
             raise ValueError("a request needs a 'history' (may be empty) or a 'user'")
         items = [self._item(entry, f"{where}[{j}]") for j, entry in enumerate(given)]
         interest = [_interest(entry, f"{where}[{j}]") for j, entry in enumerate(given)]
-        return items[-self.info.max_history :], interest[-self.info.max_history :]
+        shown = max(0, len(items) - self.info.max_history)
+        return items[shown:], interest[shown:]
 
     def _item(self, entry: Any, where: str) -> Item:
         title, topics = None, None
@@ -184,18 +200,28 @@ class Ranker:
             item_id, title, topics = _id(entry["id"], f"{where}.id"), entry.get("title"), entry.get("topics")
         else:
             item_id = _id(entry, where)
-        known = self._items.get(item_id)
-        if title is None and known is not None:
-            title = known.title
+        catalogue, index = self._items.get(item_id, (None, 0))
+        if title is None and catalogue is not None:
+            title = catalogue.titles[index]
         if title is None:
             raise ValueError(f"'{where}' has no 'title', and the id {item_id!r} is not in the run's catalogue")
         if not isinstance(title, str):
             raise ValueError(f"the title of '{where}' must be a string, got {type(title).__name__}")
         if topics is None:
-            topics = () if known is None else known.topics
+            topics = () if catalogue is None else catalogue.topics[index]
         elif not isinstance(topics, list) or not all(isinstance(topic, str) for topic in topics):
             raise ValueError(f"the topics of '{where}' must be a list of strings, got {_shown(topics)}")
-        return Item(item_id, title, tuple(dict.fromkeys(topics)))
+        topics = tuple(dict.fromkeys(topics))
+        if self.builder.show == ("title",):
+            return Item(item_id, title, topics)
+        columns = {} if catalogue is None else {name: values[index] for name, values in catalogue.columns.items()}
+        given = entry if isinstance(entry, dict) else {}
+        for name in set(self.builder.show) & set(given) - {"title", "category"}:
+            value = given[name]
+            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                raise ValueError(f"{name!r} of '{where}' must be a text or a number, got {_shown(value)}")
+            columns[name] = value if isinstance(value, str) else float(value)
+        return Item(item_id, title, topics, shown_text(self.builder.show, title, topics, columns))
 
 
 def _interest(entry: Any, where: str) -> float:

@@ -36,6 +36,13 @@ def test_plain_pytorch_learns(more):
     assert after > before + 0.08, "on users never trained on"
 
 
+def test_a_data_set_made_in_python_is_learnt(tmp_path):
+    shown = run("own_data.py", "--output", str(tmp_path / "run"), "--steps", "12", "--prompts", "32")
+    figures = dict(re.findall(r"^(\S+): ndcg@5 (\S+)$", shown, flags=re.MULTILINE))
+    assert float(figures["trained"]) > float(figures["random"]) + 0.1
+    assert "politics story" in shown.split("for a reader of politics:")[1]
+
+
 def test_lora_learns_and_saves_both_ways(tmp_path):
     pytest.importorskip("peft")
     shown = run("lora.py", "--output", str(tmp_path), "--steps", "6", "--prompts", "32")

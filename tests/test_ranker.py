@@ -82,7 +82,8 @@ def as_request(lst, dataset, need="trend"):
 
 def with_saved_trend(lst, dataset):
     """The list as it would stand at the end of the log: of trends, a run knows those of then."""
-    return dataclasses.replace(lst, trend=dataset.trend[lst.candidates].round(4))
+    trend, rises = dataset.trend[lst.candidates].round(4), dataset.rises[lst.candidates]
+    return dataclasses.replace(lst, trend=trend, rises=rises)
 
 
 def test_served_prompts_are_those_that_were_trained(run, dataset, decoded):
@@ -129,6 +130,7 @@ def test_a_logged_user_has_the_latest_events_of_the_log(run, dataset, decoded):
         history_interest=log.interest[rows],
         candidates=np.array(candidates),
         trend=dataset.trend[candidates].round(4),
+        rises=dataset.rises[candidates],
     )
     request = {"need": "trend", "user": user, "candidates": [dataset.catalogue.ids[i] for i in candidates]}
     ranker.rank([request])

@@ -16,15 +16,25 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from flexrec.checks import check_choice
-from flexrec.data.lists import Catalogue, Interactions, RankingDataset, RankingList
+from flexrec.data.lists import WITHOUT_QUERIES, Catalogue, Interactions, RankingDataset, RankingList
 from flexrec.data.thinning import Thinning
 
 
 class Moment(NamedTuple):
     """What the log says about every item strictly before one moment."""
 
-    popularity: np.ndarray  # (items,) int64, interactions so far; reused for the next moment, copy what you keep
+    counts: np.ndarray  # (3, items) int64, interactions before t, t - w and t - 2w; reused, copy what you keep
     trend: np.ndarray  # (items,) float32 in [0, 1]
+
+    @property
+    def popularity(self) -> np.ndarray:
+        """(items,) int64, interactions so far."""
+        return self.counts[0]
+
+    def rises(self, items: np.ndarray) -> np.ndarray:
+        """(K, 2) int64: interactions with each of ``items`` in the last window and in the one before it."""
+        of_items = self.counts[:, items]
+        return (of_items[:2] - of_items[1:]).T
 
 
 def moments(
@@ -77,15 +87,15 @@ def moments(
             recent = counts[0, touched] - counts[1, touched]
             expected = (counts[1, touched] - counts[2, touched]) * (in_recent / in_previous)
             trend[touched] = np.maximum(recent - expected, 0.0) / (recent + trend_smoothing)
-        yield int(index), Moment(counts[0], trend)
+        yield int(index), Moment(counts, trend)
 
 
-def trend_after(log: Interactions, num_items: int, *, trend_window: float, trend_smoothing: float = 5.0) -> np.ndarray:
-    """(items,) float32: the trend of every item just after the log's last interaction; see ``moments``."""
+def moment_after(log: Interactions, num_items: int, *, trend_window: float, trend_smoothing: float = 5.0) -> Moment:
+    """The moment just after the log's last interaction; see ``moments``."""
     end = np.nextafter(log.times[-1:], np.inf)
     for _, moment in moments(log, num_items, end, trend_window=trend_window, trend_smoothing=trend_smoothing):
-        return moment.trend
-    return np.zeros(num_items, dtype=np.float32)  # an empty log
+        return moment
+    return Moment(np.zeros((3, num_items), np.int64), np.zeros(num_items, dtype=np.float32))  # of an empty log
 
 
 @dataclass(frozen=True)
@@ -242,6 +252,7 @@ class ListBuilder:
             interest=feedback.astype(np.float32),
             popularity=moment.popularity[candidates].astype(np.float32),
             trend=moment.trend[candidates],
+            rises=moment.rises(candidates),
         )
         return drawn if self.thinning is None else self.thinning.withhold(drawn)
 
@@ -406,9 +417,10 @@ def build_dataset(
                 + why_few_lists(candidates, min_history, num_positives)
                 + (f" Test lists lie at or after {boundary:.0f}." if role == "test on" and split == "time" else "")
             )
-    trend = None
+    trend = rises = None
     if trend_window is not None:
-        trend = trend_after(log, len(catalogue), trend_window=trend_window, trend_smoothing=trend_smoothing)
+        last = moment_after(log, len(catalogue), trend_window=trend_window, trend_smoothing=trend_smoothing)
+        trend, rises = last.trend, last.rises(np.arange(len(catalogue)))
     return RankingDataset(
         name=name,
         catalogue=catalogue,
@@ -418,13 +430,14 @@ def build_dataset(
         unobserved="zero" if thinning is None else "critic",
         resample=resample,
         trend=trend,
+        rises=rises,
         time_boundary=boundary,
         unsupported=unsupported_needs(catalogue, trend),
     )
 
 
 def unsupported_needs(catalogue: Catalogue, trend: np.ndarray | None) -> dict[str, str]:
-    reasons = {"search": "its lists have no queries"}
+    reasons = {"search": WITHOUT_QUERIES}
     if trend is None:
         reasons["trend"] = "its interactions have no times, so that nothing can be seen to rise"
     if not any(catalogue.topics):

@@ -77,8 +77,8 @@ def describe(dataset: RankingDataset, needs: Iterable[DescribedNeed] = ()) -> li
         *([Row("lists with a query", *(f"{count:,}" for count in queries))] if any(queries) else []),
     ]
     for need in needs:
-        if need.name in dataset.unsupported:
-            rows.append(Row(f"need {need.name}", f"not possible: {dataset.unsupported[need.name]}"))
+        if need.name in dataset.unanswerable:
+            rows.append(Row(f"need {need.name}", f"not possible: {dataset.unanswerable[need.name]}"))
         else:
             rows.append(Row(f"need {need.name}", *(_examples(need, part, catalogue) for part in both)))
     return rows

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flexrec.data.build import choose_test_users, moments, trend_after, unsupported_needs
+from flexrec.data.build import choose_test_users, moment_after, moments, unsupported_needs
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset, RankingList
 
 
@@ -105,6 +105,7 @@ class ImpressionLists:
                 interest=interest[order].astype(np.float32),
                 popularity=moment.popularity[candidates].astype(np.float32),
                 trend=moment.trend[candidates],
+                rises=moment.rises(candidates),
             )
         return [one for one in drawn if one is not None]
 
@@ -189,7 +190,7 @@ def build_from_impressions(
                 f"of them also an item passed over and a user with min_history={min_history} items chosen before; "
                 f"choose a smaller min_history, or other negatives than those of the impressions"
             )
-    trend = trend_after(log, len(catalogue), trend_window=trend_window, trend_smoothing=trend_smoothing)
+    last = moment_after(log, len(catalogue), trend_window=trend_window, trend_smoothing=trend_smoothing)
     return RankingDataset(
         name=name,
         catalogue=catalogue,
@@ -198,9 +199,10 @@ def build_from_impressions(
         test=test,
         unobserved="zero",
         resample=resample,
-        trend=trend,
+        trend=last.trend,
+        rises=last.rises(np.arange(len(catalogue))),
         time_boundary=time_boundary,
-        unsupported=unsupported_needs(catalogue, trend),
+        unsupported=unsupported_needs(catalogue, last.trend),
     )
 
 

@@ -123,9 +123,10 @@ def load_interactions(folder: str | Path, options: InteractionsOptions) -> Ranki
             negatives=options.negatives,
             **of_lists,
         )
-        if len(dataset.train) < FEW_LISTS:
-            why = why_few_lists(dataset.log, options.min_history, options.num_positives)
-            notes.append(f"only {len(dataset.train)} lists to train on. {why}")
+    if len(dataset.train) < FEW_LISTS:
+        num_positives = 1 if options.negatives == "impressions" else options.num_positives
+        why = why_few_lists(dataset.log, options.min_history, num_positives)
+        notes.append(f"only {len(dataset.train)} lists to train on. {why}")
     return replace(dataset, noise=read.noise, user_ids=read.user_ids, notes=tuple(notes))
 
 

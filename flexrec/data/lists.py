@@ -14,6 +14,8 @@ from typing import Literal
 
 import numpy as np
 
+WITHOUT_QUERIES = "its lists have no queries"
+
 
 @dataclass(frozen=True)
 class Catalogue:
@@ -133,6 +135,7 @@ class RankingList:
         None  # (H,) float32 in [0, 1], feedback on the history; NaN where none is known
     )
     truth: np.ndarray | None = None  # (K,) float32 in [0, 1], the noise-free interest where it is known; scoring only
+    rises: np.ndarray | None = None  # (K, 2) int64, interactions in the last window before `time` and in the one before
     query: str = ""  # what the user searches for, in words; empty where nothing is searched
 
     @property
@@ -145,8 +148,8 @@ class RankingList:
     def reordered(self, order: np.ndarray) -> RankingList:
         """The same list with its candidates in another order: ``order`` (K,) holds their present positions."""
         by_candidate = ("candidates", "interest", "popularity", "trend")
-        truth = None if self.truth is None else self.truth[order]
-        return replace(self, truth=truth, **{name: getattr(self, name)[order] for name in by_candidate})
+        known = [name for name in ("truth", "rises") if getattr(self, name) is not None]
+        return replace(self, **{name: getattr(self, name)[order] for name in (*by_candidate, *known)})
 
 
 @dataclass(frozen=True)
@@ -161,11 +164,12 @@ class RankingDataset:
             ``train``; None where the lists are given by the data.
         trend: (items,) float32 in [0, 1], how strongly each item rises at the end of ``log``, for requests that come
             after it; None where that is not known.
+        rises: (items, 2) int64, the same in numbers: interactions in the last window of ``log`` and in the one before.
         noise: variance of a logged interest around the true one where that is known or was estimated from repeats; 0
             takes what was logged for the truth.
         time_boundary: with a split in time, the moment before which everything in ``log`` and ``train`` lies and at or
             after which every test list lies; None otherwise.
-        unsupported: names of needs that these data cannot answer, each with the reason; see ``check_needs``.
+        unsupported: names of needs that these data cannot answer, each with the reason; see ``unanswerable``.
         user_ids: public ids of the users, by their number; None where the numbers are the ids.
         notes: what the loader found worth saying, such as skipped rows, in sentences.
 
@@ -184,17 +188,25 @@ class RankingDataset:
     unobserved: Literal["zero", "critic"]
     resample: Callable[[int], list[RankingList]] | None = None
     trend: np.ndarray | None = None
+    rises: np.ndarray | None = None
     time_boundary: float | None = None
     noise: float = 0.0
     unsupported: Mapping[str, str] = field(default_factory=dict)
     user_ids: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
 
+    @cached_property
+    def unanswerable(self) -> Mapping[str, str]:
+        """Needs that these data cannot answer, each with the reason: those that are ``unsupported``, and the search
+        where no list has a query."""
+        without = {} if any(lst.query for lst in (*self.train, *self.test)) else {"search": WITHOUT_QUERIES}
+        return {**without, **self.unsupported}
+
     def check_needs(self, names: Iterable[str]) -> None:
         """Raise a ValueError naming the first of these needs that the data cannot answer, and why."""
         for name in names:
-            if name in self.unsupported:
-                raise ValueError(f"the {self.name} data cannot answer the need {name!r}: {self.unsupported[name]}")
+            if name in self.unanswerable:
+                raise ValueError(f"the {self.name} data cannot answer the need {name!r}: {self.unanswerable[name]}")
 
     def fingerprint(self) -> str:
         """What tells this data set from others: a checksum of its catalogue, its log and its lists."""

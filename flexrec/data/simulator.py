@@ -14,7 +14,7 @@ from itertools import count
 import numpy as np
 
 from flexrec.checks import check_choice
-from flexrec.data.build import moments, trend_after
+from flexrec.data.build import moment_after, moments
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset, RankingList
 
 # For each topic, how a title may start and how it may end: titles are e.g. "Night market noodles 3".
@@ -132,6 +132,7 @@ def simulate(
     train = simulate_users(num_users, train_rng, lists_per_user=lists_per_user, max_lists=max_train_lists)
     test = simulate_users(num_test_users, test_rng, lists_per_user=test_lists_per_user, max_lists=None)
     log = train.log
+    last = moment_after(log, num_items, trend_window=_TREND_WINDOW)
     return RankingDataset(
         name="simulated",
         catalogue=world.catalogue,
@@ -139,7 +140,8 @@ def simulate(
         train=_to_lists(train, log, num_items, history_length, first_user=0),
         test=_to_lists(test, log, num_items, history_length, first_user=num_users),
         unobserved="critic",
-        trend=trend_after(log, num_items, trend_window=_TREND_WINDOW),
+        trend=last.trend,
+        rises=last.rises(np.arange(num_items)),
         noise=float(np.mean(train.truth * (1 - train.truth))) / (_WATCH_PRECISION + 1),  # of the Beta distribution
     )
 
@@ -399,6 +401,7 @@ def _to_lists(
             interest=users.interest[i],
             popularity=moment.popularity[users.candidates[i]].astype(np.float32),
             trend=moment.trend[users.candidates[i]],
+            rises=moment.rises(users.candidates[i]),
             truth=users.truth[i],
         )
     return [one for one in lists if one is not None]

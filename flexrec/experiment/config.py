@@ -73,6 +73,11 @@ class ExperimentConfig(TrainerOptions):
         "how an answer names a candidate; default: item_token for the embedded model, else index",
         choices=ENCODINGS,
     )
+    show: tuple[str, ...] = option(
+        ("title",),
+        "what prompts in words show of an item: title, category, columns of the items, as in title,category,year",
+        metavar="NAME",
+    )
     metric: str = option("ndcg@10", "the metric to maximise; ranks beyond its cutoff are not trained")
     temperature: float = option(0.3, "of the policy, in sampling and in log-probs", above=0)
     warmup: str = option(
@@ -125,6 +130,12 @@ class ExperimentConfig(TrainerOptions):
         super().__post_init__()
         if self.data is not None:
             self.data = str(Path(self.data).absolute())  # from wherever the run is continued or evaluated
+        self.show = tuple(name.strip() for names in self.show for name in names.split(",") if name.strip())
+        if self.show != ("title",) and self.model == EMBEDDED and self.encoding in (None, "item_token"):
+            raise ValueError(
+                f"--show {','.join(self.show)}: the embedded model has a token for each item and reads no titles or "
+                f"columns; give --encoding index or title, or another --model"
+            )
         self.data_options = all_data_options(self.dataset, self.data_options)
         if self.lora is None:
             for name in ("lora_alpha", "lora_targets", "lora_save"):

@@ -17,7 +17,7 @@ from flexrec.policy.lora import ADAPTER_FILE, OF_A_RUN, add_lora, has_adapters
 from flexrec.policy.small_model import HIDDEN_SIZE, build_model, build_tokenizer, item_vectors, starting_rows
 from flexrec.task.descriptions import describing_tokens, item_token
 from flexrec.task.needs import Need
-from flexrec.task.prompts import PromptBuilder, add_item_tokens
+from flexrec.task.prompts import PromptBuilder, add_item_tokens, known_columns
 
 
 def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Need]) -> tuple[Any, Any, PromptBuilder]:
@@ -27,14 +27,19 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
     # Where items are described, new ones are told by what they are, and have no row that was never trained.
     known = np.flatnonzero(~new_items(dataset)) if described else np.arange(len(dataset.catalogue))
     catalogue = dataset.catalogue.select(known)
+    queries = [lst.query for lst in dataset.train if lst.query]
+    if strange := [name for name in config.show if name not in known_columns(dataset.catalogue)]:
+        they_have = ", ".join(known_columns(dataset.catalogue))
+        raise ValueError(f"--show {strange[0]}: nothing of that name is known of the items, but {they_have}")
     folder = RunFolder(config.output)
     if config.resume and folder.has_base():
         tokenizer: Any = AutoTokenizer.from_pretrained(folder.base, **OF_A_RUN)
         model: Any = folder.load_base(tokenizer, config.lora)
     elif config.model == EMBEDDED:
-        tokenizer = build_tokenizer(catalogue, [wording for need in needs for wording in need.wordings])
+        wordings = [wording for need in needs for wording in need.wordings]
+        tokenizer = build_tokenizer(catalogue, wordings, queries=queries)
         vectors = item_vectors(dataset.log, len(dataset.catalogue), HIDDEN_SIZE, seed=config.seed)[known]
-        rows = starting_rows(catalogue, vectors, seed=config.seed)
+        rows = starting_rows(catalogue, vectors, queries=queries, seed=config.seed)
         model = build_model(tokenizer, hidden_size=HIDDEN_SIZE, rows=rows, seed=config.seed)
     else:
         given = Path(config.model)
@@ -56,7 +61,7 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
             add_item_tokens(model, tokenizer, catalogue)
     if config.lora is not None and not has_adapters(model):
         tokens = [item_token(item_id) for item_id in catalogue.ids] if encoding == "item_token" else []
-        tokens = describing_tokens(catalogue) if described else tokens
+        tokens = describing_tokens(catalogue, queries) if described else tokens
         model = add_lora(
             model,
             config.lora,
@@ -70,6 +75,7 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
         tokenizer,
         encoding=encoding,
         show_titles=config.model != EMBEDDED or encoding != "item_token",
+        show=config.show,
         show_rising=not described and any(need.name == "trend" for need in needs),  # which marks say better
         described=described,
     )

@@ -23,7 +23,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -69,6 +69,7 @@ class RunInfo:
     needs: list[str]
     seed: int
     described: bool = False
+    show: Sequence[str] = ("title",)
     data_options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -86,6 +87,7 @@ class RunInfo:
             needs=[need.name for need in needs_of(dataset, config.needs)],
             seed=config.seed,
             described=builder.described,
+            show=builder.show,
         )
 
     @classmethod
@@ -301,12 +303,16 @@ class RunFolder:
         trend = np.zeros(len(catalogue)) if dataset.trend is None else dataset.trend
         rises = {catalogue.ids[i]: round(float(trend[i]), 4) for i in np.flatnonzero(trend)}
         items = {"ids": catalogue.ids, "titles": catalogue.titles, "topics": catalogue.topics}
-        _write_json(self.path / "catalogue.json", {**items, "trend": rises})
+        shown = {name: values.tolist() for name, values in catalogue.columns.items() if name in info.show}
+        counts = (
+            {} if dataset.rises is None else {name: dataset.rises[catalogue.index[name]].tolist() for name in rises}
+        )
+        _write_json(self.path / "catalogue.json", {**items, "columns": shown, "trend": rises, "rises": counts})
         histories: dict[str, list[dict[str, Any]]] = {}
         for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
             name = str(user) if dataset.user_ids is None else dataset.user_ids[user]
             histories.setdefault(name, []).append({"id": catalogue.ids[item], "interest": interest})
-        latest = {user: events[-info.max_history :] for user, events in histories.items()}
+        latest = {user: events[-info.max_history :] for user, events in histories.items() if info.max_history}
         _write_json(self.path / "histories.json", latest)
         _save_model(self.path, model, tokenizer, info)
         settle(self.path, deep=False)
@@ -330,6 +336,7 @@ class RunFolder:
             show_titles=info.show_titles,
             show_rising=info.show_rising,
             described=info.described,
+            show=info.show,
         )
         return info, model, builder
 
@@ -340,17 +347,18 @@ class RunFolder:
         """The run's critic; a FileNotFoundError where it has none."""
         return Critic.load(self.path, self.read_catalogue()[0])
 
-    def read_catalogue(self) -> tuple[Catalogue, dict[str, float]]:
-        """The items, and the trend of what rises, by id."""
+    def read_catalogue(self) -> tuple[Catalogue, dict[str, float], dict[str, list[int]]]:
+        """The items, and of what rises the trend and the two counts that it comes from, by id."""
         path = self.path / "catalogue.json"
         saved = read_json(path)
         try:
             topics = saved.get("topics", [[] for _ in saved["ids"]])  # which runs of older versions lack
-            catalogue = Catalogue(tuple(saved["ids"]), tuple(saved["titles"]), tuple(map(tuple, topics)))
+            columns = {name: _column(values) for name, values in saved.get("columns", {}).items()}
+            catalogue = Catalogue(tuple(saved["ids"]), tuple(saved["titles"]), tuple(map(tuple, topics)), columns)
             trend = {str(item): float(rise) for item, rise in saved["trend"].items()}
+            return catalogue, trend, dict(saved.get("rises", {}))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-        return catalogue, trend
 
     def read_histories(self) -> dict[str, list[dict[str, Any]]]:
         """The last items of every logged user, ``{"id", "interest"}`` each, oldest first."""
@@ -385,6 +393,13 @@ class RunFolder:
                 of = results.new_items if part else results
                 if of is not None:
                     of.per_list.setdefault(system, {}).setdefault(need, {})[metric] = saved[name]
+
+
+def _column(values: list[Any]) -> np.ndarray:
+    """A column of a catalogue from JSON, which knows no NaN."""
+    if any(isinstance(value, str) for value in values):
+        return np.array(values, dtype=object)
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

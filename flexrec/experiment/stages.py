@@ -85,8 +85,9 @@ def run_experiment(
         ImportError: ``config.lora`` without PEFT.
     """
     if dataset is not None:
-        if config.data is not None or config.dataset not in ("simulated", MADE_IN_PYTHON):
-            raise ValueError(f"a data set is given: leave away dataset={config.dataset!r}, data={config.data!r}")
+        said = (config.dataset, config.data, config.data_options)
+        if said not in (("simulated", None, all_data_options("simulated", {})), (MADE_IN_PYTHON, None, {})):
+            raise ValueError(f"a data set is given: leave away dataset, data and data_options, got {said}")
         config = replace(config, dataset=MADE_IN_PYTHON, data_options={})
     PartialState()  # where there are several processes, they meet
     folder = RunFolder(config.output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,28 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flexrec.data.lists import Catalogue, Interactions
-from flexrec.task.descriptions import describing_tokens, item_token, shared_words, topic_token, word_token
-from flexrec.task.prompts import CANDIDATES, LIKED, RANKING, RISING, SEEN
+from flexrec.task.descriptions import (
+    describing_tokens,
+    item_token,
+    known_words,
+    title_words,
+    topic_token,
+    word_token,
+)
+from flexrec.task.prompts import CANDIDATES, LIKED, RANKING, RISING, SEARCHED, SEEN
 
 HIDDEN_SIZE = 128
 
 
-def build_tokenizer(catalogue: Catalogue, texts: Iterable[str], *, vocab_size: int = 2048) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    catalogue: Catalogue, texts: Iterable[str], *, queries: Sequence[str] = (), vocab_size: int = 2048
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the titles, the topics and ``texts``, plus one token per item, and those by
-    which items are described (:mod:`flexrec.task.descriptions`)."""
+    which items are described (:mod:`flexrec.task.descriptions`).
+
+    Args:
+        queries: of the training lists, whose words have tokens, too.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -37,7 +50,9 @@ def build_tokenizer(catalogue: Catalogue, texts: Iterable[str], *, vocab_size: i
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
     )
     fast.add_tokens([LIKED, SEEN, RISING, CANDIDATES, RANKING])  # what stands in every prompt: one token each
-    fast.add_tokens(describing_tokens(catalogue), special_tokens=True)
+    if queries:
+        fast.add_tokens([SEARCHED])
+    fast.add_tokens(describing_tokens(catalogue, queries), special_tokens=True)
     return fast
 
 
@@ -58,23 +73,58 @@ def item_vectors(log: Interactions, num_items: int, size: int, *, seed: int = 0)
         _, values, right = torch.svd_lowrank(torch.from_numpy(matrix), q=rank, niter=4)
     vectors = torch.zeros(num_items, size)
     vectors[:, :rank] = right * values.sqrt()
-    # A random rotation, so that no coordinate of the embedding is larger than another.
+    return vectors @ _rotation(size, seed)
+
+
+def _rotation(size: int, seed: int) -> torch.Tensor:
+    """(size, size) at random, so that no coordinate of an embedding is larger than another."""
     rotation, _ = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(seed)))
-    return vectors @ rotation
+    return rotation
 
 
-def starting_rows(catalogue: Catalogue, vectors: torch.Tensor, *, seed: int = 0) -> dict[str, torch.Tensor]:
+def word_vectors(catalogue: Catalogue, words: Sequence[str], size: int, *, seed: int = 0) -> torch.Tensor:
+    """(words, size) float32: where words stand to each other by the titles that they are in.
+
+    The leading right singular vectors, each times the root of its singular value, of the matrix of items and words that
+    weighs the words of a title by how few titles have them (latent semantic analysis, Deerwester et al. 1990): the
+    product of the sums of a title's and a query's rows is high where they share words, or words that stand in the same
+    titles. Words of no title have a zero row.
+    """
+    titles = [title_words(title) for title in catalogue.titles]
+    column = {word: j for j, word in enumerate(words)}
+    pairs = np.array([(i, column[word]) for i, title in enumerate(titles) for word in title if word in column])
+    pairs = pairs.reshape(-1, 2)
+    occurrences = np.bincount(pairs[:, 1], minlength=len(words))
+    weights = np.log((1 + len(titles)) / (1 + occurrences))[pairs[:, 1]]
+    norms = np.sqrt(np.bincount(pairs[:, 0], weights**2, minlength=len(titles)))
+    values = torch.from_numpy(weights / np.maximum(norms, 1e-6)[pairs[:, 0]]).float()
+    places, shape = torch.from_numpy(pairs.T.copy()), (len(titles), len(words))
+    matrix = torch.sparse_coo_tensor(places, values, shape, check_invariants=True).coalesce()
+    rank = min(size, *matrix.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _, strengths, right = torch.svd_lowrank(matrix, q=rank, niter=4)
+    return right * strengths.sqrt() @ _rotation(size, seed)[:rank]
+
+
+def starting_rows(
+    catalogue: Catalogue, vectors: torch.Tensor, *, queries: Sequence[str] = (), seed: int = 0
+) -> dict[str, torch.Tensor]:
     """(size,) float32 by token, what the rows of the tokens that describe a catalogue's items start from.
 
     An item's own row is its vector. Each topic is a direction of its own, random instead of orthogonal where there are
     more than ``size``. Over the items, a row has a mean square of 1, of which topics make a half. Words of titles start
-    at 0.
+    at 0, or, where there are queries, from :func:`word_vectors`, scaled to a mean square of 1.
 
     Args:
         vectors: (items, size), from :func:`item_vectors`.
+        queries: of the training lists.
     """
     size = vectors.shape[1]
-    rows = {word_token(word): torch.zeros(size) for word in shared_words(catalogue)}
+    words = known_words(catalogue, queries)
+    of_words = word_vectors(catalogue, words, size, seed=seed) if queries else torch.zeros(len(words), size)
+    of_words = of_words * of_words.square().mean().clamp(min=1e-12).rsqrt() if len(words) else of_words
+    rows = dict(zip(map(word_token, words), of_words, strict=True))
     topics = torch.from_numpy(catalogue.topic_matrix)
     directions = torch.randn(size, topics.shape[1], generator=torch.Generator().manual_seed(seed))
     if topics.shape[1] <= size:

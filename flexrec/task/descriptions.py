@@ -8,6 +8,9 @@ the sum of theirs:
     <word:redemption> ..    the words of its title that several titles have
     <interest 4>            in a history: how much the user liked it, where that is known
     <rise 3>, <new 1>       among candidates: how strongly it rises, how new its topics are to the history
+    <match 2>               among candidates of a search: how many of the query's words its title has
+
+The words of a query are written in the same tokens of words.
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ RISE_MARKS = tuple(f"<rise {level}>" for level in range(1, len(RISE_LEVELS) + 2)
 NOVELTY_MARKS = tuple(f"<new {level}>" for level in range(NOVELTY_LEVELS + 1))
 INTEREST_MARKS = tuple(f"<interest {level}>" for level in range(1, INTEREST_LEVELS + 1))  # what is not known has none
 
+MATCH_LEVELS = 5
+MATCH_MARKS = tuple(f"<match {level}>" for level in range(MATCH_LEVELS + 1))  # where there are queries
+
 MIN_TITLES = 2  # a word of fewer titles says nothing of other items
 MAX_WORDS = 5000  # the most frequent ones
 
@@ -49,6 +55,7 @@ class Item:
     id: str
     title: str
     topics: tuple[str, ...] = ()
+    shown: str | None = None  # what prompts in words say of it; None: its title
 
 
 def item_token(item_id: str) -> str:
@@ -81,13 +88,32 @@ def shared_words(catalogue: Catalogue) -> list[str]:
     return [word for word, count in counts.most_common(MAX_WORDS) if count >= MIN_TITLES]
 
 
-def describing_tokens(catalogue: Catalogue) -> list[str]:
-    """The texts of all vocabulary entries that describe the items of a catalogue, their own tokens first."""
+def known_words(catalogue: Catalogue, queries: Sequence[str] = ()) -> list[str]:
+    """The words that have tokens: those of several titles, then others of training queries."""
+    of_queries = Counter(word for query in queries for word in title_words(query))
+    of_both = [*shared_words(catalogue), *(word for word, _ in of_queries.most_common(MAX_WORDS))]
+    return list(dict.fromkeys(of_both))
+
+
+def query_match(query: str, titles: Sequence[str]) -> np.ndarray | None:
+    """(K,) float32 in [0, 1]: which share of the query's words stand in each title; None where nothing is searched."""
+    words = set(title_words(query))
+    found = [len(words.intersection(title_words(title))) for title in titles]
+    return np.array(found, dtype=np.float32) / len(words) if words else None
+
+
+def describing_tokens(catalogue: Catalogue, queries: Sequence[str] = ()) -> list[str]:
+    """The texts of all vocabulary entries that describe the items of a catalogue, their own tokens first.
+
+    Args:
+        queries: of the training lists, whose words have tokens, too.
+    """
     return [
         *map(item_token, catalogue.ids),
         *map(topic_token, catalogue.topic_names),
-        *map(word_token, shared_words(catalogue)),
+        *map(word_token, known_words(catalogue, queries)),
         *(UNKNOWN_ITEM, *INTEREST_MARKS, *RISE_MARKS, *NOVELTY_MARKS),
+        *(MATCH_MARKS if queries else ()),
     ]
 
 
@@ -110,6 +136,7 @@ class Descriptions:
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
         self._unknown, *_ = self._ids([UNKNOWN_ITEM])
         self._interest, self._rise, self._novelty = map(self._ids, (INTEREST_MARKS, RISE_MARKS, NOVELTY_MARKS))
+        self._match = self._ids(MATCH_MARKS) if MATCH_MARKS[0] in self._vocabulary else []
         self._described: dict[Item, tuple[int, ...]] = {}
 
     def _ids(self, texts: Iterable[str]) -> list[int]:
@@ -132,23 +159,32 @@ class Descriptions:
             self._described[item] = found
         return found
 
+    def word(self, word: str) -> int | None:
+        """The token of a word; None where it has none."""
+        return self._vocabulary.get(word_token(word))
+
     def interests(self, interest: Sequence[float] | np.ndarray) -> list[tuple[int, ...]]:
         """What each item of a history has besides, from the interest (H,) in [0, 1] in it; NaN: not known."""
         values = np.asarray(interest, dtype=np.float32)
         levels = np.minimum(np.nan_to_num(values) * INTEREST_LEVELS, INTEREST_LEVELS - 1).astype(np.int64)
         return [() if np.isnan(x) else (self._interest[n],) for x, n in zip(values, levels.tolist(), strict=True)]
 
-    def marks(self, trend: np.ndarray, novelty: np.ndarray) -> list[tuple[int, ...]]:
+    def marks(self, trend: np.ndarray, novelty: np.ndarray, match: np.ndarray | None = None) -> list[tuple[int, ...]]:
         """What each candidate has besides in its list.
 
         Args:
             trend: (K,) in [0, 1], how strongly each candidate rises.
             novelty: (K,) in [0, 1], how new its topics are to the history (:func:`flexrec.task.needs.novelty`).
+            match: (K,) in [0, 1], how well it matches the query (:func:`query_match`); None where there is none.
         """
         trend, novelty = np.asarray(trend, dtype=np.float32), np.asarray(novelty, dtype=np.float32)
         rise = np.digitize(trend, RISE_LEVELS)
         new = np.ceil(NOVELTY_LEVELS * novelty).astype(np.int64)
-        return [
+        marks = [
             (*([self._rise[r]] if rises else []), self._novelty[n])
             for r, n, rises in zip(rise, new, trend > 0, strict=True)
         ]
+        if match is None or not self._match:
+            return marks
+        levels = np.ceil(MATCH_LEVELS * match - 1e-6).astype(np.int64)
+        return [(*of_item, self._match[level]) for of_item, level in zip(marks, levels, strict=True)]

@@ -154,6 +154,18 @@ NEEDS: dict[str, Need] = {
             ),
             trend_gains,
         ),
+        Need(
+            "search",
+            (
+                "Rank the candidates by how well they answer the search.",
+                "Put what the user is looking for at the top.",
+                "Order these items so that the best matches of the search come first.",
+                "Find what was searched for; what merely goes with it comes later.",
+                "Sort the results of this search by how relevant they are.",
+                "Which of these did I mean? Exact matches first.",
+            ),
+            interest_gains,
+        ),
     )
 }
 
@@ -178,7 +190,7 @@ def needs_of(dataset: RankingDataset, names: Sequence[str] | None) -> list[Need]
         ValueError: an unknown name, or a need that the data cannot answer, with the reason.
     """
     if names is None:
-        names = [name for name in NEEDS if name not in dataset.unsupported]
+        names = [name for name in NEEDS if name not in dataset.unanswerable]
     needs = [get_need(name) for name in names]
     dataset.check_needs(names)
     return needs

@@ -6,7 +6,8 @@ so that building one costs microseconds and a candidate has the same tokens in e
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from flexrec.checks import check_choice
 from flexrec.data.lists import Catalogue, RankingList
 from flexrec.rankings.state import RankingState, Spelling
-from flexrec.task.descriptions import Descriptions, Item, Token, item_token, token_id
+from flexrec.task.descriptions import Descriptions, Item, Token, item_token, query_match, title_words, token_id
 from flexrec.task.needs import novelty
 
 ENCODINGS = ("index", "title", "item_token")
@@ -24,7 +25,33 @@ MAX_RISING = 8
 
 # The fixed parts of every prompt.
 LIKED, SEEN = "\nLiked before:\n", "Seen before:\n"
+SEARCHED = "\nSearched for:\n"  # of prompts with a query
 RISING, CANDIDATES, RANKING = "Rising now:\n", "Candidates:\n", "Ranking, best first:\n"
+
+
+def shown_text(show: Sequence[str], title: str, topics: Sequence[str], columns: Mapping[str, Any]) -> str:
+    """What prompts say of an item: its title, "category" or columns by name, what is not known left out.
+
+    Example:
+        >>> from flexrec.task.prompts import shown_text
+        >>> shown_text(("title", "category", "price"), "Oak chair", ["Furniture", "Kitchen"], {"price": 89.9})
+        'Oak chair (Furniture, Kitchen; price 89.9)'
+    """
+    parts = []
+    for name in show:
+        value = {"title": title, "category": ", ".join(topics)}.get(name, columns.get(name))
+        if isinstance(value, float):
+            value = "" if np.isnan(value) else f"{name} {value:g}"
+        if value not in (None, ""):
+            parts.append(str(value))
+    if show[0] != "title":
+        return "; ".join(parts)
+    return parts[0] + (f" ({'; '.join(parts[1:])})" if len(parts) > 1 else "") if parts else ""
+
+
+def known_columns(catalogue: Catalogue) -> list[str]:
+    """What prompts can show of a catalogue's items."""
+    return ["title", *(["category"] if catalogue.topic_names else []), *catalogue.columns]
 
 
 def add_item_tokens(model: Any, tokenizer: Any, catalogue: Catalogue) -> int:
@@ -58,7 +85,9 @@ class PromptBuilder:
             a line) or "item_token" (one vocabulary entry per item, see :func:`add_item_tokens`).
         show_titles: write titles in the prompt. Always so for "index" and "title"; with "item_token" a pretrained
             model needs them to know what an item is, while a model trained on the catalogue does not.
-        show_rising: name the candidates that rise at the moment of the request (needs about trends read them).
+        show: what is shown of an item where its title would be, see :func:`shown_text`.
+        show_rising: name the candidates that rise at the moment of the request, and how often they were had in the last
+            window and in the one before it (needs about trends read them).
         described: items are several tokens whose rows are summed (:mod:`flexrec.task.descriptions`), of the embedded
             model's tokenizer. For "item_token" only.
 
@@ -95,12 +124,16 @@ class PromptBuilder:
         *,
         encoding: str = "index",
         show_titles: bool = True,
+        show: Sequence[str] = ("title",),
         show_rising: bool = True,
         described: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.encoding = check_choice("encoding", encoding, ENCODINGS)
         self.show_titles = show_titles or encoding != "item_token"
+        self.show = tuple(show)
+        if not self.show or (encoding == "title" and "title" not in self.show):
+            raise ValueError(f"show must name what a prompt shows, with encoding 'title' also the title, got {show!r}")
         self.show_rising = show_rising
         self.described = described
         if described and encoding != "item_token":
@@ -125,7 +158,9 @@ class PromptBuilder:
         *,
         interest: Sequence[float] | np.ndarray | None = None,
         rising: Sequence[Item] = (),
+        rises: Sequence[Sequence[int]] | np.ndarray | None = None,
         marks: Sequence[tuple[int, ...]] | None = None,
+        query: str = "",
     ) -> tuple[list[Token], tuple[int, int]]:
         """Token ids of one prompt, after which the answer begins, and the span (start, end) of the history in it.
 
@@ -136,26 +171,31 @@ class PromptBuilder:
             interest: (H,) in [0, 1], how much each item of the history was liked, from 1/2 on it was; NaN: that is not
                 known. None: of none it is.
             rising: candidates that rise, the strongest first.
+            rises: how often each of them was had in the last window and in the one before it; None: that is not said.
             marks: (K,) what else describes the candidates, from :meth:`marks_of`.
+            query: what is searched for, in words; empty where nothing is.
         """
         before, after = self._frame
         known = np.asarray([np.nan] * len(history) if interest is None else interest, dtype=np.float32)
         if len(known) != len(history):
             raise ValueError(f"interest must have a value per item of the history, {len(history)}, got {len(known)}")
-        ids: list[Token]
+        ids: list[Token] = [*before]
+        if query.strip():
+            ids += [*self._encode(wording + SEARCHED), *self._query(query)]
+            wording = ""
         if self._descriptions is not None:
-            ids = [*before, *self._encode(wording), *self._encode(SEEN)]
+            ids += [*self._encode(wording), *self._encode(SEEN)]
             start = len(ids)
             ids += self._listing(history, more=self._descriptions.interests(known))
         else:
-            ids = [*before, *self._encode(wording + LIKED)]
+            ids += self._encode(wording + LIKED)
             start = len(ids)
             ids += self._listing([item for item, liked in zip(history, known >= 0.5, strict=True) if liked])
             ids += self._encode(SEEN)
             ids += self._listing([item for item, liked in zip(history, known >= 0.5, strict=True) if not liked])
         end = len(ids)
         if self.show_rising:
-            ids += [*self._encode(RISING), *self._listing(rising)]
+            ids += [*self._encode(RISING), *self._listing(rising, rises=rises)]
         ids += [*self._encode(CANDIDATES), *self._listing(candidates, numbered=self.encoding == "index", more=marks)]
         ids += [*self._encode(RANKING), *after]
         return ids, (start, end)
@@ -164,10 +204,37 @@ class PromptBuilder:
         self, lst: RankingList, catalogue: Catalogue, wording: str, *, nameless: Collection[int] = ()
     ) -> tuple[list[Token], tuple[int, int]]:
         """:meth:`prompt` for a list of a data set; items ``nameless`` are shown as if they had no id."""
-        groups = (lst.history, lst.candidates, lst.candidates[strongest_risers(lst.trend)])
-        history, candidates, rising = (_items(group, catalogue, nameless) for group in groups)
-        marks = self.marks_of(lst.trend, novelty(lst, catalogue)) if self.described else None
-        return self.prompt(wording, history, candidates, interest=lst.history_interest, rising=rising, marks=marks)
+        strongest = strongest_risers(lst.trend)
+        groups = (lst.history, lst.candidates, lst.candidates[strongest])
+        history, candidates, rising = (self._items(group, catalogue, nameless) for group in groups)
+        return self.prompt(
+            wording,
+            history,
+            candidates,
+            interest=lst.history_interest,
+            rising=rising,
+            rises=None if lst.rises is None else lst.rises[strongest],
+            marks=self._marks_of(lst, catalogue),
+            query=lst.query,
+        )
+
+    def item_of(self, catalogue: Catalogue, index: int) -> Item:
+        """An item of a catalogue as prompts show it."""
+        title, topics = catalogue.titles[index], catalogue.topics[index]
+        if self.show == ("title",) or not self.show_titles:
+            return Item(catalogue.ids[index], title, topics)
+        columns = {name: catalogue.columns[name][index] for name in self.show if name in catalogue.columns}
+        return Item(catalogue.ids[index], title, topics, shown_text(self.show, title, topics, columns))
+
+    def _items(self, indices: np.ndarray, catalogue: Catalogue, nameless: Collection[int]) -> list[Item]:
+        items = [(i, self.item_of(catalogue, i)) for i in indices.tolist()]
+        return [replace(item, id="") if i in nameless else item for i, item in items]
+
+    def _marks_of(self, lst: RankingList, catalogue: Catalogue) -> list[tuple[int, ...]] | None:
+        if not self.described:
+            return None
+        match = query_match(lst.query, [catalogue.titles[i] for i in lst.candidates])
+        return self.marks_of(lst.trend, novelty(lst, catalogue), match)
 
     def candidate_tokens(
         self, candidates: Sequence[Item], marks: Sequence[tuple[int, ...]] | None = None
@@ -196,8 +263,7 @@ class PromptBuilder:
         self, lst: RankingList, catalogue: Catalogue, *, nameless: Collection[int] = ()
     ) -> list[list[Token]]:
         """:meth:`candidate_tokens` for a list of a data set."""
-        marks = self.marks_of(lst.trend, novelty(lst, catalogue)) if self.described else None
-        return self.candidate_tokens(_items(lst.candidates, catalogue, nameless), marks)
+        return self.candidate_tokens(self._items(lst.candidates, catalogue, nameless), self._marks_of(lst, catalogue))
 
     def check_answers(self, tokens: list[list[Any]], num_ranked: int | None = None) -> None:
         """Raise a ValueError where rankings of candidates spelled so could not be told apart (see ``RankingState``)."""
@@ -208,16 +274,29 @@ class PromptBuilder:
         except ValueError as error:
             raise ValueError(str(error).replace("candidates[0]", "candidates")) from None
 
-    def marks_of(self, trend: np.ndarray, novelty: np.ndarray) -> list[tuple[int, ...]] | None:
+    def marks_of(
+        self, trend: np.ndarray, novelty: np.ndarray, match: np.ndarray | None = None
+    ) -> list[tuple[int, ...]] | None:
         """:meth:`flexrec.task.descriptions.Descriptions.marks`; None where items are not described."""
-        return None if self._descriptions is None else self._descriptions.marks(trend, novelty)
+        return None if self._descriptions is None else self._descriptions.marks(trend, novelty, match)
 
     def knows(self, item_id: str) -> bool:
         """Whether an answer can name an item as one that the model was trained with."""
         return self._descriptions is None or self._descriptions.knows(item_id)
 
+    def _query(self, query: str) -> list[int]:
+        """A query in tokens of words where there are such, and in pieces of text else."""
+        if self._descriptions is None:
+            return self._encode(_one_line(query))
+        known = ((word, self._descriptions.word(word)) for word in title_words(query))
+        return [i for word, own in known for i in (self._encode(f" {word}") if own is None else [own])]
+
     def _listing(
-        self, items: Sequence[Item], numbered: bool = False, more: Sequence[tuple[int, ...]] | None = None
+        self,
+        items: Sequence[Item],
+        numbered: bool = False,
+        more: Sequence[tuple[int, ...]] | None = None,
+        rises: Sequence[Sequence[int]] | np.ndarray | None = None,
     ) -> list[Token]:
         ids: list[Token] = []
         further = [()] * len(items) if more is None else more
@@ -227,7 +306,12 @@ class PromptBuilder:
             if self.encoding == "item_token":
                 ids.append(self._item_token(item, marks))
             if self.show_titles:
-                ids += self._encode(_one_line(item.title) + "\n")
+                text = _one_line(item.title if item.shown is None else item.shown)
+                if rises is None:
+                    ids += self._encode(text + "\n")
+                else:
+                    now, earlier = rises[i - 1]
+                    ids += [*self._encode(text), *self._encode(f": {now} now, {earlier} before\n")]
         return ids if self.show_titles else [*ids, *self._encode("\n")]
 
     def _item_token(self, item: Item, marks: tuple[int, ...]) -> Token:
@@ -275,13 +359,6 @@ def strongest_risers(trend: np.ndarray) -> np.ndarray:
     """Positions of the candidates that a prompt names as rising, the strongest first: ``trend`` (K,) in [0, 1]."""
     order = np.argsort(-trend, kind="stable")[:MAX_RISING]
     return order[trend[order] > 0]
-
-
-def _items(indices: np.ndarray, catalogue: Catalogue, nameless: Collection[int]) -> list[Item]:
-    return [
-        Item("" if i in nameless else catalogue.ids[i], catalogue.titles[i], catalogue.topics[i])
-        for i in indices.tolist()
-    ]
 
 
 def _one_line(title: str) -> str:

@@ -131,6 +131,7 @@ def test_a_busier_window_makes_nothing_rise():
     log = sorted_events([(t, user, i, 0.5) for user, (t, i) in enumerate(zip(times, items, strict=True))])
     ((_, moment),) = moments(log, 3, np.array([20.0]), trend_window=10.0)
     np.testing.assert_allclose(moment.trend, [0.0, (6 - 3) / (6 + 5), 0.0], rtol=1e-6)
+    assert moment.rises(np.array([1, 0, 2])).tolist() == [[6, 1], [6, 2], [0, 1]], "now, and in the window before"
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,12 @@ def test_every_option_reaches_the_configuration_from_the_command_line(configured
     arguments = [word for words, _ in given.values() for word in words]
     assert cli.main(["train", "--output", "x", "--dataset", dataset, *arguments]) == 2
     assert cli.main(["train", "--output", "x", "--dataset", dataset]) == 2
-    full, default = configured
+    full, default = configured[:2]
     assert full.data_options == {name: value for name, (_, value) in given.items()}
     assert default.data_options == all_data_options(dataset, {})
+    python_names = [word.replace("--candidates", "--num-candidates") for word in arguments]
+    assert cli.main(["train", "--output", "x", "--dataset", dataset, *python_names]) == 2
+    assert configured[-1] == full, "loaders' messages name the arguments of Python"
     # What was stored is read back as it was.
     assert all_data_options(dataset, json.loads(json.dumps(full.data_options))) == full.data_options
 
@@ -193,6 +196,7 @@ def test_a_data_set_made_in_python(tmp_path, recorded, dataset):
     """It has no name to be loaded by: who continues or evaluates the run hands it over again, the same one."""
     folder = tmp_path / "run"
     few = {"steps": 4, "warmup_steps": 3, "listwise_steps": 2, "prompts_per_step": 4, "needs": ("interest",)}
+    few["baselines"] = ("none",)
     config = ExperimentConfig(output=str(folder), **few)
     recorded.stops_after = "reinforcement"
     with pytest.raises(KeyboardInterrupt):
@@ -206,9 +210,10 @@ def test_a_data_set_made_in_python(tmp_path, recorded, dataset):
     other = replace(dataset, train=dataset.train[:-1])
     with pytest.raises(ValueError, match="on the data that it began with, and these are others"):
         stages.run_experiment(again, say=recorded.said.append, dataset=other)
-    named = ExperimentConfig(output=str(tmp_path / "x"), dataset="movielens", data="/there")
-    with pytest.raises(ValueError, match="a data set is given: leave away dataset='movielens', data='/there'"):
-        stages.run_experiment(named, dataset=dataset)
+    named = {"dataset": "movielens", "data": "/there"}
+    for more in (named, {"data_options": {"num_candidates": 9}}):
+        with pytest.raises(ValueError, match="a data set is given: leave away dataset, data and data_options"):
+            stages.run_experiment(ExperimentConfig(output=str(tmp_path / "x"), **more), dataset=dataset)
     results = stages.run_experiment(again, say=recorded.said.append, dataset=dataset)
     with pytest.raises(ValueError, match=r"evaluate_run\(folder, dataset\)"):
         stages.evaluate_run(folder)
@@ -228,3 +233,34 @@ def test_the_fingerprint_knows_every_part_of_the_data(dataset):
     prints = {replace(dataset, **{name: value}).fingerprint() for name, value in changed.items()}
     assert len(prints | {dataset.fingerprint()}) == len(changed) + 1
     assert replace(dataset, notes=("said",)).fingerprint() == dataset.fingerprint()
+
+
+def test_a_data_set_is_described(tmp_path, monkeypatch, capsys, dataset):
+    asked = []
+    monkeypatch.setattr(stages, "load_dataset", lambda *arguments: asked.append(arguments) or dataset)
+    given = ["--dataset", "interactions", "--data", str(tmp_path), "--candidates", "9", "--seed", "4"]
+    assert cli.main(["data", "describe", *given]) == 0
+    assert asked == [("interactions", str(tmp_path), 4, all_data_options("interactions", {"num_candidates": 9}))]
+    said = " ".join(capsys.readouterr().out.split())
+    for what in ("sparsity", "lists", "interest that is known", "need interest", "need explore", "need trend"):
+        assert what in said
+    pytest.importorskip("matplotlib")
+    assert cli.main(["data", "describe", *given, "--figure", str(tmp_path / "data.png")]) == 0
+    assert (tmp_path / "data.png").stat().st_size > 1000
+
+
+def test_a_bad_file_is_one_line(tmp_path, capsys):
+    """With the file, the line, the column, what was got and expected, and what to do."""
+    rows = [f"u{user},i{item},{10**9 + 1000 * item}" for user in range(20) for item in range(12)]
+    rows[3] = "u0,i3,yesterday"
+    (tmp_path / "interactions.csv").write_text("\n".join(["user,item,timestamp", *rows]) + "\n")
+    given = ["--dataset", "interactions", "--data", str(tmp_path)]
+    assert cli.main(["data", "describe", *given, "--strict"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    for what in ("flexrec data describe: error: ", "interactions.csv:5:", "timestamp", "got 'yesterday'"):
+        assert what in said
+    assert cli.main(["data", "describe", *given]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "choose smaller min_history, num_positives or num_candidates" in said

@@ -27,6 +27,7 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "needs": ("trend", "interest"),
         "credit": "noncausal",
         "tilt": 0.7,
+        "show": ("title", "year"),
         "metric": "recall@3",
         "warmup": "format",
         "steps": 7,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flexrec.data import Catalogue, Interactions
-from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, starting_rows
+from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, starting_rows, word_vectors
 from flexrec.task.descriptions import (
     INTEREST_MARKS,
     NOVELTY_MARKS,
@@ -13,6 +13,9 @@ from flexrec.task.descriptions import (
     UNKNOWN_ITEM,
     describing_tokens,
     item_token,
+    known_words,
+    title_words,
+    word_token,
 )
 from flexrec.task.prompts import CANDIDATES, LIKED, RANKING, RISING, SEEN
 
@@ -44,6 +47,31 @@ def test_item_vectors_put_items_of_the_same_users_together():
     assert not vectors[4].any(), "nobody had the last item"
     torch.testing.assert_close(vectors, item_vectors(log, 5, 8, seed=1))
     assert not torch.allclose(vectors, item_vectors(log, 5, 8, seed=2))
+
+
+def test_word_vectors_put_queries_beside_the_titles_that_share_their_words():
+    titles = ("Red running shoes", "Blue shoes for running", "Desk lamp, LED", "Lamp LED white", "Novel")
+    catalogue = Catalogue(tuple("abcde"), titles, ((),) * 5)
+    queries = ["cheap running shoes", "red blue desk white LED"]
+    words = known_words(catalogue, queries)
+    assert words[:4] == ["running", "shoes", "lamp", "led"], "those of several titles first"
+    assert set(words[4:]) == {"cheap", "red", "blue", "desk", "white"}
+
+    def scores(vectors, query):
+        row = dict(zip(words, vectors, strict=True))
+        of_titles = [sum(row[word] for word in title_words(title) if word in row) for title in titles[:4]]
+        return torch.stack(of_titles) @ sum(row[word] for word in query.split())
+
+    exact, few = (word_vectors(catalogue, words, size, seed=1) for size in (8, 2))
+    assert exact.shape == (9, 8)
+    assert scores(exact, "running shoes")[:2].min() > 0.3
+    assert scores(exact, "running shoes")[2:].abs().max() < 1e-3
+    assert scores(few, "red")[1] > 0.1, "red stands beside shoes elsewhere"
+    assert exact[words.index("cheap")].abs().max() < 1e-3, "no title has it"
+    torch.testing.assert_close(exact, word_vectors(catalogue, words, 8, seed=1))
+    rows = starting_rows(catalogue, torch.ones(5, 8), queries=queries)
+    assert torch.stack([rows[word_token(word)] for word in words]).square().mean() == pytest.approx(1.0)
+    assert not starting_rows(catalogue, torch.ones(5, 8))[word_token("shoes")].any()
 
 
 def test_liked_items_have_longer_vectors():

@@ -89,7 +89,7 @@ def test_gains_refuse_bad_input(interest, variance, message):
 
 
 def test_needs_by_name():
-    assert list(NEEDS) == ["interest", "explore", "trend"]
+    assert list(NEEDS) == ["interest", "explore", "trend", "search"]
     for name, need in NEEDS.items():
         assert get_need(name) is need
         assert need.name == name
@@ -98,7 +98,7 @@ def test_needs_by_name():
         assert again == need
     everything = [wording for need in NEEDS.values() for wording in need.wordings]
     assert len(set(everything)) == len(everything)
-    with pytest.raises(ValueError, match="unknown need 'nice'; known needs: interest, explore, trend"):
+    with pytest.raises(ValueError, match="unknown need 'nice'; known needs: interest, explore, trend, search"):
         get_need("nice")
 
 

@@ -1,13 +1,15 @@
 """Prompts: the three encodings, chat templates, and titles that try to be more than titles."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from flexrec.data import Catalogue
 from flexrec.data.lists import RankingList
 from flexrec.policy.small_model import build_model, build_tokenizer
-from flexrec.task.descriptions import Item, item_token
-from flexrec.task.prompts import PromptBuilder, add_item_tokens, strongest_risers
+from flexrec.task.descriptions import MATCH_MARKS, Item, item_token, query_match
+from flexrec.task.prompts import SEARCHED, PromptBuilder, add_item_tokens, known_columns, strongest_risers
 
 CATALOGUE = Catalogue(
     ids=("a", "b", "c", "d"),
@@ -89,6 +91,80 @@ def test_prompt_of_a_list_says_what_the_list_holds(tokenizer):
     of_list = builder.candidate_tokens_of(lst, CATALOGUE)
     assert of_list == builder.candidate_tokens([ITEMS[2], ITEMS[0], ITEMS[1]])
     assert [tokenizer.decode(tokens) for tokens in of_list] == ["Night market noodles", "Alien", "Aliens"]
+
+
+def test_rising_candidates_stand_with_their_counts(tokenizer):
+    lst = RankingList(
+        user=0,
+        time=1.0,
+        history=np.array([3]),
+        candidates=np.array([2, 0, 1]),
+        interest=np.zeros(3, dtype=np.float32),
+        popularity=np.ones(3, dtype=np.float32),
+        trend=np.array([0.2, 0.0, 0.9], dtype=np.float32),
+        rises=np.array([[7, 5], [3, 3], [12, 0]]),
+    )
+    for encoding in ("index", "title"):
+        ids, _ = PromptBuilder(tokenizer, encoding=encoding).prompt_of(lst, CATALOGUE, "Rank")
+        shown = "Rising now:\nAliens: 12 now, 0 before\nNight market noodles: 7 now, 5 before\nCandidates:\n"
+        assert shown in tokenizer.decode(ids)
+        turned = lst.reordered(np.array([2, 1, 0]))
+        ids, _ = PromptBuilder(tokenizer, encoding=encoding).prompt_of(turned, CATALOGUE, "Rank")
+        assert shown in tokenizer.decode(ids)
+
+
+def test_prompts_show_what_is_asked_for(tokenizer):
+    columns = {
+        "year": np.array([1979.0, 1986.0, np.nan, 2001.5]),
+        "studio": np.array(["Fox", "Fox", "", "A\nB"], object),
+    }
+    catalogue = replace(CATALOGUE, columns=columns)
+    assert known_columns(catalogue) == ["title", "category", "year", "studio"]
+    assert known_columns(Catalogue(("a",), ("A",), ((),))) == ["title"]
+    builder = PromptBuilder(tokenizer, encoding="index", show=("title", "category", "year", "studio"))
+    shown = [builder.item_of(catalogue, i).shown for i in range(4)]
+    assert shown[:3] == [
+        "Alien (horror; year 1979; Fox)",
+        "Aliens (horror, action; year 1986; Fox)",
+        "Night market\n noodles (food)",
+    ]
+    ids, _ = builder.prompt("Rank", [builder.item_of(catalogue, 3)], [builder.item_of(catalogue, i) for i in (1, 2)])
+    text = tokenizer.decode(ids)
+    assert "Seen before:\nÇa <item:a> va (year 2001.5; A B)\n" in text, "on one line"
+    assert "[1] Aliens (horror, action; year 1986; Fox)\n[2] Night market noodles (food)\n" in text
+    without_titles = PromptBuilder(tokenizer, encoding="index", show=("year", "category"))
+    assert without_titles.item_of(catalogue, 0).shown == "year 1979; horror"
+    answers = PromptBuilder(tokenizer, encoding="title", show=("title", "year"))
+    (answer,) = answers.candidate_tokens([answers.item_of(catalogue, 0)])
+    assert tokenizer.decode(answer) == "Alien", "an answer is the title alone"
+    with pytest.raises(ValueError, match="with encoding 'title' also the title"):
+        PromptBuilder(tokenizer, encoding="title", show=("year",))
+
+
+def test_a_query_stands_in_the_prompt():
+    tokenizer = build_tokenizer(CATALOGUE, ["Find it"], queries=["alien noodles", "night"])
+    for encoding, described, expected in (
+        ("index", False, "Alien noodles, XXL\nLiked before:\n"),
+        ("item_token", True, "<word:alien><word:noodles> xxlSeen before:\n"),
+    ):
+        builder = PromptBuilder(tokenizer, encoding=encoding, described=described, show_titles=False)
+        ids, _ = builder.prompt("Find it", [], [], query=" Alien  noodles, XXL\n")
+        assert tokenizer.decode(ids).startswith(f"<s>Find it{SEARCHED}{expected}")
+        assert SEARCHED not in tokenizer.decode(builder.prompt("Find it", [], [])[0])
+
+
+def test_marks_say_how_a_title_matches_the_query():
+    tokenizer = build_tokenizer(CATALOGUE, [], queries=["alien noodles"])
+    builder = PromptBuilder(tokenizer, encoding="item_token", described=True)
+    match = query_match("Alien noodles", CATALOGUE.titles)
+    assert match.tolist() == [0.5, 0.0, 0.5, 0.0]
+    assert query_match(" ", CATALOGUE.titles) is None
+    for shares, levels in ((match, (3, 0, 3, 0)), (np.array([0.2, 0.6, 1.0, 1 / 7]), (1, 3, 5, 1))):
+        marks = builder.marks_of(np.zeros(4), np.zeros(4), shares)
+        assert [tokenizer.convert_ids_to_tokens(of_item[-1]) for of_item in marks] == [MATCH_MARKS[n] for n in levels]
+    assert len(builder.marks_of(np.zeros(4), np.zeros(4))[0]) == 1, "without a query nothing matches it"
+    others = PromptBuilder(build_tokenizer(CATALOGUE, []), encoding="item_token", described=True)
+    assert len(others.marks_of(np.zeros(4), np.zeros(4), match)[0]) == 1, "a model that was never asked for a search"
 
 
 def test_the_strongest_risers_come_first_and_are_few():
