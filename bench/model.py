@@ -38,6 +38,16 @@ def swap_rewards(lists: int, size: int, element: int, *, variance: bool = False)
     return Cost(tensors * count * (element + 4), tensors * 13 * count)
 
 
+def topic_rewards(lists: int, size: int, topics: int, ranks: int, element: int) -> Cost:
+    """Rewards (N, K) from gains (N, K) and topics (N, K, C) by alpha_ndcg of so many ranks.
+
+    FLOPs per item and topic: the worth (1), its suffix sum (2); at ranks with a discount the share of the topic that is
+    left (3), the two chains (14) and what they give (10). The greedy order multiplies and adds (2) at every rank anew.
+    """
+    cells, shown = lists * size * topics, lists * min(size, ranks) * topics
+    return Cost(cells * element + lists * size * (element + 4), 3 * cells + 27 * shown + 2 * ranks * cells)
+
+
 def swap_scores(lists: int, size: int, element: int) -> Cost:
     """The matrix (N, K, K) from gains (N, K): (d_k - d_j)(w_k - w_j), three FLOPs an entry."""
     return Cost(lists * size * element + 4 * lists * size**2, 3 * lists * size**2)

@@ -72,3 +72,33 @@ def policy_pairwise(gains: Tensor, weights: Tensor) -> Tensor:
     """(N, K): every swap formed, and weighted by ``weights`` (N, K, K) over the later ones."""
     later = weights.triu(1)
     return (scores_pairwise(gains) * later).sum(-1) / later.sum(-1).clamp(min=1e-30)
+
+
+def topic_rewards_by_exchange(gains: Tensor, topics: Tensor, ranks: int) -> Tensor:
+    """(N, K) by alpha-nDCG (alpha = 1/2) of topics (N, K, C), computed anew after every exchange of two ranks."""
+    n, k = gains.shape
+    worth = (gains / gains.amax(-1, keepdim=True))[:, :, None] * topics  # (N, K, C)
+    d = log_discounts(gains)[:ranks]
+
+    def value(order: Tensor) -> Tensor:
+        """(N,) of the order (N, K)."""
+        ordered = worth.gather(1, order[:, :, None].expand_as(worth))[:, :ranks]  # (N, n, C)
+        left = (1 - ordered / 2).cumprod(1)
+        left = torch.cat([torch.ones_like(left[:, :1]), left[:, :-1]], dim=1)
+        return ((ordered * left).sum(-1) * d[: ordered.shape[1]]).sum(-1)
+
+    left, taken, ideal = torch.ones_like(worth[:, 0]), torch.zeros_like(gains), 0.0
+    for rank in range(min(ranks, k)):
+        adds = torch.einsum("nkc,nc->nk", worth, left) - 1e9 * taken
+        best, chosen = adds.max(-1)
+        ideal = ideal + best * d[rank]
+        taken = taken.scatter(1, chosen[:, None], 1.0)
+        left = left * (1 - worth[torch.arange(n), chosen] / 2)
+    same = torch.arange(k, device=gains.device).expand(n, k)
+    now, rewards = value(same), torch.zeros_like(gains)
+    for rank in range(min(ranks, k - 1)):
+        for other in range(rank + 1, k):
+            order = same.clone()
+            order[:, rank], order[:, other] = other, rank
+            rewards[:, rank] += (now - value(order)) / (k - 1 - rank)
+    return rewards / ideal[:, None]

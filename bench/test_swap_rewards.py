@@ -35,15 +35,18 @@ if SMALL:
     SHAPES = [(64, 100), (32, 30), (2, 300)]
     SWEEP: list[Shape] = [(16, 16)]
     SCORES, METRICS_SHAPE = (16, 30), (64, 30)
+    TOPIC_SHAPES = [(8, 30, 20)]
 elif GPU:
     SHAPES = [(65_536, 128), (4_096, 128), (1_024, 30), (64, 16_384)]
     SWEEP = [(2**23 // size, size) for size in (16, 32, 64, 256, 1024, 4096, 16_384)]
     SWEEP += [(lists, 128) for lists in (256, 1_024, 16_384)]
     SCORES, METRICS_SHAPE = (16_384, 128), (65_536, 128)
+    TOPIC_SHAPES = [(65_536, 128, 20), (64, 30, 20)]
 else:
     SHAPES = [(4_096, 100), (1_024, 30), (8, 16_384)]
     SWEEP = [(2**19 // size, size) for size in (16, 32, 64, 256, 1024, 4096)] + [(lists, 100) for lists in (64, 512)]
     SCORES, METRICS_SHAPE = (1_024, 100), (4_096, 100)
+    TOPIC_SHAPES = [(1_024, 100, 20), (64, 30, 20)]
 
 METRICS = ("dcg", "ndcg@10", "ndcg_burges", "recall@10", "rbp.8", "mrr", "map", "err")
 
@@ -117,6 +120,40 @@ def test_metrics(measure: Callable[..., None], device: torch.device, metric: str
         [lambda g=g: swap_rewards(g, metric, backend=backend) for g in gains],
         check=equal_to(swap_rewards(gains[0], metric)),
         cost=model.swap_rewards(*METRICS_SHAPE, gains[0].element_size()),
+    )
+
+
+TOPIC_METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ours": lambda gains, topics: swap_rewards(gains, "alpha_ndcg@10", topics=topics),
+    "ours_in_torch": lambda gains, topics: swap_rewards(gains, "alpha_ndcg@10", topics=topics, backend="torch"),
+    "exchanges": lambda gains, topics: peers.topic_rewards_by_exchange(gains, topics, 10),
+}
+TOPIC_LISTS = 64  # that the metric is computed anew for, after every exchange
+
+
+def topics_of(shape: tuple[int, int, int], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Gains and topics, of which an item has one or two."""
+    generator = torch.Generator(device=device).manual_seed(1)
+    topics = []
+    for gains in gains_of(shape[:2], device)[:4]:
+        chosen = torch.randint(0, shape[2], (*shape[:2], 2), generator=generator, device=device)
+        topics.append((gains, torch.zeros(shape, device=device).scatter_(2, chosen, 1.0)))
+    return topics
+
+
+@pytest.mark.parametrize("shape", TOPIC_SHAPES, ids=str)
+@pytest.mark.parametrize("method", TOPIC_METHODS)
+def test_topics(measure: Callable[..., None], device: torch.device, shape: tuple[int, int, int], method: str) -> None:
+    if method == "exchanges" and shape[0] > TOPIC_LISTS:
+        pytest.skip("the metric of every exchange takes K times the memory of the topics")
+    inputs = topics_of(shape, device)
+    measure(
+        "swap rewards, alpha_ndcg@10",
+        f"{shape[0]} x {shape[1]} x {shape[2]} topics",
+        method,
+        [lambda g=g, m=m: TOPIC_METHODS[method](g, m) for g, m in inputs],
+        check=equal_to(TOPIC_METHODS["ours"](*inputs[0])),
+        cost=model.topic_rewards(*shape, 10, 4),
     )
 
 

@@ -29,8 +29,8 @@ from flexrec.data.lists import RankingDataset
 from flexrec.data.simulator import simulate
 from flexrec.evaluation.critic import critic_quality
 from flexrec.evaluation.evaluate import Evaluation, rank_examples
-from flexrec.evaluation.statistics import relative_change
-from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, topic_vectors
+from flexrec.evaluation.statistics import Comparison, relative_change
+from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, starting_rows
 from flexrec.task.critic import MODELS, Critic
 from flexrec.task.examples import RankingTask, TrainingExamples
 from flexrec.task.needs import get_need
@@ -110,16 +110,14 @@ def make_start(missing: str, rate: float, seed: int, kind: str, budget: Budget) 
     critic = Critic.fit(dataset.log, catalogue, lists=dataset.train, noise=dataset.noise, seed=seed)
     tokenizer = build_tokenizer(catalogue, need.wordings)
     vectors = item_vectors(dataset.log, len(catalogue), budget.hidden_size, seed=seed)
-    topics = topic_vectors(catalogue, budget.hidden_size, seed=seed)
     model = build_model(
         tokenizer,
-        item_ids=catalogue.ids,
-        vectors=vectors / vectors.square().mean().sqrt() + topics / topics.square().mean().sqrt(),
+        rows=starting_rows(catalogue, vectors, seed=seed),
         hidden_size=budget.hidden_size,
         num_layers=budget.layers,
         seed=seed,
     )
-    builder = PromptBuilder(tokenizer, encoding="item_token", show_titles=False, marked=True)
+    builder = PromptBuilder(tokenizer, encoding="item_token", show_titles=False, described=True)
     task = RankingTask(catalogue, [need], builder)
     tests = {NEED: [task.test_example(lst, need) for lst in dataset.test]}
     start = Start(
@@ -284,37 +282,51 @@ def table(options: argparse.Namespace) -> None:
     found = {_key(line): line for line in read(options.results)}
     for kind in sorted({key[3] for key in found}):
         conditions = sorted({key[:2] for key in found if key[3] == kind}, key=lambda c: (c[0] != "random", c[1]))
-        rows = []
+        changes = {}
         for missing, rate in conditions:
-            seeds = sorted({k[2] for k in found if k[:2] == (missing, rate) and k[3] == kind})
             for name in VARIANTS:
-                both = [s for s in seeds if all((missing, rate, s, kind, n) in found for n in (name, "fused"))]
-                if both:
-                    new, base = (
-                        [np.array(found[missing, rate, s, kind, n]["users"]) for s in both] for n in (name, "fused")
-                    )
-                    change = relative_change(np.concatenate(new), np.concatenate(base), num_samples=10_000)
-                    of_seeds = [float(a.mean() - b.mean()) for a, b in zip(new, base, strict=True)]
-                    rows.append((missing, rate, name, len(both), change, of_seeds))
-        tested = [row for row in rows if row[2] != "fused"]
-        adjusted = dict(zip((row[:3] for row in tested), holm([row[4].p_value for row in tested]), strict=True))
-        print(f"\nStart: {kind}\n\n| missing | % | variant | seeds | {METRIC} | against fused | by seed | p | Holm |")
-        print("|---|---:|---|---:|---:|---:|---|---:|---:|")
-        for missing, rate, name, seeds, c, of_seeds in rows:
-            row = f"| {missing} | {rate:g} | {name} | {seeds} | {c.mean_new:.4f} |"
-            if name != "fused":
-                row += f" {c.difference:+.4f} [{c.difference_low:+.4f}, {c.difference_high:+.4f}] |"
-                row += f" {' '.join(f'{1000 * d:+.0f}' for d in of_seeds)} |"
-                row += f" {c.p_value:.3f} | {adjusted[missing, rate, name]:.3f} |"
-            print(row)
-        print(f"\n| variant | runs | {METRIC}, mean change against fused | p | the same early on | p |")
+                key = (missing, rate, kind, name)
+                if name != "fused" and (change := _change(found, *key)) is not None:
+                    changes[key] = change
+        adjusted = dict(zip(changes, holm([change.p_value for change in changes.values()]), strict=True))
+        seeds = [sum(key[:2] == c and key[3:] == (kind, "fused") for key in found) for c in conditions]
+        print(f"\nStart: {kind}. {METRIC} of fused, 1000 x the change against it; * p < 0.05 after Holm over the table")
+        print(f"\n| | {' | '.join(f'{missing}, {rate:g} %' for missing, rate in conditions)} |")
+        print(f"|---|{'---:|' * len(conditions)}")
+        print(f"| seeds | {' | '.join(map(str, seeds))} |")
+        for name in VARIANTS:
+            cells = []
+            for missing, rate in conditions:
+                key = (missing, rate, kind, name)
+                means = [line["mean"] for k, line in found.items() if k == (missing, rate, k[2], kind, name)]
+                if name == "fused":
+                    cells.append(f"{np.mean(means):.3f}" if means else "")
+                elif change := changes.get(key):
+                    ends = f"[{1000 * change.difference_low:+.0f}, {1000 * change.difference_high:+.0f}]"
+                    cells.append(f"{1000 * change.difference:+.1f} {ends}{'*' if adjusted[key] < 0.05 else ''}")
+                else:
+                    cells.append("")
+            print(f"| {name} | {' | '.join(cells)} |")
+        print(f"\n| | runs | {METRIC}, mean change against fused | p | the same early on | p |")
         print("|---|---:|---:|---:|---:|---:|")
         for name in VARIANTS:
             if name != "fused":
-                ends = [_over_runs(found, kind, name, measure) for measure in ("mean", "early")]
-                if ends[0][0] > 1:
-                    cells = [f"{mean:+.4f} (se {error:.4f}) | {p:.3f}" for _, mean, error, p in ends]
-                    print(f"| {name} | {ends[0][0]} | {' | '.join(cells)} |")
+                ends_of = [_over_runs(found, kind, name, measure) for measure in ("mean", "early")]
+                if ends_of[0][0] > 1:
+                    cells = [f"{mean:+.4f} (se {error:.4f}) | {p:.3f}" for _, mean, error, p in ends_of]
+                    print(f"| {name} | {ends_of[0][0]} | {' | '.join(cells)} |")
+
+
+def _change(found: dict[Any, Any], missing: str, rate: float, kind: str, name: str) -> Comparison | None:
+    """Against fused, over the test users of all seeds that have both."""
+    seeds = [key[2] for key in found if key == (missing, rate, key[2], kind, name)]
+    both = [seed for seed in seeds if (missing, rate, seed, kind, "fused") in found]
+    if not both:
+        return None
+    new, base = (
+        np.concatenate([found[missing, rate, seed, kind, one]["users"] for seed in both]) for one in (name, "fused")
+    )
+    return relative_change(new, base, num_samples=10_000)
 
 
 def _over_runs(found: dict[Any, Any], kind: str, name: str, measure: str) -> tuple[int, float, float, float]:

@@ -12,6 +12,7 @@ from .ops.ranking_logprobs import ranking_kl as ranking_kl
 from .ops.ranking_logprobs import ranking_logprobs as ranking_logprobs
 from .ops.ranking_logprobs import ranking_logprobs_with_kl as ranking_logprobs_with_kl
 from .ops.ranking_logprobs import ranking_probs as ranking_probs
+from .ops.ranking_metric import Topics as Topics
 from .ops.ranking_metric import ranking_metric as ranking_metric
 from .ops.ranking_metric import register_metric as register_metric
 from .ops.restricted_logprobs import RankingLogprobs as RankingLogprobs

@@ -16,7 +16,18 @@ candidates of which the first T are ranked ("shown"), and n the cutoff (K where 
 ``map@n``             sum of precision@k over relevant ranks k <= n, divided by the number of relevant items
 ``err@n``             sum of theta_k / k times the product of (1 - theta_i) over i < k, with
                       theta = (2^g - 1) / 2^g_max; g_max is the list's largest gain, or 4 when written ``err.4@n``
+``alpha_ndcg@n``      sum over topics c and ranks k <= n of J_kc / log2(k + 1) times the product of (1 - J_ic / 2) over
+                      i < k, with J_kc = m_kc g_k / g_max; divided by its value for the greedy order
+``err_ia@n``          the mean over topics of err, with theta_kc = m_kc theta_k
 ====================  ============================================================================================
+
+The last two are metrics of a list as a whole: m_kc in [0, 1] says how much the item at rank k is about topic c, so that
+what an item is worth depends on what stands above it, and every function that takes such a metric takes ``topics=``.
+alpha_ndcg is that of Clarke et al. (SIGIR 2008) with alpha = 1/2, to which it is equal where gains and topics are 0 or
+1. Its best order is hard to find, and as is the custom (and as ndeval does) the normaliser is the value of the greedy
+order, which takes at each rank what adds most; another order may have a value above 1. err_ia is that of Chapelle et
+al. (2011). Topics count by their weights, equal unless given; err_ia divides by the weight of those topics that an item
+of positive gain has, its intents.
 
 Ranks beyond T have discount 0. Normalisers count all K candidates, ranked or not. A list without a positive gain has
 value 0. ``flexrec.register_metric`` adds further names.
@@ -35,20 +46,24 @@ from typing import Any, Literal
 
 import numpy as np
 
-Form = Literal["linear", "first", "average_precision", "cascade", "custom"]
+Form = Literal["linear", "first", "average_precision", "cascade", "topics", "custom"]
 Discount = Literal["log", "uniform", "geometric", "reciprocal"]
-Gain = Literal["gain", "burges", "burges_scaled", "binary", "stop"]
-Normaliser = Literal["one", "ideal", "relevant", "cutoff"]
+Gain = Literal["gain", "burges", "burges_scaled", "binary", "stop", "share"]
+Normaliser = Literal["one", "ideal", "relevant", "cutoff", "greedy", "intents"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a metric is computed: sum over ranks of discount x (term gain), combined as ``form`` says, / normaliser."""
+    """How a metric is computed: sum over ranks of discount x (term gain), combined as ``form`` says, / normaliser.
+
+    ``decay``, of topics: how much of a topic an item uses up that has all of it, alpha of alpha_ndcg.
+    """
 
     form: Form
     discount: Discount = "uniform"
     gain: Gain = "gain"
     normaliser: Normaliser = "one"
+    decay: float = 1.0
 
 
 FAMILIES: dict[str, Family] = {
@@ -63,7 +78,10 @@ FAMILIES: dict[str, Family] = {
     "mrr": Family("first", "reciprocal", "binary"),
     "map": Family("average_precision", "reciprocal", "binary", "relevant"),
     "err": Family("cascade", "reciprocal", "stop"),
+    "alpha_ndcg": Family("topics", "log", "share", "greedy", decay=0.5),
+    "err_ia": Family("topics", "reciprocal", "stop", "intents"),
 }
+OF_TOPICS = tuple(name for name, family in FAMILIES.items() if family.form == "topics")
 
 CUSTOM = Family("custom")  # of registered metrics
 
@@ -83,7 +101,8 @@ _NAME = re.compile(r"(?P<family>[a-z][a-z0-9_]*)(?:\.(?P<parameter>[0-9]+(?:\.[0
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: its family, cutoff (None: the list's length), ``rbp``'s persistence p, ``err``'s largest gain.
+    """A metric: its family, cutoff (None: the list's length), ``rbp``'s persistence p, the largest gain of ``err`` and
+    ``err_ia``.
 
     ``definition`` is how it is computed; its form is "custom" for registered ones.
     """
@@ -107,9 +126,9 @@ class Metric:
             )
         if self.family != "rbp" and self.p is not None:
             raise ValueError(f"metric {self.family!r} takes no parameter, got p = {self.p}; only 'rbp' has one")
-        if self.max_gain is not None and (self.family != "err" or not 0.0 < self.max_gain <= MAX_EXPONENT):
+        if self.max_gain is not None and (self.definition.gain != "stop" or not 0.0 < self.max_gain <= MAX_EXPONENT):
             raise ValueError(
-                f"metric {self.family!r}: a largest gain goes with 'err' only ('err.4@10') and lies in "
+                f"metric {self.family!r}: a largest gain goes with 'err' and 'err_ia' only ('err.4@10') and lies in "
                 f"(0, {MAX_EXPONENT:g}], got {self.max_gain}"
             )
 
@@ -150,7 +169,7 @@ def read_name(name: str) -> Metric:
     cutoff = None if match["cutoff"] is None else int(match["cutoff"])
     if parameter is None:
         return Metric(family, cutoff)
-    if family == "err":
+    if family in ("err", "err_ia"):
         return Metric(family, cutoff, max_gain=float(parameter))
     # ".8" is written without its 0; "rbp.0.8" says the same.
     return Metric(family, cutoff, p=float(parameter if "." in parameter else "0." + parameter))
@@ -177,3 +196,14 @@ def discount_table(metric: Metric, size: int) -> np.ndarray:
         assert metric.p is not None
         return (1.0 - metric.p) * metric.p ** (rank - 1.0)
     return np.ones(size)
+
+
+# Ties in the greedy order of a metric of topics are broken by what an item is, never by where it stands, so that every
+# backend finds the same order for all rankings of a list.
+TIE = 1e-9  # what adds less than the best by no more than this share of it adds as much
+
+
+def tie_weights(num_topics: int) -> np.ndarray:
+    """(C,) float64 in [1, 2), of each topic another: of items that add as much, the one whose worth to the topics has
+    the largest sum by these weights is taken."""
+    return 1.0 + np.arange(1, num_topics + 1) * (math.sqrt(5.0) - 1.0) / 2.0 % 1.0

@@ -25,6 +25,13 @@ def test_swap_rewards_read_and_write_every_entry_once():
     assert model.swap_rewards(65_536, 128, 4, variance=True).bytes == 2 * (gains.nbytes + rewards.nbytes)
 
 
+def test_rewards_of_topics_read_the_topics_of_every_item_once():
+    topics, gains, rewards = torch.zeros(16, 30, 20), torch.zeros(16, 30), torch.zeros(16, 30)
+    cost = model.topic_rewards(16, 30, 20, 10, 4)
+    assert cost.bytes == topics.nbytes + gains.nbytes + rewards.nbytes
+    assert cost.flops == topics.numel() * (3 + 2 * 10) + 27 * topics[:, :10].numel()
+
+
 def test_swap_scores_are_bound_by_what_they_write():
     assert model.swap_scores(16, 30, 4).bytes == torch.zeros(16, 30).nbytes + torch.zeros(16, 30, 30).nbytes
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexrec.metrics import parse_metric
-from flexrec.triton_kernels import ranking_logprobs, restricted_logprobs
+from flexrec.triton_kernels import ranking_logprobs, restricted_logprobs, topic_swaps
 from flexrec.triton_kernels.segment_sum import owners, scatter_add, segment_sum
 from flexrec.triton_kernels.swap_rewards import swap_rewards
 from flexrec.triton_kernels.swap_scores import swap_scores
@@ -28,6 +28,7 @@ DTYPES = {FP64: "fp64", FP32: "fp32", BF16: "bf16"}
 def examples() -> Iterator[Example]:
     yield from _swap_rewards()
     yield from _swap_scores()
+    yield from _topic_swaps()
     yield from _ranking_logprobs()
     yield from _restricted_logprobs()
     yield from _segment_sum()
@@ -70,6 +71,37 @@ def _swap_scores() -> Iterator[Example]:
     ):
         label = f"{name}{' policy' * weighted} {DTYPES[dtype]}"
         yield label, functools.partial(run, name, size, dtype, weighted)
+
+
+def _topic_swaps() -> Iterator[Example]:
+    few, some, many = 10, 20, 200  # topics
+
+    def run(name: str, credit: str, size: int, columns: int, dtype: torch.dtype) -> None:
+        worth, counts = torch.empty(3, size, dtype=dtype), torch.empty(3, dtype=torch.int64)
+        topics, items = torch.empty(300, columns, dtype=dtype), torch.empty(3, size, dtype=torch.int64)
+        lists = worth, parse_metric(name), topics, items, torch.empty(3, columns, dtype=FP64)
+        options = {"lengths": counts, "num_ranked": counts}
+        if credit in ("scores", "policy"):
+            weights = torch.empty(3, size, size, dtype=dtype) if credit == "policy" else None
+            topic_swaps.swap_scores(*lists, **options, weights=weights)
+        else:
+            topic_swaps.swap_rewards(*lists, credit, **options)
+
+    for name, credit, size, columns, dtype in (
+        ("alpha_ndcg@10", "noncausal", MIDDLE, few, FP64),
+        ("alpha_ndcg@10", "noncausal", LONG, some, FP64),
+        ("alpha_ndcg@10", "swap", MIDDLE, some, FP32),
+        ("alpha_ndcg", "noncausal", MIDDLE, many, FP64),
+        ("err_ia", "rank", MIDDLE, few, FP64),
+        ("err_ia", "swap", MIDDLE, some, FP64),
+        ("err_ia", "sequence", MIDDLE, many, FP64),
+        ("alpha_ndcg@10", "policy", LONG, few, FP64),
+        ("alpha_ndcg@10", "policy", MIDDLE, some, FP64),
+        ("alpha_ndcg@10", "scores", MIDDLE, some, FP32),
+        ("alpha_ndcg@10", "policy", LONG, many, FP64),
+    ):
+        label = f"{name} {credit} {columns} topics {DTYPES[dtype]}"
+        yield label, functools.partial(run, name, credit, size, columns, dtype)
 
 
 def _ranking_logprobs() -> Iterator[Example]:

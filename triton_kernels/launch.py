@@ -21,7 +21,7 @@ FP_FUSION = True  # a product and a sum round once: said, because versions of Tr
 # Numbers that differ from batch to batch: Triton would compile a kernel again where one is 1 or a multiple of 16.
 SIZES = (
     *("M", "T", "K", "rows", "size", "stride", "variance_stride", "max_ranked", "cutoff", "slabs"),
-    *("rows_per_problem", "entries", "segments", "table_rows"),
+    *("rows_per_problem", "entries", "segments", "table_rows", "columns", "depth"),
 )
 
 _TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

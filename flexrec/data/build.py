@@ -442,6 +442,7 @@ def unsupported_needs(catalogue: Catalogue, trend: np.ndarray | None) -> dict[st
         reasons["trend"] = "its interactions have no times, so that nothing can be seen to rise"
     if not any(catalogue.topics):
         reasons["explore"] = "its items have no categories, so that none is new to a history"
+        reasons["diverse"] = "its items have no categories, of which a list could have many"
     return reasons
 
 

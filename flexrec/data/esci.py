@@ -32,7 +32,7 @@ _COLUMNS = {
     "color": ("product_color", "color"),
 }
 _WITHOUT_HISTORY = "its lists are of search queries and have no history; ask for the need 'search'"
-_SEARCH_ONLY = dict.fromkeys(("interest", "explore", "trend"), _WITHOUT_HISTORY)
+_SEARCH_ONLY = dict.fromkeys(("interest", "explore", "trend", "diverse"), _WITHOUT_HISTORY)
 
 
 @dataclass

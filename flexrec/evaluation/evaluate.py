@@ -59,6 +59,12 @@ def check_outputs(rollout: Rollout) -> None:
         raise ValueError("the model's outputs are not finite, so that it ranks nothing: are its weights numbers?")
 
 
+def metrics_of(examples: Sequence[Example]) -> tuple[str, ...]:
+    """What the examples of a need are evaluated by, first what it is about: the metrics of items, and its own."""
+    own = examples[0].metric
+    return METRICS if own is None else (f"{own}@5", *METRICS)
+
+
 class Evaluation:
     """Greedy rankings of the test examples of every need, shared out among the processes, and their metrics.
 
@@ -100,8 +106,13 @@ class Evaluation:
             lengths = np.array([len(example.gains) for example in examples])
             gains = np.zeros((len(examples), lengths.max()), dtype=np.float64)
             ranked = np.array([len(ranking) for ranking in rankings[need]])
+            metrics, topics = metrics_of(examples), None
+            if examples[0].topics is not None:
+                topics = np.zeros((*gains.shape, examples[0].topics.shape[1]), dtype=np.float32)
             for n, (example, ranking) in enumerate(zip(examples, rankings[need], strict=True)):
-                rest = np.setdiff1d(np.arange(lengths[n]), ranking)
-                gains[n, : lengths[n]] = example.gains[np.concatenate([ranking, rest])]
-            results[need] = rank_metrics(gains, METRICS, lengths=lengths, num_ranked=ranked)
+                order = np.concatenate([ranking, np.setdiff1d(np.arange(lengths[n]), ranking)])
+                gains[n, : lengths[n]] = example.gains[order]
+                if topics is not None and example.topics is not None:
+                    topics[n, : lengths[n]] = example.topics[order]
+            results[need] = rank_metrics(gains, metrics, lengths=lengths, num_ranked=ranked, topics=topics)
         return results

@@ -6,7 +6,7 @@ as independent would give intervals that are too narrow.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeAlias
@@ -17,10 +17,12 @@ from rich import box
 from rich.table import Table
 
 from flexrec.checks import check_number
+from flexrec.metrics import parse_metric
 from flexrec.ops.ranking_metric import ranking_metric
 
 ONE_USER = "one user: no interval"
 METRICS = ("ndcg@5", "ndcg@10", "ndcg@30", "recall@5", "mrr@5")
+HEADLINE = "ndcg@5"
 
 # ranker -> need -> metric -> (N,) values per list
 _Results: TypeAlias = Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]
@@ -36,6 +38,7 @@ def rank_metrics(
     *,
     lengths: np.ndarray | torch.Tensor | None = None,
     num_ranked: int | np.ndarray | torch.Tensor | None = None,
+    topics: np.ndarray | torch.Tensor | None = None,
 ) -> dict[str, np.ndarray]:
     """The value of every metric for every list.
 
@@ -44,6 +47,7 @@ def rank_metrics(
         metrics: names as in ``flexrec.metrics``.
         lengths: (N,) integer, the real K of ragged lists that are padded to one (N, K) array.
         num_ranked: int or (N,) integer, how many ranks are shown; the rest counts in ideals and totals only.
+        topics: (N, K, C) in [0, 1], how much the item at each rank is about each topic, for those metrics that take it.
 
     Returns:
         For every metric (N,) float64.
@@ -71,7 +75,13 @@ def rank_metrics(
     table = torch.as_tensor(gains).double()
     sizes = None if lengths is None else torch.as_tensor(lengths)
     shown = num_ranked if num_ranked is None or isinstance(num_ranked, int) else torch.as_tensor(num_ranked)
-    return {m: ranking_metric(table, m, lengths=sizes, num_ranked=shown).cpu().numpy() for m in metrics}
+    about = None if topics is None else torch.as_tensor(topics)
+
+    def value(name: str) -> np.ndarray:
+        of_topics = about if parse_metric(name).definition.form == "topics" else None
+        return ranking_metric(table, name, lengths=sizes, num_ranked=shown, topics=of_topics).cpu().numpy()
+
+    return {name: value(name) for name in metrics}
 
 
 @dataclass(frozen=True)
@@ -201,11 +211,16 @@ def relative_change(
     )
 
 
+def headline_of(metrics: Iterable[str], otherwise: str = HEADLINE) -> str:
+    """What a need is compared by: its own metric of whole lists, if it was evaluated by one."""
+    return next((name for name in metrics if parse_metric(name).definition.form == "topics"), otherwise)
+
+
 def comparison_table(
     results: _Results,
     *,
     base: str = "base",
-    headline: str = "ndcg@5",
+    headline: str = HEADLINE,
     clusters: np.ndarray | None = None,
     level: float = 0.95,
     num_samples: int = 2000,
@@ -223,7 +238,7 @@ def comparison_table(
         results: ranker -> need -> metric -> (N,) values per list, as ``rank_metrics`` gives them; all rankers have
             ranked the same lists in the same order. The order of the mappings is the order of the rows.
         base: the ranker that all others are compared with.
-        headline: the metric of the comparison.
+        headline: the metric of the comparison, but for needs that have a metric of their own.
         clusters: (N,) the user of each list.
         level, num_samples, seed: as ``bootstrap_interval``.
         pairs: further comparisons, each a row of differences below the rankers of a need: its name, and which ranker is
@@ -248,7 +263,7 @@ def comparison_table(
     table.add_column("ranker", no_wrap=True)
     for name in header[2:-3]:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column(f"{headline} vs {base}", justify="right", no_wrap=True)
+    table.add_column(header[-3].replace(" against ", " vs "), justify="right", no_wrap=True)
     previous = None
     for need, ranker, *means, change, interval, p_value in rows:
         if need != previous:
@@ -264,7 +279,7 @@ def comparison_markdown(
     results: _Results,
     *,
     base: str = "base",
-    headline: str = "ndcg@5",
+    headline: str = HEADLINE,
     clusters: np.ndarray | None = None,
     level: float = 0.95,
     num_samples: int = 2000,
@@ -301,15 +316,18 @@ def _table_cells(
     if base not in results:
         raise ValueError(f"results must hold {base!r} to compare with, got {', '.join(results)}")
     constant = _constant_metrics(results, base)
-    metrics = [m for m in next(iter(results[base].values()), {}) if any(m not in same for same in constant.values())]
-    header = ["need", "ranker", *metrics, f"{headline} against {base}", f"{100 * level:g} % interval", "p"]
+    shown = {need: [m for m in values if m not in constant[need]] for need, values in results[base].items()}
+    metrics = list(dict.fromkeys(metric for of_need in shown.values() for metric in of_need))
+    headlines = {need: headline_of(values, headline) for need, values in results[base].items()}
+    compared_by = " or ".join(dict.fromkeys(headlines.values())) or headline
+    header = ["need", "ranker", *metrics, f"{compared_by} against {base}", f"{100 * level:g} % interval", "p"]
 
     def change(need: str, new: str, old: str) -> list[str]:
         if headline in constant[need]:
             return ["", "", ""]
         found = relative_change(
-            results[new][need][headline],
-            results[old][need][headline],
+            results[new][need][headlines[need]],
+            results[old][need][headlines[need]],
             clusters=clusters,
             level=level,
             num_samples=num_samples,
@@ -318,21 +336,21 @@ def _table_cells(
         return _change_cells(found)
 
     def cells(need: str, values: Mapping[str, float], form: str) -> list[str]:
-        return ["" if metric in constant[need] else format(values[metric], form) for metric in metrics]
+        return [format(values[metric], form) if metric in shown[need] else "" for metric in metrics]
 
     rows = []
     for need in results[base]:
         means = {}
         for name, needs in results.items():
             values = needs.get(need, {})
-            missing = [metric for metric in dict.fromkeys([*metrics, headline]) if metric not in values]
+            missing = [metric for metric in dict.fromkeys([*shown[need], headlines[need]]) if metric not in values]
             if missing:
                 raise ValueError(f"results[{name!r}][{need!r}] has no {', '.join(missing)}")
-            means[name] = {metric: float(np.mean(values[metric])) for metric in metrics}
+            means[name] = {metric: float(np.mean(values[metric])) for metric in shown[need]}
             compared = ["", "", ""] if name == base else change(need, name, base)
             rows.append([need, name, *cells(need, means[name], ".3f"), *compared])
         for name, (new, old) in pairs.items():
-            differences = {metric: means[new][metric] - means[old][metric] for metric in metrics}
+            differences = {metric: means[new][metric] - means[old][metric] for metric in shown[need]}
             rows.append([need, name, *cells(need, differences, "+.3f"), *change(need, new, old)])
     return header, rows
 

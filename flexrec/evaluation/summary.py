@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from flexrec.evaluation.statistics import Comparison, relative_change
+from flexrec.evaluation.statistics import HEADLINE, Comparison, headline_of, relative_change
 
 Values = Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]  # ranker -> need -> metric -> (N,) values per list
 
@@ -18,7 +18,7 @@ def summary(
     trained: str = "trained",
     warm_start: str = "warm start",
     stages: Iterable[str] = ("base",),
-    metric: str = "ndcg@5",
+    metric: str = HEADLINE,
 ) -> list[str]:
     """A few sentences: whether what was trained is above everything else, and what reinforcement added.
 
@@ -26,13 +26,18 @@ def summary(
 
     Args:
         users: (N,) the user of each list.
+        metric: of the comparison, but for needs that have a metric of their own.
         warm_start: what reinforcement started from, where it was evaluated.
         stages: rankers that are no rivals, as the policy began as them.
     """
     rivals = [name for name in results if name not in (trained, warm_start, *stages)]
 
+    compared = {need: headline_of(values, metric) for need, values in results[trained].items()}
+    metric = " or ".join(dict.fromkeys(compared.values()))
+
     def against(need: str, other: str) -> Comparison:
-        return relative_change(results[trained][need][metric], results[other][need][metric], clusters=users)
+        name = compared[need]
+        return relative_change(results[trained][need][name], results[other][need][name], clusters=users)
 
     if len(np.unique(users)) == 1:
         return ["There is one test user: no interval, and nothing that could be said of others."]

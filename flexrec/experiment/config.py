@@ -61,7 +61,10 @@ class ExperimentConfig(TrainerOptions):
         low=0,
     )
     needs: tuple[str, ...] | None = option(
-        None, "what users ask for; default: every need that the data can answer", flag="need", metavar="NAME"
+        None,
+        "what users ask for; default: every need that values items and that the data can answer, so not diverse",
+        flag="need",
+        metavar="NAME",
     )
     model: str = option(
         EMBEDDED,

@@ -10,7 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from flexrec.evaluation.baselines import BASELINES
-from flexrec.evaluation.statistics import METRICS, Comparison, comparison_table, relative_change
+from flexrec.evaluation.statistics import (
+    HEADLINE,
+    METRICS,
+    Comparison,
+    comparison_table,
+    headline_of,
+    relative_change,
+)
 from flexrec.evaluation.summary import summary
 
 BASE, WARM_START, TRAINED, CRITIC = "base", "warm start", "trained", "critic"  # the base is the start of all training
@@ -49,7 +56,7 @@ class Results:
             for need, metrics in self.per_list[system].items()
         }
 
-    def compare(self, new: str, base: str, need: str, metric: str = "ndcg@5") -> Comparison:
+    def compare(self, new: str, base: str, need: str, metric: str = HEADLINE) -> Comparison:
         """Paired comparison over the test lists, lists of one user resampled together."""
         values = self.per_list
         return relative_change(values[new][need][metric], values[base][need][metric], clusters=self.users)
@@ -57,7 +64,7 @@ class Results:
     def table(self, title: str | None = None) -> Table:
         """Rankers by need, their means and changes against the base, and what reinforcement changed, for a terminal."""
         users = len(set(self.users.tolist()))
-        of_all = f"{len(self.users)} lists of {users} test users never trained on; changes in ndcg@5 against the base"
+        of_all = f"{len(self.users)} lists of {users} test users never trained on; changes are against the base"
         return comparison_table(
             self.per_list,
             clusters=self.users,
@@ -86,14 +93,18 @@ class Results:
         return {
             **{name: self.means(name) for name in (*stages, TRAINED)},
             "baselines": {name: self.means(name) for name in baselines},
-            "changes_ndcg@5": {
-                need: {other: asdict(self.compare(TRAINED, other, need)) for other in (*stages, *baselines)}
-                for need in needs
+            **{
+                f"changes_{metric}": {
+                    need: {other: asdict(self.compare(TRAINED, other, need, metric)) for other in (*stages, *baselines)}
+                    for need, values in needs.items()
+                    if headline_of(values) == metric
+                }
+                for metric in dict.fromkeys((HEADLINE, *map(headline_of, needs.values())))
             },
             "change_by_reinforcement": {
                 need: {
                     metric: asdict(self.compare(TRAINED, self.start, need, metric))
-                    for metric in METRICS
+                    for metric in dict.fromkeys((headline_of(needs[need]), *METRICS))
                     if metric in needs[need]
                 }
                 for need in needs

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from transformers import set_seed
 
@@ -28,6 +29,8 @@ from flexrec.data.simulator import simulate
 from flexrec.evaluation.baselines import BASELINES, Baseline, order_for
 from flexrec.evaluation.critic import critic_quality
 from flexrec.evaluation.evaluate import Evaluation
+from flexrec.evaluation.mmr import MMR
+from flexrec.evaluation.neighbours import ItemKNN
 from flexrec.evaluation.statistics import bootstrap_interval
 from flexrec.experiment.config import EMBEDDED, LISTWISE, MADE_IN_PYTHON, ExperimentConfig
 from flexrec.experiment.model import make_model
@@ -35,11 +38,12 @@ from flexrec.experiment.results import BASE, CRITIC, TRAINED, WARM_START, Result
 from flexrec.experiment.run_folder import FORMAT, REINFORCEMENT, WARM_UP, RunFolder, RunInfo
 from flexrec.experiment.training import GRPO, Training, grpo_config, reinforcement_arguments
 from flexrec.metrics import parse_metric
+from flexrec.ops.ranking_metric import greedy_ranking
 from flexrec.policy.distributed import of_main_process, on_main_process, process_index
 from flexrec.policy.lora import require_peft
 from flexrec.task.critic import Critic
 from flexrec.task.examples import RankingTask, TrainingExamples, answerable
-from flexrec.task.needs import get_need, needs_of
+from flexrec.task.needs import Need, get_need, needs_of
 from flexrec.trainer.callbacks import Clock, StepLog
 
 MIN_NEW_LISTS = 20  # of new items alone: figures of fewer say nothing
@@ -230,6 +234,11 @@ def _run_in(
         results.critic = critic_quality(critic, dataset.test)
         for one in measured:
             one.rank(CRITIC, critic_rankings(critic, task, one.lists))
+    if any(need.metric is not None for need in needs):
+        for one in measured:
+            one.rank(MMR.name, mmr_rankings(task, dataset, one.lists))
+            if critic is not None:
+                one.rank("greedy", greedy_rankings(critic, task, one.lists))
     clock.seconds["total"] = clock.elapsed()
     stated = {**asdict(config), "needs": tuple(need.name for need in needs)}
     on_main_process(lambda: folder.write_results(stated, results))
@@ -267,6 +276,53 @@ def critic_rankings(critic: Critic, task: RankingTask, lists: Sequence[RankingLi
         ]
         for need in task.needs
     }
+
+
+def greedy_rankings(critic: Critic, task: RankingTask, lists: Sequence[RankingList]) -> dict[str, list[np.ndarray]]:
+    """:func:`critic_rankings`, but for needs with a metric of their own the greedy order of the expected gains."""
+    expected, topics = critic.predict_many(lists), task.catalogue.topic_matrix
+
+    def order(need: Need, metric: str, lst: RankingList, of_list: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        gains, about = need.gains(lst, task.catalogue, *of_list)[0], topics[lst.candidates]
+        return greedy_ranking(torch.from_numpy(gains)[None], metric, topics=torch.from_numpy(about)[None])[0].numpy()
+
+    return critic_rankings(critic, task, lists) | {
+        need.name: [order(need, need.metric, lst, of_list) for lst, of_list in zip(lists, expected, strict=True)]
+        for need in task.needs
+        if need.metric is not None
+    }
+
+
+_VALIDATION_LISTS = 500
+
+
+def mmr_rankings(
+    task: RankingTask, dataset: RankingDataset, lists: Sequence[RankingList]
+) -> dict[str, list[np.ndarray]]:
+    """need -> the order of every list's candidates by maximal marginal relevance.
+
+    Relevance is the gain that the critic expects, or the score of item-KNN where there is no critic. The trade-off is
+    that with the best metric of the need's on training lists, by the gains that training knows.
+    """
+    catalogue, knn = dataset.catalogue, None if task.critic is not None else ItemKNN(dataset)
+    validation = dataset.train[:_VALIDATION_LISTS]
+
+    def relevances(need: Need, lists: Sequence[RankingList]) -> list[np.ndarray]:
+        if knn is not None:
+            return [knn.scores(lst) for lst in lists]
+        assert task.critic is not None
+        expected = zip(lists, task.critic.predict_many(lists), strict=True)
+        return [need.gains(lst, catalogue, *of_list)[0] for lst, of_list in expected]
+
+    def rankings(need: Need) -> list[np.ndarray]:
+        feedback = zip(validation, task.training_feedback(validation), strict=True)
+        gains = [need.gains(lst, catalogue, *of_list)[0] for lst, of_list in feedback]
+        metric, topics = f"{need.metric or 'alpha_ndcg'}@5", catalogue.topic_matrix
+        mmr = MMR.tuned(topics, validation, relevances(need, validation), gains, metric)
+        found = zip(lists, relevances(need, lists), strict=True)
+        return [mmr.order(lst.candidates, relevance) for lst, relevance in found]
+
+    return {need.name: rankings(need) for need in task.needs}
 
 
 def evaluate_run(

@@ -49,8 +49,8 @@ from flexrec.ops.ranking_logprobs import (
     from_distribution,
     step_log_probs,
 )
+from flexrec.ops.ranking_metric import Topics, check_topics, ingredients, metric_of
 from flexrec.ops.ranking_metric import check_lists as check_gains
-from flexrec.ops.ranking_metric import ingredients, metric_of
 from flexrec.ops.restricted_logprobs import Results
 from flexrec.ops.swap_rewards import swap_scores
 
@@ -84,6 +84,7 @@ def all_actions_objective(
     temperature: float = 1.0,
     lengths: Tensor | None = None,
     num_ranked: int | Tensor | None = None,
+    topics: Tensor | Topics | None = None,
     tilt: float | None = None,
     weight_grad: str = "dense",
     backend: str = "auto",
@@ -101,6 +102,7 @@ def all_actions_objective(
             on of the unranked candidates by ascending candidate index. Ignored beyond ``lengths``.
         metric: a metric's name, see :func:`flexrec.ranking_metric`.
         num_ranked: int or (N,), how many ranks are shown (discount 0 beyond); at most T, and T if not given.
+        topics: as of :func:`flexrec.swap_rewards`, for metrics of topics.
         tilt: tau, in the metric's unit, of the exponential utility that replaces the expectation; None, the
             expectation itself. Forms the distribution (N, T, K) by torch operations, whatever the backend.
 
@@ -121,7 +123,7 @@ def all_actions_objective(
     """
     lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
     objective, result = _evaluate(
-        lists, lengths, gains, metric, num_ranked, tilt, weight_grad=weight_grad, backend=backend
+        lists, lengths, gains, metric, num_ranked, topics, tilt, weight_grad=weight_grad, backend=backend
     )
     return AllActions(objective, result.logprobs, result.entropy)
 
@@ -142,6 +144,7 @@ def all_actions_objective_with_kl(
     temperature: float = 1.0,
     lengths: Tensor | None = None,
     num_ranked: int | Tensor | None = None,
+    topics: Tensor | Topics | None = None,
     tilt: float | None = None,
     weight_grad: str = "dense",
     backend: str = "auto",
@@ -153,10 +156,40 @@ def all_actions_objective_with_kl(
     lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
     lists = add_reference(lists, ref_hidden, ref_weight, ref_bias, ref_logits)
     objective, result = _evaluate(
-        lists, lengths, gains, metric, num_ranked, tilt, weight_grad=weight_grad, backend=backend
+        lists, lengths, gains, metric, num_ranked, topics, tilt, weight_grad=weight_grad, backend=backend
     )
     assert result.kl is not None
     return AllActionsWithKL(objective, result.logprobs, result.entropy, result.kl)
+
+
+def all_actions_of_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    candidates: Tensor,
+    ranking: Tensor,
+    scores: Tensor,
+    *,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    lengths: Tensor | None = None,
+    tilt: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The fields of :class:`AllActionsWithKL` from swap scores (N, K, K), where rankings differ in their metric.
+
+    KL is None where no reference is given. By torch operations on the distribution (N, T, K), on any device; the other
+    arguments as of :func:`all_actions_objective_with_kl`.
+    """
+    lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
+    if ref_hidden is not None:
+        lists = add_reference(lists, ref_hidden, ref_weight, ref_bias, None)
+    n, k = lists.position.shape
+    check_tensor("scores", scores, (n, k, k))
+    _check_tilt(tilt)
+    objective, result = _over_distribution(lists, -scores[:, : lists.hidden.shape[1]], tilt)
+    return objective, result.logprobs, result.entropy, result.kl
 
 
 def _evaluate(
@@ -165,6 +198,7 @@ def _evaluate(
     gains: Tensor,
     metric: str | Metric,
     num_ranked: int | Tensor | None,
+    topics: Tensor | Topics | None,
     tilt: float | None,
     *,
     weight_grad: str,
@@ -178,10 +212,7 @@ def _evaluate(
     check_tensor("gains", gains, (n, k))
     shown = _check_num_ranked(num_ranked, n, t, gains.device)
     per_ranking = None if lengths is None else lengths_per_ranking(lengths, n, len(lists.candidates), k)
-    if tilt is not None:
-        check_number("tilt", tilt)
-    if tilt is not None and not 0 < tilt < math.inf:
-        raise ValueError(f"tilt must be positive and finite, or None for the expectation; got {tilt}")
+    _check_tilt(tilt)
 
     if tilt is not None or metric.definition.form != "linear":
         if weight_grad != "dense":
@@ -189,11 +220,18 @@ def _evaluate(
                 f"weight_grad={weight_grad!r} needs a linear metric and no tilt, got {metric} and tilt={tilt}"
             )
         scores = swap_scores(
-            gains, metric, lengths=per_ranking, num_ranked=shown, backend="torch" if backend == "torch" else "auto"
+            gains,
+            metric,
+            lengths=per_ranking,
+            num_ranked=shown,
+            topics=topics,
+            backend="torch" if backend == "torch" else "auto",
         )
         return _over_distribution(lists, -scores[:, :t], tilt)
 
-    parts = ingredients(check_gains(gains, metric, per_ranking, shown), metric)
+    ranked = check_gains(gains, metric, per_ranking, shown)
+    check_topics(topics, metric, ranked)  # linear metrics take none
+    parts = ingredients(ranked, metric)
     mean = parts.weight.sum(-1, keepdim=True) / parts.length.clamp(min=1)
     centred = torch.where(parts.inside, parts.weight - mean, 0.0) * parts.inverse_norm
     dtype = accumulation_dtype(lists.hidden, lists.weight)
@@ -220,6 +258,14 @@ def _over_distribution(lists: RankedLists, change: Tensor, tilt: float | None) -
         utility = torch.where(in_pool, utility, 2 * FLOOR).logsumexp(-1) * tilt
         objective = torch.where(in_pool.any(-1), utility, 0.0)
     return objective, from_distribution(log_probs, pool, lists)
+
+
+def _check_tilt(tilt: float | None) -> None:
+    if tilt is None:
+        return
+    check_number("tilt", tilt)
+    if not 0 < tilt < math.inf:
+        raise ValueError(f"tilt must be positive and finite, or None for the expectation; got {tilt}")
 
 
 def _check_num_ranked(num_ranked: int | Tensor | None, n: int, t: int, device: torch.device) -> Tensor:

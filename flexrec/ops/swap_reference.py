@@ -44,6 +44,17 @@ Cascade (err: d_k = 1/k, w = theta): let P_k be the product of (1 - theta_i) ove
     B_{k+1} = B_k + C_k d_k theta_k,  C_{k+1} = (1 - theta_k) C_k + P_k y_k,
     earlier_k = (A^x - B^x - C^x d_k) - x_k (A^1 - B^1 - C^1 d_k).
 
+Topics (alpha_ndcg: d_k = 1/log2(k+1), alpha = 1/2; err_ia: d_k = 1/k, alpha = 1): with p_c the weight of topic c and
+  a_kc = w_k m_kc what the item at rank k is worth to it,
+    R = sum_c p_c sum_k d_k a_kc P_kc,   P_kc the product of (1 - alpha a_ic) over i < k:
+  a cascade for each topic, in which an item is passed with 1 - alpha a instead of 1 - theta. The derivation above holds
+  with it, for what an item uses up of a topic is proportional to what it is worth to it: the order of two items then
+  matters through the difference a_k - a_j alone,
+    S[k, j] = sum_c p_c P_kc (a_kc - a_jc) (d_k - G_kjc),   G_kjc = alpha M_kjc + Q_kjc d_j
+  (that (1 - alpha a_k) a_j - (1 - alpha a_j) a_k = a_j - a_k is all that is needed). So the sums over the pool, ranked
+  later and never ranked alike, take O(K C) per list, and the scores of all pairs O(K^2 C). From the cutoff on d is 0:
+  there G_kjc depends on k alone, and scores are linear in a_j.
+
 Variance: with independent gain variances v_i and the normaliser held fixed, a reward that is linear in the term gains,
 r_k = sum_i a_ki w_i, has Var[r_k] = sum_i a_ki^2 v_i. For causal swaps a_kk = mean over j > k of (d_k - d_j) and
 a_kj = -(d_k - d_j) / n, so that
@@ -64,6 +75,7 @@ from flexrec.metrics import LN2, TINY, Metric
 from flexrec.ops.ranking_metric import (
     Ingredients,
     Lists,
+    Topics,
     custom_prefix_values,
     custom_swap_scores,
     ingredients,
@@ -131,8 +143,9 @@ def _average_precision_sums(parts: Ingredients) -> tuple[torch.Tensor, torch.Ten
 
 
 def _cascade_sums(parts: Ingredients) -> tuple[torch.Tensor, torch.Tensor]:
-    d, theta, one = parts.discount, parts.weight, parts.inside.double()  # (N, K)
-    x = torch.where(parts.inside, theta - theta[:, :1], 0.0)  # (N, K)
+    d, w, one = parts.discount, parts.weight, parts.inside.double()  # (N, K)
+    theta = parts.decay * w  # (N, K)
+    x = torch.where(parts.inside, w - w[:, :1], 0.0)  # (N, K)
     go_on, reached = 1.0 - theta, reach(theta)  # (N, K)
 
     def gamma(y: torch.Tensor) -> torch.Tensor:
@@ -147,27 +160,38 @@ def _cascade_sums(parts: Ingredients) -> tuple[torch.Tensor, torch.Tensor]:
     return later, lost(x) - x * lost(one)
 
 
+def _topic_sums(parts: Ingredients) -> tuple[torch.Tensor, torch.Tensor]:
+    later, earlier = _cascade_sums(parts.by_topic())
+    return parts.over_topics(later), parts.over_topics(earlier)
+
+
 _SUMS = {
     "linear": _linear_sums,
     "first": _first_sums,
     "average_precision": _average_precision_sums,
     "cascade": _cascade_sums,
+    "topics": _topic_sums,
 }
 
 
-def _scores_of_later(parts: Ingredients, metric: Metric) -> torch.Tensor:
+def _scores_of_later(parts: Ingredients, form: str) -> torch.Tensor:
     """(N, K, K) float64: S[k, j] for k < j; what lies on or below the diagonal is meaningless."""
-    d, w, form = parts.discount, parts.weight, metric.definition.form
+    d, w = parts.discount, parts.weight
     d_k, d_j, w_k, w_j = d[:, :, None], d[:, None, :], w[:, :, None], w[:, None, :]
     if form == "linear":
         return (d_k - d_j) * (w_k - w_j)
-    if form == "cascade":
-        columns = []
-        g = torch.zeros_like(d)  # (N, K): G_kj over j
+    if form in ("cascade", "topics"):
+        each, columns = w[:, None], []  # (N, C, K): err has a single topic
+        weights = torch.ones_like(w[:, :1])  # (N, C)
+        if form == "topics":
+            each, weights = each * parts.about.transpose(1, 2), parts.topic_weights
+        used = parts.decay * each
+        reached, g = reach(used), torch.zeros_like(each)  # (N, C, K): G_kj over j
         for k in range(d.shape[1] - 1, -1, -1):
-            columns.append(reach(w)[:, k, None] * (w[:, k, None] - w) * (d[:, k, None] - g))
-            g = d[:, k, None] * w[:, k, None] + (1.0 - w[:, k, None]) * g
-            g[:, k] = d[:, k]
+            lost = (each[:, :, k, None] - each) * (d[:, None, k, None] - g)  # (N, C, K)
+            columns.append(((weights * reached[:, :, k])[:, :, None] * lost).sum(1))
+            g = d[:, None, k, None] * used[:, :, k, None] + (1.0 - used[:, :, k, None]) * g
+            g[:, :, k] = d[:, None, k]
         return torch.stack(columns[::-1], dim=1) if columns else d_k * d_j
     count = w.cumsum(-1)  # (N, K)
     back, forward = w_k * (1.0 - w_j), (1.0 - w_k) * w_j  # (N, K, K): a relevant item moves to j, to k
@@ -184,7 +208,7 @@ def _scores_of_later(parts: Ingredients, metric: Metric) -> torch.Tensor:
 
 def scores_of(parts: Ingredients, metric: Metric) -> torch.Tensor:
     """(N, K, K) float64: the swap scores of a built-in metric."""
-    scores = _scores_of_later(parts, metric) * parts.inverse_norm[:, :, None]
+    scores = _scores_of_later(parts, metric.definition.form) * parts.inverse_norm[:, :, None]
     scores = torch.where(parts.inside[:, :, None] & parts.inside[:, None, :], scores, 0.0).triu(1)
     return scores + scores.transpose(1, 2)
 
@@ -254,11 +278,16 @@ def _only_ranked(rewards: torch.Tensor, num_ranked: torch.Tensor) -> torch.Tenso
 
 
 def torch_rewards(
-    lists: Lists, metric: Metric, credit: str, weights: torch.Tensor | None, variance: torch.Tensor | None
+    lists: Lists,
+    metric: Metric,
+    credit: str,
+    weights: torch.Tensor | None,
+    variance: torch.Tensor | None,
+    topics: Topics | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(N, K) float64 rewards of a built-in metric and, where that of the gains is given, their variance."""
     definition = metric.definition
-    parts = ingredients(lists, metric, probabilities=variance is not None)
+    parts = ingredients(lists, metric, probabilities=variance is not None, topics=topics)
     rewards = rewards_of(parts, metric, credit, weights)
     if variance is None:
         return rewards, None

@@ -17,18 +17,22 @@ from flexrec.numba_kernels import OutOfRange
 from flexrec.ops.library import BACKENDS, Operation, choose_backend, kernels
 from flexrec.ops.ranking_metric import (
     Lists,
+    Topics,
     as_result,
     check_gain_values,
     check_lists,
+    check_topics,
     custom_swap_scores,
     ingredients,
     metric_of,
     result_dtype,
+    term_gains,
 )
 from flexrec.ops.swap_reference import custom_rewards, scores_of, torch_rewards
 
 WITH_VARIANCE = tuple(name for name, family in FAMILIES.items() if family.form in ("linear", "cascade"))
-MAX_TRITON_SIZE = 16384  # longest list that the Triton kernels are compiled for
+MAX_TRITON_SIZE = 16384  # longest list that the Triton kernels are compiled for ..
+MAX_TRITON_SIZE_OF_TOPICS, MAX_TRITON_TOPICS = 1024, 256  # .. and where there are topics, and how many of these
 
 
 def swap_rewards(
@@ -39,6 +43,7 @@ def swap_rewards(
     lengths: int | torch.Tensor | None = None,
     num_ranked: int | torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
+    topics: torch.Tensor | Topics | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """The reward of each ranked item: how much better the ranking is than with that item exchanged for another.
@@ -55,13 +60,17 @@ def swap_rewards(
     Args:
         gains: (N, K) floating, >= 0; the gain of the item at each rank. Any device.
         metric: a name such as "ndcg@10" (see ``flexrec.metrics``), or a registered one (CPU only, O(K^2) evaluations).
-        credit: one of the above. All are O(K) per list (ndcg sorts besides), "policy" is O(K^2).
+        credit: one of the above. All are O(K) per list (ndcg sorts besides), "policy" is O(K^2); with C topics C times
+            that (alpha_ndcg finds the greedy order besides, of its cutoff n in O(n K C)).
         lengths: int or (N,) integer, the number of candidates of each list. What lies beyond is ignored, reward 0.
         num_ranked: int or (N,) integer, how many ranks T are shown. Ranks beyond have discount 0 and reward 0, and
             their items stay in the pool.
         weights: (N, K, K) floating, >= 0, with ``credit="policy"`` only. Entries with j <= k are ignored.
+        topics: with "alpha_ndcg" and "err_ia" only: (N, K, C) floating in [0, 1], how much the item at each rank is
+            about each topic, or :class:`flexrec.Topics`.
         backend: "auto" (Triton on a GPU where it can, else torch there; numba on the CPU), "triton" (built-in metrics,
-            K <= 16384; also on the CPU under TRITON_INTERPRET=1), "numba" (CPU), "torch" (anywhere).
+            K <= 16384, with topics K <= 1024 and C <= 256; also on the CPU under TRITON_INTERPRET=1), "numba" (CPU),
+            "torch" (anywhere).
 
     Returns:
         (N, K) float64 for float64 gains, else float32 (also for half precision). No gradient. Sums are accumulated in
@@ -76,8 +85,11 @@ def swap_rewards(
         >>> gains = torch.tensor([[0.0, 1.0, 0.0]])  # the only good item is second
         >>> flexrec.swap_rewards(gains, "mrr")  # first, it would have been worth 1/2 more; third, 1/6 less
         tensor([[-0.2500,  0.1667,  0.0000]])
+        >>> about = torch.eye(2)[torch.tensor([[0, 0, 1]])]  # the first two are about one topic
+        >>> flexrec.swap_rewards(torch.ones(1, 3), "alpha_ndcg", topics=about).round(decimals=4)
+        tensor([[ 0.0340, -0.0681,  0.0000]])
     """
-    return _evaluate(gains, None, metric_of(metric), credit, lengths, num_ranked, weights, backend)[0]
+    return _evaluate(gains, None, metric_of(metric), credit, lengths, num_ranked, weights, backend, topics)[0]
 
 
 def swap_rewards_with_variance(
@@ -136,19 +148,21 @@ def _evaluate(
     num_ranked: int | Tensor | None,
     weights: Tensor | None,
     backend: str,
+    topics: Tensor | Topics | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rewards and, of size 0 where there is none, their variance."""
     check_choice("credit", credit, CREDITS)
     lists = check_lists(gains, metric, lengths, num_ranked, values=False)
+    about = check_topics(topics, metric, lists)
     weights = _check_policy_weights(weights, credit, lists)
     if variance is not None:
         check_tensor("variance", variance, tuple(lists.gains.shape))
         if variance.device != lists.gains.device:
             raise ValueError(f"variance must be on the device of gains, {lists.gains.device}; got {variance.device}")
         variance = variance.detach()
-    backend = _choose_backend(backend, metric, lists.gains, None if variance is None else credit)
+    backend = _choose_backend(backend, metric, lists.gains, None if variance is None else credit, about)
     _check_values(lists, metric, backend, variance)
-    return _swap_rewards(lists.gains, metric, credit, *lists[1:], weights, backend, variance)
+    return _swap_rewards(lists.gains, metric, credit, *lists[1:], weights, backend, variance, *(about or ()))
 
 
 def swap_scores(
@@ -157,6 +171,7 @@ def swap_scores(
     *,
     lengths: int | torch.Tensor | None = None,
     num_ranked: int | torch.Tensor | None = None,
+    topics: torch.Tensor | Topics | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """S[k, j] = R(y) - R(y with ranks k and j exchanged), for all pairs of ranks.
@@ -175,15 +190,18 @@ def swap_scores(
     """
     metric = metric_of(metric)
     lists = check_lists(gains, metric, lengths, num_ranked, values=False)
-    backend = _choose_backend(backend, metric, lists.gains)
+    about = check_topics(topics, metric, lists)
+    backend = _choose_backend(backend, metric, lists.gains, topics=about)
     _check_values(lists, metric, backend)
-    return _swap_scores(lists.gains, metric, *lists[1:], backend)
+    return _swap_scores(lists.gains, metric, *lists[1:], backend, *(about or ()))
 
 
 # --- checks, choice of a backend --------------------------------------------------------------------------------------
 
 
-def _choose_backend(backend: str, metric: Metric, gains: Tensor, credit: str | None = None) -> str:
+def _choose_backend(
+    backend: str, metric: Metric, gains: Tensor, credit: str | None = None, topics: Topics | None = None
+) -> str:
     """The backend that will run, "triton", "numba" or "torch"; for variances where a ``credit`` is given."""
     if metric.definition.form == "custom":
         check_choice("backend", backend, BACKENDS)
@@ -193,10 +211,15 @@ def _choose_backend(backend: str, metric: Metric, gains: Tensor, credit: str | N
                 f"got backend={backend!r} and gains on {gains.device}"
             )
         return "numba"
-    obstacle = None
-    if gains.shape[1] > MAX_TRITON_SIZE:
+    obstacle, size = None, gains.shape[1]
+    if topics is not None and (size > MAX_TRITON_SIZE_OF_TOPICS or topics.matrix.shape[1] > MAX_TRITON_TOPICS):
         obstacle = ValueError(
-            f"backend='triton' computes lists of K <= {MAX_TRITON_SIZE} candidates, got K={gains.shape[1]}; "
+            f"backend='triton' computes lists of K <= {MAX_TRITON_SIZE_OF_TOPICS} candidates and C <= "
+            f"{MAX_TRITON_TOPICS} topics, got K={size} and C={topics.matrix.shape[1]}; backend='torch' computes all"
+        )
+    elif size > MAX_TRITON_SIZE:
+        obstacle = ValueError(
+            f"backend='triton' computes lists of K <= {MAX_TRITON_SIZE} candidates, got K={size}; "
             "backend='torch' computes all"
         )
     chosen = choose_backend(backend, "gains", gains, obstacle)
@@ -214,7 +237,7 @@ def _choose_backend(backend: str, metric: Metric, gains: Tensor, credit: str | N
 
 def _check_values(lists: Lists, metric: Metric, backend: str, variance: Tensor | None = None) -> None:
     """Raise ValueError at a gain or variance out of its range; numba's kernels check while they read."""
-    if backend == "numba" and metric.definition.form != "custom":
+    if backend == "numba" and metric.definition.form not in ("custom", "topics"):
         return
     check_gain_values(lists, metric)
     if variance is not None:
@@ -257,6 +280,20 @@ def _launch(backend: str, name: str, lists: Lists, metric: Metric, *arguments: A
         raise
 
 
+def _launch_of_topics(
+    backend: str, name: str, lists: Lists, metric: Metric, topics: Topics, *arguments: Any, **options: Any
+) -> Tensor:
+    """The same of the backend's module ``topic_swaps``, which takes what the metric makes of each gain."""
+    inside = torch.arange(lists.gains.shape[1], device=lists.gains.device) < lists.real_lengths[:, None]  # (N, K)
+    gains = torch.where(inside, lists.gains.double(), 0.0)
+    worth = term_gains(gains, metric) if gains.shape[1] else gains  # (N, K)
+    dtype = torch.float64 if backend == "numba" else result_dtype(lists.gains)
+    counts = {"lengths": lists.real_lengths, "num_ranked": lists.real_ranked}
+    function = getattr(kernels(backend, "topic_swaps"), name)
+    found: Tensor = function(worth.to(dtype), metric, *topics, *arguments, **counts, **options)
+    return found
+
+
 def _run_rewards(
     gains: Tensor,
     metric: str,
@@ -267,13 +304,21 @@ def _run_rewards(
     weights: Tensor | None,
     backend: str,
     variance: Tensor | None = None,
+    topics: Tensor | None = None,
+    items: Tensor | None = None,
+    topic_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     lists, parsed = Lists(gains, lengths, num_ranked, max_ranked), parse_metric(metric)
+    about = None if topics is None else Topics(topics, items, topic_weights)
     spread = None
     if parsed.definition.form == "custom":
         rewards = custom_rewards(lists, parsed, credit, weights)
     elif backend == "torch":
-        rewards, spread = torch_rewards(lists, parsed, credit, weights, variance)
+        rewards, spread = torch_rewards(lists, parsed, credit, weights, variance, about)
+    elif about is not None and credit == "policy":
+        rewards = _launch_of_topics(backend, "swap_scores", lists, parsed, about, weights=weights)
+    elif about is not None:
+        rewards = _launch_of_topics(backend, "swap_rewards", lists, parsed, about, credit)
     elif credit == "policy":
         rewards = _launch(backend, "swap_scores", lists, parsed, weights=weights)
     else:
@@ -288,13 +333,19 @@ def _run_scores(
     num_ranked: Tensor | None,
     max_ranked: int,
     backend: str,
+    topics: Tensor | None = None,
+    items: Tensor | None = None,
+    topic_weights: Tensor | None = None,
 ) -> Tensor:
+    about = None if topics is None else Topics(topics, items, topic_weights)
     lists, parsed = Lists(gains, lengths, num_ranked, max_ranked), parse_metric(metric)
     if parsed.definition.form == "custom":
         scores = custom_swap_scores(lists, parsed)
         check_finite(f"the swap scores of metric {parsed}", scores)
     elif backend == "torch":
-        scores = scores_of(ingredients(lists, parsed), parsed)
+        scores = scores_of(ingredients(lists, parsed, topics=about), parsed)
+    elif about is not None:
+        scores = _launch_of_topics(backend, "swap_scores", lists, parsed, about)
     else:
         scores = _launch(backend, "swap_scores", lists, parsed)
     return as_result(scores, gains)
@@ -302,7 +353,7 @@ def _run_scores(
 
 def _fake_rewards(gains: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     rewards = torch.empty_like(gains, dtype=result_dtype(gains), memory_format=torch.contiguous_format)
-    has_variance = len(others) == 8 and others[-1] is not None
+    has_variance = len(others) > 7 and others[7] is not None
     return rewards, torch.empty_like(rewards) if has_variance else gains.new_empty(0)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from flexrec.ops.all_actions import all_actions_objective, all_actions_objective_with_kl
+from flexrec.ops.all_actions import all_actions_of_scores as objective_of_scores
 from flexrec.ops.rank_order import rank_order
 from flexrec.ops.ranking_logprobs import ranking_logprobs, ranking_logprobs_with_kl
 from flexrec.ops.restricted_logprobs import Results, restricted_logprobs, restricted_logprobs_with_kl
@@ -139,7 +140,8 @@ def all_actions(
     of :func:`flexrec.all_actions_objective`, ``reference`` that of :func:`ranking_scores`.
     """
     if batch.candidate_ids is None:
-        return _all_actions_over_branches(states, batch, gains, metric, temperature, num_ranked, tilt, reference)
+        scores = swap_scores(gains, metric, lengths=batch.lengths, num_ranked=num_ranked)
+        return _all_actions_over_branches(states, batch, scores, temperature, tilt, reference)
     rows = output_rows(states, batch)
     arguments = (states.hidden, rows.weight, rows.candidates, completed_rankings(batch), gains, metric)
     options: dict[str, Any] = {"bias": rows.bias, "temperature": temperature, "lengths": batch.lengths}
@@ -154,17 +156,40 @@ def all_actions(
     return ActionScores(*(_of_ranked(values, batch) for values in found_with_kl))
 
 
+def all_actions_of_scores(
+    states: RankingStates,
+    batch: RankingBatch,
+    scores: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    tilt: float | None = None,
+    reference: RankingStates | None = None,
+) -> ActionScores:
+    """:func:`all_actions` from swap scores (N, K, K), where the rankings of a batch differ in their metric."""
+    if batch.candidate_ids is None:
+        return _all_actions_over_branches(states, batch, scores, temperature, tilt, reference)
+    rows = output_rows(states, batch)
+    objective, logprobs, entropy, kl = objective_of_scores(
+        *(states.hidden, rows.weight, rows.candidates, completed_rankings(batch), scores),
+        **({} if reference is None else _reference_arguments(reference, output_rows(reference, batch))),
+        bias=rows.bias,
+        temperature=temperature,
+        lengths=batch.lengths,
+        tilt=tilt,
+    )
+    objective, logprobs, entropy = (_of_ranked(values, batch) for values in (objective, logprobs, entropy))
+    return ActionScores(objective, logprobs, entropy, None if kl is None else _of_ranked(kl, batch))
+
+
 def _all_actions_over_branches(
     states: RankingStates,
     batch: RankingBatch,
-    gains: torch.Tensor,
-    metric: str,
+    scores: torch.Tensor,
     temperature: float,
-    num_ranked: int | None,
     tilt: float | None,
     reference: RankingStates | None,
 ) -> ActionScores:
-    change = _branch_values(batch, gains, metric, num_ranked)  # (nnz,)
+    change = _branch_values(batch, scores)  # (nnz,)
     values = change
     best = change.new_full((len(batch.encoded.targets),), -torch.inf)  # (M,)
     if tilt is not None:  # exp of what a branch lacks to its decision's best, so that nothing overflows
@@ -235,16 +260,18 @@ def _of_ranked(values: torch.Tensor, batch: RankingBatch) -> torch.Tensor:
     return torch.where(batch.rankings >= 0, values, 0.0)
 
 
-def _branch_values(batch: RankingBatch, gains: torch.Tensor, metric: str, num_ranked: int | None) -> torch.Tensor:
-    """(nnz,) change of the metric if the item at the rank were swapped with one below the branch, their mean."""
+def _branch_values(batch: RankingBatch, scores: torch.Tensor) -> torch.Tensor:
+    """(nnz,) change of the metric if the item at the rank were swapped with one below the branch, their mean.
+
+    ``scores`` (N, K, K) are the swap scores.
+    """
     encoded = batch.encoded
-    scores = swap_scores(gains, metric, lengths=batch.lengths, num_ranked=num_ranked)  # (N, K, K)
-    position = rank_order(batch.rankings, batch.lengths, gains.shape[1]).argsort(dim=1)  # (N, K) of each candidate
+    position = rank_order(batch.rankings, batch.lengths, scores.shape[1]).argsort(dim=1)  # (N, K) of each candidate
     per_branch = np.diff(encoded.allowed_offsets)
     rows = _on_device(np.repeat(encoded.decision_rows, per_branch), batch)
     ranks = _on_device(np.repeat(encoded.decision_ranks, per_branch), batch)
     counts, items = _on_device(np.diff(encoded.below_offsets), batch), _on_device(encoded.below_items, batch)
-    branch = torch.arange(len(counts), device=gains.device).repeat_interleave(counts)
+    branch = torch.arange(len(counts), device=scores.device).repeat_interleave(counts)
     change = -scores[rows[branch], ranks[branch], position[rows[branch], items]]
     return change.new_zeros(len(counts)).index_add(0, branch, change) / counts
 

@@ -113,8 +113,9 @@ def starting_rows(
     """(size,) float32 by token, what the rows of the tokens that describe a catalogue's items start from.
 
     An item's own row is its vector. Each topic is a direction of its own, random instead of orthogonal where there are
-    more than ``size``. Over the items, a row has a mean square of 1, of which topics make a half. Words of titles start
-    at 0, or, where there are queries, from :func:`word_vectors`, scaled to a mean square of 1.
+    more than ``size``. Over the items, a row has a mean square of 1, of which topics make a half, plus noise of a
+    quarter of that spread, the item's own: noise of its topics and words would add up. Words of titles start at 0, or,
+    where there are queries, from :func:`word_vectors`, scaled to a mean square of 1.
 
     Args:
         vectors: (items, size), from :func:`item_vectors`.
@@ -126,12 +127,14 @@ def starting_rows(
     of_words = of_words * of_words.square().mean().clamp(min=1e-12).rsqrt() if len(words) else of_words
     rows = dict(zip(map(word_token, words), of_words, strict=True))
     topics = torch.from_numpy(catalogue.topic_matrix)
-    directions = torch.randn(size, topics.shape[1], generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(size, topics.shape[1], generator=generator)
     if topics.shape[1] <= size:
         directions, _ = torch.linalg.qr(directions)
     parts = [vectors] + [topics @ directions.T] * bool(catalogue.topic_names)
     scales = [(len(parts) * part.square().mean().clamp(min=1e-12)).rsqrt() for part in parts]
-    rows |= {item_token(item_id): row * scales[0] for item_id, row in zip(catalogue.ids, vectors, strict=True)}
+    own = vectors * scales[0] + torch.randn(vectors.shape, generator=generator) / 4
+    rows |= dict(zip(map(item_token, catalogue.ids), own, strict=True))
     if catalogue.topic_names:
         pairs = zip(catalogue.topic_names, directions.T, strict=True)
         rows |= {topic_token(topic): direction * scales[1] for topic, direction in pairs}
@@ -151,8 +154,7 @@ def build_model(
     """A freshly initialised Llama-type model for ``tokenizer``; input and output embeddings are tied.
 
     Args:
-        rows: (hidden_size,) by token, what some tokens' embeddings start from, in units of the spread of the others,
-            plus a quarter of the noise those have.
+        rows: (hidden_size,) by token, what some tokens' embeddings start from, in units of the spread of the others.
     """
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 8) * 8,
@@ -174,5 +176,5 @@ def build_model(
         tokens = tokenizer.convert_tokens_to_ids(list(rows))
         with torch.no_grad():
             weight = model.get_input_embeddings().weight
-            weight[tokens] = torch.stack(list(rows.values())) * config.initializer_range + weight[tokens] / 4
+            weight[tokens] = torch.stack(list(rows.values())) * config.initializer_range
     return model

@@ -28,6 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.special import betaincinv
 
 UNCHANGED = np.array([0.0, 1.0, 0.0, 0.0, 0.0])
 _UNCHANGED_SHARE = np.array([0.0, 1.0, 0.0, 0.0])
@@ -107,6 +108,18 @@ def fit_shares(
     rho = (np.square(mean - interest) / largest - noise) / (1 - noise)  # on average
     features = _share_features(share, novelty, nothing_known)
     return _logistic(features, rho, np.sqrt(largest), _UNCHANGED_SHARE, _RIDGE_OF_SHARES)
+
+
+def beta_quantiles(mean: np.ndarray, variance: np.ndarray, levels: tuple[float, ...]) -> np.ndarray:
+    """(N, len(levels)): where Beta distributions of ``mean`` and ``variance`` (N,) have these shares below.
+
+    Such a distribution covers the simulator's true interests as often as it says; mean +- z sd does not
+    (docs/notes/uncertainty.md). Variances beyond what the mean allows count as almost that.
+    """
+    largest = _largest_variance(mean)
+    size = largest / np.clip(variance, 1e-6 * largest, 0.999 * largest) - 1  # a + b
+    kept = np.clip(np.asarray(mean, dtype=np.float64), _EDGE, 1 - _EDGE)
+    return betaincinv((kept * size)[:, None], ((1 - kept) * size)[:, None], np.array(levels))
 
 
 def _logistic(

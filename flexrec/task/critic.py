@@ -16,10 +16,10 @@ import numpy as np
 
 from flexrec.checks import check_choice
 from flexrec.data.lists import Catalogue, Interactions, RankingList
-from flexrec.task.beta import beta_quantiles
 from flexrec.task.calibration import (
     UNCHANGED,
     Calibration,
+    beta_quantiles,
     calibrated,
     fit_calibration,
     fit_shares,

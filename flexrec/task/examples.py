@@ -38,6 +38,8 @@ class Example:
     history_span: tuple[int, int]  # the history's tokens are prompt[start:end]
     need: str
     user: int
+    metric: str | None = None  # of the need, where it values the list as a whole; without cutoff
+    topics: np.ndarray | None = None  # (K, C) float32 in [0, 1], what each candidate is about, where there is a metric
 
 
 def prompts_and_candidates(examples: Sequence[Example]) -> tuple[list[list[Token]], list[list[list[Token]]]]:
@@ -51,6 +53,9 @@ class RankingTask:
     Args:
         critic: fills in the interest of candidates without feedback, with its variance; None counts them as 0, as is
             right where they are sampled negatives.
+
+    Raises:
+        ValueError: a need that values lists by their topics, of items that have none.
 
     Example:
         >>> from flexrec.data import simulate
@@ -67,6 +72,12 @@ class RankingTask:
     def __init__(
         self, catalogue: Catalogue, needs: Sequence[Need], builder: PromptBuilder, critic: Critic | None = None
     ) -> None:
+        of_topics = next((need for need in needs if need.metric is not None), None)
+        if of_topics is not None and not catalogue.topic_names:
+            raise ValueError(
+                f"the need {of_topics.name!r} values a list by the topics of its items, and no item of these "
+                "data has a topic: give the items topics (genres, categories), or leave the need out"
+            )
         self.catalogue = catalogue
         self.needs = tuple(needs)
         self.builder = builder
@@ -116,7 +127,8 @@ class RankingTask:
     ) -> Example:
         prompt, history_span = self.builder.prompt_of(lst, self.catalogue, wording, nameless=nameless)
         candidates = self.builder.candidate_tokens_of(lst, self.catalogue, nameless=nameless)
-        return Example(prompt, candidates, gains, variance, history_span, need.name, lst.user)
+        topics = None if need.metric is None else self.catalogue.topic_matrix[lst.candidates]
+        return Example(prompt, candidates, gains, variance, history_span, need.name, lst.user, need.metric, topics)
 
 
 def answerable(dataset: RankingDataset, builder: PromptBuilder, num_ranked: int | None = None) -> RankingDataset:

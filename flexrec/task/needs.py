@@ -7,6 +7,9 @@ have the form
 
 so that Var[gain] = factor^2 Var[interest] holds exactly. A need of one's own is a ``Need`` constructed with a name,
 some wordings and a function like ``interest_gains``; nothing has to be registered.
+
+A need that names a ``metric`` is about the list as a whole: what an item earns depends on what stands above it, so
+that no gain of the item alone says it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from typing import TypeAlias
 
 import numpy as np
 
+from flexrec.checks import check_choice
 from flexrec.data.lists import Catalogue, RankingDataset, RankingList
+from flexrec.metrics import OF_TOPICS
 
 # (list, catalogue, interest (K,), its variance (K,)) -> gain (K,) float32, its variance (K,) float32
 GainFunction: TypeAlias = Callable[
@@ -39,6 +44,8 @@ class Need:
         gains: ``need.gains(lst, catalogue, interest, variance)`` takes the mean interest (K,) in each candidate and
             the variance (K,) of that knowledge, by candidate, and returns the gains (K,) >= 0 and their variance (K,),
             both float32.
+        metric: "alpha_ndcg" or "err_ia" where a ranking is valued as a whole, by the gains and topics of its items,
+            with the cutoff of the metric that is trained; None: by that metric.
 
     Example:
         >>> from flexrec.task import Need
@@ -53,8 +60,11 @@ class Need:
     name: str
     wordings: tuple[str, ...]
     gains: GainFunction
+    metric: str | None = None
 
     def __post_init__(self) -> None:
+        if self.metric is not None:
+            check_choice(f"metric of need {self.name!r}", self.metric, OF_TOPICS)
         if not self.name:
             raise ValueError("name of a need must not be empty")
         if not self.wordings or not all(wording.strip() for wording in self.wordings):
@@ -166,6 +176,19 @@ NEEDS: dict[str, Need] = {
             ),
             interest_gains,
         ),
+        Need(
+            "diverse",
+            (
+                "Cover as many of the topics this user enjoys as you can, each with something they will like.",
+                "Mix it up: do not show me several items of the same kind in a row, but only things I would enjoy.",
+                "Give me a varied list of things I like, not ten times the same topic.",
+                "Rank the items so that each one adds a topic that those above it lack and that suits the user.",
+                "I do not know what I am in the mood for: let the first few differ from each other, and all be good.",
+                "Balance the top of the list across this user's interests instead of repeating the strongest one.",
+            ),
+            interest_gains,
+            metric="alpha_ndcg",
+        ),
     )
 }
 
@@ -184,13 +207,13 @@ def get_need(name: str) -> Need:
 
 
 def needs_of(dataset: RankingDataset, names: Sequence[str] | None) -> list[Need]:
-    """The needs of these names; None: all that the data can answer.
+    """The needs of these names; None: all that value items and that the data can answer.
 
     Raises:
         ValueError: an unknown name, or a need that the data cannot answer, with the reason.
     """
     if names is None:
-        names = [name for name in NEEDS if name not in dataset.unanswerable]
+        names = [name for name, need in NEEDS.items() if need.metric is None and name not in dataset.unanswerable]
     needs = [get_need(name) for name in names]
     dataset.check_needs(names)
     return needs

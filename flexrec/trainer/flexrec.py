@@ -22,8 +22,6 @@ from flexrec.ops.advantages import item_advantages, uncertainty_weights
 from flexrec.ops.losses import policy_loss
 from flexrec.ops.rank_order import rank_order
 from flexrec.ops.ranking_logprobs import ranking_probs
-from flexrec.ops.ranking_metric import ranking_metric
-from flexrec.ops.swap_rewards import swap_rewards, swap_rewards_with_variance
 from flexrec.policy.batch import RankingBatch
 from flexrec.policy.distributed import place_reference
 from flexrec.policy.lora import causal_lm, has_adapters, keep_reference, reference_policy
@@ -32,6 +30,7 @@ from flexrec.policy.scores import (
     ActionScores,
     RankingStates,
     all_actions,
+    all_actions_of_scores,
     completed_rankings,
     output_rows,
     ranking_scores,
@@ -43,6 +42,7 @@ from flexrec.rankings.reasoning import eos_token_ids, reasoning_rule
 from flexrec.task.examples import Example, prompts_and_candidates
 from flexrec.trainer.base import EpochOrder, LossAndMetrics, RankingTrainer, pad_rows
 from flexrec.trainer.options import TrainerOptions
+from flexrec.trainer.rewards import Part, have_variance, parts_of, rewards_of, scores_of, values_of
 
 
 @dataclass
@@ -75,6 +75,7 @@ class _Sampled(NamedTuple):
     batch: RankingBatch
     gains: torch.Tensor  # (N, K) in rank order
     variance: torch.Tensor | None  # (N, K); None where no gain of the batch, on any process, is uncertain
+    parts: list[Part]  # which rankings are valued by which metric
     old_logprobs: torch.Tensor | None  # (N, T); None before the first update
     ref_states: RankingStates | None
     old_reasoning: torch.Tensor | None = None  # (N, R) log-probs; None before the first update
@@ -144,38 +145,37 @@ class FlexRecTrainer(RankingTrainer):
         slot = self._slot
         if self.state.global_step % args.num_iterations == 0 or slot not in self._kept:
             self._kept[slot] = self._sample(examples)
-        batch, gains, variance, old_logprobs, ref_states, _ = self._kept[slot]
+        batch, gains, variance, parts, old_logprobs, ref_states, _ = self._kept[slot]
 
         shown = batch.shape[1]
         item_mask = torch.arange(shown, device=gains.device) < batch.lengths[:, None]  # (N, T)
         states = ranking_states(model, batch)
         weights = None
         with span("rewards"):
-            rewards, reward_variance = self._rewards(states, batch, gains, variance)  # (N, T) both
+            rewards, reward_variance = self._rewards(states, batch, gains, variance, parts)  # (N, T) both
             if args.uncertainty != "none" and reward_variance is not None:
+                weighed = have_variance(parts, rewards)[:, None]  # (N, 1)
                 weights = uncertainty_weights(
                     reward_variance,
                     args.num_generations,
                     level=args.uncertainty,
                     rewards=rewards,
-                    item_mask=item_mask,
+                    item_mask=item_mask & weighed,
                     reduce=self.accelerator.reduce,
                 )
                 if args.shuffle_weights:
                     weights = shuffled(weights, np.random.default_rng(self._randomness().spawn(2)[1]))
+                weights = torch.where(weighed, weights, 1.0)
 
         metrics: Mapping[str, float | torch.Tensor]
         if args.credit == "all_actions":
-            result = all_actions(
-                states,
-                batch,
-                gains,
-                args.metric,
-                temperature=args.temperature,
-                num_ranked=shown,
-                tilt=args.tilt,
-                reference=ref_states,
-            )
+            options: dict[str, Any] = {"temperature": args.temperature, "tilt": args.tilt, "reference": ref_states}
+            if any(part.topics is not None for part in parts):
+                with span("rewards"):
+                    scores = scores_of(parts, gains, batch.lengths, shown)
+                result = all_actions_of_scores(states, batch, scores, **options)
+            else:
+                result = all_actions(states, batch, gains, args.metric, num_ranked=shown, **options)
             unit = self._spread(rewards, item_mask) if args.scale == "batch" else 1.0
             loss, metrics = self._all_actions_loss(result, unit, item_mask, weights)
         else:
@@ -208,7 +208,7 @@ class FlexRecTrainer(RankingTrainer):
                 entropy=entropy,
                 entropy_coef=args.entropy_coef,
             )
-        value = ranking_metric(gains, args.metric, lengths=batch.lengths, num_ranked=shown)  # (N,)
+        value = values_of(parts, gains, batch.lengths, shown)  # (N,)
         if batch.reasoning is not None:
             of_reasoning, more = self._reasoning_loss(slot, states, value, unit, weights)
             loss, metrics = loss + of_reasoning / item_mask.sum(), {**metrics, **more}
@@ -234,6 +234,7 @@ class FlexRecTrainer(RankingTrainer):
             batch,
             in_rank_order(self._gains(examples)),
             variance if uncertain else None,
+            parts_of(examples, args.metric, order, args.num_generations),
             None,
             self._reference_states(batch) if args.beta > 0 else None,
         )
@@ -285,14 +286,18 @@ class FlexRecTrainer(RankingTrainer):
         )
 
     def _rewards(
-        self, states: RankingStates, batch: RankingBatch, gains: torch.Tensor, variance: torch.Tensor | None
+        self,
+        states: RankingStates,
+        batch: RankingBatch,
+        gains: torch.Tensor,
+        variance: torch.Tensor | None,
+        parts: list[Part],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(N, T) rewards of the ranked items and, where some gain is uncertain, the rewards' variance."""
         args = self.args
         # The all-actions objective is scaled and weighted by the rewards of the swaps it averages.
         credit = "swap" if args.credit == "all_actions" else args.credit
-        ranks = batch.shape[1]
-        common: dict[str, Any] = {"credit": credit, "lengths": batch.lengths, "num_ranked": ranks}
+        ranks, weights = batch.shape[1], None
         if credit == "policy":
             if batch.candidate_ids is None:
                 raise ValueError("credit='policy' needs the probability of whole items: use encoding 'item_token'")
@@ -308,11 +313,10 @@ class FlexRecTrainer(RankingTrainer):
                     lengths=batch.lengths,
                 )
             unranked = gains.shape[1] - ranks
-            common["weights"] = torch.nn.functional.pad(probs, (0, 0, 0, unranked))  # (N, K, K)
-        if args.uncertainty != "none" and variance is not None:
-            rewards, reward_variance = swap_rewards_with_variance(gains, variance, args.metric, **common)
-            return rewards[:, :ranks], reward_variance[:, :ranks]
-        return swap_rewards(gains, args.metric, **common)[:, :ranks], None
+            weights = torch.nn.functional.pad(probs, (0, 0, 0, unranked))  # (N, K, K)
+        known = None if args.uncertainty == "none" else variance
+        rewards, spread = rewards_of(parts, gains, known, credit, weights, batch.lengths, ranks)
+        return rewards[:, :ranks], None if spread is None else spread[:, :ranks]
 
     def _all_actions_loss(
         self,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexrec.checks import check_options, option
-from flexrec.metrics import BASELINES, CREDITS, IMPORTANCE_LEVELS, SCALES
+from flexrec.metrics import BASELINES, CREDITS, IMPORTANCE_LEVELS, OF_TOPICS, SCALES
 
 TRAINER_CREDITS = ("all_actions", *CREDITS)
 
@@ -59,6 +59,11 @@ class TrainerOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.metric.partition("@")[0].partition(".")[0] in OF_TOPICS:
+            raise ValueError(
+                f"metric={self.metric!r} values a list by its topics, which are those of a need: train a need that has "
+                f"this metric, such as diverse, and give the metric of all other needs, such as 'ndcg@10'"
+            )
         if self.shuffle_weights and self.uncertainty == "none":
             raise ValueError("shuffle_weights shuffles the weights of uncertainty='rollout' or 'item', got 'none'")
         if self.baseline == "rank" and self.num_generations == 1:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from flexrec.checks import check_choice
+from flexrec.ops.ranking_metric import greedy_ranking
 from flexrec.ops.vocabulary_logprobs import vocabulary_logprobs
 from flexrec.policy.batch import RankingBatch
 from flexrec.policy.lm_head import hidden_of_rows, output_layer
@@ -26,7 +27,8 @@ class SupervisedTrainer(RankingTrainer):
         stage: "format" models the histories as language and rankings in random order: the items and the form of an
             answer are learnt, nothing of what is good. "listwise" is ListMLE (Xia et al. 2008) towards the order of
             the gains: the log-likelihood of placing the candidates with a gain best first, each among all that are
-            left. Ties are broken at random; candidates without a gain have no order and are not imitated.
+            left. Ties are broken at random; candidates without a gain have no order and are not imitated. Of a need
+            that values lists as a whole it imitates the greedy order, which takes what adds most.
         num_imitated: "listwise" imitates so many ranks at most; default: all that have a gain.
 
     Example:
@@ -51,7 +53,7 @@ class SupervisedTrainer(RankingTrainer):
         rng = np.random.default_rng(self._randomness())
         # Ranks that are not imitated are not spelled either.
         best = slice(self.num_imitated)
-        targets = [_best_first(e.gains, rng)[best] if listwise else rng.permutation(len(e.gains)) for e in examples]
+        targets = [_best_first(e, rng)[best] if listwise else rng.permutation(len(e.gains)) for e in examples]
         batch = self._batch(examples, pad_rows(targets, -1))
         hidden = hidden_of_rows(model, batch.tokens)
         logprobs = ranking_scores(decision_states(model, batch, hidden), batch).logprobs
@@ -84,8 +86,12 @@ class SupervisedTrainer(RankingTrainer):
         return -logprobs.sum() * share / len(targets)
 
 
-def _best_first(gains: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _best_first(example: Example, rng: np.random.Generator) -> np.ndarray:
     """The candidates with a gain by falling gain, ties in random order; one at random where none has any."""
-    order = rng.permutation(len(gains))
-    order = order[np.argsort(-gains[order], kind="stable")]
-    return order[: max(1, int((gains > 0).sum()))]
+    order = rng.permutation(len(example.gains))
+    if example.metric is None or example.topics is None:
+        order = order[np.argsort(-example.gains[order], kind="stable")]
+    else:
+        gains, topics = (torch.from_numpy(of_items[order]) for of_items in (example.gains, example.topics))
+        order = order[greedy_ranking(gains[None], example.metric, topics=topics[None])[0].numpy()]
+    return order[: max(1, int((example.gains > 0).sum()))]

@@ -77,7 +77,7 @@ def test_published_files(tmp_path):
     assert dataset.catalogue.titles[dataset.catalogue.index["P4"]] == "P4"
     assert dataset.catalogue.columns["brand"][dataset.catalogue.index["P9"]] == "Brand 0"
     assert dataset.unobserved == "zero"
-    assert dataset.unsupported.keys() == {"interest", "explore", "trend"}
+    assert dataset.unsupported.keys() == {"interest", "explore", "trend", "diverse"}
     with pytest.raises(ValueError, match=r"the esci data cannot answer the need 'trend': .* ask for the need 'search'"):
         dataset.check_needs(["search", "trend"])
     assert len(lamp.history) == 0

@@ -274,6 +274,7 @@ def test_a_file_alone_is_a_log(tmp_path):
     dataset = load(tmp_path / "interactions.csv")
     assert dataset.catalogue.titles == dataset.catalogue.ids
     assert dataset.unsupported["explore"] == "its items have no categories, so that none is new to a history"
+    assert dataset.unsupported["diverse"] == "its items have no categories, of which a list could have many"
 
 
 @pytest.mark.parametrize(

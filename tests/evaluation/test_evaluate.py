@@ -1,5 +1,7 @@
 """Greedy rankings of examples, and the metrics of whole and partial rankings."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -92,3 +94,24 @@ def test_examples_are_ranked_greedily_as_asked(monkeypatch):
             "num_ranked": 2,
             "greedy": True,
         }
+
+
+def test_a_need_of_whole_lists_is_scored_by_its_own_metric_too():
+    """Lists of different lengths and rankings of different ones; the topics follow the items."""
+    topics = [np.eye(2, dtype=np.float32)[rows] for rows in ([0, 0, 1, 1], [1, 0, 0])]
+    gains = [[1.0, 0.9, 0.8, 0.0], [0.5, 0.4, 0.1]]
+    tests = {
+        "diverse": [
+            replace(example(g, need="diverse"), metric="alpha_ndcg", topics=t)
+            for g, t in zip(gains, topics, strict=True)
+        ],
+        "interest": [example(g) for g in gains],
+    }
+    rankings = [np.array([2, 0, 1]), np.array([0, 1, 2])]
+    values = Evaluation(tests, None, None).of_rankings(dict.fromkeys(tests, rankings))
+    assert list(values["diverse"]) == ["alpha_ndcg@5", *METRICS]
+    assert list(values["interest"]) == list(METRICS)
+    np.testing.assert_array_equal(values["diverse"]["ndcg@5"], values["interest"]["ndcg@5"])
+    d = 1 / np.log2([2, 3, 4])
+    found, best = d @ [0.8, 1.0, 0.9 * 0.5], d @ [1.0, 0.8, 0.45]
+    np.testing.assert_allclose(values["diverse"]["alpha_ndcg@5"], [found / best, 1.0], rtol=1e-6)

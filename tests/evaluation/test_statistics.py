@@ -408,3 +408,28 @@ def test_table_names_what_is_missing(results):
     del results["trained"]["explore"]["mrr@5"]
     with pytest.raises(ValueError, match=r"\['trained'\]\['explore'\] has no mrr@5"):
         comparison_markdown(results)
+
+
+def test_a_need_with_a_metric_of_its_own_is_compared_by_it():
+    rng = np.random.default_rng(0)
+
+    def values(**shift):
+        return {name: rng.random(20) + more for name, more in shift.items()}
+
+    results = {
+        name: {
+            "interest": values(**{"ndcg@5": 0.0, "mrr@5": 0.0}),
+            "diverse": values(**{"alpha_ndcg@5": 0.0, "ndcg@5": 0.0}),
+        }
+        for name in ("base", "trained")
+    }
+    header, _, *rows = [line.strip("| ").split(" | ") for line in comparison_markdown(results).splitlines()]
+    assert header[2:6] == ["ndcg@5", "mrr@5", "alpha_ndcg@5", "ndcg@5 or alpha_ndcg@5 against base"]
+    for row, need, metric in ((rows[1], "interest", "ndcg@5"), (rows[3], "diverse", "alpha_ndcg@5")):
+        assert row[:2] == [need, "trained"]
+        assert (
+            row[5]
+            == f"{relative_change(results['trained'][need][metric], results['base'][need][metric]).percent:+.1f} %"
+        )
+    assert rows[1][4] == "", "interest has no alpha_ndcg"
+    assert rows[3][3] == "", "diverse has no mrr here"

@@ -46,7 +46,7 @@ def test_the_table_has_a_row_of_what_reinforcement_changed(results):
         "reinforcement: trained minus warm start. item-knn, critic: the interest they estimate x what the need "
         "multiplies it by"
     )
-    assert table.title == "40 lists of 20 test users never trained on; changes in ndcg@5 against the base"
+    assert table.title == "40 lists of 20 test users never trained on; changes are against the base"
 
 
 def test_without_a_need_that_multiplies_nothing_is_said_of_it(results):

@@ -405,3 +405,25 @@ def test_a_run_is_evaluated_on_what_is_asked_or_on_what_it_was_trained_with(tmp_
             values = saved[f"trained/{need}/{metric}"]
             low, high = bootstrap_interval(values, clusters=users)
             assert value == pytest.approx({"mean": values.mean(), "low": low, "high": high})
+
+
+def test_a_need_of_whole_lists_has_its_metric_and_mmr_beside_the_others(tmp_path, recorded, dataset):
+    results = recorded.run(tmp_path / "run", needs=("interest", "diverse"))
+    for values in results.per_list.values():
+        assert "alpha_ndcg@5" in values["diverse"]
+        assert "alpha_ndcg@5" not in values["interest"]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    own, items = metrics["changes_alpha_ndcg@5"], metrics["changes_ndcg@5"]
+    assert set(own) == {"diverse"}
+    assert set(items) == {"interest"}
+    expected = dataclasses.asdict(results.compare("trained", "mmr", "diverse", "alpha_ndcg@5"))
+    assert own["diverse"]["mmr"] == pytest.approx(expected, nan_ok=True)
+    greedy, critic = results.per_list["greedy"], results.per_list["critic"]
+    np.testing.assert_array_equal(greedy["interest"]["ndcg@5"], critic["interest"]["ndcg@5"])
+    assert not np.array_equal(greedy["diverse"]["alpha_ndcg@5"], critic["diverse"]["alpha_ndcg@5"])
+    (listwise,) = recorded.of("listwise")
+    assert {example.metric for example in (listwise.examples[0], listwise.examples[1])} == {None, "alpha_ndcg"}
+
+
+def test_without_a_need_of_whole_lists_there_is_no_mmr(tmp_path, recorded):
+    assert "mmr" not in recorded.run(tmp_path / "run").per_list

@@ -67,6 +67,19 @@ def operand(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tens
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("metric", ["alpha_ndcg", "alpha_ndcg@5", "err_ia"])
+def test_topic_swaps(launches, metric, dtype, device):
+    for size, columns in itertools.product((1, 30, 128, 129, 1000), (1, 16, 17, 64, 65, 256)):
+        gains, topics = torch.zeros(3, size, dtype=dtype, device=device), torch.zeros(3, size, columns, device=device)
+        weights = torch.zeros(3, size, size, dtype=dtype, device=device)
+        swap_scores(gains, metric, topics=topics, backend="triton")
+        swap_rewards(gains, metric, topics=topics, credit="policy", weights=weights, backend="triton")
+        for credit in ("swap", "noncausal", "independent", "rank", "sequence"):
+            swap_rewards(gains, metric, topics=topics, credit=credit, backend="triton")
+    check(launches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("metric", ["ndcg", "ndcg@5", "dcg_burges", "recall@10", "rbp.8", "mrr", "map@10", "err"])
 def test_swap_rewards(launches, metric, dtype, device):
     for rows, size in itertools.product(

@@ -54,11 +54,11 @@ def test_gains_follow_the_candidates_when_their_order_changes(world):
     dataset, builder = world
     task = RankingTask(dataset.catalogue, list(NEEDS.values()), builder, HalfCritic())
     examples = TrainingExamples(task, dataset.train, seed=3)
-    assert len(examples) == 4 * len(dataset.train)
+    assert len(examples) == len(NEEDS) * len(dataset.train)
     orders = set()
     for epoch in range(3):
         examples.set_epoch(epoch)
-        for index in range(4):  # the needs of the first list
+        for index in range(len(NEEDS)):  # the needs of the first list
             example = examples[index]
             assert example.need == list(NEEDS)[index]
             lst, need = dataset.train[0], get_need(example.need)
@@ -67,9 +67,21 @@ def test_gains_follow_the_candidates_when_their_order_changes(world):
             for token, gain, var in zip(token_of, gains, variance, strict=True):
                 place = example.candidates.index(token)
                 assert (example.gains[place], example.variance[place]) == (gain, var)
+                assert example.metric == need.metric
+                if need.metric is not None:
+                    item = lst.candidates[token_of.index(token)]
+                    np.testing.assert_array_equal(example.topics[place], dataset.catalogue.topic_matrix[item])
             assert example.prompt == examples[index].prompt, "an example is the same whenever it is asked for"
             orders.add(tuple(map(tuple, example.candidates)))
     assert len(orders) > 3
+
+
+def test_a_need_about_topics_is_for_items_that_have_some(world):
+    dataset, builder = world
+    plain = replace(dataset.catalogue, topics=((),) * len(dataset.catalogue))
+    with pytest.raises(ValueError, match="the need 'diverse' values a list by the topics of its items, and no item"):
+        RankingTask(plain, [get_need("interest"), get_need("diverse")], builder)
+    assert RankingTask(plain, [get_need("interest")], builder).test_example(dataset.test[0], get_need("interest"))
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,8 @@ def test_gains_refuse_bad_input(interest, variance, message):
 
 
 def test_needs_by_name():
-    assert list(NEEDS) == ["interest", "explore", "trend", "search"]
+    assert list(NEEDS) == ["interest", "explore", "trend", "search", "diverse"]
+    assert [name for name, need in NEEDS.items() if need.metric is not None] == ["diverse"]
     for name, need in NEEDS.items():
         assert get_need(name) is need
         assert need.name == name
@@ -114,6 +115,8 @@ def test_a_need_of_ones_own():
     for wordings in ((), ("Good.", " ")):
         with pytest.raises(ValueError, match="need 'popular' must have at least one wording and none that is empty"):
             replace(need, wordings=wordings)
+    with pytest.raises(ValueError, match="metric of need 'popular' must be one of 'alpha_ndcg', 'err_ia'; got 'ndcg'"):
+        replace(need, metric="ndcg")
 
 
 def test_observed_interest_counts_no_feedback_as_nothing():
