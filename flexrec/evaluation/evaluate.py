@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,7 +99,7 @@ class Evaluation:
         worst, best = [np.sort(row) for row in gains], [np.sort(row)[::-1] for row in gains]
         return not np.array_equal(rank_metrics(worst, (metric,))[metric], rank_metrics(best, (metric,))[metric])
 
-    def of_rankings(self, rankings: dict[str, list[np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+    def of_rankings(self, rankings: Mapping[str, Sequence[np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
         """need -> metric -> (L,) values of rankings given as candidate indices, best first."""
         results = {}
         for need, examples in self.tests.items():

@@ -87,7 +87,7 @@ def swap_rewards(
         tensor([[-0.2500,  0.1667,  0.0000]])
         >>> about = torch.eye(2)[torch.tensor([[0, 0, 1]])]  # the first two are about one topic
         >>> flexrec.swap_rewards(torch.ones(1, 3), "alpha_ndcg", topics=about).round(decimals=4)
-        tensor([[ 0.0340, -0.0681,  0.0000]])
+        tensor([[-0.0174, -0.0348,  0.0000]])
     """
     return _evaluate(gains, None, metric_of(metric), credit, lengths, num_ranked, weights, backend, topics)[0]
 

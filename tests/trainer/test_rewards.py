@@ -28,7 +28,8 @@ OF_TOPICS = [
     replace(example, need="diverse", metric=metric, topics=topics)
     for example, topics, metric in zip(EXAMPLES, TOPICS, ("alpha_ndcg", "err_ia"), strict=True)
 ]
-MIXED = [OF_TOPICS[1], EXAMPLES[0], OF_TOPICS[0], EXAMPLES[1], OF_TOPICS[1]]
+OTHER = replace(OF_TOPICS[1], topics=np.eye(3, dtype=np.float32)[[1, 1]])  # of the same metric, and all of one topic
+MIXED = [OF_TOPICS[1], EXAMPLES[0], OF_TOPICS[0], EXAMPLES[1], OTHER]
 RANKINGS = torch.tensor(
     [
         *([1, 0, -1], [0, 1, -1]),  # two rankings of each example, three ranks
