@@ -109,6 +109,7 @@ def test_the_run_says_how_it_is_to_be_asked(tmp_path, recorded):
         "needs": ["interest"],
         "seed": 13,
         "described": True,
+        "show": ["title"],
     }
     for folder in (tmp_path / "run", tmp_path / "run" / "base"):
         assert json.loads((folder / "flexrec.json").read_text()) == expected
@@ -125,7 +126,7 @@ def test_a_request_may_show_as_much_history_as_the_longest_that_was_trained(data
     lists = [dataclasses.replace(lst, history=lst.history[: i % 5 + 1]) for i, lst in enumerate(dataset.train[:9])]
     assert {len(lst.history) for lst in lists} == {1, 2, 3, 4, 5}
     trained_on = dataclasses.replace(dataset, train=lists)
-    builder = SimpleNamespace(encoding="index", show_titles=True, show_rising=False, described=False)
+    builder = SimpleNamespace(encoding="index", show_titles=True, show_rising=False, show=("title",), described=False)
     assert RunInfo.of(ExperimentConfig(output="unused"), builder, trained_on).max_history == 5
 
 
