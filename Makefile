@@ -17,12 +17,13 @@ STEPS := $(if $(QUICK),--warmup-steps 4 --listwise-steps 8 --steps 4,\
 # make test-oldest-triton: the Triton tests with the oldest Triton that pyproject.toml allows; with COMPILE=1 it compiles
 #                          every kernel for every GPU too, which takes some minutes
 # make test-mutants: small faults put into the code, which the tests must notice; MUTANTS="--sample 8" or names for some
+# make test-faults: runs killed, interrupted or out of disk at 25 random moments of each kind (make test: at a few)
 # make test-lowest: the core with the lowest versions of transformers, accelerate, NumPy and numba that it allows
 # make test-verl, make test-openrlhf: the adapters inside the real packages, without GPU and engine
 # make test-vllm: the logits processor inside vLLM's server on a CPU
 # make test-lowest-trl: the tests of TRL with the lowest version that pyproject.toml allows
 # make kernels: docs/kernels.md anew                  make gpu-dry-run: bench/gpu.sh as far as a CPU can
-.PHONY: quickstart test test-mutants test-lowest test-oldest-triton test-lowest-trl test-verl test-openrlhf test-vllm test-core lint format bench kernels gpu-dry-run clean
+.PHONY: quickstart test test-mutants test-faults test-lowest test-oldest-triton test-lowest-trl test-verl test-openrlhf test-vllm test-core lint format bench kernels gpu-dry-run clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/flexrec train --dataset simulated $(STEPS) --output $(RUN)
@@ -32,6 +33,10 @@ test: $(VENV)/installed
 
 test-mutants: $(VENV)/installed
 	$(BIN)/python tests/mutants/run.py $(MUTANTS)
+
+# Kills of a training: 25 anywhere and 25 at a file that is about to change; as many of a ranking.
+test-faults: $(VENV)/installed
+	FLEXREC_FAULTS=25 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/faults
 
 # The oldest Triton lies in front of the installed one. Its interpreter cannot loop over tensors with NumPy 2.4.
 OLDEST_TRITON := $(shell sed -n "s/.*\"triton>=\([0-9.]*\);.*/\1/p" pyproject.toml)

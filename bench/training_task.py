@@ -193,7 +193,10 @@ def generate_with_prefix_function(task: TrainingTask, model: Any) -> np.ndarray:
 
 
 def _generate(task: TrainingTask, model: Any, max_new_tokens: int, **constraint: Any) -> torch.Tensor:
+    # A row per ranking, which generate would make as well (num_return_sequences): but then what a prefix function is
+    # asked about is the row in some versions of transformers and the prompt in others.
     prompts = torch.tensor([example.prompt for example in task.examples], device=DEVICE)
+    prompts = prompts.repeat_interleave(task.num_generations, dim=0)
     with torch.no_grad():
         return model.eval().generate(
             prompts,
@@ -201,7 +204,6 @@ def _generate(task: TrainingTask, model: Any, max_new_tokens: int, **constraint:
             max_new_tokens=max_new_tokens,
             do_sample=True,
             top_k=0,
-            num_return_sequences=task.num_generations,
             pad_token_id=PAD,
             eos_token_id=END,
             **constraint,

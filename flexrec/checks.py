@@ -17,12 +17,14 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import Field, field, fields
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 MIN_TEMPERATURE = 1e-10
+MAX_NUMBER = 3.4e38  # of float32
 
 _value_checks = os.environ.get("FLEXREC_VALUE_CHECKS", "0") not in ("", "0")
 
@@ -162,6 +164,8 @@ def _check_option(name: str, value: Any, about: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     low, above, high = (about.get(end) for end in ("low", "above", "high"))
+    if not low is above is high:
+        check_number(name, value)
     inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
     if not inside:
         if high is not None:
@@ -169,6 +173,15 @@ def _check_option(name: str, value: Any, about: Any) -> None:
         else:
             expected = f"be at least {low}" if above is None else "be positive" if above == 0 else f"exceed {above}"
         raise ValueError(f"{name} must {expected}, got {value}")
+
+
+def check_number(name: str, value: Any, *, whole: bool = False) -> None:
+    """Raise unless ``value`` is a number that float32 can hold, and whole where that is asked for; no tensor is one."""
+    kind: Any = Integral if whole else Real
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {'whole ' if whole else ''}number, got {type(value).__name__}")
+    if MAX_NUMBER < abs(value) < math.inf:
+        raise ValueError(f"{name} must be a number that float32 can hold, got {value}")
 
 
 def check_finite(name: str, tensor: torch.Tensor, mask: torch.Tensor | None = None) -> None:

@@ -98,6 +98,7 @@ class Ranker:
                     query=query,
                 )
                 tokens = self.builder.candidate_tokens(items, marks)
+                self.builder.check_answers(tokens, decoding.num_ranked or self.info.num_ranked)
                 self._check_length(prompt, tokens, decoding)
             except ValueError as error:
                 answers[i] = {"error": str(error)}

@@ -8,7 +8,7 @@ import pytest
 
 from bench import time_to_quality
 from bench.peer_trl import as_text, ids_tokenizer
-from bench.training_task import TrainingTask, embedded_shape, trl_trainer
+from bench.training_task import ROLLOUTS, TrainingTask, embedded_shape, trl_trainer
 from flexrec.rankings import parse_rankings
 
 pytest.importorskip("trl")
@@ -64,6 +64,15 @@ def test_curves_that_are_there_are_drawn(tmp_path, monkeypatch, capsys):
 def test_trl_reads_the_tokens_it_is_given():
     tokens = list(range(500))
     assert ids_tokenizer(500, eos_token_id=2, pad_token_id=0)(as_text(tokens))["input_ids"] == tokens
+
+
+@pytest.mark.parametrize("method", ROLLOUTS)
+def test_every_rollout_ranks_each_prompts_own_candidates(method):
+    task = TrainingTask(
+        "titles", prompts=3, num_generations=2, candidates=4, prompt_length=6, config=embedded_shape(1, 32)
+    )
+    rankings = ROLLOUTS[method](task, task.model())
+    assert [sorted(ranking) for ranking in rankings.tolist()] == [[0, 1, 2, 3]] * 6
 
 
 @pytest.mark.parametrize("encoding", ["items", "labels"])

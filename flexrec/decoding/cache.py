@@ -13,6 +13,7 @@ words on.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from flexrec.policy.lm_head import last_hidden
+from flexrec.policy.lora import causal_lm
 from flexrec.policy.packing import mask_for
 from flexrec.policy.row_tokens import RowTokens
 
@@ -67,6 +69,9 @@ class SharedDecoder:
         self.cache: Cache = DynamicCache(config=model.config)
         if all(type(layer) is DynamicLayer for layer in self.cache.layers) and self.cache.layers:
             self.cache = Cache(layers=[_GrowingLayer() for _ in self.cache.layers])
+        # transformers 5.24 has renamed the argument, model by model.
+        names = inspect.signature(causal_lm(model).forward).parameters
+        self.cached = {"cache" if "cache" in names else "past_key_values": self.cache, "use_cache": True}
         windows = [layer.sliding_window for layer in self.cache.layers if getattr(layer, "is_sliding", False)]
         self.window = min(windows, default=None)  # how many columns back the model's shortest layer sees
         self.seen = torch.zeros(0, 0, 0, dtype=torch.bool)  # (B, share, columns of the cache)
@@ -89,8 +94,7 @@ class SharedDecoder:
             table=table,
             input_ids=torch.from_numpy(tokens).to(self.device),
             attention_mask=of_prompt.long(),
-            past_key_values=self.cache,
-            use_cache=True,
+            **self.cached,
         )
         last = torch.from_numpy(lengths - 1).to(self.device)
         states = states[torch.arange(size, device=self.device), last]
@@ -131,8 +135,7 @@ class SharedDecoder:
             input_ids=torch.from_numpy(tokens).to(self.device),
             attention_mask=self._mask(torch.from_numpy(owner).to(self.device)),
             position_ids=torch.from_numpy(positions).to(self.device),
-            past_key_values=self.cache,
-            use_cache=True,
+            **self.cached,
         )
         last = (starts + runs.counts - 1)[fed]  # of the tokens
         at = torch.from_numpy(row[last] * shape[1] + column[last]).to(self.device)

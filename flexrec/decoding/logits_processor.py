@@ -30,6 +30,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from transformers import LogitsProcessor
 
+from flexrec.checks import check_number
 from flexrec.rankings.reasoning import ReasoningTokens, reasoning_rule
 from flexrec.rankings.state import Candidates, CandidateTries, RankingState, TokenIds
 
@@ -97,6 +98,7 @@ class RankingLogitsProcessor(LogitsProcessor):
         eos_token_ids = np.atleast_1d(end[-1:] if eos_token_id is None else eos_token_id).tolist()
         if not eos_token_ids:
             raise ValueError("eos_token_id must be given where end is empty: it is what follows a finished ranking")
+        check_number("num_beams", num_beams, whole=True)
         if num_beams < 1:
             raise ValueError(f"num_beams must be at least 1, got {num_beams}")
         self.tries = candidates if isinstance(candidates, CandidateTries) else CandidateTries(candidates)

@@ -16,6 +16,7 @@ import torch
 from rich import box
 from rich.table import Table
 
+from flexrec.checks import check_number
 from flexrec.metrics import parse_metric
 from flexrec.ops.ranking_metric import ranking_metric
 
@@ -27,6 +28,7 @@ HEADLINE = "ndcg@5"
 _Results: TypeAlias = Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]
 
 # Resampled values held in memory at once (float64: 16 MB).
+MAX_SAMPLES = 10_000_000
 _CHUNK = 2_000_000
 
 
@@ -390,10 +392,12 @@ def _values(name: str, values: np.ndarray) -> np.ndarray:
 
 
 def _check_resampling(level: float, num_samples: int) -> None:
+    check_number("level", level)
+    check_number("num_samples", num_samples, whole=True)
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1), got {level}")
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if not 1 <= num_samples <= MAX_SAMPLES:
+        raise ValueError(f"num_samples must lie in [1, {MAX_SAMPLES}], got {num_samples}")
 
 
 def _cluster_sums(columns: list[np.ndarray], clusters: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

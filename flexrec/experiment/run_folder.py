@@ -45,7 +45,7 @@ from flexrec.task.own_needs import columns_of, definitions_of, make_needs
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.callbacks import to_json
 
-MANIFEST, LOCK = "manifest.json", ".lock"
+MANIFEST, LOCK, PARTIAL = "manifest.json", ".lock", ".partial"
 FORMAT, WARM_UP, REINFORCEMENT = "format", "listwise warm-up", "reinforcement"  # the stages, in the log and by seconds
 CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "baselines"}  # by --resume
 
@@ -103,7 +103,11 @@ class RunInfo:
         path = folder / "flexrec.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not the folder of a finished run: it has no {path.name}")
-        return cls(**json.loads(path.read_text()))
+        stored = read_json(path)
+        try:
+            return cls(**stored)
+        except TypeError as error:
+            raise ValueError(f"{path} is damaged, or of another version of flexrec: {error}") from None
 
 
 class RunFolder:
@@ -144,7 +148,10 @@ class RunFolder:
             )
 
     def _holds_something(self) -> bool:
-        return self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir())
+        """Besides what is left of a run that was killed before it had written its first file."""
+        return self.path.is_dir() and any(
+            path.name != LOCK and not path.name.endswith(PARTIAL) for path in self.path.iterdir()
+        )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -167,7 +174,8 @@ class RunFolder:
                 yield
             finally:
                 if not self._holds_something():
-                    (self.path / LOCK).unlink()
+                    for path in self.path.iterdir():
+                        path.unlink()
                     for path in made:
                         path.rmdir()
 
@@ -209,7 +217,7 @@ class RunFolder:
             if self._holds_something():
                 raise FileNotFoundError(f"--output {self.path} is not the folder of a run: it has no {path.name}")
             return {}
-        stored = json.loads(path.read_text())
+        stored = read_json(path)
         if "data_options" in stored:
             stored["data_options"] = all_data_options(stored["dataset"], stored["data_options"])
         return {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
@@ -324,8 +332,14 @@ class RunFolder:
     def load(self) -> tuple[RunInfo, Any, PromptBuilder]:
         """The trained model, to be used, with how it is to be prompted."""
         info = RunInfo.load(self.path)
-        tokenizer = AutoTokenizer.from_pretrained(self.path, **OF_A_RUN)
-        model = load_model(self.path, tokenizer).eval()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path, **OF_A_RUN)
+            model = load_model(self.path, tokenizer).eval()
+        except ImportError:
+            raise
+        except Exception as error:  # libraries have many words for a damaged file
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"the model of {self.path} cannot be loaded: {reason}") from error
         if torch.cuda.is_available():
             model.to("cuda")
         builder = PromptBuilder(
@@ -348,11 +362,16 @@ class RunFolder:
 
     def read_catalogue(self) -> tuple[Catalogue, dict[str, float], dict[str, list[int]]]:
         """The items, and of what rises the trend and the two counts that it comes from, by id."""
-        saved = json.loads((self.path / "catalogue.json").read_text())
-        topics = saved.get("topics", [[] for _ in saved["ids"]])  # which runs of older versions lack
-        columns = {name: _column(values) for name, values in saved.get("columns", {}).items()}
-        catalogue = Catalogue(tuple(saved["ids"]), tuple(saved["titles"]), tuple(map(tuple, topics)), columns)
-        return catalogue, saved["trend"], saved.get("rises", {})
+        path = self.path / "catalogue.json"
+        saved = read_json(path)
+        try:
+            topics = saved.get("topics", [[] for _ in saved["ids"]])  # which runs of older versions lack
+            columns = {name: _column(values) for name, values in saved.get("columns", {}).items()}
+            catalogue = Catalogue(tuple(saved["ids"]), tuple(saved["titles"]), tuple(map(tuple, topics)), columns)
+            trend = {str(item): float(rise) for item, rise in saved["trend"].items()}
+            return catalogue, trend, dict(saved.get("rises", {}))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
     def read_popularity(self) -> dict[str, float]:
         """How often each item was taken in the log, by id, where needs of one's own may ask for it."""
@@ -361,7 +380,7 @@ class RunFolder:
 
     def read_histories(self) -> dict[str, list[dict[str, Any]]]:
         """The last items of every logged user, ``{"id", "interest"}`` each, oldest first."""
-        return json.loads((self.path / "histories.json").read_text())
+        return read_json(self.path / "histories.json")
 
     def write_results(self, config: Mapping[str, Any], results: Results) -> None:
         """Write metrics.json (means, changes, configuration, seconds) and per_list.npz (every value, for paired
@@ -409,12 +428,23 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Any, indent: int | None = None) -> None:
     """Write a file whole or not at all, to the disk."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(path.name + PARTIAL)
     with partial.open("w") as file:
         file.write(to_json(content, indent) + "\n")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file of a run holds; a ValueError names a file that holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}, not an object")
+    return content
 
 
 def settle(folder: Path, deep: bool = True) -> dict[str, tuple[int, str]]:

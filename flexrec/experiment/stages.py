@@ -43,7 +43,7 @@ from flexrec.ops.ranking_metric import greedy_ranking
 from flexrec.policy.distributed import of_main_process, on_main_process, process_index
 from flexrec.policy.lora import require_peft
 from flexrec.task.critic import Critic
-from flexrec.task.examples import RankingTask, TrainingExamples
+from flexrec.task.examples import RankingTask, TrainingExamples, answerable
 from flexrec.task.mixtures import find_need
 from flexrec.task.needs import Need
 from flexrec.trainer.callbacks import Clock, StepLog
@@ -141,15 +141,15 @@ def _run_in(
         dataset = load_dataset(config.dataset, config.data, config.seed, config.data_options)
     if config.noise is not None:
         dataset = replace(dataset, noise=config.noise)
-    for note in dataset.notes:
-        say(note)
     if config.cold_items is not None:
         dataset = hold_out_items(dataset, config.cold_items, seed=config.seed)
     needs = choose_needs(config.needs, known, dataset)
     notes = [*renamed(config.needs or (), known), *check_answerable(needs, dataset)]
-    on_main_process(lambda: folder.check_data(dataset))
+    given = dataset
+    on_main_process(lambda: folder.check_data(given))
     model, tokenizer, builder = make_model(config, dataset, needs)
-    for note in (*notes, *unseen_columns(needs, builder, dataset.catalogue)):
+    dataset = answerable(dataset, builder, config.num_ranked)
+    for note in (*dataset.notes, *notes, *unseen_columns(needs, builder, dataset.catalogue)):
         say(note)
     say(
         f"{len(dataset.catalogue)} items; {len(dataset.train)} lists of training users, {len(dataset.test)} of "
@@ -190,7 +190,7 @@ def _run_in(
             one.results.per_list[name] = one.evaluate(model, name)
 
     # From here on the folder is written to; mistakes that can be seen before have left no trace.
-    on_main_process(lambda: folder.write_config(config, dataset))
+    on_main_process(lambda: folder.write_config(config, given))
     info = RunInfo.of(config, builder, dataset, needs)
     checkpoint = of_main_process(folder.latest_checkpoint(say) if resumed and process_index() == 0 else None)
     if checkpoint is not None and others and not folder.has_reference():
@@ -350,8 +350,8 @@ def evaluate_run(
     dataset: str | RankingDataset | None = None,
     data: str | None = None,
     needs: Sequence[str | Need] | None = None,
-    needs_file: str | None = None,
     data_options: Mapping[str, Any] | None = None,
+    needs_file: str | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """need -> metric -> mean, low and high (95 % interval over users) of a finished run on a data set's test users.
@@ -377,6 +377,7 @@ def evaluate_run(
         loaded = load_dataset(
             name, data or (trained_with.data if name == trained_with.dataset else None), trained_with.seed, options
         )
+    loaded = answerable(loaded, builder, trained_with.num_ranked)
     asked = trained_with.needs if needs is None else needs
     names = [need.name if isinstance(need, Need) else need for need in asked]
     known = known_needs(needs_file, trained_with.own_needs, [need for need in asked if isinstance(need, Need)])

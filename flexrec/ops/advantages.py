@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from flexrec.checks import check_choice, check_finite, check_range, check_tensor
+from flexrec.checks import check_choice, check_finite, check_number, check_range, check_tensor
 from flexrec.metrics import BASELINES, SCALES
 from flexrec.ops.ranking_metric import result_dtype
 
@@ -169,8 +169,13 @@ def uncertainty_weights(
         raise ValueError(
             f"num_generations must be an integer >= 1 that divides the {rows} rows of variance, got {num_generations}"
         )
-    if eps != "auto" and (isinstance(eps, str) or not 0 < eps < math.inf):
-        raise ValueError(f"eps must be > 0 and finite, or 'auto'; got {eps!r}")
+    if isinstance(eps, str):
+        check_choice("eps, where it is no number,", eps, ("auto",))
+    else:
+        check_number("eps", eps)
+        if not 0 < eps < math.inf:
+            raise ValueError(f"eps must be > 0 and finite, or 'auto'; got {eps}")
+    check_number("max_ratio", max_ratio)
     if not max_ratio >= 1:
         raise ValueError(f"max_ratio must be >= 1, got {max_ratio}")
     if item_mask is None:

@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexrec.checks import check_choice, check_range, check_tensor
+from flexrec.checks import check_choice, check_number, check_range, check_tensor
 from flexrec.metrics import Metric
 from flexrec.numba_kernels import FLOOR
 from flexrec.ops.library import BACKENDS, accumulation_dtype
@@ -261,7 +261,10 @@ def _over_distribution(lists: RankedLists, change: Tensor, tilt: float | None) -
 
 
 def _check_tilt(tilt: float | None) -> None:
-    if tilt is not None and not 0 < tilt < math.inf:
+    if tilt is None:
+        return
+    check_number("tilt", tilt)
+    if not 0 < tilt < math.inf:
         raise ValueError(f"tilt must be positive and finite, or None for the expectation; got {tilt}")
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -33,6 +35,30 @@ BACKENDS = ("auto", "triton", "numba", "torch")
 def kernels(backend: str, name: str) -> ModuleType:
     """A module of ``flexrec.numba_kernels`` or ``flexrec.triton_kernels``, loaded when it is first asked for."""
     return importlib.import_module(f"flexrec.{backend}_kernels.{name}")
+
+
+_threads_stayed_behind = False  # in the process that this one was forked from
+
+
+def _after_a_fork() -> None:
+    """In the new process: no OpenMP threads where they had been started before.
+
+    GNU's OpenMP waits for them forever. numba ends the process instead, and a ``multiprocessing.Pool`` starts another
+    one, without end.
+    """
+    global _threads_stayed_behind
+    numba = sys.modules.get("numba")
+    try:
+        started = numba is not None and numba.threading_layer() == "omp"
+    except (ValueError, AttributeError):  # not started, or not even imported to its end
+        return
+    if started:
+        _threads_stayed_behind = True
+        torch.set_num_threads(1)  # which share the runtime
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_a_fork)
 
 
 @functools.cache
@@ -63,10 +89,15 @@ def choose_backend(backend: str, name: str, tensor: Tensor, obstacle: Exception 
     device = tensor.device
     if backend == "auto":
         if device.type == "cpu":
-            return "numba"
+            return "torch" if _threads_stayed_behind else "numba"
         return "triton" if device.type == "cuda" and obstacle is None and has_triton() else "torch"
     if backend == "numba" and device.type != "cpu":
         raise ValueError(f"backend='numba' needs {name} on the CPU, got {device}; use 'auto', 'triton' or 'torch'")
+    if backend == "numba" and _threads_stayed_behind:
+        raise ValueError(
+            "backend='numba' cannot run in a process that was forked after its kernels had run in parallel: OpenMP's "
+            "threads stay behind in a fork; use 'auto', which is 'torch' here, or start processes by 'spawn'"
+        )
     if backend == "triton":
         if not has_triton():
             raise ValueError("backend='triton' needs the package triton, which is not installed; use 'auto'")

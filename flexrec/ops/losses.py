@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from flexrec.checks import check_choice, check_finite, check_tensor, values_are_checked
+from flexrec.checks import check_choice, check_finite, check_number, check_tensor, values_are_checked
 from flexrec.metrics import IMPORTANCE_LEVELS
 
 LOSS_AGGREGATIONS = ("item-mean", "token-mean", "seq-mean-item-mean", "seq-mean-item-sum", "sum")
@@ -108,7 +108,10 @@ def policy_loss(
         if value is not None:
             check_tensor(name, value, shape)
     epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
+    for name, coefficient in (("beta", beta), ("entropy_coef", entropy_coef)):
+        check_number(name, coefficient)
     for name, bound in (("epsilon_low", epsilon_low), ("epsilon_high", epsilon_high)):
+        check_number(name, bound)
         if not bound >= 0:
             raise ValueError(f"{name} must be >= 0, got {bound}")
     if beta != 0 and kl is None and ref_per_token_logps is None:

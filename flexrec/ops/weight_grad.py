@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexrec.checks import check_choice
-from flexrec.ops.library import is_traced, kernels
+from flexrec.ops.library import choose_backend, is_traced, kernels
 
 WEIGHT_GRADS = ("dense", "rows", "accumulate")
 
@@ -58,7 +58,7 @@ def add_rows_(buffer: Tensor, tokens: Tensor, rows: Tensor) -> None:
     if rows.dtype != buffer.dtype:
         tokens, rows = sum_by_token(tokens, rows)
         buffer.index_add_(0, tokens, rows.to(buffer.dtype))
-    elif buffer.device.type == "cpu" and buffer.is_contiguous() and rows.is_contiguous():
+    elif choose_backend("auto", "rows", rows) == "numba" and buffer.is_contiguous() and rows.is_contiguous():
         kernels("numba", "rows").add_at_tokens(buffer, tokens, rows)
     else:
         buffer.index_add_(0, tokens, rows)

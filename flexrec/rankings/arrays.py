@@ -12,9 +12,12 @@ from numpy.typing import ArrayLike, NDArray
 def as_integer(name: str, value: Any) -> int:
     """``value`` as a Python int; a TypeError for what is none."""
     try:
-        return operator.index(value)
+        integer = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+    if not -(2**63) <= integer < 2**63:
+        raise ValueError(f"{name} must lie within 64 bits, got {integer}")
+    return integer
 
 
 def to_numpy(value: Any) -> NDArray[Any]:
@@ -24,7 +27,10 @@ def to_numpy(value: Any) -> NDArray[Any]:
 
 def as_integers(name: str, value: Any, num_dims: int) -> NDArray[np.int64]:
     """``value`` as a C-contiguous int64 array of this many dimensions."""
-    array = to_numpy(value)
+    try:
+        array = to_numpy(value)
+    except (NotImplementedError, RuntimeError) as error:  # tensors without values of their own
+        raise TypeError(f"{name} must be an array with values of its own: {error}") from None
     if array.ndim != num_dims:
         raise ValueError(f"{name} must have {num_dims} dimension(s), got shape {array.shape}")
     if array.dtype.kind not in "iu" and array.size > 0:  # an empty list has a float dtype

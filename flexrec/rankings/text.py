@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexrec.checks import check_choice
+from flexrec.checks import check_choice, check_range, check_tensor
 from flexrec.ops.rank_order import rank_order
 from flexrec.ops.ranking_metric import ranking_metric
 from flexrec.ops.swap_rewards import swap_rewards, swap_rewards_with_variance
@@ -86,6 +86,13 @@ def parse_ranking_texts(
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"texts must hold strings, got {type(text).__name__} at index {i}")
+    for name, value in (("separator", separator), ("end", end), ("after", after)):
+        if not isinstance(value, str) and not (value is None and name == "after"):
+            raise TypeError(f"{name} must be a string, as the texts are, got {type(value).__name__}")
+    for i, names in enumerate(candidates):
+        for k, title in enumerate(names):
+            if not isinstance(title, str):
+                raise TypeError(f"candidates must hold strings, got {type(title).__name__} at index [{i}][{k}]")
     starts = [_start(text, after) for text in texts]
     read = [text[start:].rstrip() for text, start in zip(texts, starts, strict=True)]
     starts = [start + len(text) - len(text.lstrip()) for start, text in zip(starts, read, strict=True)]
@@ -221,7 +228,8 @@ def score_completions(
         _check_lists(candidates, "variance", variance)
     options: dict[str, Any] = {"num_ranked": num_ranked, "num_generations": num_generations}
     if as_text:
-        options |= {"separator": separator or "", "end": end or ""}
+        spelling = {"separator": separator, "end": end}
+        options |= {name: "" if isinstance(value, tuple) and not value else value for name, value in spelling.items()}
         parsed = parse_ranking_texts(completions, candidates, **options, after=after)  # type: ignore[arg-type]
     else:
         starts = [_start(list(row), None if after is None else list(after)) for row in completions]
@@ -266,8 +274,10 @@ def item_values_to_tokens(values: torch.Tensor, item_ids: torch.Tensor, *, at: s
     Returns:
         (N, L) of the dtype of ``values``; 0 at tokens of no item.
     """
-    if at not in ("all", "end"):
-        raise ValueError(f"at must be 'all' or 'end', got {at!r}")
+    check_choice("at", at, ("all", "end"))
+    check_tensor("values", values, ("N", "K"))
+    check_tensor("item_ids", item_ids, (len(values), "L"), "integer")
+    check_range("item_ids", item_ids, -1, values.shape[1] - 1)
     carries = item_ids >= 0
     if at == "end":
         following = torch.nn.functional.pad(item_ids[:, 1:], (0, 1), value=-1)

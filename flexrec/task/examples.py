@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch.utils.data import Dataset
 
-from flexrec.data.lists import Catalogue, RankingList
+from flexrec.data.lists import Catalogue, RankingDataset, RankingList
 from flexrec.profiling import span
 from flexrec.task.critic import Critic
 from flexrec.task.descriptions import Token
@@ -133,6 +133,41 @@ class RankingTask:
         candidates = self.builder.candidate_tokens_of(lst, self.catalogue, nameless=nameless)
         topics = None if need.metric is None else self.catalogue.topic_matrix[lst.candidates]
         return Example(prompt, candidates, gains, variance, history_span, need.name, lst.user, need.metric, topics)
+
+
+def answerable(dataset: RankingDataset, builder: PromptBuilder, num_ranked: int | None = None) -> RankingDataset:
+    """The data set without the lists whose candidates no answer could name, or not so that rankings can be told apart.
+
+    Its ``notes`` count them, and say what is wrong with the first.
+
+    Raises:
+        ValueError: nothing is left to train or to test on.
+    """
+    notes = list(dataset.notes)
+
+    def kept(lists: Sequence[RankingList]) -> tuple[list[RankingList], str]:
+        good, reason = [], ""
+        for lst in lists:
+            try:
+                builder.check_answers(builder.candidate_tokens_of(lst, dataset.catalogue), num_ranked)
+            except ValueError as error:
+                reason = reason or str(error)
+            else:
+                good.append(lst)
+        if not good:
+            raise ValueError(f"no list of the {dataset.name} data can be answered: {reason}")
+        return good, reason
+
+    left = {}
+    for purpose, lists in {"train": dataset.train, "test": dataset.test}.items():
+        left[purpose], reason = kept(lists)
+        if reason:
+            notes.append(
+                f"{len(lists) - len(left[purpose])} of {len(lists)} lists to {purpose} on are left out: {reason}"
+            )
+    draw = dataset.resample
+    resample = None if draw is None else lambda seed: kept(draw(seed))[0]
+    return replace(dataset, train=left["train"], test=left["test"], resample=resample, notes=tuple(notes))
 
 
 class TrainingExamples(Dataset):

@@ -14,6 +14,7 @@ import numpy as np
 
 from flexrec.checks import check_choice
 from flexrec.data.lists import Catalogue, RankingList
+from flexrec.rankings.state import RankingState, Spelling
 from flexrec.task.descriptions import Descriptions, Item, Token, item_token, query_match, title_words, token_id
 from flexrec.task.needs import Need, novelty
 
@@ -269,6 +270,15 @@ class PromptBuilder:
     ) -> list[list[Token]]:
         """:meth:`candidate_tokens` for a list of a data set."""
         return self.candidate_tokens(self._items(lst.candidates, catalogue, nameless), self.marks_in(lst, catalogue))
+
+    def check_answers(self, tokens: list[list[Any]], num_ranked: int | None = None) -> None:
+        """Raise a ValueError where rankings of candidates spelled so could not be told apart (see ``RankingState``)."""
+        if self.encoding == "item_token":  # each is one token
+            return
+        try:
+            RankingState([tokens], **Spelling(self.separator, self.end, num_ranked).of([tokens]))
+        except ValueError as error:
+            raise ValueError(str(error).replace("candidates[0]", "candidates")) from None
 
     def marks_of(
         self,

@@ -147,6 +147,16 @@ def test_the_folder_of_something_else_is_not_resumed(tmp_path, recorded):
     assert [stage.stage for stage in recorded.stages] == ["format", "listwise", "reinforcement"]
 
 
+def test_a_run_killed_at_its_first_file_begins_anew(tmp_path, recorded):
+    for name, options in {"resumed": {"resume": True}, "again": {}}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "experiment.json.partial").write_text('{"output": ')
+        recorded.run(folder, baselines=("none",), **options)
+        assert json.loads((folder / "experiment.json").read_text())["output"] == str(folder)
+        assert not list(folder.glob("*.partial"))
+
+
 @pytest.fixture
 def interrupted(tmp_path, recorded):
     """A run with whole checkpoints of steps 2 and 9, and what was said when it was resumed."""
@@ -296,6 +306,9 @@ def test_two_runs_into_one_folder_are_refused(tmp_path, recorded, monkeypatch):
                 recorded.run(folder, **more)
     monkeypatch.undo()
     assert not (tmp_path / "deep").exists(), "what came to nothing leaves no folder"
+    with RunFolder(folder).locked():
+        (folder / "experiment.json.partial").write_text("{")
+    assert not (tmp_path / "deep").exists(), "nor what was not written to its end"
     with RunFolder(folder).locked():
         (folder / "log.jsonl").write_text("")
     assert (folder / "log.jsonl").exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -44,6 +45,36 @@ def test_without_a_critic_supervision_imitates_the_feedback(tmp_path, recorded, 
 def test_supervision_imitates_the_ranks_that_earn(tmp_path, recorded, metric, num_ranked, expected):
     recorded.run(tmp_path / "run", metric=metric, num_ranked=num_ranked)
     assert [stage.options["num_imitated"] for stage in recorded.of("listwise")] == [expected]
+
+
+def test_lists_that_no_answer_can_name_are_left_out_and_counted(tmp_path, recorded, dataset, monkeypatch):
+    """A title of which nothing is left costs its lists, in every epoch, not the run."""
+    titles = list(dataset.catalogue.titles)
+    nameless = int(dataset.test[0].candidates[0])
+    titles[nameless] = " \n "
+    drawn = []
+    broken = dataclasses.replace(
+        dataset,
+        catalogue=dataclasses.replace(dataset.catalogue, titles=tuple(titles)),
+        resample=lambda seed: drawn.append(seed) or dataset.train[::-1],
+    )
+    monkeypatch.setattr(stages, "simulate", lambda seed, **options: broken)
+    results = recorded.run(tmp_path / "run", encoding="title", baselines=("none",))
+    bad_train, bad_test = (sum(nameless in lst.candidates for lst in lists) for lists in (dataset.train, dataset.test))
+    assert bad_train > 0
+    assert bad_test > 0
+    reason = rf"candidate '{dataset.catalogue.ids[nameless]}' has the title ' \\n ', which gives no tokens"
+    for count, of, purpose in ((bad_train, dataset.train, "train"), (bad_test, dataset.test, "test")):
+        assert any(
+            re.match(rf"{count} of {len(of)} lists to {purpose} on are left out: {reason}", said)
+            for said in recorded.said
+        ), recorded.said
+    assert len(results.users) == len(dataset.test) - bad_test
+    examples = recorded.of("reinforcement")[0].examples
+    assert len(examples) == len(dataset.train) - bad_train
+    examples.set_epoch(1)
+    assert drawn
+    assert all(len(examples[i].candidates) == 8 for i in range(len(examples)))
 
 
 def test_the_warm_start_and_the_critic_are_rows(tmp_path, recorded, dataset):
