@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="say what is in a data set", description="Say what is in a data set.")
     of_data = data.add_subparsers(dest="of_data", required=True, metavar="{describe}")
     describe = _command(of_data, "describe", "count what is in a data set, as training reads it", DESCRIBE_EXAMPLES)
-    add_options(describe, ExperimentConfig, ("dataset", "data", "seed"))
+    add_options(describe, ExperimentConfig, ("dataset", "data", "needs", "needs_file", "seed"))
     add_data_options(describe)
     describe.add_argument("--figure", metavar="FILE", help="draw it here as well, a .png, .pdf or .svg")
     describe.set_defaults(run=_describe, command="data describe")
@@ -328,17 +328,21 @@ def _describe(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
     from flexrec.data.describe import describe, draw_description
+    from flexrec.experiment.needs import known_needs
     from flexrec.experiment.stages import load_dataset
-    from flexrec.task.needs import NEEDS
+    from flexrec.task.mixtures import find_need
+    from flexrec.task.own_needs import check_needs
 
     options = {**given(arguments, ExperimentConfig), "data_options": given_data_options(arguments)}
     config = ExperimentConfig(output="", **options)
     dataset = load_dataset(config.dataset, config.data, config.seed, config.data_options)
+    known = known_needs(config.needs_file)
+    needs = [find_need(name, known) for name in config.needs or known]
     console = Console()
-    for note in dataset.notes:
+    for note in (*dataset.notes, *check_needs(needs, dataset.catalogue)):
         console.print(note, markup=False, highlight=False)
     table = Table("", "to train on", "to test on", title=config.data or config.dataset)
-    for row in describe(dataset, NEEDS.values()):
+    for row in describe(dataset, needs):
         table.add_row(*map(escape, row))
     console.print(table)
     if arguments.figure:

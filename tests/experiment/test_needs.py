@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ranking_at_random import check_above_random
 
 from flexrec import cli
 from flexrec.data import simulate
@@ -17,6 +17,9 @@ from flexrec.experiment.needs import choose_needs, known_needs
 from flexrec.experiment.run_folder import RunInfo
 from flexrec.ranker import Ranker
 from flexrec.task import InterestTimes, JudgedGains, Need, get_need
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ranking_at_random import check_above_random
 
 REAL_DATA = Path(os.environ.get("FLEXREC_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -88,6 +91,20 @@ def test_each_is_trained_evaluated_and_served_from_the_command_line(simulated, c
     answers = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     assert [len(answer["ranking"]) for answer in answers] == [12, 12, 12]
     assert [("warning" in answer) for answer in answers] == [False, False, True]
+
+
+def test_a_description_counts_what_a_need_finds(simulated, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    given = ["data", "describe", "--needs", "needs.yaml"]
+    assert cli.main([*given, "--need", "cheap but good", "0.5 interest + 0.5 trend"]) == 0
+    said = capsys.readouterr().out
+    assert "need 'cheap but good': 2 of 120 items have nothing in price: their gain is 0" in said
+    assert [line for line in said.splitlines() if "need interest" in line] == []
+    (found,) = (line for line in said.splitlines() if "need cheap but good" in line)
+    assert f"{len(simulated.train)} lists" in found
+    assert cli.main(given) == 0
+    said = capsys.readouterr().out
+    assert all(f"need {name}" in said for name in ("interest", "diverse", "cheap but good", "trending jazz"))
 
 
 FILES = {

@@ -3,18 +3,32 @@
 import random
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
-from ranking_at_random import check_above_random
 
 from flexrec import cli
 from flexrec.data import simulate
 from flexrec.experiment import stages
 
+sys.path.insert(0, str(Path(__file__).parent))
+from ranking_at_random import check_above_random
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "needs.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
-FEW = ("--steps", "1", "--warmup-steps", "1", "--listwise-steps", "8", "--prompts-per-step", "8", "--baselines", "none")
+FEW = (
+    "--steps",
+    "1",
+    "--warmup-steps",
+    "1",
+    "--listwise-steps",
+    "40",
+    "--prompts-per-step",
+    "8",
+    "--baselines",
+    "none",
+)
 
 
 def commands(word):
