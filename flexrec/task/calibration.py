@@ -62,8 +62,9 @@ class Calibration:
         return (rho * _largest_variance(mean)).astype(np.float32)
 
     def noise_of(self, mean: np.ndarray, ignorance: np.ndarray) -> np.ndarray:
-        """(N,) the expected variance of an observation around the expected interest."""
-        return self.noise * (_largest_variance(mean) - ignorance)
+        """(N,) >= 0, the expected variance of an observation around the expected interest."""
+        # Ignorance may be all that the mean allows, and by rounding to float32 a little more.
+        return self.noise * np.maximum(_largest_variance(mean) - ignorance, 0.0)
 
 
 def fit_calibration(mean: np.ndarray, novelty: np.ndarray, interest: np.ndarray) -> np.ndarray:

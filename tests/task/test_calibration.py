@@ -244,3 +244,12 @@ def test_the_cures_make_the_simulators_critic_better():
         excess.append(np.mean((mean - truth)[new]))
     assert errors[1] < 0.97 * errors[0]
     assert abs(excess[1]) < 0.6 * excess[0]
+
+
+def test_total_ignorance_leaves_no_negative_noise():
+    """A share of 1, rounded to float32, is a little more than the mean allows for some means."""
+    calibration = Calibration(variance=np.array([50.0, 0.0, 0.0, 0.0]), noise=0.1)
+    mean = np.linspace(0.01, 0.99, 500)
+    ignorance = calibration.ignorance(mean, np.full(500, 0.5), np.zeros(500), np.zeros(500, dtype=bool))
+    assert (ignorance > mean * (1 - mean)).any()
+    assert (calibration.noise_of(mean, ignorance) >= 0).all()
