@@ -171,9 +171,10 @@ class RunFolder:
                     for path in made:
                         path.rmdir()
 
-    def cut_log(self, step: int | None) -> dict[str, dict[str, Any]]:
-        """Take out of the log what a resumed run is going to do again: all after the format stage, or, from a
-        checkpoint, after its step. Returns of each stage that is left the last step, as ``Stage.at`` says it."""
+    def cut_log(self, step: int | None, last: int) -> dict[str, dict[str, Any]]:
+        """Take out of the log what a resumed run is going to do again: all after the steps of the format stage, or,
+        from a checkpoint, after its step, and the evaluation after the ``last`` one. Returns of each stage that is left
+        the last step, as ``Stage.at`` says it."""
         kept: list[str] = []
         ends: dict[str, dict[str, Any]] = {}
         for line in self.log.read_text().splitlines() if self.log.is_file() else ():
@@ -181,11 +182,19 @@ class RunFolder:
                 entry = json.loads(line)
             except ValueError:  # the run was killed while it wrote
                 break
-            stage = entry.get("of", entry["stage"])
-            of_checkpoint = stage == WARM_UP or (stage == REINFORCEMENT and entry["step"] <= (step or 0))
-            if stage == FORMAT or (step is not None and of_checkpoint):
+            stage, is_evaluation = entry.get("of", entry["stage"]), "of" in entry
+            if step is None:
+                is_done = stage == FORMAT and not is_evaluation
+            elif stage == REINFORCEMENT:
+                is_done = entry["step"] <= step and not (is_evaluation and entry["step"] == last)
+            else:
+                is_done = stage in (FORMAT, WARM_UP)
+            end = {"stage": stage, **{name: entry[name] for name in ("step", "steps", "seconds")}}
+            if is_done:
                 kept.append(line + "\n")
-                ends[stage] = {"stage": stage, **{name: entry[name] for name in ("step", "steps", "seconds")}}
+                ends[stage] = end
+            elif stage == FORMAT:  # its evaluation
+                ends.setdefault(stage, end)
         self.log.write_text("".join(kept))
         return ends
 
