@@ -11,10 +11,11 @@ developing, leave them off in hot loops.
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import Field, field, fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,12 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
     return value
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'interest'?"`` for a name that is much like a known one, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def option(

@@ -31,6 +31,8 @@ TRAIN_EXAMPLES = """examples:
   flexrec train --output runs/first
   flexrec train --dataset movielens --data ml-latest-small --need interest --output runs/interest
   flexrec train --dataset interactions --data shop --columns user=customer,item=sku --candidates 20 --output runs/shop
+  flexrec train --need interest explore "0.7 interest + 0.3 explore" --output runs/mixed
+  flexrec train --dataset interactions --data shop --needs needs.yaml --need "cheap but good" --output runs/cheap
   flexrec train --model Qwen/Qwen2.5-0.5B-Instruct --encoding index --prompts-per-step 8 --learning-rate 1e-6 \\
       --num-generations 4 --output runs/qwen
   flexrec train --model Qwen/Qwen2.5-0.5B-Instruct --encoding index --lora 16 --lora-save adapter \\
@@ -53,8 +55,9 @@ By default the most probable item is taken at every rank. A request is one line 
   {"history": ["17", "4"], "need": "interest", "candidates": [{"id": "8", "title": "Night market 3"}, {"id": "9"}]}
 "history" lists ids (or {"id", "title", "liked": false} for what was seen and not liked, or with "interest" from 0 to 1,
 null where it is not known), oldest first; {"user": "12"} takes a user's history from the run's log;
-"need" is a name (interest, explore, trend) or an instruction in words. Items that the run does not know come with
-"title" and "topics" (a list), or stand in the table of --items. The answer on the same line of the output:
+"need" is a name (interest, explore, trend), names with weights ("0.7 interest + 0.3 explore") or an instruction in
+words. Items that the run does not know come with "title" and "topics" (a list), or stand in the table of --items. The
+answer on the same line of the output, with a "warning" where the run was not trained on such a need:
   {"line": 1, "ranking": [{"id": "9", "probability": 0.83}, {"id": "8", "probability": 1.0}]}
 or {"line": 1, "error": "what was wrong"}.
 """
@@ -76,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = _command(commands, "evaluate", "measure a trained run on a data set's test users", EVALUATE_EXAMPLES)
     evaluate.add_argument("--run", dest="folder", required=True, metavar="DIR", help="folder of a finished run")
-    add_options(evaluate, ExperimentConfig, ("dataset", "data", "needs"), default="that of the run")
+    add_options(evaluate, ExperimentConfig, ("dataset", "data", "needs", "needs_file"), default="that of the run")
     add_data_options(evaluate, default="that of the run")
     evaluate.add_argument("--json", metavar="FILE", help="write the figures here as well (default: only show them)")
     evaluate.set_defaults(run=_evaluate)

@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from flexrec.data.lists import Catalogue
+from flexrec.data.lists import Catalogue, RankingList
 from flexrec.decoding.options import Decoding
 from flexrec.decoding.sample import Rollout, best_of, sample_rankings, search_rankings
 from flexrec.evaluation.evaluate import check_outputs
+from flexrec.experiment.config import EMBEDDED
+from flexrec.experiment.needs import known_needs, renamed, untrained, wordings_of
 from flexrec.experiment.run_folder import RunFolder
-from flexrec.task.descriptions import Item, Token, query_match
-from flexrec.task.needs import get_need, novelty_of
+from flexrec.task.descriptions import Item, Token, title_words
+from flexrec.task.mixtures import find_need, is_mixture
+from flexrec.task.needs import Need
 from flexrec.task.prompts import shown_text, strongest_risers
 
 MAX_TOKENS = 2**16  # of prompts that are decoded together, padding included
@@ -25,9 +28,9 @@ MAX_TOKENS = 2**16  # of prompts that are decoded together, padding included
 class Ranker:
     """A trained run, loaded from its folder, that ranks the candidates of requests.
 
-    A request is a dictionary: ``need`` (a known name, or an instruction in words), ``candidates`` (a list of
-    ``{"id": .., "title": .., "topics": [..]}``; ids alone where they are in a catalogue), and ``history`` (ids, or
-    dictionaries like the candidates', oldest first; ``"liked": false`` marks what was seen and not liked,
+    A request is a dictionary: ``need`` (a known name, a mixture of such, or an instruction in words), ``candidates``
+    (a list of ``{"id": .., "title": .., "topics": [..]}``; ids alone where they are in a catalogue), and ``history``
+    (ids, or dictionaries like the candidates', oldest first; ``"liked": false`` marks what was seen and not liked,
     ``"interest"`` says from 0 to 1 how much it was, and is null where nobody knows) or ``user`` (whose history the run
     has logged).
 
@@ -35,15 +38,24 @@ class Ranker:
 
     Args:
         items: a catalogue of further items, to be asked for by their ids; where it has an id of the run's, it counts.
+        needs: made in Python, to be known by their names beside the run's own.
     """
 
-    def __init__(self, folder: str | Path, items: Catalogue | None = None) -> None:
+    def __init__(self, folder: str | Path, items: Catalogue | None = None, needs: Sequence[Need] = ()) -> None:
         run = RunFolder(folder)
         self.info, self.model, self.builder = run.load()
+        self._needs = known_needs(kept=self.info.own_needs, made=needs)
+        self._wordings = wordings_of(self.info, self._needs)
         trained_with, self._trend, self._rises = run.read_catalogue()
         catalogues = [catalogue for catalogue in (trained_with, items) if catalogue is not None]
         self._items = {item_id: (catalogue, i) for catalogue in catalogues for item_id, i in catalogue.index.items()}
-        self._histories = run.read_histories()
+        # Of each column, where it stands for numbers or texts, what stands for nothing.
+        self._columns = {
+            name: (values.dtype, "" if values.dtype == object else np.nan)
+            for catalogue in catalogues
+            for name, values in catalogue.columns.items()
+        }
+        self._histories, self._popularity = run.read_histories(), run.read_popularity()
 
     def rank(
         self,
@@ -52,7 +64,8 @@ class Ranker:
         *,
         generator: torch.Generator | None = None,
     ) -> list[dict[str, Any]]:
-        """Answer requests together: ``{"ranking": [{"id", "probability"}, ..]}`` each, best first.
+        """Answer requests together: ``{"ranking": [{"id", "probability"}, ..]}`` each, best first, and ``"warning"``
+        where the need is not one that the run was trained on.
 
         ``probability`` is that of the item at its rank, given those above it and all that remain, at the temperature
         of training, or of ``decoding``. A malformed request gets ``{"error": why}``; the others are answered.
@@ -72,10 +85,10 @@ class Ranker:
                 rising = [items[j] for j in strongest_risers(trend)]
                 history, interest = self._history(request)
                 query = self._query(request)
-                match = query_match(query, [item.title for item in items])
-                marks = self.builder.marks_of(trend, _novelty(history, items), match)
+                wording, warning = self._wording(request)
+                marks = self.builder.marks_in(*self._as_list(history, items, trend, query))
                 prompt, _ = self.builder.prompt(
-                    self._wording(request),
+                    wording,
                     history,
                     items,
                     interest=interest,
@@ -91,7 +104,7 @@ class Ranker:
                 answers[i] = {"error": str(error)}
                 continue
             ids = [entry["id"] if isinstance(entry, dict) else entry for entry in request["candidates"]]
-            readable.append(_Readable(i, ids, prompt, tokens))
+            readable.append(_Readable(i, ids, prompt, tokens, warning))
         for part in _together(readable, max(decoding.num_beams, decoding.best_of)):
             rollout = self._decode([one.prompt for one in part], [one.tokens for one in part], decoding, generator)
             check_outputs(rollout)
@@ -101,9 +114,39 @@ class Ranker:
                         {"id": one.ids[c], "probability": round(float(np.exp(lp)), 6)}
                         for c, lp in zip(ranking, logprobs, strict=True)
                         if c >= 0
-                    ]
+                    ],
+                    **({"warning": one.warning} if one.warning else {}),
                 }
         return answers
+
+    def _as_list(
+        self, history: list[Item], candidates: list[Item], trend: np.ndarray, query: str
+    ) -> tuple[RankingList, Catalogue]:
+        """A request as data sets have their lists, with a catalogue of its items alone; an item may be in it twice."""
+        items = [*history, *candidates]
+        columns = {}
+        for name, (dtype, nothing) in self._columns.items():
+            known = (self._items.get(item.id, (None, 0)) for item in items)
+            values = [nothing if of is None else of.columns.get(name, {i: nothing})[i] for of, i in known]
+            columns[name] = np.array(values, dtype=dtype)
+        catalogue = Catalogue(
+            tuple(map(str, range(len(items)))),
+            tuple(item.title for item in items),
+            tuple(item.topics for item in items),
+            columns,
+        )
+        at, popularity = np.arange(len(items)), [self._popularity.get(item.id, 0.0) for item in candidates]
+        lst = RankingList(
+            user=-1,
+            time=0.0,
+            history=at[: len(history)],
+            candidates=at[len(history) :],
+            interest=np.full(len(candidates), np.nan, dtype=np.float32),
+            popularity=np.array(popularity, dtype=np.float32),
+            trend=trend.astype(np.float32),
+            query=query,
+        )
+        return lst, catalogue
 
     def _check_length(self, prompt: list[Token], tokens: list[list[Token]], decoding: Decoding) -> None:
         """Raise a ValueError where the model has no positions for the prompt and the longest answer to it."""
@@ -146,11 +189,30 @@ class Ranker:
         )
         return best_of(sampled, decoding.best_of)
 
-    def _wording(self, request: dict[str, Any]) -> str:
+    def _wording(self, request: dict[str, Any]) -> tuple[str, str]:
+        """The words of the request's need, and what to beware of."""
         need = request.get("need")
         if not isinstance(need, str) or not need.strip():
             raise ValueError("'need' must be the name of a need or an instruction in words")
-        return need if " " in need.strip() else get_need(need.strip()).wordings[0]
+        text = need.strip()
+        if text in self._needs or " " not in text or (is_mixture(text) and any(name in text for name in self._needs)):
+            found = find_need(text, self._needs)
+            return found.wordings[0], "; ".join([*renamed([text], self._needs), *untrained([found], self.info)])
+        return need, self._new_words(text)
+
+    def _new_words(self, text: str) -> str:
+        """A warning where most words of an instruction are new to a model that knows none but those of its training."""
+        if self.info.model != EMBEDDED or not self._wordings or text in self._wordings:
+            return ""
+        known = {word for wording in self._wordings for word in title_words(wording)}
+        words = title_words(text)
+        new = [word for word in words if word not in known]
+        if 2 * len(new) <= len(words):
+            return ""
+        return (
+            f"{len(new)} of the {len(words)} words of the need are new to the model ({', '.join(new[:5])}): it was "
+            f"trained on the needs {', '.join(self.info.needs)} and understands words like those of their wordings"
+        )
 
     def _query(self, request: dict[str, Any]) -> str:
         query = request.get("query", "")
@@ -243,15 +305,6 @@ def _interest(entry: Any, where: str) -> float:
     return float(liked)
 
 
-def _novelty(history: list[Item], candidates: list[Item]) -> np.ndarray:
-    """(K,) how new the topics of each candidate are to the history, as in training."""
-    items = [*history, *candidates]
-    numbers = tuple(map(str, range(len(items))))  # an item may be in both
-    catalogue = Catalogue(numbers, tuple(item.title for item in items), tuple(item.topics for item in items))
-    at = np.arange(len(items))
-    return novelty_of(at[: len(history)], at[len(history) :], catalogue)
-
-
 class _Readable(NamedTuple):
     """A request that can be answered."""
 
@@ -259,6 +312,7 @@ class _Readable(NamedTuple):
     ids: list[Any]  # (K,) of the candidates, as they came
     prompt: list[Token]
     tokens: list[list[Token]]
+    warning: str  # or nothing
 
 
 def _together(requests: Sequence[_Readable], copies: int) -> Iterator[list[_Readable]]:

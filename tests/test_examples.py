@@ -80,3 +80,9 @@ def test_plain_pytorch_is_short_and_uses_no_trainer():
     text = (EXAMPLES / "plain_pytorch.py").read_text()
     assert len(text.splitlines()) < 120
     assert not re.search(r"import.*\b(trainer|Trainer)", text)
+
+
+def test_a_judge_s_need_is_learnt(tmp_path):
+    shown = run("judge.py", "--output", str(tmp_path / "run"), "--steps", "4", "--prompts", "16")
+    at_random, _, trained = (float(value) for value in re.findall(r"ndcg@5 (\S+)", shown))
+    assert trained > at_random + 0.05

@@ -31,7 +31,10 @@ def run(tmp_path_factory, dataset):
     model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2, max_length=256)
     builder = PromptBuilder(tokenizer, encoding="index")
     RunFolder(folder).save(
-        model, tokenizer, RunInfo.of(ExperimentConfig(output=str(folder)), builder, dataset), dataset
+        model,
+        tokenizer,
+        RunInfo.of(ExperimentConfig(output=str(folder)), builder, dataset, [get_need("interest")]),
+        dataset,
     )
     return folder
 

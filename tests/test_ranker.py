@@ -16,7 +16,9 @@ from flexrec.policy.small_model import build_model, build_tokenizer
 from flexrec.ranker import Decoding, Ranker
 from flexrec.task.descriptions import Item
 from flexrec.task.examples import RankingTask
-from flexrec.task.needs import get_need, novelty_of
+from flexrec.task.mixtures import find_need
+from flexrec.task.needs import Need, get_need, novelty_of
+from flexrec.task.own_needs import make_needs
 from flexrec.task.prompts import PromptBuilder, strongest_risers
 
 SIZES = {"num_users": 24, "num_items": 70, "num_topics": 4, "num_test_users": 6, "num_candidates": 8}
@@ -41,7 +43,9 @@ def run(request, tmp_path_factory, dataset):
         tokenizer, encoding=encoding, show_titles=encoding != "item_token", show_rising=True, described=described
     )
     config = ExperimentConfig(output=str(folder), num_ranked=6, temperature=0.6)
-    RunFolder(folder).save(model, tokenizer, RunInfo.of(config, builder, dataset), dataset)
+    RunFolder(folder).save(
+        model, tokenizer, RunInfo.of(config, builder, dataset, [get_need("interest"), get_need("trend")]), dataset
+    )
     return folder, builder
 
 
@@ -273,3 +277,160 @@ def test_the_model_of_the_folder_answers(run):
         torch.testing.assert_close(value, expected[name])
     assert not ranker.model.training
     assert ranker._trend == json.loads((folder / "catalogue.json").read_text())["trend"] != {}
+
+
+@pytest.fixture(scope="module")
+def with_own_needs(tmp_path_factory, dataset):
+    """The folder of an embedded run with a mixture and a need from a file."""
+    folder = tmp_path_factory.mktemp("runs") / "own"
+    folder.mkdir()
+    (cheap,) = make_needs(
+        [{"name": "short ones", "wordings": ["I want short titles.", "Few words."], "gain": "interest * 2"}]
+    )
+    needs = [get_need("interest"), find_need("0.7 interest + 0.3 explore"), cheap]
+    tokenizer = build_tokenizer(
+        dataset.catalogue, [wording for need in needs for wording in need.wordings], needs=["short ones"]
+    )
+    model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+    builder = PromptBuilder(
+        tokenizer, encoding="item_token", show_titles=False, show_rising=False, described=True, described_needs=[cheap]
+    )
+    config = ExperimentConfig(output=str(folder))
+    RunFolder(folder).save(model, tokenizer, RunInfo.of(config, builder, dataset, needs), dataset)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("need", "wording", "warning"),
+    [
+        ("interest", get_need("interest").wordings[0], None),
+        ("short ones", "I want short titles.", None),
+        (" 0.7 interest + 0.3 explore ", find_need("0.7 interest + 0.3 explore").wordings[0], None),
+        ("Few words.", "Few words.", None),
+        ("Which titles will this user love the most?", None, None),
+        (
+            "7 interest + 3 explore",
+            find_need("0.7 interest + 0.3 explore").wordings[0],
+            "need '7 interest + 3 explore' is '0.7 interest + 0.3 explore': weights are made to sum to 1",
+        ),
+        (
+            "trend",
+            get_need("trend").wordings[0],
+            "the run was not trained on the need 'trend': it knows interest, 0.7 interest + 0.3 explore, short ones",
+        ),
+        (
+            "0.5 interest + 0.5 short ones",
+            None,
+            "the run was not trained on the need '0.5 interest + 0.5 short ones': it knows interest,",
+        ),
+        (
+            "Irgendetwas gegen lange Winterabende, bitte",
+            "Irgendetwas gegen lange Winterabende, bitte",
+            "5 of the 5 words of the need are new to the model (irgendetwas, gegen, lange, winterabende, bitte): it "
+            "was trained on the needs interest, 0.7 interest + 0.3 explore, short ones and understands words like "
+            "those of their wordings",
+        ),
+        ("Salt + pepper", "Salt + pepper", "2 of the 2 words of the need are new to the model (salt, pepper)"),
+    ],
+)
+def test_a_need_that_was_not_trained_is_answered_with_a_warning(
+    with_own_needs, dataset, decoded, need, wording, warning
+):
+    ranker = Ranker(with_own_needs)
+    (answer,) = ranker.rank([as_request(dataset.test[0], dataset, need)])
+    assert answer["ranking"]
+    assert ("warning" in answer) == (warning is not None)
+    if warning:
+        assert answer["warning"].startswith(warning)
+    if wording:
+        prompt = [token for token in decoded["sample"].calls[0][0][0] if isinstance(token, int)]
+        shown = ranker.builder.tokenizer.decode(prompt)
+        assert wording in shown
+
+
+@pytest.mark.parametrize(
+    ("need", "message"),
+    [
+        (
+            "intrest",
+            "unknown need 'intrest'; did you mean 'interest'?; known needs: interest, ",
+        ),
+        ("0.7 interest + 0.3 short one", "unknown need 'short one'; did you mean 'short ones'?"),
+        ("0.7 interest + -0.3 explore", "the weight of 'explore' must be positive"),
+    ],
+)
+def test_a_need_that_is_none_is_an_error(with_own_needs, dataset, need, message):
+    (answer,) = Ranker(with_own_needs).rank([as_request(dataset.test[0], dataset, need)])
+    assert message in answer["error"]
+    assert "ranking" not in answer
+
+
+def test_needs_made_in_python_are_handed_over(with_own_needs, dataset, decoded):
+    mine = Need("mine", ("It must be mine.",), get_need("interest").gains)
+    info = json.loads((with_own_needs / "flexrec.json").read_text())
+    request = as_request(dataset.test[0], dataset, "mine")
+    assert "unknown need 'mine'" in Ranker(with_own_needs).rank([request])[0]["error"]
+    ranker = Ranker(with_own_needs, needs=[mine])
+    assert "it knows" in ranker.rank([request])[0]["warning"]
+    ranker.info = dataclasses.replace(ranker.info, needs=[*info["needs"], "mine"])
+    assert "warning" not in ranker.rank([request])[0]
+
+
+def test_pretrained_models_are_not_warned_of_words(with_own_needs, dataset, decoded):
+    ranker = Ranker(with_own_needs)
+    ranker.info = dataclasses.replace(ranker.info, model="Qwen/Qwen2.5-0.5B-Instruct")
+    (answer,) = ranker.rank([as_request(dataset.test[0], dataset, "Irgendetwas gegen lange Winterabende")])
+    assert "warning" not in answer
+
+
+def test_candidates_are_described_by_needs_of_ones_own_as_in_training(tmp_path, dataset, decoded):
+    """By columns, categories, titles and popularity, which the run's folder remembers; new items have no columns."""
+    rng = np.random.default_rng(0)
+    columns = {
+        "unit price": np.where(np.arange(70) % 9, rng.random(70) * 50, np.nan),
+        "brand": np.array(["Acme" if n % 3 else "" for n in range(70)], dtype=object),
+        "weight": np.ones(70),
+    }
+    catalogue = dataclasses.replace(dataset.catalogue, columns=columns)
+    topic = catalogue.topic_names[0]
+    needs = make_needs(
+        [
+            {"name": "cheap", "wordings": "Cheap.", "gain": "interest * exp(-unit_price / 20)"},
+            {
+                "name": "known",
+                "wordings": "Known.",
+                "gain": f"interest * popularity if '{topic}' in category else 0.01",
+            },
+            {"name": "branded", "wordings": "Acme.", "gain": "interest * (default(brand, 'x') == 'acme')"},
+        ]
+    )
+    tokenizer = build_tokenizer(catalogue, ["Cheap."], needs=[need.name for need in needs])
+    model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+    options = {"encoding": "item_token", "show_titles": False, "show_rising": False}
+    builder = PromptBuilder(tokenizer, described=True, described_needs=needs, **options)
+    data = dataclasses.replace(dataset, catalogue=catalogue)
+    info = RunInfo.of(ExperimentConfig(output=str(tmp_path)), builder, data, needs)
+    RunFolder(tmp_path).save(model, tokenizer, info, data)
+    assert set(json.loads((tmp_path / "catalogue.json").read_text())["columns"]) == {"unit price", "brand"}
+    popularity = np.bincount(dataset.log.items, minlength=70).astype(np.float32)
+    lists = [
+        dataclasses.replace(with_saved_trend(lst, dataset), popularity=popularity[lst.candidates])
+        for lst in dataset.test[:3]
+    ]
+    ranker = Ranker(tmp_path)
+    ranker.rank([as_request(lst, dataset, "cheap") for lst in lists])
+    ((_, candidates, _),) = decoded["sample"].calls
+    assert candidates == [builder.candidate_tokens_of(lst, catalogue) for lst in lists]
+    named = {
+        text for of_list in candidates for (ids,) in of_list for text in tokenizer.convert_ids_to_tokens(list(ids))
+    }
+    assert len([text for text in named if text.startswith("<need:")]) > 6
+
+    new = {"id": "new", "title": "A new one", "topics": [topic]}
+    ranker.rank([{"need": "cheap", "history": [], "candidates": [new, *catalogue.ids[1:3]]}])
+    ((first, *_),) = decoded["sample"].calls[1][1]
+    assert "<need:cheap 0>" in tokenizer.convert_ids_to_tokens(list(first[0]))
+    table = Catalogue(("new",), ("A new one",), ((topic,),), {"unit price": np.array([0.0])})
+    Ranker(tmp_path, table).rank([{"need": "cheap", "history": [], "candidates": ["new", *catalogue.ids[1:3]]}])
+    ((first, *_),) = decoded["sample"].calls[2][1]
+    assert "<need:cheap 12>" in tokenizer.convert_ids_to_tokens(list(first[0]))

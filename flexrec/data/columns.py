@@ -81,7 +81,7 @@ def parse_columns(columns: str | Path | Mapping[str, Any] | None) -> ColumnMappi
     if columns is None:
         columns = {}
     elif isinstance(columns, Path) or (isinstance(columns, str) and columns.endswith((".yaml", ".yml"))):
-        columns = read_yaml(Path(columns))
+        columns = read_yaml(Path(columns), "columns")
     elif isinstance(columns, str):
         columns = _parse_text(columns)
     if not isinstance(columns, Mapping):
@@ -127,12 +127,12 @@ def _names(role: str, names: Any) -> tuple[str, ...]:
     return tuple(str(name).strip() for name in given)
 
 
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds; a broken one is a ValueError on one line."""
+def read_yaml(path: Path, what: str) -> Any:
+    """What a YAML file, which is to hold ``what``, holds; a broken one is a ValueError on one line."""
     import yaml
 
     if not path.is_file():
-        raise FileNotFoundError(f"columns: there is no file {path}")
+        raise FileNotFoundError(f"{what}: there is no file {path}")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

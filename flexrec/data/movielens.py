@@ -7,6 +7,7 @@ under the licence in the folder's README; they may not be used commercially with
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import replace
@@ -161,7 +162,13 @@ def _read_movies(path: Path, bad: BadRows) -> Catalogue:
         topics.append(() if genres in ("", NO_GENRES) else tuple(dict.fromkeys(genres.split("|"))))
     if not ids:
         raise ValueError(f"{path}: no movies in it")
-    return Catalogue(tuple(ids), tuple(titles), tuple(topics))
+    return Catalogue(tuple(ids), tuple(titles), tuple(topics), {"year": _years(titles)})
+
+
+def _years(titles: list[str]) -> np.ndarray:
+    """(movies,) float64: the year in brackets that a title ends with, the first of two; NaN where there is none."""
+    found = (re.search(r"\((\d{4})(?:[-\u2013]\s*(?:\d{4})?)?\)\s*$", title) for title in titles)
+    return np.array([np.nan if year is None else float(year[1]) for year in found])
 
 
 def _read_ratings(

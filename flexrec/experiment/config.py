@@ -62,9 +62,16 @@ class ExperimentConfig(TrainerOptions):
     )
     needs: tuple[str, ...] | None = option(
         None,
-        "what users ask for; default: every need that values items and that the data can answer, so not diverse",
+        "what users ask for: names, or names with weights, '0.7 interest + 0.3 explore'; default: every need that "
+        "values items and that the data can answer, so not diverse, and those of --needs",
         flag="need",
-        metavar="NAME",
+        metavar="NEED",
+    )
+    needs_file: str | None = option(
+        None,
+        "a YAML file of needs of your own (docs/needs.md); default: none",
+        flag="needs",
+        metavar="FILE",
     )
     model: str = option(
         EMBEDDED,
@@ -133,6 +140,8 @@ class ExperimentConfig(TrainerOptions):
         super().__post_init__()
         if self.data is not None:
             self.data = str(Path(self.data).absolute())  # from wherever the run is continued or evaluated
+        if self.needs_file is not None:
+            self.needs_file = str(Path(self.needs_file).absolute())
         self.show = tuple(name.strip() for names in self.show for name in names.split(",") if name.strip())
         if self.show != ("title",) and self.model == EMBEDDED and self.encoding in (None, "item_token"):
             raise ValueError(

@@ -17,6 +17,7 @@ from flexrec.policy.lora import ADAPTER_FILE, OF_A_RUN, add_lora, has_adapters
 from flexrec.policy.small_model import HIDDEN_SIZE, build_model, build_tokenizer, item_vectors, starting_rows
 from flexrec.task.descriptions import describing_tokens, item_token
 from flexrec.task.needs import Need
+from flexrec.task.own_needs import asks_of_data, written
 from flexrec.task.prompts import PromptBuilder, add_item_tokens, known_columns
 
 
@@ -28,6 +29,8 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
     known = np.flatnonzero(~new_items(dataset)) if described else np.arange(len(dataset.catalogue))
     catalogue = dataset.catalogue.select(known)
     queries = [lst.query for lst in dataset.train if lst.query]
+    own = written(needs) if described else []
+    names = [need.name for need in own]
     if strange := [name for name in config.show if name not in known_columns(dataset.catalogue)]:
         they_have = ", ".join(known_columns(dataset.catalogue))
         raise ValueError(f"--show {strange[0]}: nothing of that name is known of the items, but {they_have}")
@@ -37,7 +40,7 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
         model: Any = folder.load_base(tokenizer, config.lora)
     elif config.model == EMBEDDED:
         wordings = [wording for need in needs for wording in need.wordings]
-        tokenizer = build_tokenizer(catalogue, wordings, queries=queries)
+        tokenizer = build_tokenizer(catalogue, wordings, queries=queries, needs=names)
         vectors = item_vectors(dataset.log, len(dataset.catalogue), HIDDEN_SIZE, seed=config.seed)[known]
         rows = starting_rows(catalogue, vectors, queries=queries, seed=config.seed)
         model = build_model(tokenizer, hidden_size=HIDDEN_SIZE, rows=rows, seed=config.seed)
@@ -61,7 +64,7 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
             add_item_tokens(model, tokenizer, catalogue)
     if config.lora is not None and not has_adapters(model):
         tokens = [item_token(item_id) for item_id in catalogue.ids] if encoding == "item_token" else []
-        tokens = describing_tokens(catalogue, queries) if described else tokens
+        tokens = describing_tokens(catalogue, queries, names) if described else tokens
         model = add_lora(
             model,
             config.lora,
@@ -76,7 +79,8 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
         encoding=encoding,
         show_titles=config.model != EMBEDDED or encoding != "item_token",
         show=config.show,
-        show_rising=not described and any(need.name == "trend" for need in needs),  # which marks say better
+        show_rising=not described and any("trend" in asks_of_data(need) for need in needs),  # which marks say better
         described=described,
+        described_needs=own,
     )
     return model, tokenizer, builder

@@ -39,7 +39,9 @@ from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.results import WARM_START, Results
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, OF_A_RUN, has_adapters, load_model, save_adapters
 from flexrec.task.critic import Critic
-from flexrec.task.needs import needs_of
+from flexrec.task.expression_values import find_column
+from flexrec.task.needs import Need
+from flexrec.task.own_needs import columns_of, definitions_of, make_needs
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.callbacks import to_json
 
@@ -70,10 +72,14 @@ class RunInfo:
     seed: int
     described: bool = False
     show: Sequence[str] = ("title",)
+    model: str = ""  # which the run began with
+    own_needs: list[dict[str, Any]] = field(default_factory=list)  # that were written as expressions
     data_options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: ExperimentConfig, builder: PromptBuilder, dataset: RankingDataset) -> RunInfo:
+    def of(
+        cls, config: ExperimentConfig, builder: PromptBuilder, dataset: RankingDataset, needs: Sequence[Need]
+    ) -> RunInfo:
         return cls(
             encoding=builder.encoding,
             show_titles=builder.show_titles,
@@ -84,10 +90,12 @@ class RunInfo:
             dataset=config.dataset,
             data=config.data,
             data_options=config.data_options,
-            needs=[need.name for need in needs_of(dataset, config.needs)],
+            needs=[need.name for need in needs],
+            own_needs=definitions_of(needs),
             seed=config.seed,
             described=builder.described,
             show=builder.show,
+            model=config.model,
         )
 
     @classmethod
@@ -312,11 +320,15 @@ class RunFolder:
         trend = np.zeros(len(catalogue)) if dataset.trend is None else dataset.trend
         rises = {catalogue.ids[i]: round(float(trend[i]), 4) for i in np.flatnonzero(trend)}
         items = {"ids": catalogue.ids, "titles": catalogue.titles, "topics": catalogue.topics}
-        shown = {name: values.tolist() for name, values in catalogue.columns.items() if name in info.show}
+        needs = make_needs(info.own_needs) if info.own_needs else []
+        named = {*info.show, *(find_column(name, catalogue) for need in needs for name in columns_of(need))}
+        columns = {name: values.tolist() for name, values in catalogue.columns.items() if name in named}
+        popularity = np.bincount(log.items, minlength=len(catalogue)).tolist() if needs else []
         counts = (
             {} if dataset.rises is None else {name: dataset.rises[catalogue.index[name]].tolist() for name in rises}
         )
-        _write_json(self.path / "catalogue.json", {**items, "columns": shown, "trend": rises, "rises": counts})
+        of_items = {**items, "columns": columns, "popularity": popularity, "trend": rises, "rises": counts}
+        _write_json(self.path / "catalogue.json", of_items)
         histories: dict[str, list[dict[str, Any]]] = {}
         for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
             name = str(user) if dataset.user_ids is None else dataset.user_ids[user]
@@ -346,6 +358,7 @@ class RunFolder:
             show_rising=info.show_rising,
             described=info.described,
             show=info.show,
+            described_needs=make_needs(info.own_needs) if info.own_needs else (),
         )
         return info, model, builder
 
@@ -368,6 +381,11 @@ class RunFolder:
             return catalogue, trend, dict(saved.get("rises", {}))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+    def read_popularity(self) -> dict[str, float]:
+        """How often each item was taken in the log, by id, where needs of one's own may ask for it."""
+        saved = json.loads((self.path / "catalogue.json").read_text())
+        return dict(zip(saved["ids"], saved.get("popularity", ()), strict=False))
 
     def read_histories(self) -> dict[str, list[dict[str, Any]]]:
         """The last items of every logged user, ``{"id", "interest"}`` each, oldest first."""

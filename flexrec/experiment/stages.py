@@ -34,6 +34,7 @@ from flexrec.evaluation.neighbours import ItemKNN
 from flexrec.evaluation.statistics import bootstrap_interval
 from flexrec.experiment.config import EMBEDDED, LISTWISE, MADE_IN_PYTHON, ExperimentConfig
 from flexrec.experiment.model import make_model
+from flexrec.experiment.needs import check_answerable, choose_needs, known_needs, renamed, unseen_columns, untrained
 from flexrec.experiment.results import BASE, CRITIC, TRAINED, WARM_START, Results
 from flexrec.experiment.run_folder import FORMAT, REINFORCEMENT, WARM_UP, RunFolder, RunInfo
 from flexrec.experiment.training import GRPO, Training, grpo_config, reinforcement_arguments
@@ -43,7 +44,8 @@ from flexrec.policy.distributed import of_main_process, on_main_process, process
 from flexrec.policy.lora import require_peft
 from flexrec.task.critic import Critic
 from flexrec.task.examples import RankingTask, TrainingExamples, answerable
-from flexrec.task.needs import Need, get_need, needs_of
+from flexrec.task.mixtures import find_need
+from flexrec.task.needs import Need
 from flexrec.trainer.callbacks import Clock, StepLog
 
 MIN_NEW_LISTS = 20  # of new items alone: figures of fewer say nothing
@@ -72,8 +74,16 @@ def load_dataset(
     return loaders[name](folder, seed=seed, **options)
 
 
+def _say_nothing(text: str) -> None:
+    """What the other processes say."""
+
+
 def run_experiment(
-    config: ExperimentConfig, say: Callable[[str], None] = print, *, dataset: RankingDataset | None = None
+    config: ExperimentConfig,
+    say: Callable[[str], None] = print,
+    *,
+    dataset: RankingDataset | None = None,
+    needs: Sequence[Need] | None = None,
 ) -> Results:
     """Train and evaluate as ``config`` says; writes the run's folder and returns the results.
 
@@ -82,6 +92,7 @@ def run_experiment(
     Args:
         say: takes what is to be told, in sentences.
         dataset: made in Python, in place of one that ``config`` names.
+        needs: made in Python, in place of those that ``config`` names.
 
     Raises:
         FileExistsError: the output folder holds something, and ``config.resume`` is not set.
@@ -93,18 +104,27 @@ def run_experiment(
         if said not in (("simulated", None, all_data_options("simulated", {})), (MADE_IN_PYTHON, None, {})):
             raise ValueError(f"a data set is given: leave away dataset, data and data_options, got {said}")
         config = replace(config, dataset=MADE_IN_PYTHON, data_options={})
+    if needs is not None:
+        config = replace(config, needs=tuple(need.name for need in needs), needs_file=None)
     PartialState()  # where there are several processes, they meet
     folder = RunFolder(config.output)
     with folder.locked() if process_index() == 0 else nullcontext():
-        return _run_in(folder, config, say if process_index() == 0 else _say_nothing, dataset)
+        return _run_in(folder, config, say if process_index() == 0 else _say_nothing, dataset, needs or ())
 
 
 def _run_in(
-    folder: RunFolder, config: ExperimentConfig, say: Callable[[str], None], dataset: RankingDataset | None
+    folder: RunFolder,
+    config: ExperimentConfig,
+    say: Callable[[str], None],
+    dataset: RankingDataset | None,
+    made: Sequence[Need],
 ) -> Results:
     on_main_process(lambda: folder.check_usable(config))
+    resumed = config.resume and folder.has_base()
+    kept = RunInfo.load(folder.base).own_needs if resumed else ()
+    known = known_needs(None if resumed else config.needs_file, kept, made)
     for name in config.needs or ():
-        get_need(name)
+        find_need(name, known)
     reinforcement_arguments(config)  # options that contradict each other are an error before anything is loaded
     parse_metric(config.metric)
     chosen = config.chosen_baselines()
@@ -123,12 +143,13 @@ def _run_in(
         dataset = replace(dataset, noise=config.noise)
     if config.cold_items is not None:
         dataset = hold_out_items(dataset, config.cold_items, seed=config.seed)
-    needs = needs_of(dataset, config.needs)
+    needs = choose_needs(config.needs, known, dataset)
+    notes = [*renamed(config.needs or (), known), *check_answerable(needs, dataset)]
     given = dataset
     on_main_process(lambda: folder.check_data(given))
     model, tokenizer, builder = make_model(config, dataset, needs)
     dataset = answerable(dataset, builder, config.num_ranked)
-    for note in dataset.notes:
+    for note in (*dataset.notes, *notes, *unseen_columns(needs, builder, dataset.catalogue)):
         say(note)
     say(
         f"{len(dataset.catalogue)} items; {len(dataset.train)} lists of training users, {len(dataset.test)} of "
@@ -170,8 +191,7 @@ def _run_in(
 
     # From here on the folder is written to; mistakes that can be seen before have left no trace.
     on_main_process(lambda: folder.write_config(config, given))
-    info = RunInfo.of(config, builder, dataset)
-    resumed = config.resume and folder.has_base()
+    info = RunInfo.of(config, builder, dataset, needs)
     checkpoint = of_main_process(folder.latest_checkpoint(say) if resumed and process_index() == 0 else None)
     if checkpoint is not None and others and not folder.has_reference():
         raise ValueError(
@@ -329,8 +349,10 @@ def evaluate_run(
     folder: Path,
     dataset: str | RankingDataset | None = None,
     data: str | None = None,
-    needs: Sequence[str] | None = None,
+    needs: Sequence[str | Need] | None = None,
     data_options: Mapping[str, Any] | None = None,
+    needs_file: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """need -> metric -> mean, low and high (95 % interval over users) of a finished run on a data set's test users.
 
@@ -341,19 +363,27 @@ def evaluate_run(
 
     Args:
         dataset: the name of one, or one that was made in Python.
+        needs: names of needs, of mixtures, of needs that the run was trained with or that ``needs_file`` holds; or
+            needs made in Python.
+        say: takes what is to be told, in sentences.
     """
     trained_with, model, builder = RunFolder(folder).load()
     if isinstance(dataset, RankingDataset):
         loaded = dataset
     else:
         name = dataset or trained_with.dataset
-        known = trained_with.data_options if name == trained_with.dataset else {}
-        options = all_data_options(name, {**known, **(data_options or {})})
+        of_data = trained_with.data_options if name == trained_with.dataset else {}
+        options = all_data_options(name, {**of_data, **(data_options or {})})
         loaded = load_dataset(
             name, data or (trained_with.data if name == trained_with.dataset else None), trained_with.seed, options
         )
     loaded = answerable(loaded, builder, trained_with.num_ranked)
-    task = RankingTask(loaded.catalogue, needs_of(loaded, needs or trained_with.needs), builder)
+    asked = trained_with.needs if needs is None else needs
+    names = [need.name if isinstance(need, Need) else need for need in asked]
+    known = known_needs(needs_file, trained_with.own_needs, [need for need in asked if isinstance(need, Need)])
+    task = RankingTask(loaded.catalogue, choose_needs(names, known, loaded), builder)
+    for note in (*renamed(names, known), *check_answerable(task.needs, loaded), *untrained(task.needs, trained_with)):
+        say(note)
     is_new = np.array([not builder.knows(item_id) for item_id in loaded.catalogue.ids])
     new = lists_of_new_items(loaded.test, is_new)
     scores = {}
@@ -369,7 +399,3 @@ def evaluate_run(
 def _summary(values: np.ndarray, users: np.ndarray) -> dict[str, float]:
     low, high = bootstrap_interval(values, clusters=users)
     return {"mean": float(values.mean()), "low": low, "high": high}
-
-
-def _say_nothing(text: str) -> None:
-    """What the other processes say."""

@@ -25,13 +25,19 @@ HIDDEN_SIZE = 128
 
 
 def build_tokenizer(
-    catalogue: Catalogue, texts: Iterable[str], *, queries: Sequence[str] = (), vocab_size: int = 2048
+    catalogue: Catalogue,
+    texts: Iterable[str],
+    *,
+    queries: Sequence[str] = (),
+    needs: Iterable[str] = (),
+    vocab_size: int = 2048,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the titles, the topics and ``texts``, plus one token per item, and those by
     which items are described (:mod:`flexrec.task.descriptions`).
 
     Args:
         queries: of the training lists, whose words have tokens, too.
+        needs: names of those by what is offered to which candidates are described.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -52,7 +58,7 @@ def build_tokenizer(
     fast.add_tokens([LIKED, SEEN, RISING, CANDIDATES, RANKING])  # what stands in every prompt: one token each
     if queries:
         fast.add_tokens([SEARCHED])
-    fast.add_tokens(describing_tokens(catalogue, queries), special_tokens=True)
+    fast.add_tokens(describing_tokens(catalogue, queries, needs), special_tokens=True)
     return fast
 
 

@@ -4,8 +4,13 @@ from .descriptions import item_token as item_token
 from .examples import Example as Example
 from .examples import RankingTask as RankingTask
 from .examples import TrainingExamples as TrainingExamples
+from .judge import JudgedGains as JudgedGains
+from .mixtures import find_need as find_need
+from .mixtures import mix_needs as mix_needs
 from .needs import NEEDS as NEEDS
+from .needs import InterestTimes as InterestTimes
 from .needs import Need as Need
 from .needs import get_need as get_need
+from .own_needs import read_needs as read_needs
 from .prompts import PromptBuilder as PromptBuilder
 from .prompts import add_item_tokens as add_item_tokens

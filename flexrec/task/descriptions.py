@@ -33,6 +33,7 @@ NOVELTY_LEVELS = 5
 INTEREST_LEVELS = 4
 RISE_MARKS = tuple(f"<rise {level}>" for level in range(1, len(RISE_LEVELS) + 2))  # what does not rise has none
 NOVELTY_MARKS = tuple(f"<new {level}>" for level in range(NOVELTY_LEVELS + 1))
+OFFER_LEVELS = 12
 INTEREST_MARKS = tuple(f"<interest {level}>" for level in range(1, INTEREST_LEVELS + 1))  # what is not known has none
 
 MATCH_LEVELS = 5
@@ -102,11 +103,17 @@ def query_match(query: str, titles: Sequence[str]) -> np.ndarray | None:
     return np.array(found, dtype=np.float32) / len(words) if words else None
 
 
-def describing_tokens(catalogue: Catalogue, queries: Sequence[str] = ()) -> list[str]:
+def offer_marks(need: str) -> list[str]:
+    """The marks of a need of one's own, from nothing to the list's best."""
+    return [f"<need:{need} {level}>" for level in range(OFFER_LEVELS + 1)]
+
+
+def describing_tokens(catalogue: Catalogue, queries: Sequence[str] = (), needs: Iterable[str] = ()) -> list[str]:
     """The texts of all vocabulary entries that describe the items of a catalogue, their own tokens first.
 
     Args:
         queries: of the training lists, whose words have tokens, too.
+        needs: names of those by what is offered to which candidates are described.
     """
     return [
         *map(item_token, catalogue.ids),
@@ -114,6 +121,7 @@ def describing_tokens(catalogue: Catalogue, queries: Sequence[str] = ()) -> list
         *map(word_token, known_words(catalogue, queries)),
         *(UNKNOWN_ITEM, *INTEREST_MARKS, *RISE_MARKS, *NOVELTY_MARKS),
         *(MATCH_MARKS if queries else ()),
+        *(mark for need in needs for mark in offer_marks(need)),
     ]
 
 
@@ -132,11 +140,12 @@ class Descriptions:
         ValueError: a tokenizer without the tokens that every description may need (:func:`describing_tokens`).
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, needs: Iterable[str] = ()) -> None:
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
         self._unknown, *_ = self._ids([UNKNOWN_ITEM])
         self._interest, self._rise, self._novelty = map(self._ids, (INTEREST_MARKS, RISE_MARKS, NOVELTY_MARKS))
         self._match = self._ids(MATCH_MARKS) if MATCH_MARKS[0] in self._vocabulary else []
+        self._offers = [self._ids(offer_marks(need)) for need in needs]
         self._described: dict[Item, tuple[int, ...]] = {}
 
     def _ids(self, texts: Iterable[str]) -> list[int]:
@@ -169,13 +178,20 @@ class Descriptions:
         levels = np.minimum(np.nan_to_num(values) * INTEREST_LEVELS, INTEREST_LEVELS - 1).astype(np.int64)
         return [() if np.isnan(x) else (self._interest[n],) for x, n in zip(values, levels.tolist(), strict=True)]
 
-    def marks(self, trend: np.ndarray, novelty: np.ndarray, match: np.ndarray | None = None) -> list[tuple[int, ...]]:
+    def marks(
+        self,
+        trend: np.ndarray,
+        novelty: np.ndarray,
+        match: np.ndarray | None = None,
+        offers: Sequence[np.ndarray] = (),
+    ) -> list[tuple[int, ...]]:
         """What each candidate has besides in its list.
 
         Args:
             trend: (K,) in [0, 1], how strongly each candidate rises.
             novelty: (K,) in [0, 1], how new its topics are to the history (:func:`flexrec.task.needs.novelty`).
             match: (K,) in [0, 1], how well it matches the query (:func:`query_match`); None where there is none.
+            offers: of each need that candidates are described by, (K,) >= 0, what a candidate is worth to it.
         """
         trend, novelty = np.asarray(trend, dtype=np.float32), np.asarray(novelty, dtype=np.float32)
         rise = np.digitize(trend, RISE_LEVELS)
@@ -184,7 +200,21 @@ class Descriptions:
             (*([self._rise[r]] if rises else []), self._novelty[n])
             for r, n, rises in zip(rise, new, trend > 0, strict=True)
         ]
-        if match is None or not self._match:
-            return marks
-        levels = np.ceil(MATCH_LEVELS * match - 1e-6).astype(np.int64)
-        return [(*of_item, self._match[level]) for of_item, level in zip(marks, levels, strict=True)]
+        if match is not None and self._match:
+            levels = np.ceil(MATCH_LEVELS * match - 1e-6).astype(np.int64)
+            marks = [(*of_item, self._match[level]) for of_item, level in zip(marks, levels, strict=True)]
+        for ids, offer in zip(self._offers, offers, strict=True):
+            marks = [(*of_item, ids[level]) for of_item, level in zip(marks, offer_levels(offer), strict=True)]
+        return marks
+
+
+def offer_levels(offer: np.ndarray) -> np.ndarray:
+    """(K,) int64: of what candidates are worth (K,) >= 0, the level beside the list's best, which is OFFER_LEVELS: one
+    less for every factor of the square root of 2, 1 for everything small, 0 for nothing.
+
+    A ranking depends on the ratios of gains alone, so that levels of ratios say all that matters.
+    """
+    offer = np.asarray(offer, dtype=np.float64)
+    ratio = offer / max(offer.max(initial=0.0), 1e-30)
+    steps = np.floor(-2 * np.log2(np.maximum(ratio, 1e-30)) + 1e-6).astype(np.int64)
+    return np.where(offer > 0, np.maximum(1, OFFER_LEVELS - steps), 0)

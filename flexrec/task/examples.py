@@ -12,6 +12,7 @@ from flexrec.data.lists import Catalogue, RankingDataset, RankingList
 from flexrec.profiling import span
 from flexrec.task.critic import Critic
 from flexrec.task.descriptions import Token
+from flexrec.task.judge import JudgedGains
 from flexrec.task.needs import Need, evaluation_gains, observed_interest
 from flexrec.task.prompts import PromptBuilder
 
@@ -84,7 +85,10 @@ class RankingTask:
         self.critic = critic
 
     def training_feedback(self, lists: Sequence[RankingList]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(interest (K,), its variance (K,)) of each list, as training may know them."""
+        """(interest (K,), its variance (K,)) of each list, as training may know them; judges are asked."""
+        for need in self.needs:
+            if isinstance(need.gains, JudgedGains):
+                need.gains.prepare(lists, self.catalogue)
         if self.critic is not None:
             with span("critic"):
                 return self.critic.fill_many(lists)

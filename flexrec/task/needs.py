@@ -6,7 +6,9 @@ have the form
     gain = interest x factor,    factor in [0, 1] known exactly from the list,
 
 so that Var[gain] = factor^2 Var[interest] holds exactly. A need of one's own is a ``Need`` constructed with a name,
-some wordings and a function like ``interest_gains``; nothing has to be registered.
+some wordings and gains such as ``InterestTimes(factor)``; nothing has to be registered. Needs are mixed by
+:mod:`flexrec.task.mixtures`, written without Python by :mod:`flexrec.task.own_needs`, and scored by whoever can score
+by :mod:`flexrec.task.judge`.
 
 A need that names a ``metric`` is about the list as a whole: what an item earns depends on what stands above it, so
 that no gain of the item alone says it.
@@ -14,14 +16,14 @@ that no gain of the item alone says it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 
-from flexrec.checks import check_choice
-from flexrec.data.lists import Catalogue, RankingDataset, RankingList
+from flexrec.checks import check_choice, did_you_mean
+from flexrec.data.lists import Catalogue, RankingList
 from flexrec.metrics import OF_TOPICS
 
 # (list, catalogue, interest (K,), its variance (K,)) -> gain (K,) float32, its variance (K,) float32
@@ -30,8 +32,50 @@ GainFunction: TypeAlias = Callable[
     tuple[np.ndarray, np.ndarray],
 ]
 
+# (list, catalogue) -> factor (K,) >= 0
+FactorFunction: TypeAlias = Callable[[RankingList, Catalogue], np.ndarray]
+
 # A topic is new where less than this share of the shown history has it: the fewer, the newer.
 RARE_TOPIC_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class InterestTimes:
+    """The gains of a need whose gain is interest x factor; their variance, factor^2 x that of the interest, is exact.
+
+    Attributes:
+        factor: ``factor(lst, catalogue)`` gives (K,) numbers >= 0, by candidate.
+
+    Example:
+        >>> from flexrec.task import InterestTimes
+        >>> def half(lst, catalogue):
+        ...     return np.full(len(lst.candidates), 0.5)
+        ...
+        >>> InterestTimes(half).factor is half
+        True
+    """
+
+    factor: FactorFunction
+
+    def __call__(
+        self, lst: RankingList, catalogue: Catalogue, interest: np.ndarray, variance: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        check_interest(lst, interest, variance)
+        factor = np.asarray(self.factor(lst, catalogue), dtype=np.float32)
+        if factor.shape != lst.candidates.shape:
+            raise ValueError(f"factor must have shape {lst.candidates.shape}, one per candidate, got {factor.shape}")
+        if not np.all((factor >= 0) & np.isfinite(factor)):
+            raise ValueError(f"factor must be finite and non-negative, got {factor}")
+        return (interest * factor).astype(np.float32), (variance * factor**2).astype(np.float32)
+
+
+def check_interest(lst: RankingList, interest: np.ndarray, variance: np.ndarray) -> None:
+    """Raise a ValueError unless both are (K,), non-negative numbers by candidate."""
+    for name, values in (("interest", interest), ("variance", variance)):
+        if values.shape != lst.candidates.shape:
+            raise ValueError(f"{name} must have shape {lst.candidates.shape}, one per candidate, got {values.shape}")
+        if not np.all(values >= 0):  # also false for NaN
+            raise ValueError(f"{name} must be non-negative numbers without NaN, got {values}")
 
 
 @dataclass(frozen=True)
@@ -43,23 +87,25 @@ class Need:
         wordings: instructions to a recommender that all mean this need; training draws one of them for each prompt.
         gains: ``need.gains(lst, catalogue, interest, variance)`` takes the mean interest (K,) in each candidate and
             the variance (K,) of that knowledge, by candidate, and returns the gains (K,) >= 0 and their variance (K,),
-            both float32.
+            both float32. :class:`InterestTimes` where gains are interest times something.
+        phrase: what is wanted, as it stands in the wordings of a mixture after "mostly" or "a little of"; empty: the
+            name.
         metric: "alpha_ndcg" or "err_ia" where a ranking is valued as a whole, by the gains and topics of its items,
             with the cutoff of the metric that is trained; None: by that metric.
 
     Example:
-        >>> from flexrec.task import Need
-        >>> def short(lst, catalogue, interest, variance):
-        ...     factor = np.array([len(catalogue.titles[item]) < 12 for item in lst.candidates], dtype=np.float32)
-        ...     return interest * factor, variance * factor**2
+        >>> from flexrec.task import InterestTimes, Need
+        >>> def short(lst, catalogue):
+        ...     return np.array([len(catalogue.titles[item]) < 12 for item in lst.candidates], dtype=np.float32)
         ...
-        >>> Need("short titles", ("I am tired of long names.",), short).name
+        >>> Need("short titles", ("I am tired of long names.",), InterestTimes(short)).name
         'short titles'
     """
 
     name: str
     wordings: tuple[str, ...]
     gains: GainFunction
+    phrase: str = ""
     metric: str | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +115,17 @@ class Need:
             raise ValueError("name of a need must not be empty")
         if not self.wordings or not all(wording.strip() for wording in self.wordings):
             raise ValueError(f"need {self.name!r} must have at least one wording and none that is empty")
+
+    def offer(self, lst: RankingList, catalogue: Catalogue) -> np.ndarray:
+        """(K,) float32: what each candidate is worth to somebody who would like all of them alike, by one half; half of
+        the factor, where gains are interest times a factor."""
+        half = np.full(len(lst.candidates), 0.5, dtype=np.float32)
+        return self.gains(lst, catalogue, half, np.zeros_like(half))[0]
+
+    @property
+    def factor(self) -> FactorFunction | None:
+        """What interest is multiplied by; None where gains are not of this form."""
+        return getattr(self.gains, "factor", None)
 
 
 def novelty(lst: RankingList, catalogue: Catalogue) -> np.ndarray:
@@ -93,36 +150,12 @@ def novelty_of(history: np.ndarray, candidates: np.ndarray, catalogue: Catalogue
     return (of_candidates @ topic_novelty / np.maximum(of_candidates.sum(axis=1), 1.0)).astype(np.float32)
 
 
-def interest_gains(
-    lst: RankingList, catalogue: Catalogue, interest: np.ndarray, variance: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """gain = interest: rank first what the user will like most."""
-    return _scaled(lst, interest, variance, np.ones(len(lst.candidates), dtype=np.float32))
+def _everything(lst: RankingList, catalogue: Catalogue) -> np.ndarray:
+    return np.ones(len(lst.candidates), dtype=np.float32)
 
 
-def explore_gains(
-    lst: RankingList, catalogue: Catalogue, interest: np.ndarray, variance: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """gain = interest x ``novelty``: what the user will like among topics that are new to the history."""
-    return _scaled(lst, interest, variance, novelty(lst, catalogue))
-
-
-def trend_gains(
-    lst: RankingList, catalogue: Catalogue, interest: np.ndarray, variance: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """gain = interest x ``lst.trend``: what the user will like among that which is rising just now."""
-    return _scaled(lst, interest, variance, lst.trend)
-
-
-def _scaled(
-    lst: RankingList, interest: np.ndarray, variance: np.ndarray, factor: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    for name, values in (("interest", interest), ("variance", variance)):
-        if values.shape != lst.candidates.shape:
-            raise ValueError(f"{name} must have shape {lst.candidates.shape}, one per candidate, got {values.shape}")
-        if not np.all(values >= 0):  # also false for NaN
-            raise ValueError(f"{name} must be non-negative numbers without NaN, got {values}")
-    return (interest * factor).astype(np.float32), (variance * factor**2).astype(np.float32)
+def _rise(lst: RankingList, catalogue: Catalogue) -> np.ndarray:
+    return lst.trend
 
 
 NEEDS: dict[str, Need] = {
@@ -138,7 +171,8 @@ NEEDS: dict[str, Need] = {
                 "Recommend the items that will interest this user the most.",
                 "Sort the list for maximum enjoyment, the surest favourites first.",
             ),
-            interest_gains,
+            InterestTimes(_everything),
+            phrase="what I will like",
         ),
         Need(
             "explore",
@@ -150,7 +184,8 @@ NEEDS: dict[str, Need] = {
                 "Surprise me with topics I have not explored yet, but keep it to things I would like.",
                 "Favour new topics over familiar ones, and among the new ones those with the best chance to please.",
             ),
-            explore_gains,
+            InterestTimes(novelty),
+            phrase="topics that are new to me",
         ),
         Need(
             "trend",
@@ -162,7 +197,8 @@ NEEDS: dict[str, Need] = {
                 "Put the items on the rise first, among those that would interest this user.",
                 "Keep this user up to date with current trends that match their interests.",
             ),
-            trend_gains,
+            InterestTimes(_rise),
+            phrase="what is on the rise",
         ),
         Need(
             "search",
@@ -174,7 +210,8 @@ NEEDS: dict[str, Need] = {
                 "Sort the results of this search by how relevant they are.",
                 "Which of these did I mean? Exact matches first.",
             ),
-            interest_gains,
+            InterestTimes(_everything),
+            phrase="what I search for",
         ),
         Need(
             "diverse",
@@ -186,7 +223,7 @@ NEEDS: dict[str, Need] = {
                 "I do not know what I am in the mood for: let the first few differ from each other, and all be good.",
                 "Balance the top of the list across this user's interests instead of repeating the strongest one.",
             ),
-            interest_gains,
+            InterestTimes(_everything),
             metric="alpha_ndcg",
         ),
     )
@@ -202,21 +239,8 @@ def get_need(name: str) -> Need:
         'Promote what is trending: prefer items that are rising in popularity and that the user will like.'
     """
     if name not in NEEDS:
-        raise ValueError(f"unknown need {name!r}; known needs: {', '.join(NEEDS)}")
+        raise ValueError(f"unknown need {name!r}{did_you_mean(name, NEEDS)}; known needs: {', '.join(NEEDS)}")
     return NEEDS[name]
-
-
-def needs_of(dataset: RankingDataset, names: Sequence[str] | None) -> list[Need]:
-    """The needs of these names; None: all that value items and that the data can answer.
-
-    Raises:
-        ValueError: an unknown name, or a need that the data cannot answer, with the reason.
-    """
-    if names is None:
-        names = [name for name, need in NEEDS.items() if need.metric is None and name not in dataset.unanswerable]
-    needs = [get_need(name) for name in names]
-    dataset.check_needs(names)
-    return needs
 
 
 def observed_interest(lst: RankingList) -> tuple[np.ndarray, np.ndarray]:

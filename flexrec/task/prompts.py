@@ -16,7 +16,7 @@ from flexrec.checks import check_choice
 from flexrec.data.lists import Catalogue, RankingList
 from flexrec.rankings.state import RankingState, Spelling
 from flexrec.task.descriptions import Descriptions, Item, Token, item_token, query_match, title_words, token_id
-from flexrec.task.needs import novelty
+from flexrec.task.needs import Need, novelty
 
 ENCODINGS = ("index", "title", "item_token")
 
@@ -90,6 +90,7 @@ class PromptBuilder:
             window and in the one before it (needs about trends read them).
         described: items are several tokens whose rows are summed (:mod:`flexrec.task.descriptions`), of the embedded
             model's tokenizer. For "item_token" only.
+        described_needs: needs by what candidates offer to which they are described, too.
 
     Attributes:
         separator, end: token ids between two items of an answer and after the last.
@@ -127,6 +128,7 @@ class PromptBuilder:
         show: Sequence[str] = ("title",),
         show_rising: bool = True,
         described: bool = False,
+        described_needs: Sequence[Need] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.encoding = check_choice("encoding", encoding, ENCODINGS)
@@ -138,7 +140,9 @@ class PromptBuilder:
         self.described = described
         if described and encoding != "item_token":
             raise ValueError(f"item tokens are described by others: use encoding 'item_token', got {encoding!r}")
-        self._descriptions = Descriptions(tokenizer) if described else None
+        self.described_needs = tuple(described_needs) if described else ()
+        names = [need.name for need in self.described_needs]
+        self._descriptions = Descriptions(tokenizer, names) if described else None
         self._pieces: dict[str, list[int]] = {}
         self._item_tokens: dict[str, int] = {}
         self._frame = self._chat_frame()
@@ -214,7 +218,7 @@ class PromptBuilder:
             interest=lst.history_interest,
             rising=rising,
             rises=None if lst.rises is None else lst.rises[strongest],
-            marks=self._marks_of(lst, catalogue),
+            marks=self.marks_in(lst, catalogue),
             query=lst.query,
         )
 
@@ -230,11 +234,13 @@ class PromptBuilder:
         items = [(i, self.item_of(catalogue, i)) for i in indices.tolist()]
         return [replace(item, id="") if i in nameless else item for i, item in items]
 
-    def _marks_of(self, lst: RankingList, catalogue: Catalogue) -> list[tuple[int, ...]] | None:
+    def marks_in(self, lst: RankingList, catalogue: Catalogue) -> list[tuple[int, ...]] | None:
+        """:meth:`marks_of` for a list of a data set."""
         if not self.described:
             return None
         match = query_match(lst.query, [catalogue.titles[i] for i in lst.candidates])
-        return self.marks_of(lst.trend, novelty(lst, catalogue), match)
+        offers = [need.offer(lst, catalogue) for need in self.described_needs]
+        return self.marks_of(lst.trend, novelty(lst, catalogue), match, offers)
 
     def candidate_tokens(
         self, candidates: Sequence[Item], marks: Sequence[tuple[int, ...]] | None = None
@@ -263,7 +269,7 @@ class PromptBuilder:
         self, lst: RankingList, catalogue: Catalogue, *, nameless: Collection[int] = ()
     ) -> list[list[Token]]:
         """:meth:`candidate_tokens` for a list of a data set."""
-        return self.candidate_tokens(self._items(lst.candidates, catalogue, nameless), self._marks_of(lst, catalogue))
+        return self.candidate_tokens(self._items(lst.candidates, catalogue, nameless), self.marks_in(lst, catalogue))
 
     def check_answers(self, tokens: list[list[Any]], num_ranked: int | None = None) -> None:
         """Raise a ValueError where rankings of candidates spelled so could not be told apart (see ``RankingState``)."""
@@ -275,10 +281,14 @@ class PromptBuilder:
             raise ValueError(str(error).replace("candidates[0]", "candidates")) from None
 
     def marks_of(
-        self, trend: np.ndarray, novelty: np.ndarray, match: np.ndarray | None = None
+        self,
+        trend: np.ndarray,
+        novelty: np.ndarray,
+        match: np.ndarray | None = None,
+        offers: Sequence[np.ndarray] = (),
     ) -> list[tuple[int, ...]] | None:
         """:meth:`flexrec.task.descriptions.Descriptions.marks`; None where items are not described."""
-        return None if self._descriptions is None else self._descriptions.marks(trend, novelty, match)
+        return None if self._descriptions is None else self._descriptions.marks(trend, novelty, match, offers)
 
     def knows(self, item_id: str) -> bool:
         """Whether an answer can name an item as one that the model was trained with."""

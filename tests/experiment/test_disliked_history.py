@@ -43,7 +43,7 @@ def trained(tmp_path_factory):
     examples = TrainingExamples(RankingTask(data.catalogue, [need], builder), data.train)
     SupervisedTrainer(model, args, examples, stage="listwise", num_imitated=5).train()
     config = ExperimentConfig(output=str(folder), needs=("interest",))
-    RunFolder(folder).save(model, tokenizer, RunInfo.of(config, builder, data), data)
+    RunFolder(folder).save(model, tokenizer, RunInfo.of(config, builder, data, [need]), data)
     return data, folder
 
 

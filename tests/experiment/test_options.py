@@ -14,6 +14,7 @@ from flexrec.experiment import stages
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.policy.small_model import build_model, build_tokenizer
 from flexrec.task.descriptions import describing_tokens
+from flexrec.task.needs import get_need
 from flexrec.trainer.options import TrainerOptions
 
 
@@ -25,6 +26,7 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "model": "some/model",
         "encoding": "title",
         "needs": ("trend", "interest"),
+        "needs_file": str(tmp_path / "needs.yaml"),
         "credit": "noncausal",
         "tilt": 0.7,
         "show": ("title", "year"),
@@ -75,7 +77,7 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         assert given[field.name] != field.default, f"{field.name} is to differ from its default"
     arguments = []
     for name, value in given.items():
-        option = "--" + {"needs": "need"}.get(name, name).replace("_", "-")
+        option = "--" + {"needs": "need", "needs_file": "needs"}.get(name, name).replace("_", "-")
         if isinstance(value, bool):
             arguments.append(option if value else "--no-" + name.replace("_", "-"))
         else:
@@ -195,7 +197,7 @@ def test_too_few_examples_for_a_step_are_told_before_anything_is_written(tmp_pat
 def test_what_the_prompts_of_a_run_show(recorded, dataset):
     def builder(needs=("interest",), **changes):
         config = ExperimentConfig(output="unused", needs=needs, **changes)
-        return model_module.make_model(config, dataset, [stages.get_need(need) for need in needs])[2]
+        return model_module.make_model(config, dataset, [get_need(need) for need in needs])[2]
 
     assert builder().encoding == "item_token"
     assert not builder().show_titles
@@ -220,7 +222,7 @@ def other_model(tmp_path_factory):
 
 
 def test_another_model_shows_titles_and_answers_by_index(recorded, dataset, other_model):
-    interest = [stages.get_need("interest")]
+    interest = [get_need("interest")]
     _, _, builder = model_module.make_model(
         ExperimentConfig(output="unused", model=str(other_model)), dataset, interest
     )
@@ -234,11 +236,11 @@ def test_another_model_shows_titles_and_answers_by_index(recorded, dataset, othe
 def test_options_of_lora_reach_the_adapters(recorded, dataset):
     pytest.importorskip("peft")
     config = ExperimentConfig(output="unused", lora=3, lora_alpha=7, lora_targets=("q_proj", "v_proj"))
-    model, tokenizer, _ = model_module.make_model(config, dataset, [stages.get_need("interest")])
+    model, tokenizer, _ = model_module.make_model(config, dataset, [get_need("interest")])
     lora = model.active_peft_config
     assert (lora.r, lora.lora_alpha, set(lora.target_modules)) == (3, 7, {"q_proj", "v_proj"})
     items = tokenizer.convert_tokens_to_ids(describing_tokens(dataset.catalogue))
     assert [sorted(ids) for ids in lora.trainable_token_indices.values()] == [sorted(items)]
     index = ExperimentConfig(output="unused", lora=3, encoding="index")
-    model, _, _ = model_module.make_model(index, dataset, [stages.get_need("interest")])
+    model, _, _ = model_module.make_model(index, dataset, [get_need("interest")])
     assert not model.active_peft_config.trainable_token_indices, "items have no tokens of their own"

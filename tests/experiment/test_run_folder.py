@@ -110,6 +110,8 @@ def test_the_run_says_how_it_is_to_be_asked(tmp_path, recorded):
         "seed": 13,
         "described": True,
         "show": ["title"],
+        "model": "embedded",
+        "own_needs": [],
     }
     for folder in (tmp_path / "run", tmp_path / "run" / "base"):
         assert json.loads((folder / "flexrec.json").read_text()) == expected
@@ -127,7 +129,7 @@ def test_a_request_may_show_as_much_history_as_the_longest_that_was_trained(data
     assert {len(lst.history) for lst in lists} == {1, 2, 3, 4, 5}
     trained_on = dataclasses.replace(dataset, train=lists)
     builder = SimpleNamespace(encoding="index", show_titles=True, show_rising=False, show=("title",), described=False)
-    assert RunInfo.of(ExperimentConfig(output="unused"), builder, trained_on).max_history == 5
+    assert RunInfo.of(ExperimentConfig(output="unused"), builder, trained_on, []).max_history == 5
 
 
 def test_metrics_compare_users_and_state_the_configuration(tmp_path, recorded):

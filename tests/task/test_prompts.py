@@ -8,7 +8,8 @@ import pytest
 from flexrec.data import Catalogue
 from flexrec.data.lists import RankingList
 from flexrec.policy.small_model import build_model, build_tokenizer
-from flexrec.task.descriptions import MATCH_MARKS, Item, item_token, query_match
+from flexrec.task.descriptions import MATCH_MARKS, Item, item_token, offer_levels, query_match
+from flexrec.task.own_needs import make_needs
 from flexrec.task.prompts import SEARCHED, PromptBuilder, add_item_tokens, known_columns, strongest_risers
 
 CATALOGUE = Catalogue(
@@ -352,3 +353,26 @@ def test_descriptions_need_item_tokens_and_tokens_of_their_own(tokenizer):
     strange.get_vocab = lambda: vocabulary
     with pytest.raises(ValueError, match="no token '<rise 1>'"):
         PromptBuilder(strange, encoding="item_token", described=True)
+
+
+def test_levels_of_what_a_need_is_offered():
+    """Beside the list's best, in steps of the root of 2; the least is 1, and nothing is 0."""
+    offer = np.array([0.0, 1e-9, 4 / 2**6, 1.0, 4 / np.sqrt(2), 4 / 2.1, 4.0])
+    assert offer_levels(offer).tolist() == [0, 1, 1, 8, 11, 10, 12]
+    assert offer_levels(offer / 1000).tolist() == offer_levels(offer).tolist()
+    assert offer_levels(np.zeros(3)).tolist() == [0, 0, 0]
+    assert offer_levels(np.zeros(0)).tolist() == []
+
+
+def test_candidates_are_described_by_needs_of_ones_own():
+    catalogue = Catalogue(tuple("abc"), tuple("ABC"), ((),) * 3, {"price": np.array([20.0, 0.0, np.nan])})
+    needs = make_needs([{"name": "cheap", "wordings": "Cheap.", "gain": "interest * exp(-price / 20)"}])
+    tokenizer = build_tokenizer(catalogue, [], needs=["cheap"])
+    builder = PromptBuilder(tokenizer, encoding="item_token", described=True, described_needs=needs)
+    lst = RankingList(0, 0.0, np.zeros(0, np.int64), np.arange(3), *np.zeros((3, 3), np.float32))
+    marks = [tokenizer.convert_ids_to_tokens(list(of_one)) for of_one in builder.marks_in(lst, catalogue)]
+    assert [of_one[1:] for of_one in marks] == [["<need:cheap 10>"], ["<need:cheap 12>"], ["<need:cheap 0>"]]
+    for (tokens,), of_one in zip(builder.candidate_tokens_of(lst, catalogue), marks, strict=True):
+        assert tokenizer.convert_ids_to_tokens(list(tokens))[-2:] == of_one
+    with pytest.raises(ValueError, match="no token '<need:cheap 0>'"):
+        PromptBuilder(build_tokenizer(catalogue, []), encoding="item_token", described=True, described_needs=needs)
