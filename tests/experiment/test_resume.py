@@ -206,6 +206,7 @@ def flip_a_bit(path):
         (lambda c: (c / "trainer_state.json").write_text('{"global_step": 3}'), "trainer_state.json is not as it was"),
         (lambda c: (c / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (lambda c: (c / "manifest.json").write_text("[]"), "manifest.json is damaged"),
+        (lambda c: (c / "manifest.json").write_text('{"run": "a", "files": [1]}'), "manifest.json is damaged"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(recorded, interrupted, damage, message):
