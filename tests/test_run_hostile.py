@@ -27,7 +27,7 @@ def whole(tmp_path_factory):
     config, builder = ExperimentConfig(output=str(folder)), PromptBuilder(tokenizer, encoding="index")
     run = RunFolder(folder)
     run.write_config(config, dataset)
-    run.save(model, tokenizer, RunInfo.of(config, builder, dataset), dataset)
+    run.save(model, tokenizer, RunInfo.of(config, builder, dataset, [get_need("interest")]), dataset)
     ids = dataset.catalogue.ids
     request = {"need": "interest", "history": [ids[0]], "candidates": [{"id": i} for i in ids[1:4]]}
     (folder.parent / "requests.jsonl").write_text(json.dumps(request) + "\n")

@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flexrec.data.lists import Catalogue, RankingDataset
 from flexrec.data.options import all_data_options
 from flexrec.experiment.config import ExperimentConfig
+from flexrec.experiment.files import MANIFEST, PARTIAL, check_sealed, read_json, seal, settle, write_json
 from flexrec.experiment.results import WARM_START, Results
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, OF_A_RUN, has_adapters, load_model, save_adapters
 from flexrec.task.critic import Critic
@@ -43,9 +43,8 @@ from flexrec.task.expression_values import find_column
 from flexrec.task.needs import Need
 from flexrec.task.own_needs import columns_of, definitions_of, make_needs
 from flexrec.task.prompts import PromptBuilder
-from flexrec.trainer.callbacks import to_json
 
-MANIFEST, LOCK, PARTIAL = "manifest.json", ".lock", ".partial"
+LOCK = ".lock"
 FORMAT, WARM_UP, REINFORCEMENT = "format", "listwise warm-up", "reinforcement"  # the stages, in the log and by seconds
 CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "baselines"}  # by --resume
 
@@ -141,7 +140,7 @@ class RunFolder:
     def check_data(self, dataset: RankingDataset) -> None:
         """Refuse a data set that is not the one that the run began with."""
         path = self.path / "data.json"
-        if path.is_file() and json.loads(path.read_text())["fingerprint"] != dataset.fingerprint():
+        if path.is_file() and read_json(path).get("fingerprint") != dataset.fingerprint():
             raise ValueError(
                 f"--resume continues the run on the data that it began with, and these are others: their fingerprint "
                 f"is not that of {path}; give the same files or the same data set, or start a new run"
@@ -179,9 +178,10 @@ class RunFolder:
                     for path in made:
                         path.rmdir()
 
-    def cut_log(self, step: int | None) -> dict[str, dict[str, Any]]:
-        """Take out of the log what a resumed run is going to do again: all after the format stage, or, from a
-        checkpoint, after its step. Returns of each stage that is left the last step, as ``Stage.at`` says it."""
+    def cut_log(self, step: int | None, last: int) -> dict[str, dict[str, Any]]:
+        """Take out of the log what a resumed run is going to do again: all after the steps of the format stage, or,
+        from a checkpoint, after its step, and the evaluation after the ``last`` one. Returns of each stage that is left
+        the last step, as ``Stage.at`` says it."""
         kept: list[str] = []
         ends: dict[str, dict[str, Any]] = {}
         for line in self.log.read_text().splitlines() if self.log.is_file() else ():
@@ -189,16 +189,24 @@ class RunFolder:
                 entry = json.loads(line)
             except ValueError:  # the run was killed while it wrote
                 break
-            stage = entry.get("of", entry["stage"])
-            of_checkpoint = stage == WARM_UP or (stage == REINFORCEMENT and entry["step"] <= (step or 0))
-            if stage == FORMAT or (step is not None and of_checkpoint):
+            stage, is_evaluation = entry.get("of", entry["stage"]), "of" in entry
+            if step is None:
+                is_done = stage == FORMAT and not is_evaluation
+            elif stage == REINFORCEMENT:
+                is_done = entry["step"] <= step and not (is_evaluation and entry["step"] == last)
+            else:
+                is_done = stage in (FORMAT, WARM_UP)
+            end = {"stage": stage, **{name: entry[name] for name in ("step", "steps", "seconds")}}
+            if is_done:
                 kept.append(line + "\n")
-                ends[stage] = {"stage": stage, **{name: entry[name] for name in ("step", "steps", "seconds")}}
+                ends[stage] = end
+            elif stage == FORMAT:  # its evaluation
+                ends.setdefault(stage, end)
         self.log.write_text("".join(kept))
         return ends
 
     def write_config(self, config: ExperimentConfig, dataset: RankingDataset) -> None:
-        _write_json(self.path / "experiment.json", asdict(config), indent=2)
+        write_json(self.path / "experiment.json", asdict(config), indent=2)
         about = {
             "name": dataset.name,
             "items": len(dataset.catalogue),
@@ -208,7 +216,7 @@ class RunFolder:
             "fingerprint": dataset.fingerprint(),
             "notes": dataset.notes,
         }
-        _write_json(self.path / "data.json", about, indent=2)
+        write_json(self.path / "data.json", about, indent=2)
 
     def read_config(self) -> dict[str, Any]:
         """The options of the run to be resumed; none where the folder is empty."""
@@ -228,26 +236,11 @@ class RunFolder:
 
     def seal(self, folder: Path) -> None:
         """Say that a folder is whole: sizes and checksums of its files, all of which are on the disk, in a manifest."""
-        manifest = {"run": self._fingerprint(), "files": settle(folder)}
-        _write_json(folder / MANIFEST, manifest, indent=2)
+        seal(folder, self._fingerprint())
 
     def check_sealed(self, folder: Path) -> None:
         """Raise an error that names the first file that is not as it was written, or says whose folder it is."""
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} is missing or was not written to its end: it has no {MANIFEST}")
-        try:
-            manifest = json.loads(path.read_text())
-            of_run, files = manifest["run"], manifest["files"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): delete {folder.name} to go on without it") from None
-        if of_run != self._fingerprint():
-            raise ValueError(f"{folder} is of another run: delete it to go on without it")
-        for name, (size, checksum) in files.items():
-            file = folder / name
-            if not file.is_file() or [file.stat().st_size, _checksum(file)] != [size, checksum]:
-                state = "is not as it was written" if file.is_file() else "is missing"
-                raise ValueError(f"{file} {state}: delete {folder.name} to go on without it")
+        check_sealed(folder, self._fingerprint())
 
     def latest_checkpoint(self, say: Callable[[str], None]) -> tuple[int, Path] | None:
         """The step and the folder of the latest checkpoint of reinforcement that was written to its end."""
@@ -319,13 +312,13 @@ class RunFolder:
             {} if dataset.rises is None else {name: dataset.rises[catalogue.index[name]].tolist() for name in rises}
         )
         of_items = {**items, "columns": columns, "popularity": popularity, "trend": rises, "rises": counts}
-        _write_json(self.path / "catalogue.json", of_items)
+        write_json(self.path / "catalogue.json", of_items)
         histories: dict[str, list[dict[str, Any]]] = {}
         for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
             name = str(user) if dataset.user_ids is None else dataset.user_ids[user]
             histories.setdefault(name, []).append({"id": catalogue.ids[item], "interest": interest})
         latest = {user: events[-info.max_history :] for user, events in histories.items() if info.max_history}
-        _write_json(self.path / "histories.json", latest)
+        write_json(self.path / "histories.json", latest)
         _save_model(self.path, model, tokenizer, info)
         settle(self.path, deep=False)
 
@@ -375,7 +368,7 @@ class RunFolder:
 
     def read_popularity(self) -> dict[str, float]:
         """How often each item was taken in the log, by id, where needs of one's own may ask for it."""
-        saved = json.loads((self.path / "catalogue.json").read_text())
+        saved = read_json(self.path / "catalogue.json")
         return dict(zip(saved["ids"], saved.get("popularity", ()), strict=False))
 
     def read_histories(self) -> dict[str, list[dict[str, Any]]]:
@@ -391,7 +384,7 @@ class RunFolder:
             arrays |= {f"new items/{name}": values for name, values in _arrays(new, new.per_list).items()}
             arrays["new items/users"] = new.users
         np.savez_compressed(self.path / "per_list.npz", users=results.users, **arrays)
-        _write_json(self.path / "metrics.json", {**results.to_json(), "config": config}, indent=2)
+        write_json(self.path / "metrics.json", {**results.to_json(), "config": config}, indent=2)
 
     def save_warm_start(self, results: Results) -> None:
         """Write what the warm start is worth, which nobody can measure any more once it is trained on."""
@@ -426,50 +419,6 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**others, **config.get("data_options", {})}
 
 
-def _write_json(path: Path, content: Any, indent: int | None = None) -> None:
-    """Write a file whole or not at all, to the disk."""
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w") as file:
-        file.write(to_json(content, indent) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file of a run holds; a ValueError names a file that holds none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}, not an object")
-    return content
-
-
-def settle(folder: Path, deep: bool = True) -> dict[str, tuple[int, str]]:
-    """Give the files of a folder the mode that others have, make sure that they are on the disk, and return the size
-    and checksum of each."""
-    umask = os.umask(0)
-    os.umask(umask)
-    found = {}
-    for path in sorted(folder.rglob("*") if deep else folder.glob("*")):
-        if path.is_file() and not path.name.startswith(MANIFEST):
-            path.chmod(0o666 & ~umask)
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-            found[path.relative_to(folder).as_posix()] = (path.stat().st_size, _checksum(path))
-    return found
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
 def _arrays(results: Results, systems: Iterable[str]) -> dict[str, Any]:
     """The values of systems by "system/need/metric"."""
     return {
@@ -494,4 +443,4 @@ def _save_model(folder: Path, model: Any, tokenizer: Any, info: RunInfo) -> None
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _write_json(folder / "flexrec.json", asdict(info), indent=2)
+    write_json(folder / "flexrec.json", asdict(info), indent=2)

@@ -200,7 +200,7 @@ def _run_in(
         )
     if resumed:
         step = checkpoint[0] if checkpoint else None
-        clock.ends |= of_main_process(folder.cut_log(step) if process_index() == 0 else {})
+        clock.ends |= of_main_process(folder.cut_log(step, config.steps) if process_index() == 0 else {})
     log = StepLog(folder.log, append=resumed)
     training = Training(config, examples, builder, log, clock, evaluate)
     if not resumed:
@@ -210,7 +210,7 @@ def _run_in(
         training.format(model)
         on_main_process(lambda: folder.save_base(model, tokenizer, info))
     measure(model, BASE)
-    if not resumed:
+    if checkpoint is None and FORMAT in clock.ends:  # unless its log is gone
         training.finished(FORMAT, results.per_list[BASE])
     if config.warmup == "listwise" and checkpoint is None:
         training.warm_up(model)

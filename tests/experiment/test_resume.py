@@ -206,6 +206,7 @@ def flip_a_bit(path):
         (lambda c: (c / "trainer_state.json").write_text('{"global_step": 3}'), "trainer_state.json is not as it was"),
         (lambda c: (c / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (lambda c: (c / "manifest.json").write_text("[]"), "manifest.json is damaged"),
+        (lambda c: (c / "manifest.json").write_text('{"run": "a", "files": [1]}'), "manifest.json is damaged"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(recorded, interrupted, damage, message):
@@ -275,7 +276,7 @@ def test_the_log_of_a_resumed_run_has_no_step_twice(tmp_path):
             stage = {"stage": name} if of == name else {"stage": "evaluation", "of": of}
             text += json.dumps({**stage, "step": number, "steps": 100 + number, "seconds": seconds}) + "\n"
         run.log.write_text(text + torn)
-        ends = run.cut_log(step)
+        ends = run.cut_log(step, 4)
         kept = steps_of(tmp_path)
         for name, end in ends.items():
             last = max(i for i, line in enumerate(lines) if line[0].startswith(name) and line in kept)
@@ -286,10 +287,12 @@ def test_the_log_of_a_resumed_run_has_no_step_twice(tmp_path):
 
     assert cut([*done, *reinforced], 2) == [*done, *reinforced[:3]]
     assert cut([*done, *reinforced, *baselines], 3) == [*done, *reinforced], "the baselines are trained again"
-    assert cut([*done, *reinforced], None) == done[:3], "no checkpoint: the warm-up is made again"
+    assert cut([*done, *reinforced], None) == done[:2], "no checkpoint: the warm-up is made again"
+    ended = [*done, *reinforced, ("reinforcement", 4), ("reinforcement evaluation", 4)]
+    assert cut(ended, 4) == ended[:-1], "what it ended with is evaluated again"
     assert cut(done, 2, torn='{"stage": "rein') == done
     run.log.unlink()
-    run.cut_log(2)
+    run.cut_log(2, 4)
     assert run.log.read_text() == ""
 
 

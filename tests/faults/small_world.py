@@ -10,7 +10,7 @@ import numpy as np
 from processes import Outcome, command
 from safetensors.numpy import load_file
 
-MOMENTS = range(int(os.environ.get("FLEXREC_FAULTS", "2")))  # of each kind; in make test-faults more
+MOMENTS = range(int(os.environ.get("FLEXREC_FAULTS", "1")))  # of each kind; in make test-faults more
 OPTIONS = "--steps 4 --save-every 1 --warmup-steps 1 --listwise-steps 1 --prompts-per-step 2 --num-generations 2"
 OPTIONS += " --beta 0.05 --need interest --no-critic --baselines random"
 REQUESTS, BATCH = 60, 4

@@ -24,7 +24,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(world, tmp_path, kind,
     folder, log = tmp_path / "run", tmp_path / "log"
     killed = command(training(folder), log, moment(kind, world.train, rng))
     assert killed.code <= 0, killed.said
-    if number % 2:  # once more, while it is being resumed
+    if number % 2 == 0:  # once more, while it is being resumed
         command([*training(folder), "--resume"], log, moment(kind, world.train, rng))
     resumed = resume(folder, log)
     assert resumed.code == 0, resumed.said
