@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments,
 from flexrec.data import simulate
 from flexrec.evaluation.evaluate import Evaluation
 from flexrec.policy.lora import BACKBONE, add_lora
-from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors
+from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, starting_rows
 from flexrec.task import PromptBuilder, RankingTask, TrainingExamples, get_need, item_token
 from flexrec.trainer import FlexRecConfig, FlexRecTrainer, SupervisedTrainer
 
@@ -37,7 +37,7 @@ if options.model:
 else:
     tokenizer = build_tokenizer(data.catalogue, need.wordings)
     vectors = item_vectors(data.log, len(data.catalogue), 64)
-    model = build_model(tokenizer, item_ids=data.catalogue.ids, vectors=vectors, hidden_size=64, num_layers=2)
+    model = build_model(tokenizer, rows=starting_rows(data.catalogue, vectors), hidden_size=64, num_layers=2)
     model.save_pretrained(Path(options.output) / BACKBONE)  # adapters refer to their model, and this one has no name
     model = AutoModelForCausalLM.from_pretrained(Path(options.output) / BACKBONE)
     builder = PromptBuilder(tokenizer, encoding="item_token", show_titles=False, show_rising=False)

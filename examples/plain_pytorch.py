@@ -21,7 +21,7 @@ from flexrec.ops.rank_order import rank_order
 from flexrec.policy.batch import make_batch
 from flexrec.policy.packing import sharing
 from flexrec.policy.scores import all_actions, ranking_scores, ranking_states
-from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors
+from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, starting_rows
 from flexrec.task import Critic, PromptBuilder, RankingTask, TrainingExamples, get_need
 
 METRIC, TEMPERATURE = "ndcg@5", 0.5
@@ -50,7 +50,7 @@ if options.model:
 else:
     tokenizer = build_tokenizer(data.catalogue, need.wordings)
     vectors = item_vectors(data.log, len(data.catalogue), 64, seed=options.seed)
-    model = build_model(tokenizer, item_ids=data.catalogue.ids, vectors=vectors, hidden_size=64, num_layers=2)
+    model = build_model(tokenizer, rows=starting_rows(data.catalogue, vectors), hidden_size=64, num_layers=2)
     builder = PromptBuilder(tokenizer, encoding="item_token", show_titles=False, show_rising=False)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model.to(device)

@@ -21,7 +21,7 @@ from flexrec import ranking_metric
 from flexrec.data import simulate
 from flexrec.decoding import sample_rankings
 from flexrec.integrations.trl import FlexRecGRPOConfig, FlexRecGRPOTrainer, RankingReward
-from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors
+from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, starting_rows
 from flexrec.task import Critic, PromptBuilder, RankingTask, TrainingExamples, get_need
 from flexrec.trainer import SupervisedTrainer
 
@@ -41,7 +41,7 @@ data = simulate(**sizes, watches_per_user=30, history_length=8, seed=options.see
 need = get_need("interest")
 tokenizer = build_tokenizer(data.catalogue, need.wordings, vocab_size=300)
 vectors = item_vectors(data.log, len(data.catalogue), 64, seed=options.seed)
-model = build_model(tokenizer, item_ids=data.catalogue.ids, vectors=vectors, hidden_size=64, num_layers=2)
+model = build_model(tokenizer, rows=starting_rows(data.catalogue, vectors), hidden_size=64, num_layers=2)
 builder = PromptBuilder(tokenizer, encoding="item_token", show_titles=False, show_rising=False)
 task = RankingTask(data.catalogue, [need], builder, Critic.fit(data.log, data.catalogue, seed=options.seed))
 examples = TrainingExamples(task, data.train, seed=options.seed)

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flexrec.data.options import OPTIONS
 from flexrec.experiment import load_dataset
-from flexrec.experiment.config import DATASETS
 from flexrec.task import NEEDS, Critic, Example, Need, PromptBuilder, RankingTask, TrainingExamples, get_need
 from flexrec.task.prompts import RANKING
 
@@ -106,7 +106,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Path]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=DATASETS, required=True)
+    parser.add_argument("--dataset", choices=tuple(OPTIONS), required=True)
     parser.add_argument("--data", metavar="DIR", help="the data set's folder, in its published format")
     parser.add_argument("--need", nargs="+", choices=tuple(NEEDS), default=["interest"])
     parser.add_argument("--format", choices=tuple(WRITERS), default="verl")
