@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-MIN_TEMPERATURE = 1e-10
+MIN_TEMPERATURE = MIN_TILT = 1e-10
 MAX_NUMBER = 3.4e38  # of float32
 
 _value_checks = os.environ.get("FLEXREC_VALUE_CHECKS", "0") not in ("", "0")

@@ -397,7 +397,7 @@ def _check_resampling(level: float, num_samples: int) -> None:
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1), got {level}")
     if not 1 <= num_samples <= MAX_SAMPLES:
-        raise ValueError(f"num_samples must lie in [1, {MAX_SAMPLES}], got {num_samples}")
+        raise ValueError(f"num_samples must be at least 1 and at most {MAX_SAMPLES}, got {num_samples}")
 
 
 def _cluster_sums(columns: list[np.ndarray], clusters: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -169,12 +169,10 @@ def uncertainty_weights(
         raise ValueError(
             f"num_generations must be an integer >= 1 that divides the {rows} rows of variance, got {num_generations}"
         )
-    if isinstance(eps, str):
-        check_choice("eps, where it is no number,", eps, ("auto",))
-    else:
+    if not isinstance(eps, str):
         check_number("eps", eps)
-        if not 0 < eps < math.inf:
-            raise ValueError(f"eps must be > 0 and finite, or 'auto'; got {eps}")
+    if eps != "auto" and (isinstance(eps, str) or not 0 < eps < math.inf):
+        raise ValueError(f"eps must be > 0 and finite, or 'auto'; got {eps!r}")
     check_number("max_ratio", max_ratio)
     if not max_ratio >= 1:
         raise ValueError(f"max_ratio must be >= 1, got {max_ratio}")

@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexrec.checks import check_choice, check_number, check_range, check_tensor
+from flexrec.checks import MIN_TILT, check_choice, check_number, check_range, check_tensor
 from flexrec.metrics import Metric
 from flexrec.numba_kernels import FLOOR
 from flexrec.ops.library import BACKENDS, accumulation_dtype
@@ -254,8 +254,11 @@ def _over_distribution(lists: RankedLists, change: Tensor, tilt: float | None) -
         objective = (probs * change).sum(-1)
     else:
         in_pool = in_rank_order(pool.to(log_probs.dtype), lists.position) > 0  # (N, T, K)
-        utility = in_rank_order(torch.where(pool, log_probs, 0.0), lists.position) + change / tilt
-        utility = torch.where(in_pool, utility, 2 * FLOOR).logsumexp(-1) * tilt
+        # exp of what an action lacks to the best, so that nothing overflows.
+        best = torch.where(in_pool, change, -math.inf).amax(-1, keepdim=True)  # (N, T, 1)
+        best = torch.where(in_pool.any(-1, keepdim=True), best, 0.0)
+        utility = in_rank_order(torch.where(pool, log_probs, 0.0), lists.position) + (change - best) / tilt
+        utility = torch.where(in_pool, utility, 2 * FLOOR).logsumexp(-1) * tilt + best.squeeze(-1)
         objective = torch.where(in_pool.any(-1), utility, 0.0)
     return objective, from_distribution(log_probs, pool, lists)
 
@@ -264,8 +267,10 @@ def _check_tilt(tilt: float | None) -> None:
     if tilt is None:
         return
     check_number("tilt", tilt)
-    if not 0 < tilt < math.inf:
-        raise ValueError(f"tilt must be positive and finite, or None for the expectation; got {tilt}")
+    if not MIN_TILT <= tilt < math.inf:
+        raise ValueError(
+            f"tilt must be positive and finite, and at least {MIN_TILT:g}, or None for the expectation; got {tilt}"
+        )
 
 
 def _check_num_ranked(num_ranked: int | Tensor | None, n: int, t: int, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import flexrec
 from flexrec.ops.all_actions import all_actions_objective, all_actions_objective_with_kl
 from flexrec.ops.ranking_logprobs import ranking_kl, ranking_logprobs
 from flexrec.ops.ranking_metric import ranking_metric
@@ -94,6 +95,18 @@ def test_tilt_must_be_positive(ranked_case):
     case = ranked_case(11, lists=1, steps=2, size=2, channels=0)
     with pytest.raises(ValueError, match="tilt must be positive"):
         all_actions_objective(*case.positional, make_gains(case), "ndcg", tilt=0.0, **case.options)
+    with pytest.raises(ValueError, match="tilt must be positive and finite, and at least 1e-10"):
+        all_actions_objective(*case.positional, make_gains(case), "ndcg", tilt=1e-300, **case.options)
+
+
+def test_the_sharpest_tilt_is_the_best_exchange_however_large(ranked_case):
+    """Its utility is the change by that exchange, and nothing overflows on the way."""
+    case = ranked_case(11, lists=2, steps=3, size=3, channels=0, dtype=torch.float32)
+    gains = torch.tensor([[0.0, 5e29, 9e29], [9e29, 0.0, 5e29]])
+    out = all_actions_objective(*case.positional, gains, "dcg", tilt=1e-10, **case.options)
+    scores = flexrec.swap_scores(gains.double(), "dcg")
+    best = torch.stack([-scores[:, t, t:].amin(-1) for t in range(3)], dim=1)
+    torch.testing.assert_close(out.objective.double(), best, rtol=1e-6, atol=1e-8)  # tilt x log-prob of it
 
 
 @pytest.mark.parametrize("metric", ["ndcg", "mrr"])
