@@ -86,6 +86,17 @@ def test_the_listing_stays_short() -> None:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 500, path
 
 
+def test_every_cpu_kernel_says_what_its_arithmetic_may_do() -> None:
+    """numba gives a function that does not say it the fast math of whoever calls it first, and caches that."""
+    for name, path in MODULES.items():
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "njit":
+                assert "fastmath" in {keyword.arg for keyword in call.keywords}, f"{name}, line {call.lineno}"
+        if room_of(f"{name}.") == "numba_kernels":
+            bare = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip() == "@njit"]
+            assert not bare, name
+
+
 def test_front_names_what_exists() -> None:
     import flexrec
 

@@ -1,6 +1,9 @@
 """How, on a CPU: parallel numba. Modules are named as those of ``flexrec.ops`` whose work they do.
 
 They are loaded by ``flexrec.ops.library.kernels`` when they are first used: numba takes a second to import.
+
+Every kernel says what its arithmetic may do (``fastmath=``): numba gives a function that does not say it the fast math
+of the function that happens to call it first, and keeps that in its cache.
 """
 
 # Stands for a logit of -inf. Being finite it needs no special case: its probability underflows to exactly 0, 0 * FLOOR

@@ -15,7 +15,7 @@ def compile_custom_metric(name: str, f: Callable[[Any, int], float]) -> Any:
     """Compile ``f(gains float64[:], num_ranked) -> float``; TypeError if numba cannot or it returns something else."""
     function = getattr(f, "py_func", f)  # of an already jitted one
     try:
-        compiled = njit(function)
+        compiled = njit(function, fastmath=False)
         compiled.compile((numba.float64[::1], numba.int64))
     except numba.core.errors.NumbaError as error:
         raise TypeError(f"f of metric {name!r} cannot be compiled by numba: {error}") from error
@@ -47,7 +47,7 @@ def _in_threads(kernel: Any, f: Any, *arrays: np.ndarray) -> None:
         list(pool.map(lambda piece: kernel(f, *(array[piece] for array in arrays)), pieces))
 
 
-@njit(nogil=True)
+@njit(nogil=True, fastmath=False)
 def _custom_prefix_values(
     f: Any, gains: np.ndarray, lengths: np.ndarray, shown: np.ndarray, values: np.ndarray
 ) -> None:
@@ -58,7 +58,7 @@ def _custom_prefix_values(
                 values[i, t] = f(list_gains, t) if t <= shown[i] else values[i, t - 1]
 
 
-@njit(nogil=True)
+@njit(nogil=True, fastmath=False)
 def _custom_swap_scores(f: Any, gains: np.ndarray, lengths: np.ndarray, shown: np.ndarray, scores: np.ndarray) -> None:
     for i in range(len(gains)):
         swapped = gains[i, : lengths[i]].copy()

@@ -16,7 +16,7 @@ from numba import njit
 from flexrec.numba_kernels.lanes import LANES, larger_and_smaller, load, store
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def padded_rows(n: int) -> int:
     """Rows that a tile needs so that n of them can be sorted: a power of two, at least 8."""
     rows = LANES
@@ -25,7 +25,7 @@ def padded_rows(n: int) -> int:
     return rows
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _sort_eight(tile: np.ndarray, row: int) -> None:
     """Eight rows in 19 comparisons, the fewest possible."""
     a, b, c, d = load(tile, row), load(tile, row + 1), load(tile, row + 2), load(tile, row + 3)
@@ -43,7 +43,7 @@ def _sort_eight(tile: np.ndarray, row: int) -> None:
         store(tile, row + i, value)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _three_rounds(tile: np.ndarray, first: int, step: int, second: int, second_step: int, target: int) -> None:
     """Compare rows first, first + step, .. (four) with second, second + second_step, .. (four), then each four two
     apart, then one apart. The second four are written to rows target, target + step, .."""
@@ -62,7 +62,7 @@ def _three_rounds(tile: np.ndarray, first: int, step: int, second: int, second_s
         store(tile, target + i * step, value)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _best_of_two(tile: np.ndarray, first: int, step: int, mirrored: int) -> None:
     """Of rows first, first + step, .. (four) and mirrored, mirrored - step, .. the larger ones; these are compared two
     apart, then one apart."""
@@ -76,7 +76,7 @@ def _best_of_two(tile: np.ndarray, first: int, step: int, mirrored: int) -> None
         store(tile, first + i * step, value)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _halve(tile: np.ndarray, begin: int, end: int, half: int) -> None:
     """Sort runs of 2 x half rows, each of which rises and then falls or the other way about."""
     while half > 0:
@@ -88,7 +88,7 @@ def _halve(tile: np.ndarray, begin: int, end: int, half: int) -> None:
         half //= 8
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def sort_columns_descending(tile: np.ndarray, n: int, keep: int) -> None:
     """Sort the first n rows of the tile (padded_rows(n), 8), numbers >= 0, so that its first ``keep`` are right.
 

@@ -36,7 +36,7 @@ from flexrec.numba_kernels.threads import parts_for
 FINE, NO_TOKEN, OUTSIDE, REPEATED = 0, 1, 2, 3  # what place_candidates finds
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath=False)
 def place_candidates(
     candidates: Array, ranking: Array, lengths: Array, position: Array, vocab: int
 ) -> tuple[int, int, int]:
@@ -69,7 +69,7 @@ def place_candidates(
     return FINE, 0, 0
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath=False)
 def _in_rank_order(position: Array, row_index: Array, steps: int) -> tuple[Array, Array, Sets]:
     """Which of the rows is that of the candidate at each rank (N, K); candidates of each list (N,); and every step of
     every ranking, N T sets of the entries of (N, T, K), empty beyond a list's length."""
@@ -117,7 +117,7 @@ def _dots(hidden: Array, rows: Array, index: Array, steps: int, length: int, log
             logits[t3, k], logits[t3, k1] = z30, z31
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True, fastmath=False)
 def triangle_logits(
     hidden: Array, rows: Array, index: Array, lengths: Array, bias: Array, temperature: float, logits: Array
 ) -> None:
@@ -138,7 +138,7 @@ def triangle_logits(
                 logits[n, t, k] = logit_of(logits[n, t, k], own, divisor)
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True, fastmath=False)
 def logits_in_rank_order(by_candidate: Array, position: Array, logits: Array) -> None:
     """Logits (N, T, K) given by candidate as :func:`triangle_logits` makes them."""
     for n in prange(len(by_candidate)):
@@ -148,7 +148,7 @@ def logits_in_rank_order(by_candidate: Array, position: Array, logits: Array) ->
                 logits[n, t, rank] = floored(by_candidate[n, t, candidate])
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _gradient_of_candidate(
     dlogits: Array, hidden: Array, position: Array, first: int, last: int, candidate: int, row_grad: Array
 ) -> float:
@@ -168,7 +168,7 @@ def _gradient_of_candidate(
     return bias_grad
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True, fastmath=False)
 def candidate_gradients(dlogits: Array, hidden: Array, position: Array, row_grads: Array, bias_grads: Array) -> None:
     """Gradients of every candidate's row (P, K, D) and bias (P, K): sums over the rankings and steps of its list.
 
@@ -183,7 +183,7 @@ def candidate_gradients(dlogits: Array, hidden: Array, position: Array, row_grad
         )
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _flat(x: Results) -> Results:
     """Results of (N, T) steps as those of N T sets."""
     expectations = x.expectations.reshape((x.entropy.size, x.expectations.shape[2]))
@@ -191,13 +191,13 @@ def _flat(x: Results) -> Results:
     return Results(x.logprobs.reshape(-1), x.entropy.reshape(-1), expectations, x.kl.reshape(-1), norm)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _flat_entries(x: Entries) -> Entries:
     """Entries of (N, T, K) logits; the values are (N K, C) already."""
     return Entries(x.logits.reshape(-1), x.values, x.ref_logits.reshape(-1))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath=False)
 def _logits_in_rank_order(x: Operands, position: Array, temperature: float, logits: Array) -> Sets:
     """Fill ``logits`` (N, T, K); which of them are the steps' entries."""
     order, lengths, sets = _in_rank_order(position, x.row_of, x.hidden.shape[1])
@@ -205,14 +205,14 @@ def _logits_in_rank_order(x: Operands, position: Array, temperature: float, logi
     return sets
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath=False)
 def _forward(x: Operands, position: Array, temperature: float, parts: int, entries: Entries, out: Results) -> None:
     """Fill the logits of the entries, and ``out`` with all that follows from them."""
     sets = _logits_in_rank_order(x, position, temperature, entries.logits)
     softmax(sets, _flat_entries(entries), parts, _flat(out))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath=False)
 def _backward(
     x: Operands,
     position: Array,

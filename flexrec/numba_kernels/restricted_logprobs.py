@@ -48,7 +48,7 @@ FINE, ENDS, DESCENDING, OUTSIDE, REPEATED, MISSING_TARGET = range(6)  # what che
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath=False)
 def check_entries(ids: Array, offsets: Array, targets: Array, vocab_size: int) -> tuple[int, int, int]:
     """Look for what is wrong: FINE, or the first fault and the two numbers that name it.
 
@@ -75,14 +75,14 @@ def check_entries(ids: Array, offsets: Array, targets: Array, vocab_size: int) -
     return FINE, 0, 0
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath=False)
 def _owners(offsets: Array, owner: Array) -> None:
     """owner[e] = the segment that entry e belongs to."""
     for s in range(len(offsets) - 1):
         owner[offsets[s] : offsets[s + 1]] = s
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath=False)
 def _target_entries(ids: Array, offsets: Array, targets: Array) -> Array:
     """(M,): the entry of each row's target."""
     entries = np.full(len(targets), MISSING)
@@ -120,7 +120,7 @@ def _logits(x: Operands, offsets: Array, temperature: float, parts: int, logits:
                 logits[e] = logit_of(logits[e], bias[ids[e]] if len(bias) else zero, divisor)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath=False)
 def _sort_by_token(
     ids: Array,
     row: Array,
@@ -154,7 +154,7 @@ def _sort_by_token(
     return used
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath=False)
 def _sets(ids: Array, offsets: Array, targets: Array) -> Sets:
     if len(targets):
         entries = _target_entries(ids, offsets, targets)
@@ -163,7 +163,7 @@ def _sets(ids: Array, offsets: Array, targets: Array) -> Sets:
     return Sets(offsets[:-1], offsets[1:], entries, offsets[:-1])
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath=False)
 def _forward(
     ids: Array,
     offsets: Array,

@@ -38,7 +38,7 @@ def add_rows(out: Array, rows: Array, index: Array, coefficients: Array, start: 
             out[d] += near + (c4 * r4[d] + c5 * r5[d] + c6 * r6[d] + c7 * r7[d])
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def share(begin: Array, entries: int, part: int, parts: int) -> tuple:
     """First and last + 1 of the sets that begin in a part of all entries; trailing empty sets go last."""
     low = np.searchsorted(begin, part * entries // parts) if part else 0
@@ -72,7 +72,7 @@ def sum_rows(
                 add_rows(total, table, index[first[s] :], coefficients[begin[s] : end[s]], 0, size)
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True, fastmath=False)
 def _add_at_tokens(buffer: Array, tokens: Array, rows: Array) -> None:
     """Threads share out the columns, so that tokens may repeat and no order of threads changes a bit."""
     columns = 64

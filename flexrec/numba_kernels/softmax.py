@@ -68,7 +68,7 @@ def results_of(tensors: Iterable[Tensor | None], dtype: torch.dtype, dims: int) 
     return Results(*(array_of(x, dtype, dims + more) for x, more in zip(tensors, (0, 0, 1, 0, 1), strict=True)))
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _log_sum(z: Array, largest: float) -> float:
     total = 0.0
     for i in range(len(z)):
@@ -76,7 +76,7 @@ def _log_sum(z: Array, largest: float) -> float:
     return math.log(total)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _largest(z: Array) -> float:
     largest = z[0]
     for i in range(1, len(z)):
@@ -84,7 +84,7 @@ def _largest(z: Array) -> float:
     return largest
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True, fastmath=False)
 def softmax(sets: Sets, entries: Entries, parts: int, out: Results) -> None:
     """Everything of a set that is a sum over its entries; exactly 0 where it has none.
 
@@ -142,7 +142,7 @@ def softmax(sets: Sets, entries: Entries, parts: int, out: Results) -> None:
                 kl[m] = apart / total - (log_total - ref_log_total)
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(cache=True, nogil=True, parallel=True, fastmath=False)
 def softmax_gradient(
     sets: Sets, entries: Entries, results: Results, upstream: Results, temperature: float, parts: int, dlogits: Array
 ) -> None:
@@ -188,13 +188,13 @@ def softmax_gradient(
                 slopes[i] = 0.0 if z[i] < IMPOSSIBLE else slopes[i] / temperature
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def floored(z: float) -> float:
     """-inf as FLOOR; a NaN stays."""
     return FLOOR if z < FLOOR else z
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def logit_of(product: float, bias: float, temperature: float) -> float:
     """Only a bias makes a candidate impossible: a product that is not finite is a fault, and gives NaN."""
     return floored((product + (product - product) + bias) / temperature)

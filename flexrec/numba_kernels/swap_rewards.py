@@ -41,7 +41,7 @@ from flexrec.numba_kernels.tiles import (
 )
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _linear_sums(w: np.ndarray, d: np.ndarray, depth: Any, length: Any, both: bool, later: np.ndarray) -> None:
     size = len(w)
     base = load(w, 0)  # differences do not feel a constant, sums do
@@ -59,7 +59,7 @@ def _linear_sums(w: np.ndarray, d: np.ndarray, depth: Any, length: Any, both: bo
             sw, sd, sdw = sw + x, sd + h, sdw + h * x
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _first_sums(w: np.ndarray, d: np.ndarray, depth: Any, length: Any, both: bool, later: np.ndarray) -> None:
     size = len(w)
     count, d_first, d_second = spread(0.0), spread(0.0), spread(0.0)
@@ -87,7 +87,7 @@ def _first_sums(w: np.ndarray, d: np.ndarray, depth: Any, length: Any, both: boo
             store(later, k, load(later, k) + earlier)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _average_precision_sums(
     w: np.ndarray, d: np.ndarray, depth: Any, length: Any, both: bool, later: np.ndarray
 ) -> None:
@@ -117,7 +117,7 @@ def _average_precision_sums(
             sum_e, sum_f, ones, zeros = sum_e + one * e, sum_f + zero * f, ones + one, zeros + zero
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _cascade_sums(w: np.ndarray, d: np.ndarray, depth: Any, length: Any, both: bool, later: np.ndarray) -> None:
     size = len(w)
     base = load(w, 0)
@@ -145,7 +145,7 @@ def _cascade_sums(w: np.ndarray, d: np.ndarray, depth: Any, length: Any, both: b
         reached = reached * (1.0 - theta)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _terms(form: int, w: np.ndarray, d: np.ndarray, depth: Any, terms: np.ndarray) -> None:
     """What R gains when rank k is shown besides the ranks before it."""
     count, reached = spread(0.0), spread(1.0)
@@ -162,7 +162,7 @@ def _terms(form: int, w: np.ndarray, d: np.ndarray, depth: Any, terms: np.ndarra
         store(terms, k, term)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _unscaled_rewards(
     form: int, credit: int, w: np.ndarray, d: np.ndarray, depth: Any, length: Any, out: np.ndarray
 ) -> None:
@@ -188,7 +188,7 @@ def _unscaled_rewards(
         _cascade_sums(w, d, depth, length, both, out)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _scale(credit: int, rewards: np.ndarray, length: Any, shown: Any, inverse: Any, tile: np.ndarray) -> None:
     """Divide by the number of swaps, multiply by 1 / normaliser, set to 0 what is not shown."""
     if credit == NONCAUSAL:
@@ -201,7 +201,7 @@ def _scale(credit: int, rewards: np.ndarray, length: Any, shown: Any, inverse: A
         store(tile, k, where(k < shown, reward, 0.0))
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _rewards_of_eight(
     gains: np.ndarray,
     first: int,
@@ -223,7 +223,7 @@ def _rewards_of_eight(
     return is_good
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _all_same(counts: np.ndarray, first: int) -> bool:
     """Whether the lists first .. first + 7, those that there are, have the same count."""
     same = True
@@ -232,7 +232,7 @@ def _all_same(counts: np.ndarray, first: int) -> bool:
     return same
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def rewards_of_lists(
     gains: np.ndarray,  # (N, K) float32 or float64
     lengths: np.ndarray,  # (N,) int64
@@ -262,7 +262,7 @@ def rewards_of_lists(
     return all_good
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, cache=True, fastmath=False)
 def rewards_of_lists_in_parallel(
     gains: np.ndarray,
     lengths: np.ndarray,

@@ -20,7 +20,7 @@ from flexrec.numba_kernels.tiles import (
 )
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _pair_state(form: int, w: np.ndarray, d: np.ndarray, depth: int, length: int, a: np.ndarray) -> tuple:
     """What the scores of single pairs share where they are not linear: a (K,) is the count of relevant ranks so far
     (FIRST), E (AVERAGE_PRECISION) or P (CASCADE); returned are u of the first and of the second relevant rank (FIRST).
@@ -45,7 +45,7 @@ def _pair_state(form: int, w: np.ndarray, d: np.ndarray, depth: int, length: int
     return u_first, u_second
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _pair_row(
     form: int, w: np.ndarray, d: np.ndarray, depth: int, length: int, a: np.ndarray, u: tuple, k: int, row: np.ndarray
 ) -> None:
@@ -72,7 +72,7 @@ def _pair_row(
         row[j] = score
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _linear_scores(w: np.ndarray, d: np.ndarray, inverse: float, k: int, row: np.ndarray) -> None:
     """Write S[k, j] to row[j] for every j: no case distinction, so that it is done for several j at once."""
     wk, dk = w[k] * inverse, d[k]
@@ -103,7 +103,7 @@ def _mean(scores: np.ndarray, weights: np.ndarray) -> float:
     return weighted / weight if weight > 0.0 else 0.0
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, cache=True, fastmath=False)
 def _scores_of_lists(
     w: np.ndarray,  # (N, K) float64, term gains
     inverse_norms: np.ndarray,  # (N,) float64

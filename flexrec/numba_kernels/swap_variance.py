@@ -70,19 +70,19 @@ from flexrec.numba_kernels.tiles import (
 LN2 = math.log(2.0)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _fill(tile: np.ndarray, value: Any) -> None:
     for k in range(len(tile)):
         store(tile, k, value)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _swaps(credit: int, length: Any, k: int) -> Any:
     """Lanes: the number of swaps that rank k takes part in, at least 1."""
     return max(length - (k + 1.0), 1.0) if credit == SWAP else max(length - 1.0, 1.0)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _linear_variance(
     credit: int, v: np.ndarray, d: np.ndarray, depth: Any, length: Any, out: np.ndarray, own: np.ndarray
 ) -> None:
@@ -116,7 +116,7 @@ def _linear_variance(
         store(out, k, (load(own, k) * load(own, k) * load(v, k) + load(out, k)) / (n * n))
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _linear_term_variance(credit: int, v: np.ndarray, d: np.ndarray, depth: Any, out: np.ndarray) -> None:
     tail = spread(0.0)
     for k in range(len(v) - 1, -1, -1):
@@ -128,7 +128,7 @@ def _linear_term_variance(credit: int, v: np.ndarray, d: np.ndarray, depth: Any,
         _fill(out, tail)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _cascade_behind(
     w: np.ndarray,
     v: np.ndarray,
@@ -166,7 +166,7 @@ def _cascade_behind(
         d_next = h
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _cascade_swap_variance(
     w: np.ndarray, v: np.ndarray, length: Any, b: np.ndarray, alphas: np.ndarray, out: np.ndarray
 ) -> None:
@@ -180,7 +180,7 @@ def _cascade_swap_variance(
         reached *= q
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _add_multiple(moments: np.ndarray, a: int, b: int, factor: Any) -> None:
     """Second moments (25, 8) of five numbers s after s_a += factor s_b."""
     for i in range(5):
@@ -189,7 +189,7 @@ def _add_multiple(moments: np.ndarray, a: int, b: int, factor: Any) -> None:
         store(moments, 5 * i + a, load(moments, 5 * i + a) + factor * load(moments, 5 * i + b))
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _cascade_noncausal_variance(
     w: np.ndarray,
     v: np.ndarray,
@@ -241,7 +241,7 @@ def _cascade_noncausal_variance(
         reached *= q
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _cascade_term_variance(
     credit: int, w: np.ndarray, v: np.ndarray, d: np.ndarray, depth: Any, out: np.ndarray, worth: np.ndarray
 ) -> None:
@@ -266,7 +266,7 @@ def _cascade_term_variance(
         _fill(out, load(out, 0))
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _read_variance(
     plan: Plan, variance: np.ndarray, first: int, length: Any, top: Any, tile: np.ndarray, w: np.ndarray, v: np.ndarray
 ) -> bool:
@@ -284,7 +284,7 @@ def _read_variance(
     return not any_lane(outside > 0.0)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def variance_of_lists(
     gains: np.ndarray,  # (N, K) float64: one dtype, as compiling for another takes longer than converting
     variance: np.ndarray,  # (N, K) float64, of the gains
@@ -327,7 +327,7 @@ def variance_of_lists(
     return all_good
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, cache=True, fastmath=False)
 def variance_of_lists_in_parallel(
     gains: np.ndarray,
     variance: np.ndarray,

@@ -113,7 +113,7 @@ def run_over_lists(kernel: Any, parallel_kernel: Any, gains: np.ndarray, *argume
 EXP2M1 = tuple(math.log(2.0) ** (k + 1) / math.factorial(k + 1) for k in range(14))
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _exp2m1_small(f: Any) -> Any:
     """2^f - 1 for lanes within [-1/2, 1/2], to the last digit also near 0."""
     c = EXP2M1
@@ -132,20 +132,20 @@ def _exp2m1_small(f: Any) -> Any:
     return (q * f + c[0]) * f
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _power(exponent: Any) -> Any:
     """2^exponent for lanes of integers <= 1023, 0 where that is below what a float64 holds in full."""
     return where(exponent < -1022.0, 0.0, power_of_two(max(exponent, -1022.0)))
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def scaled_one(top: Any) -> Any:
     """2^-top, lanes."""
     t = nearest_integer(top)
     return _power(0.0 - t) * (_exp2m1_small(t - top) + 1.0)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def term_gain(g: Any, kind: int, top: Any) -> Any:
     """What the metric makes of the gains g, float64 lanes: g, 1 where g > 0, or (2^g - 1) / 2^top.
 
@@ -162,13 +162,13 @@ def term_gain(g: Any, kind: int, top: Any) -> Any:
     return (power * _exp2m1_small(g - i) + exact) * (_exp2m1_small(t - top) + 1.0)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def discount(d: np.ndarray, k: int, depth: Any) -> Any:
     """Lanes: d[k], 0 where the list shows no more than k ranks."""
     return where(k < depth, d[k], 0.0)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def counts(per_list: np.ndarray, first: int) -> Any:
     """Float64 lanes: a count (N,) of each of the lists first .. first + 7, the last one repeated."""
     lanes = np.empty((1, LANES))
@@ -177,7 +177,7 @@ def counts(per_list: np.ndarray, first: int) -> Any:
     return load(lanes, 0)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def longest(lengths: np.ndarray, first: int) -> int:
     """The largest length (N,) of the lists first .. first + 7."""
     most = 0
@@ -186,7 +186,7 @@ def longest(lengths: np.ndarray, first: int) -> int:
     return most
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def read_lists(lists: np.ndarray, first: int, tile: np.ndarray) -> None:
     """Rows 0 .. K-1 of the tile from the lists (N, K) first .. first + 7, the last list repeated."""
     rows, size = lists.shape
@@ -198,7 +198,7 @@ def read_lists(lists: np.ndarray, first: int, tile: np.ndarray) -> None:
             tile[k, lane] = lists[row, k]
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def write_lists(tile: np.ndarray, first: int, lists: np.ndarray) -> None:
     """The way back."""
     rows, size = lists.shape
@@ -209,7 +209,7 @@ def write_lists(tile: np.ndarray, first: int, lists: np.ndarray) -> None:
             lists[first + lane, k] = tile[k, lane]
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _clear_behind(tile: np.ndarray, length: Any, size: int) -> None:
     """Set a tile's rows 0 .. size - 1 to 0 behind each lane's length, or behind the one length of all lanes."""
     for k in range(size - 1, -1, -1):
@@ -218,7 +218,7 @@ def _clear_behind(tile: np.ndarray, length: Any, size: int) -> None:
         store(tile, k, where(k < length, widen(load(tile, k)), 0.0))
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _read_gains(
     plan: Plan, gains: np.ndarray, first: int, length: Any, tile: np.ndarray, w: np.ndarray
 ) -> tuple[bool, Any, Any]:
@@ -245,7 +245,7 @@ def _read_gains(
     return is_good, top, total
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _ideal(plan: Plan, tile: np.ndarray, n: int, top: Any) -> Any:
     """Lanes: the discounted sum of the term gains in the best order, over the first plan.cutoff ranks."""
     depth = min(n, plan.cutoff)
@@ -256,7 +256,7 @@ def _ideal(plan: Plan, tile: np.ndarray, n: int, top: Any) -> Any:
     return ideal
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def prepare(
     plan: Plan, gains: np.ndarray, first: int, length: Any, n: int, tile: np.ndarray, w: np.ndarray
 ) -> tuple[bool, Any, Any]:
@@ -283,7 +283,7 @@ def prepare(
     return is_good, where(norm > TINY, 1.0 / norm, 0.0), top
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def term_gains_and_norms(plan: Plan, gains: np.ndarray, lengths: np.ndarray) -> tuple[bool, np.ndarray, np.ndarray]:
     """Of whole lists (N, K), for kernels that go through them one by one: whether all gains lie in [0, plan.high];
     (N, K) float64 term gains, 0 beyond each length; (N,) float64, 1 / normaliser."""

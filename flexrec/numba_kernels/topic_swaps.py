@@ -26,7 +26,7 @@ def _dot(x: np.ndarray, y: np.ndarray) -> float:
     return total
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _worth(worth: np.ndarray, matrix: np.ndarray, items: np.ndarray, a: np.ndarray) -> None:
     """Fill a (K, C) from the worth (K,) of the items (K,), rows of ``matrix``."""
     for k in range(len(a)):
@@ -35,7 +35,7 @@ def _worth(worth: np.ndarray, matrix: np.ndarray, items: np.ndarray, a: np.ndarr
             ak[c] = w * about[c]
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _greedy_value(
     a: np.ndarray, p: np.ndarray, decay: float, discounts: np.ndarray, depth: int, ties: np.ndarray
 ) -> float:
@@ -61,7 +61,7 @@ def _greedy_value(
     return value
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _weight_of_intents(a: np.ndarray, p: np.ndarray) -> float:
     total = 0.0
     for c in range(len(p)):
@@ -72,7 +72,7 @@ def _weight_of_intents(a: np.ndarray, p: np.ndarray) -> float:
     return total
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _reach(a: np.ndarray, p: np.ndarray, decay: float, reached: np.ndarray) -> None:
     """Fill reached (T, C): the weight of each topic times the share of it that is left at each of the first T ranks."""
     left = p.copy()
@@ -159,7 +159,7 @@ def _mean(scores: np.ndarray, weights: np.ndarray) -> float:
     return weighted / weight if weight > 0.0 else 0.0
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _inverse_norm(a: np.ndarray, p: np.ndarray, decay: float, discounts: np.ndarray, ties: np.ndarray) -> float:
     """1 / normaliser, 0 for a list without a positive gain; ``ties`` (0,) where that is the weight of the intents."""
     if len(ties):
@@ -169,7 +169,7 @@ def _inverse_norm(a: np.ndarray, p: np.ndarray, decay: float, discounts: np.ndar
     return 1.0 / norm if norm > TINY else 0.0
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=False)
 def _rewards_of_list(
     a: np.ndarray, p: np.ndarray, d: np.ndarray, decay: float, credit: int, rewards: np.ndarray
 ) -> None:
@@ -194,7 +194,7 @@ def _rewards_of_list(
         rewards[:] = rewards[0]
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, cache=True, fastmath=False)
 def _rewards_of_lists(
     worth: np.ndarray,  # (N, K) float64, term gains
     matrix: np.ndarray,  # (I, C) floating
@@ -219,7 +219,7 @@ def _rewards_of_lists(
                 out[i, k] = rewards[k] * inverse
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, cache=True, fastmath=False)
 def _scores_of_lists(
     worth: np.ndarray,  # this and the next as above
     matrix: np.ndarray,

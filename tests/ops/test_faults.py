@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -311,3 +314,16 @@ def test_without_advantages_the_gradient_is_the_divergences():
     want = 0.1 * (torch.expm1(ref - y) - (ref - y)).sum() / 12
     torch.testing.assert_close(got, torch.autograd.grad(want, y)[0])
     torch.testing.assert_close(loss.detach(), want.detach())
+
+
+def test_what_is_compiled_first_changes_no_value(tmp_path):
+    """Kernels whose sums may be reordered call others that must see what is no number; here they are the first to."""
+    script = """
+import torch, flexrec
+hidden = torch.full((1, 4), -torch.inf)
+sets = torch.tensor([0, 1, 2]), torch.tensor([0, 3]), torch.tensor([0])
+print(flexrec.restricted_logprobs(hidden, torch.ones(3, 4), *sets, backend="numba").logprobs.item())
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "nan\n", done.stderr
