@@ -152,6 +152,12 @@ def test_a_query_stands_in_the_prompt():
         ids, _ = builder.prompt("Find it", [], [], query=" Alien  noodles, XXL\n")
         assert tokenizer.decode(ids).startswith(f"<s>Find it{SEARCHED}{expected}")
         assert SEARCHED not in tokenizer.decode(builder.prompt("Find it", [], [])[0])
+        nothing = np.zeros(0, dtype=np.int64)
+        numbers = {"interest": nothing * 0.0, "popularity": nothing, "trend": nothing * 0.0}
+        lst = RankingList(user=0, time=0.0, history=nothing, candidates=nothing, query="Night", **numbers)
+        asked, _ = builder.prompt_of(lst, CATALOGUE, "Find it")
+        assert asked == builder.prompt("Find it", [], [], query="Night", marks=builder.marks_in(lst, CATALOGUE))[0]
+        assert tokenizer.decode(asked).startswith(f"<s>Find it{SEARCHED}")
 
 
 def test_marks_say_how_a_title_matches_the_query():
