@@ -8,10 +8,8 @@ comma := ,
 BIN := $(VENV)/bin
 CORE := $(wildcard csrc/*.cpp csrc/include/flexrec/*.hpp)
 RUN := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
-# Most steps where they are worth most on the simulator, in the warm start on the critic's gains; no second training for
-# comparison, so that a laptop is done in minutes. QUICK=1 shortens further, for continuous integration.
-STEPS := $(if $(QUICK),--warmup-steps 4 --listwise-steps 8 --steps 4,\
-	--warmup-steps 6 --listwise-steps 150 --warmup-learning-rate 2e-3 --steps 10)
+# QUICK=1 shortens it for continuous integration.
+STEPS := $(if $(QUICK),--warmup-steps 4 --listwise-steps 8 --steps 4)
 
 # make test-core: the C++ core under sanitizers       make bench: speed against peers
 # make test-oldest-triton: the Triton tests with the oldest Triton that pyproject.toml allows; with COMPILE=1 it compiles

@@ -10,6 +10,7 @@ from typing import Any
 
 from flexrec.checks import option
 from flexrec.data.options import OPTIONS, all_data_options
+from flexrec.policy.gguf import CARRIED
 from flexrec.task.prompts import ENCODINGS
 from flexrec.trainer.options import TrainerOptions
 
@@ -75,7 +76,8 @@ class ExperimentConfig(TrainerOptions):
     )
     model: str = option(
         EMBEDDED,
-        f"a causal language model by hub name or folder; {EMBEDDED}: a small one made from the catalogue",
+        f"a causal language model by hub name, folder or GGUF file, or {', '.join(CARRIED)}; {EMBEDDED}: a small one made "
+        f"from the catalogue",
         metavar="NAME_OR_DIR",
     )
     encoding: str | None = option(
@@ -95,12 +97,12 @@ class ExperimentConfig(TrainerOptions):
         "start from the format stage alone, or from listwise supervision after it",
         choices=("format", "listwise"),
     )
-    steps: int = option(40, "steps of reinforcement", low=1)
-    warmup_steps: int = option(30, "steps of the format stage", low=1)
-    listwise_steps: int = option(40, "steps of the listwise warm start", low=1)
+    steps: int = option(10, "steps of reinforcement", low=1)
+    warmup_steps: int = option(6, "steps of the format stage", low=1)
+    listwise_steps: int = option(150, "steps of the listwise warm start", low=1)
     prompts_per_step: int = option(192, "prompts in a step", low=1)
     learning_rate: float = option(5e-4, "of reinforcement", low=0)
-    warmup_learning_rate: float = option(1e-3, "of the supervised stages", low=0)
+    warmup_learning_rate: float = option(2e-3, "of the supervised stages", low=0)
     baselines: tuple[str, ...] | None = option(
         None,
         f"beside the baselines that cost seconds ({', '.join(QUICK_BASELINES)}), also {', '.join(SLOW_BASELINES)}, or "

@@ -147,7 +147,7 @@ def _run_in(
     notes = [*renamed(config.needs or (), known), *check_answerable(needs, dataset)]
     given = dataset
     on_main_process(lambda: folder.check_data(given))
-    model, tokenizer, builder = make_model(config, dataset, needs)
+    model, tokenizer, builder = make_model(config, dataset, needs, say)
     dataset = answerable(dataset, builder, config.num_ranked)
     for note in (*dataset.notes, *notes, *unseen_columns(needs, builder, dataset.catalogue)):
         say(note)

@@ -16,9 +16,11 @@ from flexrec.checks import check_choice
 from flexrec.data.lists import Catalogue, RankingList
 from flexrec.rankings.state import RankingState, Spelling
 from flexrec.task.descriptions import Descriptions, Item, Token, item_token, query_match, title_words, token_id
+from flexrec.task.labels import drawn_labels, label_tokens
 from flexrec.task.needs import Need, novelty
 
-ENCODINGS = ("index", "title", "item_token")
+ENCODINGS = ("index", "label", "title", "item_token")
+OF_ONE_TOKEN = ("label", "item_token")
 
 # At most so many candidates are named as rising; their order says how strongly.
 MAX_RISING = 8
@@ -81,10 +83,11 @@ class PromptBuilder:
 
     Args:
         tokenizer: a Hugging Face tokenizer; its chat template is used when it has one.
-        encoding: how an answer names a candidate. "index" ("[12] > [3]", the labels of RankGPT), "title" (one title
-            a line) or "item_token" (one vocabulary entry per item, see :func:`add_item_tokens`).
-        show_titles: write titles in the prompt. Always so for "index" and "title"; with "item_token" a pretrained
-            model needs them to know what an item is, while a model trained on the catalogue does not.
+        encoding: how an answer names a candidate. "index" ("[12] > [3]", the labels of RankGPT), "label" (a letter or
+            two, one token of the vocabulary, drawn anew for every list: :mod:`flexrec.task.labels`), "title" (one
+            title a line) or "item_token" (one vocabulary entry per item, see :func:`add_item_tokens`).
+        show_titles: write titles in the prompt. Always so but for "item_token", where a pretrained model needs them
+            to know what an item is, while a model trained on the catalogue does not.
         show: what is shown of an item where its title would be, see :func:`shown_text`.
         show_rising: name the candidates that rise at the moment of the request, and how often they were had in the last
             window and in the one before it (needs about trends read them).
@@ -148,7 +151,8 @@ class PromptBuilder:
         self._frame = self._chat_frame()
         self.separator: tuple[int, ...] = ()
         self.end: tuple[int, ...] = ()
-        if encoding != "item_token":
+        self._labels: list[int] = []
+        if encoding not in OF_ONE_TOKEN:
             if tokenizer.eos_token_id is None:
                 raise ValueError("the tokenizer has no eos token, which ends an answer of encoding 'index' or 'title'")
             self.separator = tuple(self._encode(" > " if encoding == "index" else "\n"))
@@ -200,7 +204,7 @@ class PromptBuilder:
         end = len(ids)
         if self.show_rising:
             ids += [*self._encode(RISING), *self._listing(rising, rises=rises)]
-        ids += [*self._encode(CANDIDATES), *self._listing(candidates, numbered=self.encoding == "index", more=marks)]
+        ids += [*self._encode(CANDIDATES), *self._listing(candidates, named=True, more=marks)]
         ids += [*self._encode(RANKING), *after]
         return ids, (start, end)
 
@@ -253,6 +257,8 @@ class PromptBuilder:
         """
         if self.encoding == "index":
             return [[*self._encode(f"[{i}]")] for i in range(1, len(candidates) + 1)]
+        if self.encoding == "label":
+            return [[label] for label in self._labels_of(candidates)]
         if self.encoding == "item_token":
             more = [()] * len(candidates) if marks is None else marks
             return [[self._item_token(item, further)] for item, further in zip(candidates, more, strict=True)]
@@ -273,7 +279,7 @@ class PromptBuilder:
 
     def check_answers(self, tokens: list[list[Any]], num_ranked: int | None = None) -> None:
         """Raise a ValueError where rankings of candidates spelled so could not be told apart (see ``RankingState``)."""
-        if self.encoding == "item_token":  # each is one token
+        if self.encoding in OF_ONE_TOKEN:
             return
         try:
             RankingState([tokens], **Spelling(self.separator, self.end, num_ranked).of([tokens]))
@@ -304,25 +310,34 @@ class PromptBuilder:
     def _listing(
         self,
         items: Sequence[Item],
-        numbered: bool = False,
+        named: bool = False,
         more: Sequence[tuple[int, ...]] | None = None,
         rises: Sequence[Sequence[int]] | np.ndarray | None = None,
     ) -> list[Token]:
         ids: list[Token] = []
         further = [()] * len(items) if more is None else more
+        labels = self._labels_of(items) if named and self.encoding == "label" else []
         for i, (item, marks) in enumerate(zip(items, further, strict=True), start=1):
-            if numbered:
+            if labels:
+                ids.append(labels[i - 1])
+            elif named and self.encoding == "index":
                 ids += self._encode(f"[{i}] ")
             if self.encoding == "item_token":
                 ids.append(self._item_token(item, marks))
             if self.show_titles:
                 text = _one_line(item.title if item.shown is None else item.shown)
+                text = f": {text}" if labels else text
                 if rises is None:
                     ids += self._encode(text + "\n")
                 else:
                     now, earlier = rises[i - 1]
                     ids += [*self._encode(text), *self._encode(f": {now} now, {earlier} before\n")]
         return ids if self.show_titles else [*ids, *self._encode("\n")]
+
+    def _labels_of(self, candidates: Sequence[Item]) -> list[int]:
+        if len(candidates) > len(self._labels):
+            self._labels = label_tokens(self.tokenizer, len(candidates))
+        return drawn_labels(self._labels[: len(candidates)], [item.id for item in candidates])
 
     def _item_token(self, item: Item, marks: tuple[int, ...]) -> Token:
         if self._descriptions is not None:

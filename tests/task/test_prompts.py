@@ -382,3 +382,31 @@ def test_candidates_are_described_by_needs_of_ones_own():
         assert tokenizer.convert_ids_to_tokens(list(tokens))[-2:] == of_one
     with pytest.raises(ValueError, match="no token '<need:cheap 0>'"):
         PromptBuilder(build_tokenizer(catalogue, []), encoding="item_token", described=True, described_needs=needs)
+
+
+def test_labels_are_tokens_of_letters_that_say_nothing(tokenizer):
+    builder = PromptBuilder(tokenizer, encoding="label", show_rising=False)
+    items = [Item(str(i), f"Title {i}") for i in range(5)]
+    prompt, _ = builder.prompt("Rank them", [], items)
+    tokens = builder.candidate_tokens(items)
+    letters = [tokenizer.decode(sequence) for sequence in tokens]
+    assert sorted(letters) == list("ABCDE")
+    assert (builder.separator, builder.end) == ((), ())
+    text = tokenizer.decode(prompt)
+    for item, letter in zip(items, letters, strict=True):
+        assert f"\n{letter}: {item.title}\n" in text
+    for sequence in tokens:  # the token of the answer is that of the prompt
+        assert len(sequence) == 1
+        assert prompt.count(sequence[0]) >= 1
+    # Whoever is shown where: over many lists no candidate's place has a label of its own.
+    first = [builder.candidate_tokens([Item(f"{n}-{i}", "a") for i in range(5)])[0][0] for n in range(60)]
+    assert len(set(first)) == 5
+    assert builder.candidate_tokens(items) == tokens
+
+
+def test_a_tokenizer_with_too_few_letters_cannot_label(tokenizer):
+    from flexrec.task.labels import label_tokens
+
+    assert len(set(label_tokens(tokenizer, 26))) == 26
+    with pytest.raises(ValueError, match="a token for each of 5000 candidates, and the tokenizer has"):
+        label_tokens(tokenizer, 5000)
