@@ -27,7 +27,8 @@ def make_model(
     config: ExperimentConfig, dataset: RankingDataset, needs: list[Need], say: Callable[[str], None] = print
 ) -> tuple[Any, Any, PromptBuilder]:
     """Model, tokenizer and prompt builder: the embedded default, one from a hub or a folder, or a resumed run's."""
-    encoding = config.encoding or ("item_token" if config.model == EMBEDDED else "index")
+    encoding = config.encoding
+    assert encoding is not None  # the configuration knows the model's
     described = config.model == EMBEDDED and encoding == "item_token"
     # Where items are described, new ones are told by what they are, and have no row that was never trained.
     known = np.flatnonzero(~new_items(dataset)) if described else np.arange(len(dataset.catalogue))
@@ -83,6 +84,7 @@ def make_model(
         encoding=encoding,
         show_titles=config.model != EMBEDDED or encoding != "item_token",
         show=config.show,
+        max_title_tokens=config.max_title_tokens,
         show_rising=not described and any("trend" in asks_of_data(need) for need in needs),  # which marks say better
         described=described,
         described_needs=own,

@@ -71,6 +71,7 @@ class RunInfo:
     seed: int
     described: bool = False
     show: Sequence[str] = ("title",)
+    max_title_tokens: int | None = None
     model: str = ""  # which the run began with
     own_needs: list[dict[str, Any]] = field(default_factory=list)  # that were written as expressions
     data_options: Mapping[str, Any] = field(default_factory=dict)
@@ -81,6 +82,7 @@ class RunInfo:
     ) -> RunInfo:
         return cls(
             encoding=builder.encoding,
+            max_title_tokens=builder.max_title_tokens,
             show_titles=builder.show_titles,
             show_rising=builder.show_rising,
             max_history=max(len(lst.history) for lst in dataset.train),
@@ -338,6 +340,7 @@ class RunFolder:
         builder = PromptBuilder(
             tokenizer,
             encoding=info.encoding,
+            max_title_tokens=info.max_title_tokens,
             show_titles=info.show_titles,
             show_rising=info.show_rising,
             described=info.described,

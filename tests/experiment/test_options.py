@@ -30,6 +30,9 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "credit": "noncausal",
         "tilt": 0.7,
         "show": ("title", "year"),
+        "max_title_tokens": 11,
+        "micro_batch": 6,
+        "eval_lists": 13,
         "metric": "recall@3",
         "warmup": "format",
         "steps": 7,
@@ -221,12 +224,12 @@ def other_model(tmp_path_factory):
     return folder
 
 
-def test_another_model_shows_titles_and_answers_by_index(recorded, dataset, other_model):
+def test_another_model_shows_titles_and_scores_in_place(recorded, dataset, other_model):
     interest = [get_need("interest")]
     _, _, builder = model_module.make_model(
         ExperimentConfig(output="unused", model=str(other_model)), dataset, interest
     )
-    assert (builder.encoding, builder.show_titles) == ("index", True)
+    assert (builder.encoding, builder.show_titles, builder.max_title_tokens) == ("score", True, 24)
     config = ExperimentConfig(output="unused", model=str(other_model), encoding="item_token")
     model, tokenizer, builder = model_module.make_model(config, dataset, interest)
     assert (builder.encoding, builder.show_titles) == ("item_token", True)

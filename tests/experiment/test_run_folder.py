@@ -110,6 +110,7 @@ def test_the_run_says_how_it_is_to_be_asked(tmp_path, recorded):
         "seed": 13,
         "described": True,
         "show": ["title"],
+        "max_title_tokens": None,
         "model": "embedded",
         "own_needs": [],
     }
@@ -129,6 +130,7 @@ def test_a_request_may_show_as_much_history_as_the_longest_that_was_trained(data
     assert {len(lst.history) for lst in lists} == {1, 2, 3, 4, 5}
     trained_on = dataclasses.replace(dataset, train=lists)
     builder = SimpleNamespace(encoding="index", show_titles=True, show_rising=False, show=("title",), described=False)
+    builder.max_title_tokens = None
     assert RunInfo.of(ExperimentConfig(output="unused"), builder, trained_on, []).max_history == 5
 
 

@@ -1,4 +1,4 @@
-"""Prompts: the three encodings, chat templates, and titles that try to be more than titles."""
+"""Prompts: the encodings, chat templates, and titles that try to be more than titles."""
 
 from dataclasses import replace
 
