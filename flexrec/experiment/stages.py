@@ -26,7 +26,7 @@ from flexrec.data.lists import RankingDataset, RankingList
 from flexrec.data.movielens import load_movielens
 from flexrec.data.options import all_data_options
 from flexrec.data.simulator import simulate
-from flexrec.evaluation.baselines import BASELINES, Baseline, order_for
+from flexrec.evaluation.baselines import BASELINES, Baseline, has_what_it_reads, order_for
 from flexrec.evaluation.critic import critic_quality
 from flexrec.evaluation.evaluate import Evaluation
 from flexrec.evaluation.mmr import MMR
@@ -143,6 +143,10 @@ def _run_in(
         dataset = replace(dataset, noise=config.noise)
     if config.cold_items is not None:
         dataset = hold_out_items(dataset, config.cold_items, seed=config.seed)
+    for name in (name for name in chosen if not has_what_it_reads(name, dataset)):
+        if name in (config.baselines or ()):
+            raise ValueError(f"--baselines {name} reads what no test list of the {dataset.name} data has")
+    chosen = tuple(name for name in chosen if has_what_it_reads(name, dataset))
     needs = choose_needs(config.needs, known, dataset)
     notes = [*renamed(config.needs or (), known), *check_answerable(needs, dataset)]
     given = dataset
