@@ -279,7 +279,7 @@ def _train(arguments: argparse.Namespace) -> int:
     config = ExperimentConfig(**options)
     console = Console()
     results = run_experiment(config, say=console.print)
-    if process_index() > 0:
+    if process_index() > 0 or config.dry_run:
         return 0
     console.print(results.table())
     for sentence in results.summary():

@@ -177,6 +177,7 @@ class ExperimentConfig(TrainerOptions):
     profile: bool = option(False, "show where the seconds of a step of reinforcement go; also in log.jsonl, by step")
     eval_every: int = option(0, "log test metrics every N steps; 0: never", low=0)
     save_every: int = option(0, "checkpoint every N steps; 0: never", low=0)
+    dry_run: bool = option(False, "say what the run would take, by a measured step, and write nothing")
     resume: bool = option(False, "continue the interrupted run in --output, with its options")
     seed: int = option(0, "of data, model and sampling", low=0, high=MAX_SEED, metavar="S")
 

@@ -46,7 +46,7 @@ from flexrec.task.prompts import PromptBuilder
 
 LOCK = ".lock"
 FORMAT, WARM_UP, REINFORCEMENT = "format", "listwise warm-up", "reinforcement"  # the stages, in the log and by seconds
-CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "baselines"}  # by --resume
+CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "baselines", "dry_run"}  # by --resume
 
 
 try:

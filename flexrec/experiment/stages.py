@@ -33,6 +33,7 @@ from flexrec.evaluation.mmr import MMR
 from flexrec.evaluation.neighbours import ItemKNN
 from flexrec.evaluation.statistics import bootstrap_interval
 from flexrec.experiment.config import EMBEDDED, LISTWISE, MADE_IN_PYTHON, ExperimentConfig
+from flexrec.experiment.estimate import estimate
 from flexrec.experiment.model import make_model
 from flexrec.experiment.needs import check_answerable, choose_needs, known_needs, renamed, unseen_columns, untrained
 from flexrec.experiment.results import BASE, CRITIC, TRAINED, WARM_START, Results
@@ -108,7 +109,7 @@ def run_experiment(
         config = replace(config, needs=tuple(need.name for need in needs), needs_file=None)
     PartialState()  # where there are several processes, they meet
     folder = RunFolder(config.output)
-    with folder.locked() if process_index() == 0 else nullcontext():
+    with folder.locked() if process_index() == 0 and not config.dry_run else nullcontext():
         return _run_in(folder, config, say if process_index() == 0 else _say_nothing, dataset, needs or ())
 
 
@@ -196,6 +197,14 @@ def _run_in(
     def measure(model: Any, name: str) -> None:
         for one in measured:
             one.results.per_list[name] = one.evaluate(model, name)
+
+    if config.dry_run or (config.model != EMBEDDED and process_index() == 0):
+        tests = [example for examples in measured[0].evaluate.tests.values() for example in examples]
+        planned = estimate(config, model, examples, tests, builder)
+        say(planned.text())
+        set_seed(config.seed)
+        if config.dry_run:
+            return results
 
     # From here on the folder is written to; mistakes that can be seen before have left no trace.
     on_main_process(lambda: folder.write_config(config, given))

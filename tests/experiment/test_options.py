@@ -33,6 +33,7 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "max_title_tokens": 11,
         "micro_batch": 6,
         "eval_lists": 13,
+        "dry_run": True,
         "metric": "recall@3",
         "warmup": "format",
         "steps": 7,
