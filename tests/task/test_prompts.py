@@ -410,3 +410,20 @@ def test_a_tokenizer_with_too_few_letters_cannot_label(tokenizer):
     assert len(set(label_tokens(tokenizer, 26))) == 26
     with pytest.raises(ValueError, match="a token for each of 5000 candidates, and the tokenizer has"):
         label_tokens(tokenizer, 5000)
+
+
+@pytest.mark.parametrize("encoding", ["index", "label", "score"])
+def test_what_is_shown_is_cut_to_its_length_and_places_follow(tokenizer, encoding):
+    long = [Item(str(i), " ".join(["Aliens"] * (3 + 4 * i))) for i in range(3)]
+    whole = PromptBuilder(tokenizer, encoding=encoding, show_rising=False)
+    cut = PromptBuilder(tokenizer, encoding=encoding, show_rising=False, max_title_tokens=4)
+    assert len(tokenizer.encode(long[1].title, add_special_tokens=False)) > 4
+    before, after = (builder.prompt("Rank", [], long)[0] for builder in (whole, cut))
+    assert len(after) < len(before)
+    lines = tokenizer.decode(after).splitlines()
+    assert len({len(tokenizer.encode(line, add_special_tokens=False)) for line in lines if "Aliens" in line}) <= 2
+    if encoding == "score":
+        for item, (place,) in zip(long, cut.candidate_tokens(long), strict=True):
+            text = tokenizer.decode(after[: len(after) - place.before_end + 1])
+            assert text.endswith("| match?"), item
+        assert len({place.before_end for (place,) in cut.candidate_tokens(long)}) == 3
