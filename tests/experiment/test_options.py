@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from transformers import LlamaForCausalLM
 
@@ -272,7 +273,9 @@ def test_results_of_some_lists_are_of_those_that_the_seed_draws(tmp_path, record
     for run, seed in enumerate((0, 0, 1)):
         results = recorded.run(tmp_path / f"run{run}", eval_lists=3, seed=seed)
         values = next(iter(results.per_list["trained"].values()))["ndcg@5"]
-        assert len(values) == len(results.users) == 3
+        drawn = np.sort(np.random.default_rng(seed).permutation(len(dataset.test))[:3])
+        assert results.users.tolist() == [dataset.test[i].user for i in drawn]
+        assert len(values) == 3
         users.setdefault(seed, []).append(results.users.tolist())
     assert users[0][0] == users[0][1]
     assert any(f"results are of 3 of {len(dataset.test)} test lists" in said for said in recorded.said)

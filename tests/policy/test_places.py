@@ -1,5 +1,6 @@
 """Candidates that are scored where they stand in the prompt: scores, the rankings drawn by them, gradients."""
 
+import copy
 from itertools import permutations
 
 import numpy as np
@@ -26,8 +27,9 @@ def world():
     wording = get_need("interest").wordings[0]
     tokenizer = build_tokenizer(data.catalogue, [wording])
     model = build_model(tokenizer, hidden_size=32, num_layers=2).eval()
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(20.0)
+    with torch.no_grad():  # states that differ from candidate to candidate
+        for parameter in model.parameters():
+            parameter.mul_(8.0 if parameter.ndim == 2 else 1.0)
     builder = PromptBuilder(tokenizer, encoding="score")
     lists = [lst.reordered(np.arange(size)) for lst, size in zip(data.test, SIZES, strict=False)]
     prompts = [builder.prompt_of(lst, data.catalogue, wording)[0] for lst in lists]
@@ -109,7 +111,7 @@ def test_log_probs_and_objective_are_those_of_plackett_and_luce(world):
 
 def test_samples_have_the_probabilities_they_say(world):
     model, _, _, prompts, candidates = world
-    draws, temperature = 6000, 2.5
+    draws, temperature = 6000, 0.4
     rollout = sample_rankings(
         model,
         prompts[1:2],
@@ -119,6 +121,7 @@ def test_samples_have_the_probabilities_they_say(world):
         generator=torch.Generator().manual_seed(0),
     )
     scores = by_hand(model, prompts[1], candidates[1]) / temperature
+    assert scores.max() - scores.min() > 1, "a temperature of 1 would show"
     for order in permutations(range(3)):
         left, probability = list(range(3)), 1.0
         for item in order:
@@ -133,9 +136,14 @@ def test_samples_have_the_probabilities_they_say(world):
     np.testing.assert_allclose(trained_with.detach().numpy(), rollout.logprobs, atol=1e-5)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["as it is", "the other way about"])
 @pytest.mark.parametrize("num_ranked", [None, 4])
-def test_the_greedy_ranking_is_the_order_of_the_scores(world, num_ranked):
+def test_the_greedy_ranking_is_the_order_of_the_scores(world, num_ranked, sign):
+    """What is read behind a short list's candidates is above them all with one of the two signs."""
     model, _, _, prompts, candidates = world
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(sign)
     rollout = sample_rankings(model, prompts, candidates, greedy=True, num_ranked=num_ranked, num_generations=2)
     assert rollout.rankings.shape == (6, 7 if num_ranked is None else 4)
     for n, row in enumerate(rollout.rankings):
