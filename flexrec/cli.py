@@ -443,3 +443,7 @@ def _request(line: bytes | None) -> dict[str, Any]:
     if not isinstance(request, dict):
         raise ValueError(f"a request is a JSON object, got {type(request).__name__}")
     return request
+
+
+if __name__ == "__main__":
+    sys.exit(main())
