@@ -427,6 +427,10 @@ def test_title_and_index_answers(tmp_path):
 def test_the_module_is_the_command():
     """`python -m flexrec.cli` did nothing, and said nothing."""
     ran = subprocess.run(
-        [sys.executable, "-m", "flexrec.cli", "--version"], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1]
+        [sys.executable, "-m", "flexrec.cli", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[1],
     )
     assert (ran.returncode, ran.stdout.split()[0]) == (0, "flexrec")
