@@ -4,7 +4,7 @@
     data.json         what its data set is called, holds and is known by, and what its loader said
     flexrec.json      how the model is to be prompted and what it was trained on (:class:`RunInfo`)
     catalogue.json    titles and topics of the items, and how strongly they rise at the end of the log
-    histories.json    the last items of every logged user         critic.npz      the critic, where there is one
+    histories.json    the last items of every user                critic.npz      the critic, where there is one
     metrics.json      means, changes, configuration, seconds          per_list.npz   every metric of every test list
     warm_start.npz    the same of the warm start, for a run that is resumed after it
     log.jsonl         a line per step                                 checkpoints/   of reinforcement, by step
@@ -316,9 +316,21 @@ class RunFolder:
         of_items = {**items, "columns": columns, "popularity": popularity, "trend": rises, "rises": counts}
         write_json(self.path / "catalogue.json", of_items)
         histories: dict[str, list[dict[str, Any]]] = {}
+        logged = set(log.users.tolist())
+
+        def name_of(user: int) -> str:
+            return str(user) if dataset.user_ids is None else dataset.user_ids[user]
+
         for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
-            name = str(user) if dataset.user_ids is None else dataset.user_ids[user]
-            histories.setdefault(name, []).append({"id": catalogue.ids[item], "interest": interest})
+            histories.setdefault(name_of(user), []).append({"id": catalogue.ids[item], "interest": interest})
+        # Users who were tested on are in no log: what their latest list knows of them.
+        for lst in sorted(dataset.test, key=lambda lst: lst.time):
+            if lst.user not in logged and len(lst.history):
+                known = [None] * len(lst.history) if lst.history_interest is None else lst.history_interest.tolist()
+                histories[name_of(lst.user)] = [
+                    {"id": catalogue.ids[item], "interest": interest}
+                    for item, interest in zip(lst.history.tolist(), known, strict=True)
+                ]
         latest = {user: events[-info.max_history :] for user, events in histories.items() if info.max_history}
         write_json(self.path / "histories.json", latest)
         _save_model(self.path, model, tokenizer, info)

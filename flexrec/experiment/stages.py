@@ -246,7 +246,7 @@ def _run_in(
         model = model.merge_and_unload()  # before the evaluation, which is of what is saved
     measure(model, TRAINED)
     training.finished(REINFORCEMENT, results.per_list[TRAINED])
-    on_main_process(lambda: folder.save(model, tokenizer, info, dataset))
+    on_main_process(lambda: folder.save(model, tokenizer, info, given))
     if critic is not None:
         on_main_process(lambda: folder.save_critic(critic))
 
