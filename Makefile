@@ -33,7 +33,7 @@ LLM := runs/llm-$(shell date +%Y%m%d-%H%M%S)
 llm: $(VENV)/installed $(VENV)/smollm2
 	test -d "$(ESCI)" || { echo "make llm needs ESCI=DIR, a folder with the ESCI data or an excerpt: docs/data.md"; exit 2; }
 	$(BIN)/flexrec train --dataset esci --data "$(ESCI)" --need search --candidates 15 --metric ndcg@5 --model smollm2-135m \
-		$$(grep -qs avx512_bf16 /proc/cpuinfo && echo --bf16) --listwise-steps 40 --steps 30 --eval-lists 100 \
+		$$(grep -qs avx512_bf16 /proc/cpuinfo && echo --bf16) --micro-batch 2 --listwise-steps 40 --steps 30 --eval-lists 100 \
 		--baselines minilm listwise --output $(LLM)
 
 $(VENV)/smollm2: $(VENV)/installed
