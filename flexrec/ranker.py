@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,8 @@ class Ranker:
     ``"interest"`` says from 0 to 1 how much it was, and is null where nobody knows) or ``user`` (whose history the run
     has logged).
 
-    Items that the run was not trained with are ranked by what their titles and topics say.
+    Items that the run was not trained with are ranked by what their titles and topics say. Other keys are left alone,
+    so that an asker's own may stand in a request; one that is nearly one of these is warned of.
 
     Args:
         items: a catalogue of further items, to be asked for by their ids; where it has an id of the run's, it counts.
@@ -80,7 +81,7 @@ class Ranker:
         for i, request in enumerate(requests):
             try:
                 check_text(request)
-                items = self._candidates(request)
+                items, ids, repeated = self._candidates(request)
                 trend = np.array([self._trend.get(item.id, 0.0) for item in items])
                 rising = [items[j] for j in strongest_risers(trend)]
                 history, interest = self._history(request)
@@ -103,8 +104,8 @@ class Ranker:
             except ValueError as error:
                 answers[i] = {"error": str(error)}
                 continue
-            ids = [entry["id"] if isinstance(entry, dict) else entry for entry in request["candidates"]]
-            readable.append(_Readable(i, ids, prompt, tokens, warning))
+            warnings = "; ".join(part for part in (*_misspelt(request), repeated, warning) if part)
+            readable.append(_Readable(i, ids, prompt, tokens, warnings))
         for part in _together(readable, max(decoding.num_beams, decoding.best_of)):
             rollout = self._decode([one.prompt for one in part], [one.tokens for one in part], decoding, generator)
             check_outputs(rollout)
@@ -222,16 +223,18 @@ class Ranker:
             raise ValueError("the need 'search' takes a 'query', in words")
         return query
 
-    def _candidates(self, request: dict[str, Any]) -> list[Item]:
+    def _candidates(self, request: dict[str, Any]) -> tuple[list[Item], list[Any], str]:
+        """The candidates, their ids as they came, and what to beware of: one that is given again counts once."""
         given = request.get("candidates")
         if not isinstance(given, list) or not given:
             raise ValueError("'candidates' must be a list of at least one {'id': .., 'title': ..}")
         items = [self._item(entry, f"candidates[{j}]") for j, entry in enumerate(given)]
-        counts = Counter(item.id for item in items)
-        repeated = [item_id for item_id, count in counts.items() if count > 1]
-        if repeated:
-            raise ValueError(f"'candidates' has the id {min(repeated)!r} more than once")
-        return items
+        ids = [entry["id"] if isinstance(entry, dict) else entry for entry in given]
+        first = {item.id: j for j, item in reversed(list(enumerate(items)))}
+        once = sorted(first.values())
+        repeated = sorted({item.id for j, item in enumerate(items) if first[item.id] != j})
+        warning = f"'candidates' has the id {repeated[0]!r} more than once: the first counts" if repeated else ""
+        return [items[j] for j in once], [ids[j] for j in once], warning
 
     def _history(self, request: dict[str, Any]) -> tuple[list[Item], list[float]]:
         """The latest items of the history, and the interest in them, NaN where it is not known."""
@@ -286,6 +289,15 @@ class Ranker:
         return Item(item_id, title, topics, shown_text(self.builder.show, title, topics, columns))
 
 
+def _misspelt(request: dict[str, Any]) -> list[str]:
+    """A warning for every key that means nothing and is nearly one that does; others are the asker's own."""
+    found = []
+    for key in request:
+        if key not in KEYS and (meant := get_close_matches(key, KEYS, n=1, cutoff=0.7)):
+            found.append(f"{_shown(key)} means nothing in a request and was ignored: {meant[0]!r}?")
+    return found
+
+
 def _interest(entry: Any, where: str) -> float:
     """How much an item of a history was liked: an id alone was."""
     if not isinstance(entry, dict):
@@ -303,6 +315,9 @@ def _interest(entry: Any, where: str) -> float:
     if not isinstance(liked, bool):
         raise ValueError(f"'liked' of '{where}' must be true or false, got {_shown(liked)}")
     return float(liked)
+
+
+KEYS = ("need", "user", "history", "candidates", "query")  # of a request
 
 
 class _Readable(NamedTuple):

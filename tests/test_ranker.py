@@ -434,3 +434,17 @@ def test_candidates_are_described_by_needs_of_ones_own_as_in_training(tmp_path, 
     Ranker(tmp_path, table).rank([{"need": "cheap", "history": [], "candidates": ["new", *catalogue.ids[1:3]]}])
     ((first, *_),) = decoded["sample"].calls[2][1]
     assert "<need:cheap 12>" in tokenizer.convert_ids_to_tokens(list(first[0]))
+
+
+def test_misspelt_keys_and_repeated_candidates_are_warned_of_and_cost_nothing(run, dataset, decoded):
+    ranker = Ranker(run[0])
+    a, b, c, d = dataset.catalogue.ids[:4]
+    request = {"need": "interest", "history": [d], "candidates": [a, {"id": b}, a, c, {"id": a}], "session": 7}
+    assert "warning" not in ranker.rank([{**request, "candidates": [a, b, c]}])[0]
+    (answer,) = ranker.rank([{**request, "canditates": [], "quary": "x"}])
+    assert sorted(one["id"] for one in answer["ranking"]) == sorted([a, b, c])
+    assert f"'candidates' has the id {a!r} more than once: the first counts" in answer["warning"]
+    assert "'canditates' means nothing in a request and was ignored: 'candidates'?" in answer["warning"]
+    assert "'quary' means nothing in a request and was ignored: 'query'?" in answer["warning"]
+    assert "session" not in answer["warning"]
+    assert len(decoded["sample"].calls[-1][1][0]) == 3
