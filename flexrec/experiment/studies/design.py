@@ -25,7 +25,7 @@ class Run:
     """One run: what it is called, and all that decides what comes of it.
 
     Attributes:
-        kind: who executes it (:mod:`flexrec.experiment.studies.worker`).
+        kind: who executes it: a name of ``flexrec.experiment.studies.worker.KINDS``, or MODULE:CLASS.
         labels: its part, where a study has several, its data set, and its level of every axis.
         start: options of what runs with the same start share, such as a world, a critic and a model.
         options: those of the run itself.

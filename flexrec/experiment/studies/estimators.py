@@ -82,7 +82,7 @@ class Enumeration:
             self.gains[0] = 1.0
         self.parameters = [torch.from_numpy(x) for x in self._drawn(strength, prefixes, rng)]
         if policy == "trigger":
-            self.gains = torch.tensor([0.0, *np.linspace(1.0, 0.2, size - 1)], dtype=torch.float64)
+            self.gains = torch.tensor([0.0, 1.0, *[0.1] * (size - 2)], dtype=torch.float64)
             ordered = torch.stack([self.gains if p[:1] == (0,) else -self.gains for p in prefixes])
             ordered[0] = 0.0
             self.parameters = [strength * ordered]
@@ -147,9 +147,11 @@ class Enumeration:
         """(N, K) what an estimator of this name differentiates."""
         gains = self.in_rank_order()
         if credit in ALL_ACTIONS:
-            options = ALL_ACTIONS[credit]
-            backend = "torch" if options else "auto"
-            return all_actions_objective(*self.arguments, gains, metric, backend=backend, **options).objective
+            hidden, weight, candidates, rankings = self.arguments
+            # Of two prompts with all rankings each: how far to trust a guess is for one to say of the other.
+            twice = (torch.cat([hidden, hidden]), weight, candidates[:2], torch.cat([rankings, rankings]))
+            found = all_actions_objective(*twice, torch.cat([gains, gains]), metric, **ALL_ACTIONS[credit])
+            return found.objective[: len(rankings)]
         name, _, baseline = credit.partition(", ")
         weights = ranking_probs(*self.arguments).detach() if name == "policy" else None
         rewards = swap_rewards(gains, metric, credit=name, weights=weights)

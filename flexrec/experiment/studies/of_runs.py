@@ -89,7 +89,7 @@ TRANSFER = Study(
             short_start={
                 **{name: value for name, value in _SHORT_RUN.items() if name != "needs"},
                 "baselines": ["none"],
-                "asked": [_ASKED[0], _ASKED[3], _ASKED[5]],
+                "asked": [_ASKED[0], _ASKED[1], _ASKED[3], _ASKED[5]],
             },
         ),
     ),

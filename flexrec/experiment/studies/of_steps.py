@@ -201,7 +201,7 @@ CRITIC = Study(
             "critic",
             axes={"missing": _MISSING, "feedback": _RATES, "model": _MODELS},
             shared=("missing", "feedback"),
-            short_axes={"missing": ("random",), "feedback": ("10 %",), "model": ("mf", "knn")},
+            short_axes={"missing": ("random",), "feedback": ("10 %",), "model": ("ensemble", "knn")},
             short_start={name: value for name, value in _SHORT_START.items() if name.startswith("data.")},
         ),
         Part(
@@ -253,7 +253,7 @@ _POLICIES: dict[str, Options] = {
         "stepwise": (1.0, 2.0),
         "pairs": (0.5, 1.0, 2.0),
         "prefixes": (1.0, 2.0),
-        "trigger": (3.0,),
+        "trigger": (5.0,),
     }.items()
     for strength in strengths
 }
@@ -275,7 +275,7 @@ ESTIMATOR = Study(
             axes={"items": {"5": {"size": 5}, "6": {"size": 6}}, "policy": _POLICIES},
             start={"instances": 10, "metrics": list(_OBJECTIVES)},
             without=({"items": "6", "policy": tuple(p for p in _POLICIES if p not in ("pairs, 1", "prefixes, 1"))},),
-            short_axes={"items": ("5",), "policy": ("pairs, 1", "trigger, 3")},
+            short_axes={"items": ("5",), "policy": ("pairs, 1", "trigger, 5")},
             short_start={"instances": 2, "metrics": ["ndcg@3"]},
         ),
     ),

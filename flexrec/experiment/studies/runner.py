@@ -74,6 +74,7 @@ class _Runner:
                 self.stopped = True
                 for worker in self.workers:
                     worker.kill()
+                    worker.wait()
         return self.failed
 
     def _work(self) -> None:
@@ -96,6 +97,7 @@ class _Runner:
                 continue  # its log stays that of the first study, which is where it says what it prints
         if worker is not None:
             worker.kill()
+            worker.wait()
 
     def _start(self, log: TextIO) -> subprocess.Popen[str]:
         environment = {**os.environ, **dict.fromkeys(_THREADS, "1"), "TOKENIZERS_PARALLELISM": "false"}

@@ -19,13 +19,13 @@ from typing import Any, Protocol
 
 from flexrec.experiment.studies.design import Run, Setting
 
-# kind -> module and class, which takes a Setting and runs options
+# kind -> module:class; a kind that is not here says its own
 KINDS = {
-    "experiment": ("flexrec.experiment.studies.experiments", "Experiments"),
-    "transfer": ("flexrec.experiment.studies.transfer", "Transfers"),
-    "reinforcement": ("flexrec.experiment.studies.reinforcement", "Reinforcements"),
-    "critic": ("flexrec.experiment.studies.critics", "Critics"),
-    "estimator": ("flexrec.experiment.studies.estimators", "Estimators"),
+    "experiment": "flexrec.experiment.studies.experiments:Experiments",
+    "transfer": "flexrec.experiment.studies.transfer:Transfers",
+    "reinforcement": "flexrec.experiment.studies.reinforcement:Reinforcements",
+    "critic": "flexrec.experiment.studies.critics:Critics",
+    "estimator": "flexrec.experiment.studies.estimators:Estimators",
 }
 
 
@@ -39,7 +39,7 @@ class Kind(Protocol):
 
 
 def make(run: Run, data: str | None, folder: Path) -> Kind:
-    module, name = KINDS[run.kind]
+    module, _, name = KINDS.get(run.kind, run.kind).partition(":")
     kind = getattr(importlib.import_module(module), name)
     setting = Setting(run.dataset, data, run.seed, dict(run.start), folder)
     made: Kind = kind(setting)
