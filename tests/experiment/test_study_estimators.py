@@ -26,6 +26,21 @@ def test_the_true_gradient_is_that_of_the_expected_metric(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_the_noise_is_that_of_single_rankings(policy):
+    one = enumeration(policy, seed=2)
+    objective = one.objective("swap", "ndcg")
+    each = []
+    for own in objective:
+        found = torch.autograd.grad(own.sum(), one.parameters, retain_graph=True)
+        each.append(torch.cat([g.flatten() for g in found]))
+    each = torch.stack(each)
+    mean = one.probability @ each
+    variance = one.probability @ (each - mean).square().sum(1)
+    found = one.measures("swap", "ndcg", one.true_gradient("ndcg"))
+    assert found.snr == pytest.approx(float(mean.norm() / variance.sqrt()), rel=1e-6)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_what_has_no_bias_has_none(policy):
     one = enumeration(policy, seed=1)
     true = one.true_gradient("ndcg@3")
@@ -67,7 +82,7 @@ def test_an_item_of_no_gain_that_orders_the_rest_gets_the_right_sign_from_the_co
     one = enumeration("trigger", 5.0, size=5)
 
     def at_the_first_rank(objective):
-        return (one.probability @ one.gradients(objective)).view(-1, one.size)[0, 0]
+        return one.moments(objective)[0].view(-1, one.size)[0, 0]
 
     value = ranking_metric(one.in_rank_order(), "ndcg")
     assert at_the_first_rank(one.logprobs * value[:, None]) > 0

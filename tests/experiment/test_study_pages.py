@@ -96,20 +96,23 @@ def test_costs_count_a_shared_start_once():
 
 
 def test_a_table_reads_as_it_was_computed(tmp_path):
-    _, lines = lines_of("movielens")
+    made, lines = lines_of("movielens")
     lines[0]["results"] += of_numbers({"other": 0.25}, ranker="old")
     study, results = study_of(), results_of(lines)
     for name, rows in (("v", values_rows(results)), ("c", comparison_rows(study, results, num_samples=200))):
         (tmp_path / name).write_text(to_csv(rows))
     values, comparisons = read_csv(tmp_path / "v"), read_csv(tmp_path / "c")
-    assert len(values) == 5
-    text = table_of(study.tables[0], values, comparisons)
+    assert len(values) == 3
+    of_old = next(one for one in values if (one["ranker"], one["metric"]) == ("old", "m"))
+    assert of_old["seeds"] == "2"
+    assert float(of_old["mean"]) == pytest.approx(np.mean([made["old", 0].mean(), made["old", 1].mean()]), abs=1e-5)
+    text = table_of(study, study.tables[0], values, comparisons)
     (row,) = comparisons
     star = "*" if float(row["p_holm"]) < 0.05 else ""
     shown = f"({float(row['difference']):+.3f} [{float(row['low']):+.3f}, {float(row['high']):+.3f}]{star})"
     assert f"| new | {float(row['mean']):.3f} {shown} |" in text
     assert "the row minus `old`" in text
-    assert table_of(Table("t", "T", "ranker", ("dataset",), "absent"), values, ()) == ""
+    assert table_of(study, Table("t", "T", "ranker", ("dataset",), "absent"), values, ()) == ""
 
 
 def test_a_figure_is_for_light_and_dark_pages():

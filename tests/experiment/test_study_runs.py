@@ -32,10 +32,7 @@ def own_kind_is_found(monkeypatch):
 def run(study, folder, jobs=1, retry=False):
     folder.mkdir(exist_ok=True)
     store, said = Store(folder), []
-    runs = study.runs()
-    done = store.of(runs)
-    left = [one for one in runs if one.name not in done and (one.name in store.failed) == retry]
-    failed = execute([Job(left, store, folder)], {}, jobs=jobs, say=said.append)
+    failed = execute([Job(store.left(study.runs(), retry), store, folder)], {}, jobs=jobs, say=said.append)
     return failed, said, Store(folder)
 
 

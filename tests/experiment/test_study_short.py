@@ -43,6 +43,12 @@ def test_all_studies_in_short(tmp_path, capsys, monkeypatch):
     assert said.count(": 0 of ") == len(STUDIES)
     assert (tmp_path / "main" / RUNS).read_text() == kept
 
+    (tmp_path / "cold" / RUNS).unlink()
+    (tmp_path / "critic.md").unlink()
+    assert main([*command, "--report"]) == 0
+    assert (tmp_path / "critic.md").exists()
+    assert not (tmp_path / "cold" / RUNS).exists()
+
 
 def test_data_that_are_not_there_are_named_and_the_rest_is_run(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv(DATA_VARIABLE, raising=False)

@@ -187,6 +187,11 @@ class Study:
             raise ValueError(f"study {self.name!r} has two runs called {twice[0]!r}: its parts need names")
         return sorted(found, key=lambda run: run.seed)
 
+    def rank(self, level: str) -> int:
+        """Where a level stands in its axis; what is no level stands behind all."""
+        levels = [name for part in self.parts for axis in (part.datasets, *part.axes.values()) for name in axis]
+        return levels.index(level) if level in levels else len(levels)
+
     def datasets(self) -> list[str]:
         return list(dict.fromkeys(dataset for part in self.parts for dataset in part.datasets))
 

@@ -120,28 +120,32 @@ class Enumeration:
         """(N, K) gains."""
         return self.gains[self.rankings]
 
-    def gradients(self, objective: Tensor) -> Tensor:
-        """(N, parameters): the gradient of each ranking's own objective (N, K), summed over its ranks.
-
-        A ranking's objective depends on its own logits alone, so that one pass gives the gradients of all in these.
-        """
+    def moments(self, objective: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the gradient of a ranking's own objective (N, K), summed over its ranks: its mean (parameters,) over all
+        rankings, and the mean of its squared length."""
+        # A ranking's objective depends on its own logits alone, so that one pass gives the gradients of all in these.
         (of_logits,) = torch.autograd.grad(objective.sum(), self.logits, retain_graph=True)  # (N, K, K)
-        n, size = self.rankings.shape
+        if self.policy in ("prefixes", "trigger"):  # whose parameters are many, of which a ranking has few
+            mean = of_logits.new_zeros(len(self.parameters[0]), self.size)
+            mean.index_add_(0, self.prefix.flatten(), (self.probability[:, None, None] * of_logits).flatten(0, 1))
+            return mean.flatten(), self.probability @ of_logits.square().sum((1, 2))
+        each = self._of_parameters(of_logits)
+        return self.probability @ each, self.probability @ each.square().sum(1)
+
+    def _of_parameters(self, of_logits: Tensor) -> Tensor:
+        """(N, parameters) from gradients in the logits (N, K, K)."""
         if self.policy == "plackett-luce":
             return of_logits.sum(1)
         if self.policy == "stepwise":
             return of_logits.flatten(1)
-        if self.policy == "pairs":
-            below = of_logits.flip(1).cumsum(1).flip(1) - of_logits  # (N, K, K) what stands below each rank
-            of_pairs = torch.zeros_like(of_logits).scatter_(1, self.rankings[..., None].expand_as(below), below)
-            return torch.cat([of_logits.flatten(1), of_pairs.flatten(1)], 1)
-        found = of_logits.new_zeros(n, len(self.parameters[0]), size)
-        return found.scatter_(1, self.prefix[..., None].expand_as(of_logits), of_logits).flatten(1)
+        below = of_logits.flip(1).cumsum(1).flip(1) - of_logits  # (N, K, K) what stands below each rank
+        of_pairs = torch.zeros_like(of_logits).scatter_(1, self.rankings[..., None].expand_as(below), below)
+        return torch.cat([of_logits.flatten(1), of_pairs.flatten(1)], 1)
 
     def true_gradient(self, metric: str) -> Tensor:
         """(parameters,) of the expected metric."""
         value = ranking_metric(self.in_rank_order(), metric)  # (N,)
-        return self.probability @ self.gradients(self.logprobs * value[:, None])
+        return self.moments(self.logprobs * value[:, None])[0]
 
     def objective(self, credit: str, metric: str) -> Tensor:
         """(N, K) what an estimator of this name differentiates."""
@@ -164,9 +168,8 @@ class Enumeration:
 
     def measures(self, credit: str, metric: str, true: Tensor) -> Measures:
         """How an estimator does against the true gradient."""
-        each = self.gradients(self.objective(credit, metric))
-        expected = self.probability @ each
-        spread = (self.probability @ (each - expected).square().sum(1)).sqrt()
+        expected, mean_square = self.moments(self.objective(credit, metric))
+        spread = (mean_square - expected.square().sum()).clamp(min=NEGLIGIBLE**2).sqrt()
         scale = (expected @ true) / expected.square().sum()
         counted = true.abs() > NEGLIGIBLE
         wrong = (expected.sign() != true.sign())[counted].double().mean()

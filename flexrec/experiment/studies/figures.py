@@ -23,8 +23,7 @@ def forest(title: str, rows: Sequence[Mapping[str, str]]) -> str:
     Args:
         rows: of ``comparisons.csv``, of one table. What is significant after Holm is in colour.
     """
-    columns = list(dict.fromkeys(row["column"] for row in rows))
-    names = list(dict.fromkeys(row["row"] for row in rows))
+    columns, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("column", "row"))
     low, high = min(0.0, *(float(row["low"]) for row in rows)), max(0.0, *(float(row["high"]) for row in rows))
     margin = 0.05 * (high - low) or 1.0
     low, high = low - margin, high + margin

@@ -28,6 +28,7 @@ class StudyOptions:
     jobs: int = option(1, "processes at a time, of one thread each", low=1, metavar="J")
     short: bool = option(False, "small worlds and few steps, to see that everything works; says nothing of quality")
     retry: bool = option(False, "only the runs that failed")
+    report: bool = option(False, "run nothing, write tables and pages of what is done")
     data: tuple[str, ...] = option(
         (),
         f"where data sets are, as in movielens=DIR kuairec=DIR; default: what {DATA_VARIABLE} holds, of the same form; "

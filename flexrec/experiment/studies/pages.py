@@ -30,7 +30,7 @@ def page(study: Study, folder: Path) -> str:
         parts.append((folder / NOTES).read_text(encoding="utf-8").strip())
     for table in study.tables:
         of_table = [row for row in comparisons if row["table"] == table.name]
-        if shown := table_of(table, values, of_table):
+        if shown := table_of(study, table, values, of_table):
             parts.append(f"## {table.title}")
             if len(of_table) >= FIGURE_ROWS:
                 parts.append(f"![{table.title}]({folder.name}/{table.name}.svg)")
@@ -46,41 +46,50 @@ def _how(about: Mapping[str, Any], costs: Sequence[Mapping[str, str]]) -> str:
         cells = (row[name] for name in ("part", "dataset", "runs", "seeds", "steps", "rollouts", "cpu_minutes"))
         rows.append(f"| {' | '.join(cells)} |")
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    missing = f"\n\nNot run: {'; '.join(about['not_run'])}." if about["not_run"] else ""
+    missing = f"\n\nNot run yet: {'; '.join(about['not_run'])}." if about["not_run"] else ""
     return (
         f"```bash\n{about['command']}\n```\n\n" + "\n".join(rows) + f"\n\nSteps and rollouts are the most of a run, "
         f"supervised steps included; CPU minutes are of all runs, on {about['machine']}. {versions}.{missing}"
     )
 
 
-def table_of(table: Table, values: Sequence[Mapping[str, str]], comparisons: Sequence[Mapping[str, str]]) -> str:
-    """Markdown: means over seeds, and differences with intervals; empty where there is nothing of it."""
-    means: dict[tuple[str, str], list[float]] = {}
-    columns: dict[str, None] = {}
+def table_of(
+    study: Study,
+    table: Table,
+    values: Sequence[Mapping[str, str]],
+    comparisons: Sequence[Mapping[str, str]],
+) -> str:
+    """Markdown: means over seeds, and differences with intervals; empty where there is nothing of it.
+
+    Rows and columns are in the order of the study's axes, others in that of the runs.
+    """
+    means: dict[tuple[str, str], str] = {}
+    places: dict[str, list[int]] = {}
     for row in values:
         labels = {name: value for name, value in row.items() if value != ""}
         if belongs(table, labels, row["metric"]):
             column = column_of(table, labels)
-            columns[column] = None
-            means.setdefault((labels[table.rows], column), []).append(float(row["mean"]))
+            places.setdefault(column, [study.rank(labels[name]) for name in table.columns])
+            means[labels[table.rows], column] = row["mean"]
     if not means:
         return ""
     found = {(row["row"], row["column"]): row for row in comparisons}
-    names = list(dict.fromkeys(row for row, _ in means))
+    names = sorted(dict.fromkeys(row for row, _ in means), key=study.rank)
+    columns = sorted(places, key=places.__getitem__)
     lines = [
         f"| {table.rows} | {' | '.join(columns)} |",
         f"|---|{'---:|' * len(columns)}",
     ]
     for name in names:
-        cells = [_cell(table, means.get((name, column), []), found.get((name, column))) for column in columns]
+        cells = [_cell(table, means.get((name, column)), found.get((name, column))) for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return f"{_legend(table, comparisons)}\n\n" + "\n".join(lines)
 
 
-def _cell(table: Table, means: Sequence[float], change: Mapping[str, str] | None) -> str:
-    if not means:
+def _cell(table: Table, found: str | None, change: Mapping[str, str] | None) -> str:
+    if found is None:
         return ""
-    mean = f"{sum(means) / len(means):.{table.digits}f}"
+    mean = f"{float(found):.{table.digits}f}"
     if change is None:
         return mean
     star = "*" if float(change["p_holm"]) < SIGNIFICANT else ""

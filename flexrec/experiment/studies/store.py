@@ -55,6 +55,13 @@ class Store:
         wanted = {run.name: run.made_with for run in runs}
         return {line["run"]: line for line in self.lines if wanted.get(line["run"]) == line["made_with"]}
 
+    def left(self, runs: Iterable[Run], retry: bool = False) -> list[Run]:
+        """The runs that are to be executed: those that are not done and have not failed, or with ``retry`` those that
+        have."""
+        runs = list(runs)
+        done = self.of(runs)
+        return [run for run in runs if run.name not in done and (run.name in self.failed) == retry]
+
     def outdated(self, runs: Iterable[Run]) -> int:
         """How many lines are of runs with other options."""
         wanted = {run.name: run.made_with for run in runs}

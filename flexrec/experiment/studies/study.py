@@ -50,20 +50,19 @@ def run_studies(options: StudyOptions, say: Callable[[str], None] = print) -> bo
             folder = Path(options.output) / study.name
             locks.enter_context(RunFolder(folder).locked())
             runs = study.runs(options.seeds, options.short)
-            not_run = _without_data(study, runs, folders)
-            runs = [run for run in runs if run.dataset in NO_DATA or run.dataset in folders]
             store = Store(folder)
-            job = Job(_left(runs, store, options.retry), store, folder)
-            for line in _told(study, runs, job, not_run, options.retry):
+            possible = [run for run in runs if run.dataset in NO_DATA or run.dataset in folders]
+            job = Job([] if options.report else store.left(possible, options.retry), store, folder)
+            for line in _told(study, runs, folders, job, options.retry):
                 say(line)
             todo.append(job)
-            known.append((study, runs, not_run, job))
+            known.append((study, runs, job))
         try:
             failed = execute(todo, folders, jobs=options.jobs, say=say)
         finally:
-            for study, runs, not_run, job in known:
+            for study, runs, job in known:
                 if lines := list(job.store.of(runs).values()):
-                    _write(study, lines, job.folder, _about(study, options, folders, not_run, lines), samples)
+                    _write(study, lines, job.folder, _about(study, runs, options, folders, lines), samples)
                     written = job.folder.with_suffix(".md")
                     say(f"{study.name}: {len(lines)} of {len(runs)} runs are done, {written} says what came of them")
     for name, reason in failed.items():
@@ -73,23 +72,12 @@ def run_studies(options: StudyOptions, say: Callable[[str], None] = print) -> bo
     return not failed
 
 
-def _left(runs: Sequence[Run], store: Store, retry: bool) -> list[Run]:
-    done = store.of(runs)
-    return [run for run in runs if run.name not in done and (run.name in store.failed) == retry]
-
-
-def _without_data(study: Study, runs: Sequence[Run], folders: Mapping[str, str]) -> list[str]:
-    missing = [name for name in study.datasets() if name not in NO_DATA and name not in folders]
-    return [
-        f"{name}, {count} runs: no --data {name}=DIR"
-        for name in missing
-        if (count := sum(run.dataset == name for run in runs))
-    ]
-
-
-def _told(study: Study, runs: Sequence[Run], job: Job, not_run: Sequence[str], retry: bool) -> list[str]:
+def _told(study: Study, runs: Sequence[Run], folders: Mapping[str, str], job: Job, retry: bool) -> list[str]:
     said = [f"{study.name}: {len(job.runs)} of {len(runs)} runs are left"]
-    said += [f"{study.name}: left out: {one}" for one in not_run]
+    for name in study.datasets():
+        count = sum(run.dataset == name for run in runs)
+        if name not in NO_DATA and name not in folders and count:
+            said.append(f"{study.name}: left out: {name}, {count} runs: no --data {name}=DIR")
     if outdated := job.store.outdated(runs):
         said.append(f"{study.name}: {outdated} results of other options are in {job.store.path}, and do not count")
     if not retry and job.store.failed:
@@ -99,20 +87,23 @@ def _told(study: Study, runs: Sequence[Run], job: Job, not_run: Sequence[str], r
 
 def _about(
     study: Study,
+    runs: Sequence[Run],
     options: StudyOptions,
     folders: Mapping[str, str],
-    not_run: Sequence[str],
     lines: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """What the page says of how the results were made, in terms that are the same on every machine."""
-    needed = [name for name in study.datasets() if name in folders]
-    data = f" --data {' '.join(f'{name}={Path(folders[name]).name}' for name in needed)}" if needed else ""
+    done = {line["run"] for line in lines}
+    used = {run.dataset for run in runs if run.name in done} - set(NO_DATA)
+    given = [f"{name}={Path(folders.get(name, name)).name}" for name in study.datasets() if name in used]
+    data = f" --data {' '.join(given)}" if given else ""
     short, seeds = " --short" if options.short else "", f" --seeds {options.seeds}" if options.seeds else ""
+    left = {name: sum(run.dataset == name and run.name not in done for run in runs) for name in study.datasets()}
     return {
         "command": f"flexrec study {study.name} --output studies{seeds}{short}{data}",
         "machine": f"{processor()}, a thread for each run",
         "versions": {"Python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-        "not_run": list(not_run),
+        "not_run": [f"{count} runs of {name}" for name, count in left.items() if count],
         "examples": {line["run"]: line["examples"] for line in lines if "examples" in line and line["seed"] == 0},
     }
 

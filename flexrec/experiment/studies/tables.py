@@ -1,4 +1,4 @@
-"""What a study's runs say, as rows of CSV files: means of every run, comparisons of its tables, and what it cost."""
+"""What a study's runs say, as rows of CSV files: means of conditions, comparisons of its tables, and what it cost."""
 
 from __future__ import annotations
 
@@ -53,17 +53,20 @@ def results_of(lines: Iterable[Mapping[str, Any]]) -> list[Result]:
 
 
 def values_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """A row for each result: its labels, seed, metric, mean, and how many units it is of."""
+    """A row for each condition and metric: labels, how many seeds, their mean and standard deviation."""
     names = list(dict.fromkeys(name for result in results for name in result.labels))
+    found: dict[tuple[Any, str], list[float]] = defaultdict(list)
+    for result in results:
+        found[tuple(result.labels.get(name, "") for name in names), result.metric].append(result.mean)
     return [
         {
-            **{name: result.labels.get(name, "") for name in names},
-            "seed": result.seed,
-            "metric": result.metric,
-            "mean": f"{result.mean:.5f}",
-            "units": len(result.units) or "",
+            **dict(zip(names, levels, strict=True)),
+            "metric": metric,
+            "seeds": len(means),
+            "mean": _number(float(np.mean(means))),
+            "sd": _number(float(np.std(means, ddof=1))) if len(means) > 1 else "",
         }
-        for result in results
+        for (levels, metric), means in found.items()
     ]
 
 
@@ -101,13 +104,13 @@ def comparison_rows(study: Study, results: Sequence[Result], *, num_samples: int
     for table in study.tables:
         if table.only_means:
             continue
-        rows = list(_compared(table, results, num_samples))
+        rows = list(_compared(study, table, results, num_samples))
         adjusted = holm([row["p"] for row in rows])
         found += [{**row, "p": f"{row['p']:.5f}", "p_holm": f"{p:.5f}"} for row, p in zip(rows, adjusted, strict=True)]
     return found
 
 
-def _compared(table: Table, results: Sequence[Result], num_samples: int) -> Iterable[dict[str, Any]]:
+def _compared(study: Study, table: Table, results: Sequence[Result], num_samples: int) -> Iterable[dict[str, Any]]:
     chosen = [result for result in results if belongs(table, result.labels, result.metric)]
     by_column: dict[str, dict[str, dict[int, Result]]] = defaultdict(lambda: defaultdict(dict))
     for result in chosen:
@@ -116,9 +119,16 @@ def _compared(table: Table, results: Sequence[Result], num_samples: int) -> Iter
             more = sorted(set(result.labels) - {table.rows, *table.columns})
             raise ValueError(f"table {table.name!r} has several results in a cell: it must say which of {more}")
         of_row[result.seed] = result
-    for column, of_rows in by_column.items():
+
+    def place(column: str) -> list[int]:
+        one = next(result for result in chosen if column_of(table, result.labels) == column)
+        return [study.rank(one.labels[name]) for name in table.columns]
+
+    for column in sorted(by_column, key=place):
+        of_rows = by_column[column]
         base = of_rows.get(table.base, {})
-        for row, of_seeds in of_rows.items():
+        for row in sorted(of_rows, key=study.rank):
+            of_seeds = of_rows[row]
             seeds = sorted(set(of_seeds) & set(base))
             if row == table.base or not seeds:
                 continue
