@@ -1,4 +1,4 @@
-"""The ``flexrec`` command: train, evaluate, rank; what is in a data set."""
+"""The ``flexrec`` command: train, evaluate, rank; what is in a data set; studies."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from flexrec.checks import flag_of
 from flexrec.data.options import OPTIONS, said_of
 from flexrec.decoding.options import Decoding
 from flexrec.experiment.config import ExperimentConfig
+from flexrec.experiment.studies.catalogue import STUDIES
+from flexrec.experiment.studies.options import ALL, StudyOptions
 
 _DATA = "data: "  # what options of data sets are called among the arguments, so that they meet no others
 MISTAKES = (ValueError, TypeError, OSError, ImportError)  # a user's: one line, no traceback
@@ -45,6 +47,11 @@ EVALUATE_EXAMPLES = """examples:
 DESCRIBE_EXAMPLES = """examples:
   flexrec data describe --dataset movielens --data ml-latest-small
   flexrec data describe --dataset interactions --data shop --gain threshold --figure shop.png
+"""
+STUDY_EXAMPLES = """examples:
+  flexrec study credit --output studies --jobs 2 --data movielens=ml-latest-small kuairec=kuairec
+  flexrec study credit --output studies --jobs 2 --retry
+  flexrec study all --output short --short
 """
 RANK_EXAMPLES = """examples:
   flexrec rank --run runs/first --input requests.jsonl --output rankings.jsonl
@@ -70,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Post-train a language model as a recommender, with a reward for every ranked item.",
     )
     parser.add_argument("--version", action="version", version=f"flexrec {version('flexrec')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,rank,data}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,rank,data,study}")
 
     train = _command(commands, "train", "train a model and compare it with its base and with baselines", TRAIN_EXAMPLES)
     add_options(train, ExperimentConfig)
@@ -107,6 +114,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_options(describe)
     describe.add_argument("--figure", metavar="FILE", help="draw it here as well, a .png, .pdf or .svg")
     describe.set_defaults(run=_describe, command="data describe")
+
+    study = _command(commands, "study", "run a study, or what is left of it, and write what it says", STUDY_EXAMPLES)
+    study.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(STUDIES)}, or {ALL}")
+    add_options(study, StudyOptions)
+    study.set_defaults(run=_study)
     return parser
 
 
@@ -230,8 +242,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+_CONTINUED = {"train": "; --resume continues it", "study": "; the same command goes on with it"}
+
+
 def _kept(arguments: argparse.Namespace) -> str:
-    return "; what was written is kept" + ("; --resume continues it" if arguments.command == "train" else "")
+    return "; what was written is kept" + _CONTINUED.get(arguments.command, "")
 
 
 def _disk_is_full(error: BaseException, output: str | None) -> bool:
@@ -348,6 +363,17 @@ def _describe(arguments: argparse.Namespace) -> int:
     if arguments.figure:
         draw_description(dataset, arguments.figure)
     return 0
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from flexrec.experiment.studies.study import run_studies
+
+    console = Console()
+    options = StudyOptions(**given(arguments, StudyOptions) | {"names": tuple(arguments.names)})
+    done = run_studies(options, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
+    return 0 if done else 1
 
 
 def _rank(arguments: argparse.Namespace) -> int:

@@ -39,7 +39,8 @@ def test_examples_run(title: str) -> None:
 
 def test_every_kind_has_an_example() -> None:
     assert list(SECTIONS) == [
-        f".. {kind}" for kind in ("a metric", "a need", "a credit", "a kernel", "a data set", "an integration")
+        f".. {kind}"
+        for kind in ("a metric", "a need", "a credit", "a kernel", "a data set", "a study", "an integration")
     ]
     assert all(blocks_of(text) for text in SECTIONS.values())
 

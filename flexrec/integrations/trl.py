@@ -41,6 +41,7 @@ from flexrec.metrics import parse_metric
 from flexrec.ops.advantages import BASELINES, SCALES, item_advantages, uncertainty_weights
 from flexrec.rankings.state import RankingState, Spelling, encode_rankings
 from flexrec.rankings.text import ScoredCompletions, item_values_to_tokens, score_completions
+from flexrec.trainer.options import OF_ALL_ACTIONS
 
 __all__ = ["FlexRecGRPOConfig", "FlexRecGRPOTrainer", "RankingReward"]
 
@@ -76,7 +77,7 @@ class FlexRecGRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_metric(self.metric)
-        if self.credit in ("policy", "all_actions"):
+        if self.credit in ("policy", *OF_ALL_ACTIONS):
             raise ValueError(
                 f"credit={self.credit!r} needs the policy's probability of every candidate at every rank, which TRL's "
                 f"loss does not give: use flexrec.trainer.FlexRecTrainer, or one of {', '.join(COMPLETION_CREDITS)}"

@@ -138,21 +138,27 @@ def all_actions(
     temperature: float = 1.0,
     num_ranked: int | None = None,
     tilt: float | None = None,
+    foresight: float | str | None = None,
     reference: RankingStates | None = None,
 ) -> ActionScores:
     """The all-actions objective of every rank for ``gains`` (N, K) in rank order (see :func:`rank_order`).
 
     Candidates of several tokens are chosen branch by branch: at each decision a branch is worth the mean of what
-    the items below it would be worth at this rank, and the objectives of an item's decisions add up. ``tilt`` is that
-    of :func:`flexrec.all_actions_objective`, ``reference`` that of :func:`ranking_scores`.
+    the items below it would be worth at this rank, and the objectives of an item's decisions add up. ``tilt`` and
+    ``foresight``, which needs candidates of one token, are those of :func:`flexrec.all_actions_objective`,
+    ``reference`` that of :func:`ranking_scores`.
     """
     if batch.candidate_ids is None:
+        if foresight is not None:
+            raise ValueError(
+                "credit='all_actions_corrected' needs the probability of whole items: use encoding 'item_token'"
+            )
         scores = swap_scores(gains, metric, lengths=batch.lengths, num_ranked=num_ranked)
         return _all_actions_over_branches(states, batch, scores, temperature, tilt, reference)
     rows = output_rows(states, batch)
     arguments = (states.hidden, rows.weight, rows.candidates, completed_rankings(batch), gains, metric)
     options: dict[str, Any] = {"bias": rows.bias, "temperature": temperature, "lengths": batch.lengths}
-    options |= {"num_ranked": num_ranked, "tilt": tilt}
+    options |= {"num_ranked": num_ranked, "tilt": tilt, "foresight": foresight}
     if reference is None:
         found = all_actions_objective(*arguments, **options)
         objective, logprobs, entropy = (_of_ranked(values, batch) for values in found)

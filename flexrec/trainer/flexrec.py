@@ -41,7 +41,7 @@ from flexrec.profiling import span
 from flexrec.rankings.reasoning import eos_token_ids, reasoning_rule
 from flexrec.task.examples import Example, prompts_and_candidates
 from flexrec.trainer.base import EpochOrder, LossAndMetrics, RankingTrainer, pad_rows
-from flexrec.trainer.options import TrainerOptions
+from flexrec.trainer.options import CORRECTED, OF_ALL_ACTIONS, TrainerOptions
 from flexrec.trainer.rewards import Part, have_variance, parts_of, rewards_of, scores_of, values_of
 
 
@@ -168,13 +168,18 @@ class FlexRecTrainer(RankingTrainer):
                 weights = torch.where(weighed, weights, 1.0)
 
         metrics: Mapping[str, float | torch.Tensor]
-        if args.credit == "all_actions":
+        if args.credit in OF_ALL_ACTIONS:
             options: dict[str, Any] = {"temperature": args.temperature, "tilt": args.tilt, "reference": ref_states}
+            corrected = args.credit == CORRECTED
             if any(part.topics is not None for part in parts):
+                if corrected:
+                    raise ValueError(f"credit={CORRECTED!r} is of metrics that are sums over items, not of topics")
                 with span("rewards"):
                     scores = scores_of(parts, gains, batch.lengths, shown)
                 result = all_actions_of_scores(states, batch, scores, **options)
             else:
+                if corrected:
+                    options["foresight"] = "auto"
                 result = all_actions(states, batch, gains, args.metric, num_ranked=shown, **options)
             unit = self._spread(rewards, item_mask) if args.scale == "batch" else 1.0
             loss, metrics = self._all_actions_loss(result, unit, item_mask, weights)
@@ -296,7 +301,7 @@ class FlexRecTrainer(RankingTrainer):
         """(N, T) rewards of the ranked items and, where some gain is uncertain, the rewards' variance."""
         args = self.args
         # The all-actions objective is scaled and weighted by the rewards of the swaps it averages.
-        credit = "swap" if args.credit == "all_actions" else args.credit
+        credit = "swap" if args.credit in OF_ALL_ACTIONS else args.credit
         ranks, weights = batch.shape[1], None
         if credit == "policy":
             if batch.candidate_ids is None:

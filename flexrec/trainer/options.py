@@ -6,9 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexrec.checks import check_options, option
-from flexrec.metrics import BASELINES, CREDITS, IMPORTANCE_LEVELS, OF_TOPICS, SCALES
+from flexrec.metrics import BASELINES, CREDITS, IMPORTANCE_LEVELS, OF_TOPICS, SCALES, parse_metric
 
-TRAINER_CREDITS = ("all_actions", *CREDITS)
+CORRECTED = "all_actions_corrected"
+OF_ALL_ACTIONS = ("all_actions", CORRECTED)
+TRAINER_CREDITS = (*OF_ALL_ACTIONS, *CREDITS)
 
 
 @dataclass
@@ -68,8 +70,19 @@ class TrainerOptions:
             raise ValueError("shuffle_weights shuffles the weights of uncertainty='rollout' or 'item', got 'none'")
         if self.baseline == "rank" and self.num_generations == 1:
             raise ValueError("baseline='rank' compares the rollouts of one prompt: it needs num_generations > 1")
-        if self.credit == "all_actions" and (self.baseline != "none" or self.scale not in ("batch", "none")):
+        if self.credit == CORRECTED:
+            if self.num_iterations > 1 or self.tilt is not None:
+                raise ValueError(
+                    f"credit={CORRECTED!r} is the gradient of the expected value where rankings were sampled: it takes "
+                    f"num_iterations=1 and no tilt, got num_iterations={self.num_iterations}, tilt={self.tilt}"
+                )
+            if (definition := parse_metric(self.metric).definition).form != "linear":
+                raise ValueError(
+                    f"credit={CORRECTED!r} needs a metric that is a sum over items, such as ndcg@10 or recall@5, got "
+                    f"{self.metric!r}, whose form is {definition.form}"
+                )
+        if self.credit in OF_ALL_ACTIONS and (self.baseline != "none" or self.scale not in ("batch", "none")):
             raise ValueError(
-                f"credit='all_actions' is its own baseline: it takes baseline='none' and scale='batch' or 'none', "
+                f"credit={self.credit!r} is its own baseline: it takes baseline='none' and scale='batch' or 'none', "
                 f"got baseline={self.baseline!r}, scale={self.scale!r}"
             )

@@ -81,7 +81,7 @@ def of_rankings(rng: Random, *, extra: str = "", backend: bool = True) -> Argume
     choices |= {"lengths": one_of(torch.full((n,), k), torch.full((prompts,), k)), "bias": lambda rng: floats(rng, 12)}
     if extra == "objective":
         call |= {"gains": gains(rng, n, k), "metric": rng.choice(METRICS)}
-        choices |= {"num_ranked": one_of(1, t), "tilt": one_of(0.02, 1.0)}
+        choices |= {"num_ranked": one_of(1, t), "tilt": one_of(0.02, 1.0), "foresight": one_of(0.0, 0.5, "auto")}
     elif extra == "kl":
         call |= model(rng, (n, t), dim, "ref_")
     elif extra == "values":

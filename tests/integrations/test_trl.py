@@ -328,6 +328,7 @@ def test_ratios_of_an_unmoved_policy_are_1(tmp_path):
         ({"metric": "ndgc"}, "ndgc"),
         ({"credit": "policy"}, "FlexRecTrainer"),
         ({"credit": "all_actions"}, "FlexRecTrainer"),
+        ({"credit": "all_actions_corrected"}, "FlexRecTrainer"),
         ({"credit": "rewards"}, "credit must be one of"),
         ({"baseline": "mean"}, "baseline must be one of"),
         ({"scale": "std"}, "scale must be one of"),

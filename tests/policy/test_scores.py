@@ -157,6 +157,14 @@ def test_all_actions_over_branches(candidates, separator, end, metric, width, nu
         torch.testing.assert_close(result.objective[row].double(), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_foresight_is_of_whole_items():
+    model = make_model()
+    batch = make_batch(PROMPTS, TITLES, RANKINGS, separator=(30, 31), end=(32,))
+    gains = GAINS.gather(1, rank_order(batch.rankings, batch.lengths, 4))
+    with pytest.raises(ValueError, match="needs the probability of whole items: use encoding 'item_token'"):
+        all_actions(ranking_states(model, batch), batch, gains, "ndcg", foresight="auto")
+
+
 def test_all_actions_gradient_reaches_the_model():
     model = make_model()
     batch = make_batch(PROMPTS, TITLES, RANKINGS, separator=(30, 31), end=(32,))

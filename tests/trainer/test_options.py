@@ -164,6 +164,38 @@ def test_all_actions_are_asked_for_with_every_option(tmp_path, monkeypatch):
     assert options == {"temperature": TEMPERATURE, "num_ranked": 3, "tilt": 0.2}
 
 
+def test_corrected_all_actions_are_asked_for_with_foresight(tmp_path, monkeypatch):
+    asked = []
+
+    def spy(*args, **kwargs):
+        asked.append(kwargs)
+        return all_actions(*args, **kwargs)
+
+    all_actions = module.all_actions
+    monkeypatch.setattr(module, "all_actions", spy)
+    trainer = trainer_of(tmp_path, metric="dcg@4", credit="all_actions_corrected", num_ranked=3)
+    loss, _ = trainer.ranking_loss(trainer.model, EXAMPLES)
+    assert asked == [
+        {"temperature": TEMPERATURE, "num_ranked": 3, "tilt": None, "foresight": "auto", "reference": None}
+    ]
+    plain = trainer_of(tmp_path, metric="dcg@4", credit="all_actions", num_ranked=3)
+    assert loss.item() != pytest.approx(plain.ranking_loss(plain.model, EXAMPLES)[0].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_iterations": 2}, "num_iterations=1 and no tilt, got num_iterations=2"),
+        ({"tilt": 0.1}, "got num_iterations=1, tilt=0.1"),
+        ({"metric": "mrr"}, "needs a metric that is a sum over items, .* got 'mrr', whose form is first"),
+        ({"scale": "group"}, "credit='all_actions_corrected' is its own baseline"),
+    ],
+)
+def test_what_corrected_all_actions_cannot_do_is_said(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        FlexRecConfig(output_dir=str(tmp_path), use_cpu=True, credit="all_actions_corrected", **options)
+
+
 def test_what_the_configuration_is_by_default(tmp_path):
     """The paper's numbers where there are any; see the fields."""
     args = FlexRecConfig(output_dir=str(tmp_path), use_cpu=True)

@@ -1,0 +1,156 @@
+"""Runs that share a world, a critic and a start, and are reinforced from it, each in its own way."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+
+from flexrec.evaluation.critic import critic_quality
+from flexrec.evaluation.evaluate import Evaluation, rank_examples
+from flexrec.experiment.stages import load_dataset
+from flexrec.experiment.studies.design import Setting, split_options
+from flexrec.experiment.studies.results import of_lists
+from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, starting_rows
+from flexrec.task.critic import Critic
+from flexrec.task.examples import RankingTask, TrainingExamples, answerable
+from flexrec.task.needs import get_need
+from flexrec.task.prompts import PromptBuilder
+from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
+from flexrec.trainer.supervised import SupervisedTrainer
+
+# What a start is made with: steps are of ``rankings`` rankings, supervised ones of as many prompts.
+START: dict[str, Any] = {
+    "need": "interest",
+    "metric": "ndcg@5",
+    "hidden_size": 64,
+    "layers": 2,
+    "rankings": 64,
+    "format_steps": 20,
+    "listwise_steps": 0,
+    "learning_rate": 2e-3,
+}
+# What a run is made with, beside options of the trainer; ``early``: it is measured after so many steps, too.
+RUN: dict[str, Any] = {"steps": 40, "early": 0, "fuse": True, "temperature": 0.3, "num_generations": 1}
+
+
+class Reinforcements:
+    """Made for a setting, it has the start; called, it reinforces a copy of it and measures every test list."""
+
+    def __init__(self, setting: Setting) -> None:
+        of_data, given = split_options(setting.start)
+        self.setting, self.start = setting, {**START, **given}
+        seed, start = setting.seed, self.start
+        set_seed(seed)
+        dataset = load_dataset(setting.dataset, setting.data, seed, of_data)
+        catalogue, self.need = dataset.catalogue, get_need(start["need"])
+        self.critic = None
+        if dataset.unobserved == "critic":
+            self.critic = Critic.fit(dataset.log, catalogue, lists=dataset.train, noise=dataset.noise, seed=seed)
+        queries = [lst.query for lst in dataset.train if lst.query]
+        tokenizer = build_tokenizer(catalogue, self.need.wordings, queries=queries)
+        size = start["hidden_size"]
+        vectors = item_vectors(dataset.log, len(catalogue), size, seed=seed)
+        rows = starting_rows(catalogue, vectors, queries=queries, seed=seed)
+        self.model = build_model(tokenizer, rows=rows, hidden_size=size, num_layers=start["layers"], seed=seed)
+        self.builder = PromptBuilder(tokenizer, encoding="item_token", show_titles=False, described=True)
+        self.num_ranked = int(start["metric"].partition("@")[2])
+        self.dataset = answerable(dataset, self.builder, self.num_ranked)
+        task = RankingTask(catalogue, [self.need], self.builder)
+        self.tests = [task.test_example(lst, self.need) for lst in self.dataset.test]
+        self.evaluate = Evaluation({self.need.name: self.tests}, self.builder, self.num_ranked)
+        self.quality = {} if self.critic is None else critic_quality(self.critic, self.dataset.test)
+        for stage in ("format", "listwise"):
+            if steps := start[f"{stage}_steps"]:
+                self._supervise(stage, steps)
+
+    def __call__(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
+        options = {**RUN, **options}
+        steps, early, fuse = (options.pop(name) for name in ("steps", "early", "fuse"))
+        model, group = copy.deepcopy(self.model), options["num_generations"]
+        measured: dict[int, np.ndarray] = {}
+        trainer = FlexRecTrainer(
+            model,
+            FlexRecConfig(**self._arguments(steps, self.start["rankings"] // group), metric=self._metric, **options),
+            self._examples(fuse),
+            separator=self.builder.separator,
+            end=self.builder.end,
+            callbacks=[_Early(self, early, measured)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        users, own = [lst.user for lst in self.dataset.test], self._metric
+        results = [
+            of_lists(self._measure(model), users, need=self.need.name, metric=own),
+            *(of_lists(values, users, need=self.need.name, metric=f"{own} early") for values in measured.values()),
+        ]
+        supervised = self.start["format_steps"] + self.start["listwise_steps"]
+        return {
+            "results": results[::-1],
+            "steps": supervised + steps,
+            "rollouts": steps * self.start["rankings"],
+            "critic": self.quality,
+        }
+
+    @property
+    def _metric(self) -> str:
+        return str(self.start["metric"])
+
+    def _examples(self, fuse: bool = True) -> TrainingExamples:
+        if self.critic is not None:
+            self.critic.fuse = fuse
+        task = RankingTask(self.dataset.catalogue, [self.need], self.builder, self.critic)
+        return TrainingExamples(task, self.dataset.train, resample=self.dataset.resample, seed=self.setting.seed)
+
+    def _supervise(self, stage: str, steps: int) -> None:
+        trainer = SupervisedTrainer(
+            self.model,
+            TrainingArguments(**self._arguments(steps, self.start["rankings"])),
+            self._examples(),
+            stage=stage,
+            num_imitated=self.num_ranked,
+            separator=self.builder.separator,
+            end=self.builder.end,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+    def _measure(self, model: Any) -> np.ndarray:
+        rankings = rank_examples(model, self.tests, self.builder, num_ranked=self.num_ranked)
+        return self.evaluate.of_rankings({self.need.name: rankings})[self.need.name][self._metric]
+
+    def _arguments(self, steps: int, prompts: int) -> dict[str, Any]:
+        return {
+            "output_dir": str(Path(self.setting.folder) / "nothing"),  # which is not made
+            "max_steps": steps,
+            "per_device_train_batch_size": prompts,
+            "learning_rate": self.start["learning_rate"],
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": min(5, steps // 4),
+            "weight_decay": 0.01,
+            "use_cpu": True,
+            "save_strategy": "no",
+            "report_to": "none",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "seed": self.setting.seed,
+            "remove_unused_columns": False,
+            "dataloader_drop_last": True,
+            "dataloader_pin_memory": False,
+        }
+
+
+class _Early(TrainerCallback):
+    """Measures the model on the way."""
+
+    def __init__(self, runs: Reinforcements, step: int, measured: dict[int, np.ndarray]) -> None:
+        self.runs, self.step, self.measured = runs, step, measured
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            model.eval()
+            self.measured[self.step] = self.runs._measure(model)
+            model.train()
