@@ -46,6 +46,13 @@ DESCRIBE_EXAMPLES = """examples:
   flexrec data describe --dataset movielens --data ml-latest-small
   flexrec data describe --dataset interactions --data shop --gain threshold --figure shop.png
 """
+REPORT_EXAMPLES = """examples:
+  flexrec report runs/first
+  flexrec report runs/interest-seed0 runs/interest-seed1 --output compared.html
+  flexrec report runs/first --png figures
+
+The page is one file that asks nobody for anything. A run that is not finished is shown as far as its log goes.
+"""
 RANK_EXAMPLES = """examples:
   flexrec rank --run runs/first --input requests.jsonl --output rankings.jsonl
   flexrec rank --run runs/first --input requests.jsonl --num-beams 8 --num-ranked 5
@@ -70,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Post-train a language model as a recommender, with a reward for every ranked item.",
     )
     parser.add_argument("--version", action="version", version=f"flexrec {version('flexrec')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,rank,data}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,report,rank,data}")
 
     train = _command(commands, "train", "train a model and compare it with its base and with baselines", TRAIN_EXAMPLES)
     add_options(train, ExperimentConfig)
@@ -83,6 +90,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_options(evaluate, default="that of the run")
     evaluate.add_argument("--json", metavar="FILE", help="write the figures here as well (default: only show them)")
     evaluate.set_defaults(run=_evaluate)
+
+    report = _command(commands, "report", "show what runs came to, on a page of their own", REPORT_EXAMPLES)
+    report.add_argument("folders", nargs="+", metavar="RUN", help="folder of a run; of several, all against the first")
+    report.add_argument(
+        "--output", metavar="FILE", help="the page (default: report.html in the folder of one run, or here of several)"
+    )
+    report.add_argument("--png", metavar="DIR", help="a folder for pictures of the figures as well (default: none)")
+    report.set_defaults(run=_report)
 
     rank = _command(commands, "rank", "rank the candidates of requests", RANK_EXAMPLES)
     rank.add_argument("--run", dest="folder", required=True, metavar="DIR", help="folder of a finished run")
@@ -266,6 +281,7 @@ def _positive(text: str) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from flexrec.experiment.report.page import PAGE
     from flexrec.experiment.run_folder import RunFolder
     from flexrec.experiment.stages import run_experiment
     from flexrec.policy.distributed import process_index
@@ -287,6 +303,12 @@ def _train(arguments: argparse.Namespace) -> int:
     if (new := results.new_items) is not None:
         console.print(new.table(f"Among items that were never trained on: {len(new.users)} lists"))
     console.print(f"{results.seconds['total']:.0f} seconds in all; model, log and metrics.json are in {config.output}")
+    if (page := Path(config.output) / PAGE).is_file():
+        console.print(f"Look at {page} in a browser. What to do next:", soft_wrap=True)
+        console.print(f"  flexrec rank --run {config.output} --input requests.jsonl", soft_wrap=True, highlight=False)
+        console.print(
+            f"  flexrec report {config.output} ANOTHER_RUN  # beside each other", soft_wrap=True, highlight=False
+        )
     return 0
 
 
@@ -314,6 +336,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     Console().print(table)
     if arguments.json:
         Path(arguments.json).write_text(to_json(scores, 2) + "\n")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from flexrec.experiment.report.page import PAGE, write_report
+
+    folders = [Path(folder) for folder in arguments.folders]
+    page = Path(arguments.output or (folders[0] / PAGE if len(folders) == 1 else PAGE))
+    for sentence in write_report(folders, page, None if arguments.png is None else Path(arguments.png)):
+        print(sentence)
+    print(f"the report is {page}")
     return 0
 
 

@@ -14,6 +14,7 @@ EXTRAS = (
     "implicit",
     "datasets",
     "matplotlib",
+    "resvg_py",
     "flash_attn",
     "ray",
 )

@@ -6,6 +6,7 @@
     catalogue.json    titles and topics of the items, and how strongly they rise at the end of the log
     histories.json    the last items of every logged user         critic.npz      the critic, where there is one
     metrics.json      means, changes, configuration, seconds          per_list.npz   every metric of every test list
+    report.json       what a report shows beside them (:mod:`flexrec.experiment.shown`)         report.html   the report
     warm_start.npz    the same of the warm start, for a run that is resumed after it
     log.jsonl         a line per step                                 checkpoints/   of reinforcement, by step
     base/             the model after the format stage                reference/     the one before reinforcement, where
@@ -385,6 +386,10 @@ class RunFolder:
             arrays["new items/users"] = new.users
         np.savez_compressed(self.path / "per_list.npz", users=results.users, **arrays)
         write_json(self.path / "metrics.json", {**results.to_json(), "config": config}, indent=2)
+
+    def write_shown(self, shown: Mapping[str, Any]) -> None:
+        """Write what a report shows beside the metrics."""
+        write_json(self.path / "report.json", shown)
 
     def save_warm_start(self, results: Results) -> None:
         """Write what the warm start is worth, which nobody can measure any more once it is trained on."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,8 +36,10 @@ from flexrec.evaluation.statistics import bootstrap_interval
 from flexrec.experiment.config import EMBEDDED, LISTWISE, MADE_IN_PYTHON, ExperimentConfig
 from flexrec.experiment.model import make_model
 from flexrec.experiment.needs import check_answerable, choose_needs, known_needs, renamed, unseen_columns, untrained
+from flexrec.experiment.report.page import PAGE, write_report
 from flexrec.experiment.results import BASE, CRITIC, TRAINED, WARM_START, Results
 from flexrec.experiment.run_folder import FORMAT, REINFORCEMENT, WARM_UP, RunFolder, RunInfo
+from flexrec.experiment.shown import intervals_of, shown_of_run
 from flexrec.experiment.training import GRPO, Training, grpo_config, reinforcement_arguments
 from flexrec.metrics import parse_metric
 from flexrec.ops.ranking_metric import greedy_ranking
@@ -201,7 +204,7 @@ def _run_in(
     if resumed:
         step = checkpoint[0] if checkpoint else None
         clock.ends |= of_main_process(folder.cut_log(step, config.steps) if process_index() == 0 else {})
-    log = StepLog(folder.log, append=resumed)
+    log = StepLog(folder.log, append=resumed, intervals=partial(intervals_of, users=results.users))
     training = Training(config, examples, builder, log, clock, evaluate)
     if not resumed:
         if config.lora is not None and config.model == EMBEDDED:
@@ -230,6 +233,7 @@ def _run_in(
     measure(model, TRAINED)
     training.finished(REINFORCEMENT, results.per_list[TRAINED])
     on_main_process(lambda: folder.save(model, tokenizer, info, dataset))
+    on_main_process(lambda: folder.write_shown(shown_of_run(model, task, dataset, config.num_ranked)))
     if critic is not None:
         on_main_process(lambda: folder.save_critic(critic))
 
@@ -262,7 +266,16 @@ def _run_in(
     clock.seconds["total"] = clock.elapsed()
     stated = {**asdict(config), "needs": tuple(need.name for need in needs)}
     on_main_process(lambda: folder.write_results(stated, results))
+    on_main_process(lambda: _report(folder, say))
     return results
+
+
+def _report(folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Write the page of a run, which is finished whatever becomes of that."""
+    try:
+        write_report([folder.path], folder.path / PAGE)
+    except (OSError, ValueError) as error:
+        say(f"The run is whole, its report was not written: {error}")
 
 
 class _Measured:

@@ -62,9 +62,11 @@ class Training:
     def reinforce(self, model: Any, checkpoint: tuple[int, Path] | None = None) -> Profile | None:
         """Reinforcement, continued from a checkpoint where there is one; where its seconds went, if that was asked."""
         with ExitStack() as listening:
-            profile = listening.enter_context(profile_steps()) if self.config.profile else None
+            # Listening costs nothing but on a GPU, which every span would wait for.
+            heard = self.config.profile or not torch.cuda.is_available()
+            profile = listening.enter_context(profile_steps()) if heard else None
             self._reinforce(model, self.config, REINFORCEMENT, checkpoint)
-        return profile
+        return profile if self.config.profile else None
 
     def supervise_instead(self, model: Any, name: str, steps: int) -> None:
         """The listwise baseline, from the base on."""

@@ -19,6 +19,7 @@ from flexrec.profiling import OUTSIDE, active_profile, span
 
 # (model, what to call it) -> need -> metric -> (L,) values per list
 Evaluate = Callable[[Any, str], dict[str, dict[str, np.ndarray]]]
+Intervals = Callable[[Mapping[str, Mapping[str, np.ndarray]]], dict[str, dict[str, tuple[float, float]]]]
 
 
 class Stage:
@@ -86,10 +87,14 @@ def to_json(content: Any, indent: int | None = None) -> str:
 
 
 class StepLog:
-    """A line of JSON per optimiser step, written as it happens, by the main process."""
+    """A line of JSON per optimiser step, written as it happens, by the main process.
 
-    def __init__(self, path: Path, append: bool) -> None:
-        self.path = path
+    Args:
+        intervals: of the values of an evaluation, need -> metric -> [low, high]; None: points of curves have none.
+    """
+
+    def __init__(self, path: Path, append: bool, intervals: Intervals | None = None) -> None:
+        self.path, self.intervals = path, intervals
         if process_index() == 0 and not append:
             path.write_text("")
 
@@ -101,7 +106,8 @@ class StepLog:
     def evaluation(self, at: Mapping[str, Any], values: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """Write a point of the curves: the means of ``values``, need -> metric -> (L,), at a :meth:`Stage.at`."""
         means = {need: {m: float(v.mean()) for m, v in metrics.items()} for need, metrics in values.items()}
-        self.write(**{**at, "stage": "evaluation", "of": at["stage"]}, means=means)
+        more = {} if self.intervals is None else {"intervals": self.intervals(values)}
+        self.write(**{**at, "stage": "evaluation", "of": at["stage"]}, means=means, **more)
 
     def of_stage(self, stage: Stage) -> TrainerCallback:
         log = self
