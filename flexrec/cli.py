@@ -297,11 +297,11 @@ def _train(arguments: argparse.Namespace) -> int:
     results = run_experiment(config, say=console.print)
     if process_index() > 0:
         return 0
-    console.print(results.table())
+    console.print(results.table(width=console.width))
     for sentence in results.summary():
         console.print(sentence)
     if (new := results.new_items) is not None:
-        console.print(new.table(f"Among items that were never trained on: {len(new.users)} lists"))
+        console.print(new.table(f"Among items that were never trained on: {len(new.users)} lists", console.width))
     console.print(f"{results.seconds['total']:.0f} seconds in all; model, log and metrics.json are in {config.output}")
     if (page := Path(config.output) / PAGE).is_file():
         console.print(f"Look at {page} in a browser. What to do next:", soft_wrap=True)
@@ -327,13 +327,19 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     names = list(dict.fromkeys(name for values in scores.values() for name in values))
     alone = any(math.isnan(v["low"]) for values in scores.values() for v in values.values())
     interval = f"({ONE_USER})" if alone else "[95 % interval over users]"
-    table = Table(title=f"{arguments.folder}: mean over test lists {interval}")
-    table.add_column("need")
+    title, console = f"{arguments.folder}: mean over test lists {interval}", Console()
+    table = Table("need", title=title)
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for need, values in scores.items():
         table.add_row(need, *(_with_interval(values[name]) if name in values else "" for name in names))
-    Console().print(table)
+    if Console(width=10_000).measure(table).maximum > console.width:  # a narrow terminal gets a row for each number
+        table = Table("need", "metric", "mean", title=title)
+        for need, values in scores.items():
+            table.add_section()
+            for name, value in values.items():
+                table.add_row(need, name, _with_interval(value))
+    console.print(table)
     if arguments.json:
         Path(arguments.json).write_text(to_json(scores, 2) + "\n")
     return 0
