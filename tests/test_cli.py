@@ -105,6 +105,7 @@ def test_a_run_ends_with_its_report(tmp_path, capsys):
     said = "".join(capsys.readouterr().out.split())
     assert f"Lookat{folder / 'report.html'}inabrowser" in said
     assert f"flexrecrank--run{folder}" in said
+    assert not (folder / "checkpoints").exists(), "a finished run needs none"
     page = (folder / "report.html").read_text()
     for title in ("Who ranks best", "Learning curves", "Reward by rank", "Where the time goes", "The same user under"):
         assert title in page

@@ -15,6 +15,8 @@ EXTRAS = (
     "datasets",
     "matplotlib",
     "resvg_py",
+    "tensorboard",
+    "wandb",
     "flash_attn",
     "ray",
 )

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from flexrec.decoding.sample import Rollout, sample_rankings
 from flexrec.evaluation.statistics import METRICS, rank_metrics
 from flexrec.policy.distributed import map_over_processes, process_index
+from flexrec.profiling import progress
 from flexrec.task.examples import Example, prompts_and_candidates
 from flexrec.task.prompts import PromptBuilder
 
@@ -27,7 +27,7 @@ def rank_examples(
     """The most probable item at every rank, greedily: one array of candidate indices per example.
 
     Args:
-        description: shown beside a progress bar; None shows none.
+        description: of what is done, where it is said how far that is; None says nothing.
 
     Example:
         >>> from flexrec.evaluation import rank_examples
@@ -38,7 +38,7 @@ def rank_examples(
     """
     rankings: list[np.ndarray] = []
     starts = range(0, len(examples), batch_size)
-    for start in tqdm(starts, desc=description, disable=description is None, leave=False):
+    for start in progress(description or "", starts, unit="part", shown=description is not None, kept=False):
         part = examples[start : start + batch_size]
         rollout = sample_rankings(
             model,

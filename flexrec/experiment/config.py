@@ -20,6 +20,7 @@ LISTWISE = "listwise"  # supervision alone, as long as the trained model took
 # Seconds on one core with the default data. als and bpr need the extra "baselines", and are left out without it.
 QUICK_BASELINES = ("random", "popularity", "trend", "item-knn", "user-knn", "als", "bpr")
 SLOW_BASELINES = ("sasrec", LISTWISE, "sequence_grpo", "rank_grpo")
+TRACKERS = ("tensorboard", "wandb")
 MAX_SEED = 2**32 - 1  # NumPy's
 
 
@@ -131,8 +132,18 @@ class ExperimentConfig(TrainerOptions):
         True, "weigh observed feedback against the critic by precision, where its noise is known; else take it as it is"
     )
     profile: bool = option(False, "show where the seconds of a step of reinforcement go; also in log.jsonl, by step")
+    report_to: tuple[str, ...] | None = option(
+        None,
+        f"also log to {' or '.join(TRACKERS)}, into the run's folder (extra: trackers); default: to log.jsonl alone",
+        metavar="NAME",
+    )
     eval_every: int = option(0, "log test metrics every N steps; 0: never", low=0)
-    save_every: int = option(0, "checkpoint every N steps; 0: never", low=0)
+    save_every: int | None = option(
+        None,
+        "checkpoint every N steps, 0: never; default: after the first step of reinforcement and then by the clock, a "
+        "twentieth of the time at most, until the run is finished",
+        low=0,
+    )
     resume: bool = option(False, "continue the interrupted run in --output, with its options")
     seed: int = option(0, "of data, model and sampling", low=0, high=MAX_SEED, metavar="S")
 
@@ -154,6 +165,9 @@ class ExperimentConfig(TrainerOptions):
                 if getattr(self, name) != getattr(ExperimentConfig, name):
                     raise ValueError(f"--{name.replace('_', '-')} is an option of --lora RANK, which is not given")
 
+        for name in self.report_to or ():
+            if name not in TRACKERS:
+                raise ValueError(f"unknown tracker {name!r}; --report-to takes {', '.join(TRACKERS)}")
         known = (*QUICK_BASELINES, *SLOW_BASELINES)
         for name in self.baselines or ():
             if name not in (*known, "all", "none"):

@@ -1,6 +1,6 @@
 """The folder of a run: the one place that knows its files and their formats.
 
-    experiment.json   what the run was configured with
+    experiment.json   what the run was configured with             config.yaml      the same, for flexrec train --config
     data.json         what its data set is called, holds and is known by, and what its loader said
     flexrec.json      how the model is to be prompted and what it was trained on (:class:`RunInfo`)
     catalogue.json    titles and topics of the items, and how strongly they rise at the end of the log
@@ -23,6 +23,7 @@ import copy
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -35,8 +36,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexrec.data.lists import Catalogue, RankingDataset
 from flexrec.data.options import all_data_options
+from flexrec.experiment.arguments import options_text
 from flexrec.experiment.config import ExperimentConfig
-from flexrec.experiment.files import MANIFEST, PARTIAL, check_sealed, read_json, seal, settle, write_json
+from flexrec.experiment.files import MANIFEST, PARTIAL, check_sealed, read_json, seal, settle, write_json, write_text
 from flexrec.experiment.results import WARM_START, Results
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, OF_A_RUN, has_adapters, load_model, save_adapters
 from flexrec.task.critic import Critic
@@ -47,7 +49,7 @@ from flexrec.task.prompts import PromptBuilder
 
 LOCK = ".lock"
 FORMAT, WARM_UP, REINFORCEMENT = "format", "listwise warm-up", "reinforcement"  # the stages, in the log and by seconds
-CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "baselines"}  # by --resume
+CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "baselines", "report_to"}  # by --resume
 
 
 try:
@@ -208,6 +210,7 @@ class RunFolder:
 
     def write_config(self, config: ExperimentConfig, dataset: RankingDataset) -> None:
         write_json(self.path / "experiment.json", asdict(config), indent=2)
+        write_text(self.path / "config.yaml", options_text(config))
         about = {
             "name": dataset.name,
             "items": len(dataset.catalogue),
@@ -252,6 +255,10 @@ class RunFolder:
                 return step, checkpoint
             say(f"{checkpoint} was not written to its end and is passed over")
         return None
+
+    def drop_checkpoints(self) -> None:
+        """Delete the checkpoints, which a finished run needs no more."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _fingerprint(self) -> str:
         """What tells this run from those that give other results."""

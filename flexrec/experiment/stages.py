@@ -40,6 +40,7 @@ from flexrec.experiment.report.page import PAGE, write_report
 from flexrec.experiment.results import BASE, CRITIC, TRAINED, WARM_START, Results
 from flexrec.experiment.run_folder import FORMAT, REINFORCEMENT, WARM_UP, RunFolder, RunInfo
 from flexrec.experiment.shown import intervals_of, shown_of_run
+from flexrec.experiment.trackers import require_trackers
 from flexrec.experiment.training import GRPO, Training, grpo_config, reinforcement_arguments
 from flexrec.metrics import parse_metric
 from flexrec.ops.ranking_metric import greedy_ranking
@@ -136,6 +137,7 @@ def _run_in(
         reinforcement_arguments(grpo_config(config, name))
     if config.lora is not None:
         require_peft()
+    require_trackers(config.report_to or ())
     set_seed(config.seed)
     clock = Clock()
 
@@ -266,6 +268,8 @@ def _run_in(
     clock.seconds["total"] = clock.elapsed()
     stated = {**asdict(config), "needs": tuple(need.name for need in needs)}
     on_main_process(lambda: folder.write_results(stated, results))
+    if config.save_every is None:
+        on_main_process(folder.drop_checkpoints)  # nobody asked for them but the run, which is finished
     on_main_process(lambda: _report(folder, say))
     return results
 
