@@ -195,19 +195,20 @@ def _positive(text: str) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from flexrec.experiment.report.page import PAGE
-    from flexrec.experiment.run_folder import RunFolder
-    from flexrec.experiment.stages import run_experiment
-    from flexrec.policy.distributed import process_index
-
     options = {**given(arguments, ExperimentConfig), "data_options": given_data_options(arguments)}
     if arguments.config is not None:
         options = _before(options, read_options(Path(arguments.config)))
     if "output" not in options:
         raise ValueError("--output DIR is needed: the folder for the model, the log and metrics.json")
     arguments.output = options["output"]
+
+    from rich.console import Console  # heavy, as all that follows: not before a mistake is told
+
+    from flexrec.experiment.report.page import PAGE
+    from flexrec.experiment.run_folder import RunFolder
+    from flexrec.experiment.stages import run_experiment
+    from flexrec.policy.distributed import process_index
+
     if options.get("resume"):  # what is not said is as it was
         options = _before(options, RunFolder(arguments.output).read_config())
     config = ExperimentConfig(**options)

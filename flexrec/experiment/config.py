@@ -36,7 +36,9 @@ class ExperimentConfig(TrainerOptions):
         ValueError: an option outside of its choices or its range, or options that contradict each other.
     """
 
-    output: str = option(MISSING, "folder for the model, the log and metrics.json", metavar="DIR")
+    output: str = option(
+        MISSING, "folder for the model, the log and metrics.json; default: that of --config", metavar="DIR"
+    )
     dataset: str = option(
         "simulated",
         f"the data; interactions: a log of your own; {MADE_IN_PYTHON}: what run_experiment(dataset=..) is given",
