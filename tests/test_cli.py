@@ -3,6 +3,9 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -434,3 +437,15 @@ def test_title_and_index_answers(tmp_path):
             assert "gives no tokens" in answers[1]["error"]
         else:
             assert (code, answers[1]["ranking"][0]["id"]) == (0, "x")
+
+
+def test_the_module_is_the_command():
+    """`python -m flexrec.cli` did nothing, and said nothing."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "flexrec.cli", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[1],
+    )
+    assert (ran.returncode, ran.stdout.split()[0]) == (0, "flexrec")

@@ -16,9 +16,11 @@ import torch
 from numpy.typing import ArrayLike
 
 from flexrec.decoding.cache import Runs, SharedDecoder
+from flexrec.decoding.in_place import rank_in_place
 from flexrec.policy.lm_head import output_layer
 from flexrec.policy.lora import causal_lm
 from flexrec.policy.packing import sharing
+from flexrec.policy.places import are_places
 from flexrec.policy.row_tokens import CandidateLists, Numbered, Prompts, RowTokens, numbered
 from flexrec.profiling import span
 from flexrec.rankings.reasoning import ReasoningRule, ReasoningTokens, eos_token_ids, reasoning_rule
@@ -62,7 +64,8 @@ def sample_rankings(
     Args:
         model: a causal language model; it is used in evaluation mode.
         prompts: P rows of token ids, or of tuples of them, whose rows are summed (:mod:`flexrec.policy.row_tokens`).
-        candidates: P lists of token-id sequences; where they are tuples, each is a single one, with no separator.
+        candidates: P lists of token-id sequences; where they are tuples, each is a single one, with no separator. Of
+            :class:`flexrec.policy.places.Place` where they are read in the prompt, and nothing is decoded.
         separator, end: token ids between two items and after the last.
         num_ranked: rank the first T only, or all where a list has fewer (default: all).
         temperature: of the sampling distribution; ``greedy`` takes the most probable token instead.
@@ -96,6 +99,22 @@ def sample_rankings(
     rule = reasoning_rule(reasoning_end, max_reasoning_tokens, never)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+    if are_places(candidates):
+        if rule is not None or top_p < 1:
+            raise ValueError("candidates that are read in the prompt (encoding 'score') take no reasoning and no top_p")
+        return Rollout(
+            *rank_in_place(
+                model,
+                prompts,
+                candidates,
+                num_generations=num_generations,
+                num_ranked=num_ranked,
+                temperature=temperature,
+                greedy=greedy,
+                generator=generator,
+                pad_token_id=pad_token_id,
+            )
+        )
     sampling = _Sampling(temperature, top_p, greedy, generator)
     batch = numbered(prompts, candidates, [*separator, *end])
     begun = _begun(
@@ -201,6 +220,11 @@ def search_rankings(
     """
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")
+    if are_places(candidates):
+        raise ValueError(
+            "candidates that are read in the prompt (encoding 'score') are not searched for: the greedy ranking is the "
+            "most probable of all"
+        )
     spelling = Spelling(separator, end, num_ranked)
     batch = numbered(prompts, candidates, [*separator, *end])
     begun = _begun(model, batch, spelling, temperature, num_beams, pad_token_id, beams=True)

@@ -1,6 +1,6 @@
 """Baselines that rank without the language model, and how they meet a need.
 
-They are fitted on ``RankingDataset.log`` and see what a list knows before its time. None of them reads words; what a
+They are fitted on ``RankingDataset.log`` and see what a list knows before its time. Few read words (a query's); what a
 need multiplies interest by, novelty or trend, is known of every list and counts for every baseline that estimates
 interest, as it does for the critic: :func:`order_for`.
 """
@@ -16,6 +16,7 @@ from flexrec.data.lists import Catalogue, RankingDataset, RankingList
 from flexrec.evaluation.factorisation import ALS, BPR
 from flexrec.evaluation.neighbours import ItemKNN, UserKNN
 from flexrec.evaluation.sequential import SASRec
+from flexrec.evaluation.text import BM25, MiniLM
 from flexrec.evaluation.tuning import with_ties
 from flexrec.task.needs import Need
 
@@ -94,4 +95,23 @@ BASELINES: dict[str, Callable[[RankingDataset], Baseline]] = {
     ALS.name: ALS,
     BPR.name: BPR,
     SASRec.name: SASRec,
+    BM25.name: BM25,
+    MiniLM.name: MiniLM,
 }
+# What a baseline cannot do without; where lists have none of it, its order is that of popularity, or no order.
+OF_HISTORY, OF_QUERY = (ItemKNN.name, UserKNN.name, ALS.name, BPR.name, SASRec.name), (BM25.name, MiniLM.name)
+
+
+def has_what_it_reads(name: str, dataset: RankingDataset) -> bool:
+    """Whether the test lists have what the baseline of this name reads.
+
+    Example:
+        >>> from flexrec.data import simulate
+        >>> from flexrec.evaluation.baselines import has_what_it_reads
+        >>> data = simulate(num_users=8, num_items=80, num_topics=4, num_test_users=2, num_candidates=6)
+        >>> has_what_it_reads("item-knn", data), has_what_it_reads("bm25", data)
+        (True, False)
+    """
+    if name in OF_HISTORY:
+        return any(len(lst.history) > 0 for lst in dataset.test)
+    return name not in OF_QUERY or any(lst.query for lst in dataset.test)

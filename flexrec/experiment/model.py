@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from flexrec.data.cold import new_items
 from flexrec.data.lists import RankingDataset
 from flexrec.experiment.config import EMBEDDED, ExperimentConfig
 from flexrec.experiment.run_folder import RunFolder
+from flexrec.policy.gguf import converted, is_gguf
 from flexrec.policy.lora import ADAPTER_FILE, OF_A_RUN, add_lora, has_adapters
 from flexrec.policy.small_model import HIDDEN_SIZE, build_model, build_tokenizer, item_vectors, starting_rows
 from flexrec.task.descriptions import describing_tokens, item_token
@@ -21,9 +23,12 @@ from flexrec.task.own_needs import asks_of_data, written
 from flexrec.task.prompts import PromptBuilder, add_item_tokens, known_columns
 
 
-def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Need]) -> tuple[Any, Any, PromptBuilder]:
+def make_model(
+    config: ExperimentConfig, dataset: RankingDataset, needs: list[Need], say: Callable[[str], None] = print
+) -> tuple[Any, Any, PromptBuilder]:
     """Model, tokenizer and prompt builder: the embedded default, one from a hub or a folder, or a resumed run's."""
-    encoding = config.encoding or ("item_token" if config.model == EMBEDDED else "index")
+    encoding = config.encoding
+    assert encoding is not None  # the configuration knows the model's
     described = config.model == EMBEDDED and encoding == "item_token"
     # Where items are described, new ones are told by what they are, and have no row that was never trained.
     known = np.flatnonzero(~new_items(dataset)) if described else np.arange(len(dataset.catalogue))
@@ -45,7 +50,7 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
         rows = starting_rows(catalogue, vectors, queries=queries, seed=config.seed)
         model = build_model(tokenizer, hidden_size=HIDDEN_SIZE, rows=rows, seed=config.seed)
     else:
-        given = Path(config.model)
+        given = converted(config.model, say) if is_gguf(config.model) else Path(config.model)
         if (given / ADAPTER_FILE).is_file():
             raise ValueError(
                 f"--model {config.model!r} holds adapters: give a whole model, such as a run with --lora-save merged"
@@ -79,6 +84,7 @@ def make_model(config: ExperimentConfig, dataset: RankingDataset, needs: list[Ne
         encoding=encoding,
         show_titles=config.model != EMBEDDED or encoding != "item_token",
         show=config.show,
+        max_title_tokens=config.max_title_tokens,
         show_rising=not described and any("trend" in asks_of_data(need) for need in needs),  # which marks say better
         described=described,
         described_needs=own,

@@ -4,7 +4,7 @@
     data.json         what its data set is called, holds and is known by, and what its loader said
     flexrec.json      how the model is to be prompted and what it was trained on (:class:`RunInfo`)
     catalogue.json    titles and topics of the items, and how strongly they rise at the end of the log
-    histories.json    the last items of every logged user         critic.npz      the critic, where there is one
+    histories.json    the last items of every user                critic.npz      the critic, where there is one
     metrics.json      means, changes, configuration, seconds          per_list.npz   every metric of every test list
     report.json       what a report shows beside them (:mod:`flexrec.experiment.shown`)         report.html   the report
     warm_start.npz    the same of the warm start, for a run that is resumed after it
@@ -49,7 +49,8 @@ from flexrec.task.prompts import PromptBuilder
 
 LOCK = ".lock"
 FORMAT, WARM_UP, REINFORCEMENT = "format", "listwise warm-up", "reinforcement"  # the stages, in the log and by seconds
-CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "baselines", "report_to"}  # by --resume
+# By --resume.
+CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "baselines", "report_to", "dry_run"}
 
 
 try:
@@ -74,6 +75,7 @@ class RunInfo:
     seed: int
     described: bool = False
     show: Sequence[str] = ("title",)
+    max_title_tokens: int | None = None
     model: str = ""  # which the run began with
     own_needs: list[dict[str, Any]] = field(default_factory=list)  # that were written as expressions
     data_options: Mapping[str, Any] = field(default_factory=dict)
@@ -84,6 +86,7 @@ class RunInfo:
     ) -> RunInfo:
         return cls(
             encoding=builder.encoding,
+            max_title_tokens=builder.max_title_tokens,
             show_titles=builder.show_titles,
             show_rising=builder.show_rising,
             max_history=max(len(lst.history) for lst in dataset.train),
@@ -322,9 +325,21 @@ class RunFolder:
         of_items = {**items, "columns": columns, "popularity": popularity, "trend": rises, "rises": counts}
         write_json(self.path / "catalogue.json", of_items)
         histories: dict[str, list[dict[str, Any]]] = {}
+        logged = set(log.users.tolist())
+
+        def name_of(user: int) -> str:
+            return str(user) if dataset.user_ids is None else dataset.user_ids[user]
+
         for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
-            name = str(user) if dataset.user_ids is None else dataset.user_ids[user]
-            histories.setdefault(name, []).append({"id": catalogue.ids[item], "interest": interest})
+            histories.setdefault(name_of(user), []).append({"id": catalogue.ids[item], "interest": interest})
+        # Users who were tested on are in no log: what their latest list knows of them.
+        for lst in sorted(dataset.test, key=lambda lst: lst.time):
+            if lst.user not in logged and len(lst.history):
+                known = [None] * len(lst.history) if lst.history_interest is None else lst.history_interest.tolist()
+                histories[name_of(lst.user)] = [
+                    {"id": catalogue.ids[item], "interest": interest}
+                    for item, interest in zip(lst.history.tolist(), known, strict=True)
+                ]
         latest = {user: events[-info.max_history :] for user, events in histories.items() if info.max_history}
         write_json(self.path / "histories.json", latest)
         _save_model(self.path, model, tokenizer, info)
@@ -346,6 +361,7 @@ class RunFolder:
         builder = PromptBuilder(
             tokenizer,
             encoding=info.encoding,
+            max_title_tokens=info.max_title_tokens,
             show_titles=info.show_titles,
             show_rising=info.show_rising,
             described=info.described,

@@ -24,7 +24,8 @@ MAX_ANSWERS = 32  # a language model takes seconds for each
 def shown_of_run(model: Any, task: RankingTask, dataset: RankingDataset, num_ranked: int | None) -> dict[str, Any]:
     """What report.json holds of a trained model and its critic: "users", "answers" and "critic"."""
     shown: dict[str, Any] = {"users": side_by_side(model, task, dataset, num_ranked=num_ranked)}
-    if not task.builder.described:  # such a model chooses among candidates only: it writes no text that could be wrong
+    # A model of described items, or of scores, chooses among candidates only: it writes no text that could be wrong.
+    if not task.builder.described and task.builder.encoding != "score":
         lists = dataset.test[:MAX_ANSWERS]
         asked = [task.test_example(lst, task.needs[n % len(task.needs)]) for n, lst in enumerate(lists)]
         shown["answers"] = free_answers(model, asked, task.builder, num_ranked=num_ranked)

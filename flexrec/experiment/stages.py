@@ -27,13 +27,14 @@ from flexrec.data.lists import RankingDataset, RankingList
 from flexrec.data.movielens import load_movielens
 from flexrec.data.options import all_data_options
 from flexrec.data.simulator import simulate
-from flexrec.evaluation.baselines import BASELINES, Baseline, order_for
+from flexrec.evaluation.baselines import BASELINES, Baseline, has_what_it_reads, order_for
 from flexrec.evaluation.critic import critic_quality
 from flexrec.evaluation.evaluate import Evaluation
 from flexrec.evaluation.mmr import MMR
 from flexrec.evaluation.neighbours import ItemKNN
 from flexrec.evaluation.statistics import bootstrap_interval
 from flexrec.experiment.config import EMBEDDED, LISTWISE, MADE_IN_PYTHON, ExperimentConfig
+from flexrec.experiment.estimate import estimate
 from flexrec.experiment.model import make_model
 from flexrec.experiment.needs import check_answerable, choose_needs, known_needs, renamed, unseen_columns, untrained
 from flexrec.experiment.report.page import PAGE, write_report
@@ -112,7 +113,7 @@ def run_experiment(
         config = replace(config, needs=tuple(need.name for need in needs), needs_file=None)
     PartialState()  # where there are several processes, they meet
     folder = RunFolder(config.output)
-    with folder.locked() if process_index() == 0 else nullcontext():
+    with folder.locked() if process_index() == 0 and not config.dry_run else nullcontext():
         return _run_in(folder, config, say if process_index() == 0 else _say_nothing, dataset, needs or ())
 
 
@@ -148,12 +149,20 @@ def _run_in(
         dataset = replace(dataset, noise=config.noise)
     if config.cold_items is not None:
         dataset = hold_out_items(dataset, config.cold_items, seed=config.seed)
+    for name in (name for name in chosen if not has_what_it_reads(name, dataset)):
+        if name in (config.baselines or ()):
+            raise ValueError(f"--baselines {name} reads what no test list of the {dataset.name} data has")
+    chosen = tuple(name for name in chosen if has_what_it_reads(name, dataset))
     needs = choose_needs(config.needs, known, dataset)
     notes = [*renamed(config.needs or (), known), *check_answerable(needs, dataset)]
     given = dataset
     on_main_process(lambda: folder.check_data(given))
-    model, tokenizer, builder = make_model(config, dataset, needs)
+    model, tokenizer, builder = make_model(config, dataset, needs, say)
     dataset = answerable(dataset, builder, config.num_ranked)
+    if config.eval_lists is not None and config.eval_lists < len(dataset.test):
+        notes.append(f"results are of {config.eval_lists} of {len(dataset.test)} test lists, drawn by the seed")
+        drawn = np.random.default_rng(config.seed).permutation(len(dataset.test))[: config.eval_lists]
+        dataset = replace(dataset, test=[dataset.test[i] for i in np.sort(drawn)])
     for note in (*dataset.notes, *notes, *unseen_columns(needs, builder, dataset.catalogue)):
         say(note)
     say(
@@ -182,17 +191,25 @@ def _run_in(
             )
     task = RankingTask(dataset.catalogue, needs, builder, critic)
     examples = TrainingExamples(task, dataset.train, resample=dataset.resample, seed=config.seed)
-    measured = [_Measured(task, dataset.test, config.num_ranked)]
+    measured = [_Measured(task, dataset.test, config.num_ranked, config.bf16)]
     results, evaluate = measured[0].results, measured[0].evaluate
     results.seconds = clock.seconds
     new = lists_of_new_items(dataset.test, new_items(dataset))
     if len(new) >= MIN_NEW_LISTS:
-        measured.append(_Measured(task, new, config.num_ranked))
+        measured.append(_Measured(task, new, config.num_ranked, config.bf16))
         results.new_items = measured[1].results
 
     def measure(model: Any, name: str) -> None:
         for one in measured:
             one.results.per_list[name] = one.evaluate(model, name)
+
+    if config.dry_run or (config.model != EMBEDDED and process_index() == 0):
+        tests = [example for examples in measured[0].evaluate.tests.values() for example in examples]
+        planned = estimate(config, model, examples, tests, builder)
+        say(planned.text())
+        set_seed(config.seed)
+        if config.dry_run:
+            return results
 
     # From here on the folder is written to; mistakes that can be seen before have left no trace.
     on_main_process(lambda: folder.write_config(config, given))
@@ -234,7 +251,7 @@ def _run_in(
         model = model.merge_and_unload()  # before the evaluation, which is of what is saved
     measure(model, TRAINED)
     training.finished(REINFORCEMENT, results.per_list[TRAINED])
-    on_main_process(lambda: folder.save(model, tokenizer, info, dataset))
+    on_main_process(lambda: folder.save(model, tokenizer, info, given))
     on_main_process(lambda: folder.write_shown(shown_of_run(model, task, dataset, config.num_ranked)))
     if critic is not None:
         on_main_process(lambda: folder.save_critic(critic))
@@ -285,11 +302,13 @@ def _report(folder: RunFolder, say: Callable[[str], None]) -> None:
 class _Measured:
     """What rankers are worth on some test lists, under every need of a task."""
 
-    def __init__(self, task: RankingTask, lists: Sequence[RankingList], num_ranked: int | None) -> None:
+    def __init__(
+        self, task: RankingTask, lists: Sequence[RankingList], num_ranked: int | None, bf16: bool = False
+    ) -> None:
         self.lists = lists
         self.results = Results(np.array([lst.user for lst in lists]))
         tests = {need.name: [task.test_example(lst, need) for lst in lists] for need in task.needs}
-        self.evaluate = Evaluation(tests, task.builder, num_ranked)
+        self.evaluate = Evaluation(tests, task.builder, num_ranked, bf16=bf16)
 
     def rank(self, name: str, rankings: Mapping[str, Sequence[np.ndarray]]) -> None:
         """Measure rankings of the lists, by need, as those of a ranker."""

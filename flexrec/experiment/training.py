@@ -53,8 +53,9 @@ class Training:
     evaluate: Evaluation
 
     def format(self, model: Any) -> None:
-        """The items and the form of an answer, nothing of what is good."""
-        self._supervise(model, "format", self.config.warmup_steps, FORMAT, after=None)
+        """The items and the form of an answer, nothing of what is good; of no steps where there are none."""
+        if self.config.warmup_steps:
+            self._supervise(model, "format", self.config.warmup_steps, FORMAT, after=None)
 
     def warm_up(self, model: Any) -> None:
         """Supervision before reinforcement."""
@@ -87,7 +88,7 @@ class Training:
         spent = seconds.get(WARM_UP, 0.0) + seconds[REINFORCEMENT]
         if WARM_UP in seconds:
             pace = seconds[WARM_UP] / config.listwise_steps
-        elif FORMAT in seconds:
+        elif FORMAT in seconds and config.warmup_steps:
             pace = seconds[FORMAT] / config.warmup_steps
         else:  # a resumed run did not time its supervised stages
             return config.listwise_steps + config.steps
@@ -186,10 +187,14 @@ def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, lear
         raise ValueError(
             f"--prompts-per-step {config.prompts_per_step} cannot be split evenly among {num_processes()} processes"
         )
+    at_once = per_process
+    if config.micro_batch is not None:  # a supervised step has as many rankings, each of a prompt
+        at_once = math.gcd(per_process, config.micro_batch)
     return {
         "output_dir": str(RunFolder(config.output).checkpoints),
         "max_steps": steps,
-        "per_device_train_batch_size": per_process,
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": per_process // at_once,
         "learning_rate": learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(10, steps // 4),

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from flexrec.policy.packing import TokenRows, pack_rankings
+from flexrec.policy.places import Places, are_places, places_of
 from flexrec.policy.row_tokens import CandidateLists, Prompts, numbered
 from flexrec.rankings.reasoning import ReasoningTokens
 from flexrec.rankings.state import Candidates, EncodedRankings, encode_rankings
@@ -25,9 +26,11 @@ class RankingBatch:
     rankings: torch.Tensor  # (N, T) int64, index into the row's candidates, -1 beyond a row's own
     lengths: torch.Tensor  # (N,) int64, number of candidates
     encoded: EncodedRankings  # without what was allowed where there are candidate_ids, which say it
-    candidate_ids: torch.Tensor | None  # (P, K) int64 tokens or numbers of sums, where every candidate is a single one
+    # (P, K) int64 tokens, or numbers of sums or of candidates that are read in place, where each is a single one
+    candidate_ids: torch.Tensor | None
     num_generations: int
     reasoning: ReasoningTokens | None = None
+    places: Places | None = None  # where candidates are read in their prompts, and the rows have no answers
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,8 +65,13 @@ def make_batch(
     With ``rankings_per_row`` > 1 the rankings of a prompt share it: see :mod:`flexrec.policy.packing`. ``reasoning``,
     that of a rollout, stands between a prompt and its ranking, and :func:`reasoning_logprobs` scores it. With
     ``by_token`` candidates of a single token are treated as those of several are. Tokens may be sums
-    (:mod:`flexrec.policy.row_tokens`).
+    (:mod:`flexrec.policy.row_tokens`). Candidates that are read in the prompt (:mod:`flexrec.policy.places`) have no
+    answers: a row is a prompt, whatever ``rankings_per_row`` says.
     """
+    if are_places(candidates):
+        if reasoning is not None or by_token:
+            raise ValueError("candidates that are read in the prompt have no answers, nor reasoning before them")
+        return _in_place(prompts, candidates, rankings, num_generations, pad_token_id, device)
     prompts, candidates, table = numbered(prompts, candidates, [*separator, *end])
     if table is not None and by_token:
         raise ValueError("candidates that are sums of tokens are scored as wholes: leave by_token out")
@@ -105,6 +113,34 @@ def make_batch(
         candidate_ids=candidate_ids,
         num_generations=num_generations,
         reasoning=reasoning,
+    )
+
+
+def _in_place(
+    prompts: Prompts,
+    candidates: CandidateLists,
+    rankings: np.ndarray,
+    num_generations: int,
+    pad_token_id: int,
+    device: torch.device | str,
+) -> RankingBatch:
+    places = places_of(prompts, candidates)  # type: ignore[arg-type]
+    numbers = [[[k] for k in range(len(lst))] for lst in candidates]
+    ranked = (np.asarray(rankings) >= 0).sum(axis=1)
+    nothing = [np.zeros(0, dtype=np.int64)] * len(prompts)
+    ids = torch.arange(places.before_end.size).view(places.before_end.shape)
+    sizes = torch.tensor([len(lst) for lst in candidates])
+    ids = torch.where(torch.arange(ids.shape[1]) < sizes[:, None], ids, ids[:, :1])
+    return RankingBatch(
+        tokens=pack_rankings(prompts, nothing, pad_token_id=pad_token_id, device=device),  # type: ignore[arg-type]
+        rankings=torch.as_tensor(np.asarray(rankings), dtype=torch.int64).to(device),
+        lengths=sizes.repeat_interleave(num_generations).to(device),
+        encoded=encode_rankings(
+            numbers, rankings, num_ranked=ranked, num_generations=num_generations, with_allowed=False
+        ),
+        candidate_ids=ids.to(device),
+        num_generations=num_generations,
+        places=places,
     )
 
 

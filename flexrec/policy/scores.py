@@ -20,6 +20,7 @@ from flexrec.ops.swap_rewards import swap_scores
 from flexrec.ops.vocabulary_logprobs import vocabulary_logprobs
 from flexrec.policy.batch import RankingBatch
 from flexrec.policy.lm_head import hidden_of_rows, output_layer
+from flexrec.policy.places import scores_in_place
 
 
 class RankingStates(NamedTuple):
@@ -54,7 +55,13 @@ def ranking_states(model: Any, batch: RankingBatch) -> RankingStates:
 
 
 def decision_states(model: Any, batch: RankingBatch, hidden: torch.Tensor) -> RankingStates:
-    """Keep the states at decisions of ``hidden`` (B, L, D), the model's states for the batch."""
+    """Keep the states at decisions of ``hidden`` (B, L, D), the model's states for the batch.
+
+    Where candidates are read in their prompts, the states are ones, and the weight (P K, 1) the candidates' scores.
+    """
+    if batch.places is not None:
+        scores = scores_in_place(batch.places, batch.tokens, hidden, *output_layer(model))
+        return RankingStates(scores.new_ones(*batch.shape, 1), scores.reshape(-1, 1), None)
     of_reasoning, start = None, np.zeros(batch.shape[0], dtype=np.int64)  # (N,) where the rankings begin
     if batch.reasoning is not None:
         start = batch.reasoning.lengths

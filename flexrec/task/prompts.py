@@ -16,9 +16,11 @@ from flexrec.checks import check_choice
 from flexrec.data.lists import Catalogue, RankingList
 from flexrec.rankings.state import RankingState, Spelling
 from flexrec.task.descriptions import Descriptions, Item, Token, item_token, query_match, title_words, token_id
+from flexrec.task.labels import Place, drawn_labels, label_tokens
 from flexrec.task.needs import Need, novelty
 
-ENCODINGS = ("index", "title", "item_token")
+ENCODINGS = ("index", "label", "title", "item_token", "score")
+OF_ONE_TOKEN = ("label", "item_token", "score")
 
 # At most so many candidates are named as rising; their order says how strongly.
 MAX_RISING = 8
@@ -27,6 +29,8 @@ MAX_RISING = 8
 LIKED, SEEN = "\nLiked before:\n", "Seen before:\n"
 SEARCHED = "\nSearched for:\n"  # of prompts with a query
 RISING, CANDIDATES, RANKING = "Rising now:\n", "Candidates:\n", "Ranking, best first:\n"
+# What stands behind a candidate that is scored where it stands.
+QUESTION, YES, NO = " | match?", " yes", " no"
 
 
 def shown_text(show: Sequence[str], title: str, topics: Sequence[str], columns: Mapping[str, Any]) -> str:
@@ -81,11 +85,14 @@ class PromptBuilder:
 
     Args:
         tokenizer: a Hugging Face tokenizer; its chat template is used when it has one.
-        encoding: how an answer names a candidate. "index" ("[12] > [3]", the labels of RankGPT), "title" (one title
-            a line) or "item_token" (one vocabulary entry per item, see :func:`add_item_tokens`).
-        show_titles: write titles in the prompt. Always so for "index" and "title"; with "item_token" a pretrained
-            model needs them to know what an item is, while a model trained on the catalogue does not.
+        encoding: how an answer names a candidate. "index" ("[12] > [3]", the labels of RankGPT), "label" (a letter or
+            two, one token of the vocabulary, drawn anew for every list: :mod:`flexrec.task.labels`), "title" (one
+            title a line), "item_token" (one vocabulary entry per item, see :func:`add_item_tokens`) or "score" (not
+            at all: each is scored where it stands in the prompt, see :mod:`flexrec.policy.places`).
+        show_titles: write titles in the prompt. Always so but for "item_token", where a pretrained model needs them
+            to know what an item is, while a model trained on the catalogue does not.
         show: what is shown of an item where its title would be, see :func:`shown_text`.
+        max_title_tokens: what is shown is cut to so many tokens.
         show_rising: name the candidates that rise at the moment of the request, and how often they were had in the last
             window and in the one before it (needs about trends read them).
         described: items are several tokens whose rows are summed (:mod:`flexrec.task.descriptions`), of the embedded
@@ -126,6 +133,7 @@ class PromptBuilder:
         encoding: str = "index",
         show_titles: bool = True,
         show: Sequence[str] = ("title",),
+        max_title_tokens: int | None = None,
         show_rising: bool = True,
         described: bool = False,
         described_needs: Sequence[Need] = (),
@@ -136,6 +144,7 @@ class PromptBuilder:
         self.show = tuple(show)
         if not self.show or (encoding == "title" and "title" not in self.show):
             raise ValueError(f"show must name what a prompt shows, with encoding 'title' also the title, got {show!r}")
+        self.max_title_tokens = max_title_tokens
         self.show_rising = show_rising
         self.described = described
         if described and encoding != "item_token":
@@ -148,7 +157,9 @@ class PromptBuilder:
         self._frame = self._chat_frame()
         self.separator: tuple[int, ...] = ()
         self.end: tuple[int, ...] = ()
-        if encoding != "item_token":
+        self._labels: list[int] = []
+        self._answers = self._yes_and_no() if encoding == "score" else (0, 0)
+        if encoding not in OF_ONE_TOKEN:
             if tokenizer.eos_token_id is None:
                 raise ValueError("the tokenizer has no eos token, which ends an answer of encoding 'index' or 'title'")
             self.separator = tuple(self._encode(" > " if encoding == "index" else "\n"))
@@ -191,6 +202,9 @@ class PromptBuilder:
             ids += [*self._encode(wording), *self._encode(SEEN)]
             start = len(ids)
             ids += self._listing(history, more=self._descriptions.interests(known))
+        elif not history and self.encoding in ("label", "score"):  # whose prompts are lean
+            ids += self._encode(wording + "\n")
+            start = len(ids)
         else:
             ids += self._encode(wording + LIKED)
             start = len(ids)
@@ -200,8 +214,9 @@ class PromptBuilder:
         end = len(ids)
         if self.show_rising:
             ids += [*self._encode(RISING), *self._listing(rising, rises=rises)]
-        ids += [*self._encode(CANDIDATES), *self._listing(candidates, numbered=self.encoding == "index", more=marks)]
-        ids += [*self._encode(RANKING), *after]
+        ids += [*self._encode(CANDIDATES), *self._listing(candidates, named=True, more=marks)]
+        if self.encoding != "score":  # whose prompt ends with the last question
+            ids += [*self._encode(RANKING), *after]
         return ids, (start, end)
 
     def prompt_of(
@@ -253,6 +268,10 @@ class PromptBuilder:
         """
         if self.encoding == "index":
             return [[*self._encode(f"[{i}]")] for i in range(1, len(candidates) + 1)]
+        if self.encoding == "score":
+            return [[place] for place in self._places(candidates)]
+        if self.encoding == "label":
+            return [[label] for label in self._labels_of(candidates)]
         if self.encoding == "item_token":
             more = [()] * len(candidates) if marks is None else marks
             return [[self._item_token(item, further)] for item, further in zip(candidates, more, strict=True)]
@@ -273,7 +292,7 @@ class PromptBuilder:
 
     def check_answers(self, tokens: list[list[Any]], num_ranked: int | None = None) -> None:
         """Raise a ValueError where rankings of candidates spelled so could not be told apart (see ``RankingState``)."""
-        if self.encoding == "item_token":  # each is one token
+        if self.encoding in OF_ONE_TOKEN:
             return
         try:
             RankingState([tokens], **Spelling(self.separator, self.end, num_ranked).of([tokens]))
@@ -304,25 +323,62 @@ class PromptBuilder:
     def _listing(
         self,
         items: Sequence[Item],
-        numbered: bool = False,
+        named: bool = False,
         more: Sequence[tuple[int, ...]] | None = None,
         rises: Sequence[Sequence[int]] | np.ndarray | None = None,
     ) -> list[Token]:
         ids: list[Token] = []
         further = [()] * len(items) if more is None else more
+        labels = self._labels_of(items) if named and self.encoding == "label" else []
         for i, (item, marks) in enumerate(zip(items, further, strict=True), start=1):
-            if numbered:
+            if labels:
+                ids.append(labels[i - 1])
+            elif named and self.encoding == "index":
                 ids += self._encode(f"[{i}] ")
             if self.encoding == "item_token":
                 ids.append(self._item_token(item, marks))
             if self.show_titles:
-                text = _one_line(item.title if item.shown is None else item.shown)
+                if named and self.encoding == "score":
+                    ids += self._scored(item)
+                    continue
+                before = ": " if labels else ""
                 if rises is None:
-                    ids += self._encode(text + "\n")
+                    ids += self._shown(item, before, "\n")
                 else:
                     now, earlier = rises[i - 1]
-                    ids += [*self._encode(text), *self._encode(f": {now} now, {earlier} before\n")]
+                    ids += [*self._shown(item, before), *self._encode(f": {now} now, {earlier} before\n")]
         return ids if self.show_titles else [*ids, *self._encode("\n")]
+
+    def _shown(self, item: Item, before: str = "", after: str = "") -> list[int]:
+        """What is shown of an item, cut where it is too long, between two pieces of text."""
+        text = _one_line(item.title if item.shown is None else item.shown)
+        whole = self._encode(before + text + after)
+        if self.max_title_tokens is None:
+            return whole
+        most, end = len(self._encode(before)) + self.max_title_tokens, self._encode(after)
+        return whole if len(whole) <= most + len(end) else [*self._encode(before + text)[:most], *end]
+
+    def _scored(self, item: Item) -> list[int]:
+        """A candidate and the question after it."""
+        return [*self._shown(item, "- "), *self._encode(QUESTION), *self._encode("\n")]
+
+    def _places(self, candidates: Sequence[Item]) -> list[Place]:
+        """The questions' last tokens, counted from the prompt's end, where the candidates stand."""
+        places: list[Place] = []
+        behind = 0
+        for item in reversed(candidates):
+            places.append(Place(behind + len(self._encode("\n")) + 1, *self._answers))
+            behind += len(self._scored(item))
+        return places[::-1]
+
+    def _yes_and_no(self) -> tuple[int, int]:
+        """The tokens that tell the two answers from each other: of most vocabularies the words."""
+        return next((yes, no) for yes, no in zip(self._encode(YES), self._encode(NO), strict=False) if yes != no)
+
+    def _labels_of(self, candidates: Sequence[Item]) -> list[int]:
+        if len(candidates) > len(self._labels):
+            self._labels = label_tokens(self.tokenizer, len(candidates))
+        return drawn_labels(self._labels[: len(candidates)], [item.id for item in candidates])
 
     def _item_token(self, item: Item, marks: tuple[int, ...]) -> Token:
         if self._descriptions is not None:

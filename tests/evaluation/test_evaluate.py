@@ -75,18 +75,25 @@ def test_examples_are_ranked_greedily_as_asked(monkeypatch):
 
     def sample(model, prompts, candidates, **options):
         calls.append((prompts, candidates, options))
-        return Rollout(np.array([[1, 0, -1]] * len(prompts)), np.zeros((len(prompts), 3)))
+        first = [len(prompt) % 8 for prompt in prompts]  # tells whose ranking it is
+        return Rollout(np.array([[i, 8, -1] for i in first]), np.zeros((len(prompts), 3)))
 
     monkeypatch.setattr(module, "sample_rankings", sample)
     tokenizer = build_tokenizer(dataset.catalogue, [])
     builder = PromptBuilder(tokenizer, encoding="index")
     task = RankingTask(dataset.catalogue, [get_need("interest")], builder)
     examples = [task.test_example(lst, get_need("interest")) for lst in dataset.test[:5]]
+    assert len({len(example.prompt) % 8 for example in examples}) > 1
     rankings = rank_examples("model", examples, builder, num_ranked=2, batch_size=3)
-    assert [ranking.tolist() for ranking in rankings] == [[1, 0]] * 5
+    assert [ranking.tolist() for ranking in rankings] == [[len(example.prompt) % 8, 8] for example in examples]
     assert [len(prompts) for prompts, _, _ in calls] == [3, 2]
-    assert [p for prompts, _, _ in calls for p in prompts] == [example.prompt for example in examples]
-    assert [c for _, candidates, _ in calls for c in candidates] == [example.candidates for example in examples]
+    by_length = sorted(examples, key=lambda example: len(example.prompt))  # so that little is padding
+    assert [p for prompts, _, _ in calls for p in prompts] == [example.prompt for example in by_length]
+    assert [c for _, candidates, _ in calls for c in candidates] == [example.candidates for example in by_length]
+    calls.clear()
+    monkeypatch.setattr(module, "MAX_TOKENS", 2 * len(by_length[-1].prompt))
+    rank_examples("model", examples, builder, num_ranked=2, batch_size=3)
+    assert max(len(prompts) for prompts, _, _ in calls) == 2, "of long prompts there are fewer together"
     for _, _, options in calls:
         assert options == {
             "separator": builder.separator,

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from transformers import LlamaForCausalLM
 
@@ -30,6 +31,10 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "credit": "noncausal",
         "tilt": 0.7,
         "show": ("title", "year"),
+        "max_title_tokens": 11,
+        "micro_batch": 6,
+        "eval_lists": 13,
+        "dry_run": True,
         "metric": "recall@3",
         "warmup": "format",
         "steps": 7,
@@ -222,12 +227,12 @@ def other_model(tmp_path_factory):
     return folder
 
 
-def test_another_model_shows_titles_and_answers_by_index(recorded, dataset, other_model):
+def test_another_model_shows_titles_and_scores_in_place(recorded, dataset, other_model):
     interest = [get_need("interest")]
     _, _, builder = model_module.make_model(
         ExperimentConfig(output="unused", model=str(other_model)), dataset, interest
     )
-    assert (builder.encoding, builder.show_titles) == ("index", True)
+    assert (builder.encoding, builder.show_titles, builder.max_title_tokens) == ("score", True, 24)
     config = ExperimentConfig(output="unused", model=str(other_model), encoding="item_token")
     model, tokenizer, builder = model_module.make_model(config, dataset, interest)
     assert (builder.encoding, builder.show_titles) == ("item_token", True)
@@ -245,3 +250,42 @@ def test_options_of_lora_reach_the_adapters(recorded, dataset):
     index = ExperimentConfig(output="unused", lora=3, encoding="index")
     model, _, _ = model_module.make_model(index, dataset, [get_need("interest")])
     assert not model.active_peft_config.trainable_token_indices, "items have no tokens of their own"
+
+
+def test_micro_batches_add_up_to_a_step(tmp_path, recorded):
+    recorded.run(tmp_path / "run", prompts_per_step=12, num_generations=2, micro_batch=4)
+    *supervised, reinforcement = recorded.stages
+    for stage, rankings in (*((one, 24) for one in supervised), (reinforcement, 12)):
+        args = stage.args
+        assert args.per_device_train_batch_size == 4
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == rankings
+    with pytest.raises(ValueError, match="--micro-batch 5 must divide --prompts-per-step 12"):
+        ExperimentConfig(output="x", prompts_per_step=12, micro_batch=5)
+
+
+def test_no_format_stage_where_it_has_no_steps(tmp_path, recorded):
+    recorded.run(tmp_path / "run", warmup_steps=0, baselines=("listwise",))
+    assert [stage.stage for stage in recorded.stages] == ["listwise", "reinforcement", "listwise"]
+    assert (tmp_path / "run" / "base" / "model.safetensors").is_file()
+
+
+def test_results_of_some_lists_are_of_those_that_the_seed_draws(tmp_path, recorded, dataset):
+    users = {}
+    for run, seed in enumerate((0, 0, 1)):
+        results = recorded.run(tmp_path / f"run{run}", eval_lists=3, seed=seed)
+        values = next(iter(results.per_list["trained"].values()))["ndcg@5"]
+        drawn = np.sort(np.random.default_rng(seed).permutation(len(dataset.test))[:3])
+        assert results.users.tolist() == [dataset.test[i].user for i in drawn]
+        assert len(values) == 3
+        users.setdefault(seed, []).append(results.users.tolist())
+    assert users[0][0] == users[0][1]
+    assert any(f"results are of 3 of {len(dataset.test)} test lists" in said for said in recorded.said)
+
+
+def test_defaults_are_those_of_the_model():
+    embedded, pretrained = (ExperimentConfig(output="x", model=model) for model in ("embedded", "some/model"))
+    assert (embedded.encoding, pretrained.encoding) == ("item_token", "score")
+    assert (embedded.warmup_steps, embedded.listwise_steps, embedded.prompts_per_step) == (6, 150, 192)
+    assert (pretrained.warmup_steps, pretrained.listwise_steps, pretrained.prompts_per_step) == (0, 60, 8)
+    assert (embedded.temperature, pretrained.temperature) == (0.3, 1.0)
+    assert ExperimentConfig(output="x", model="some/model", steps=3, temperature=0.5).steps == 3

@@ -217,6 +217,12 @@ def flip_a_bit(path):
         (lambda c: (c / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (lambda c: (c / "manifest.json").write_text("[]"), "manifest.json is damaged"),
         (lambda c: (c / "manifest.json").write_text('{"run": "a", "files": [1]}'), "manifest.json is damaged"),
+        (lambda c: (c / "manifest.json").write_text('{"run": "a", "files": "model"}'), "manifest.json is damaged"),
+        (lambda c: (c / "manifest.json").write_text('{"run": "a", "files": {"model": 3}}'), "manifest.json is damaged"),
+        (lambda c: (c / "manifest.json").write_text('{"run": "a", "files": {"m": [1]}}'), "manifest.json is damaged"),
+        (lambda c: (c / "manifest.json").write_text('{"run": {}, "files": {}}'), "is of another run"),
+        (lambda c: (c / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json is damaged"),
+        (lambda c: (c / "manifest.json").write_text("[" * 100_000), "manifest.json is damaged"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(recorded, interrupted, damage, message):

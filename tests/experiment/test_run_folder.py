@@ -71,9 +71,17 @@ def test_histories_are_the_latest_events_with_what_was_liked(tmp_path, recorded,
     recorded.run(tmp_path / "run")
     histories = json.loads((tmp_path / "run" / "histories.json").read_text())
     log, ids = dataset.log, dataset.catalogue.ids
-    assert set(histories) == {str(user) for user in np.unique(log.users)}
+    logged = {str(user) for user in np.unique(log.users)}
+    tested = {str(lst.user): lst for lst in sorted(dataset.test, key=lambda lst: lst.time) if len(lst.history)}
+    assert set(histories) == logged | set(tested) > logged
+    for user in set(tested) - logged:  # what was known when they were asked last
+        lst = tested[user]
+        assert [event["id"] for event in histories[user]] == [ids[item] for item in lst.history][-5:]
+        interest = [np.nan if event["interest"] is None else event["interest"] for event in histories[user]]
+        np.testing.assert_array_equal(np.array(interest, dtype=np.float32), lst.history_interest[-5:])
     liked = []
-    for user, events in histories.items():
+    for user in logged:
+        events = histories[user]
         rows = np.flatnonzero(log.users == int(user))
         assert len(rows) > 5
         latest = rows[np.argsort(log.times[rows], kind="stable")][-5:]
@@ -110,6 +118,7 @@ def test_the_run_says_how_it_is_to_be_asked(tmp_path, recorded):
         "seed": 13,
         "described": True,
         "show": ["title"],
+        "max_title_tokens": None,
         "model": "embedded",
         "own_needs": [],
     }
@@ -129,6 +138,7 @@ def test_a_request_may_show_as_much_history_as_the_longest_that_was_trained(data
     assert {len(lst.history) for lst in lists} == {1, 2, 3, 4, 5}
     trained_on = dataclasses.replace(dataset, train=lists)
     builder = SimpleNamespace(encoding="index", show_titles=True, show_rising=False, show=("title",), described=False)
+    builder.max_title_tokens = None
     assert RunInfo.of(ExperimentConfig(output="unused"), builder, trained_on, []).max_history == 5
 
 

@@ -89,8 +89,9 @@ def test_a_shop(tmp_path, monkeypatch, capsys, taste):
     code = main(rank)
     answers = [json.loads(line) for line in Path("rankings.jsonl").read_text().splitlines()]
     trained_on = set(json.loads(Path("runs/shop/histories.json").read_text()))
-    assert trained_on < logged
-    assert code == 1, "test users are in no log of a run"
+    assert trained_on <= logged
+    assert code == (trained_on != logged)
+    assert len(trained_on) > 0.9 * len(logged), "users who are tested on are known, too"
     right, known = 0, 0
     for one, answer, kind in zip(asked[1:], answers[1:], likes, strict=True):
         if one["user"] in trained_on:

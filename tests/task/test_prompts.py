@@ -1,4 +1,4 @@
-"""Prompts: the three encodings, chat templates, and titles that try to be more than titles."""
+"""Prompts: the encodings, chat templates, and titles that try to be more than titles."""
 
 from dataclasses import replace
 
@@ -382,3 +382,48 @@ def test_candidates_are_described_by_needs_of_ones_own():
         assert tokenizer.convert_ids_to_tokens(list(tokens))[-2:] == of_one
     with pytest.raises(ValueError, match="no token '<need:cheap 0>'"):
         PromptBuilder(build_tokenizer(catalogue, []), encoding="item_token", described=True, described_needs=needs)
+
+
+def test_labels_are_tokens_of_letters_that_say_nothing(tokenizer):
+    builder = PromptBuilder(tokenizer, encoding="label", show_rising=False)
+    items = [Item(str(i), f"Title {i}") for i in range(5)]
+    prompt, _ = builder.prompt("Rank them", [], items)
+    tokens = builder.candidate_tokens(items)
+    letters = [tokenizer.decode(sequence) for sequence in tokens]
+    assert sorted(letters) == list("ABCDE")
+    assert (builder.separator, builder.end) == ((), ())
+    text = tokenizer.decode(prompt)
+    for item, letter in zip(items, letters, strict=True):
+        assert f"\n{letter}: {item.title}\n" in text
+    for sequence in tokens:  # the token of the answer is that of the prompt
+        assert len(sequence) == 1
+        assert prompt.count(sequence[0]) >= 1
+    # Whoever is shown where: over many lists no candidate's place has a label of its own.
+    first = [builder.candidate_tokens([Item(f"{n}-{i}", "a") for i in range(5)])[0][0] for n in range(60)]
+    assert len(set(first)) == 5
+    assert builder.candidate_tokens(items) == tokens
+
+
+def test_a_tokenizer_with_too_few_letters_cannot_label(tokenizer):
+    from flexrec.task.labels import label_tokens
+
+    assert len(set(label_tokens(tokenizer, 26))) == 26
+    with pytest.raises(ValueError, match="a token for each of 5000 candidates, and the tokenizer has"):
+        label_tokens(tokenizer, 5000)
+
+
+@pytest.mark.parametrize("encoding", ["index", "label", "score"])
+def test_what_is_shown_is_cut_to_its_length_and_places_follow(tokenizer, encoding):
+    long = [Item(str(i), " ".join(["Aliens"] * (3 + 4 * i))) for i in range(3)]
+    whole = PromptBuilder(tokenizer, encoding=encoding, show_rising=False)
+    cut = PromptBuilder(tokenizer, encoding=encoding, show_rising=False, max_title_tokens=4)
+    assert len(tokenizer.encode(long[1].title, add_special_tokens=False)) > 4
+    before, after = (builder.prompt("Rank", [], long)[0] for builder in (whole, cut))
+    assert len(after) < len(before)
+    lines = tokenizer.decode(after).splitlines()
+    assert len({len(tokenizer.encode(line, add_special_tokens=False)) for line in lines if "Aliens" in line}) <= 2
+    if encoding == "score":
+        for item, (place,) in zip(long, cut.candidate_tokens(long), strict=True):
+            text = tokenizer.decode(after[: len(after) - place.before_end + 1])
+            assert text.endswith("| match?"), item
+        assert len({place.before_end for (place,) in cut.candidate_tokens(long)}) == 3
