@@ -8,31 +8,29 @@ import errno
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import MISSING, Field, fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import UnionType
-from typing import IO, Any, get_args, get_origin, get_type_hints
+from typing import IO, Any
 
-from flexrec.checks import flag_of
-from flexrec.data.options import OPTIONS, said_of
 from flexrec.decoding.options import Decoding
+from flexrec.experiment.arguments import add_data_options, add_options, given, given_data_options, read_options
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.studies.catalogue import STUDIES
 from flexrec.experiment.studies.options import ALL, StudyOptions
 
-_DATA = "data: "  # what options of data sets are called among the arguments, so that they meet no others
 MISTAKES = (ValueError, TypeError, OSError, ImportError)  # a user's: one line, no traceback
 
 TRAIN_EXAMPLES = """examples:
   flexrec train --output runs/first
   flexrec train --dataset movielens --data ml-latest-small --need interest --output runs/interest
   flexrec train --dataset interactions --data shop --columns user=customer,item=sku --candidates 20 --output runs/shop
+  flexrec train --config runs/first/config.yaml --seed 1 --output runs/second
   flexrec train --need interest explore "0.7 interest + 0.3 explore" --output runs/mixed
   flexrec train --dataset interactions --data shop --needs needs.yaml --need "cheap but good" --output runs/cheap
   flexrec train --model Qwen/Qwen2.5-0.5B-Instruct --encoding index --prompts-per-step 8 --learning-rate 1e-6 \\
@@ -52,6 +50,13 @@ STUDY_EXAMPLES = """examples:
   flexrec study credit --output studies --jobs 2 --data movielens=ml-latest-small kuairec=kuairec
   flexrec study credit --output studies --jobs 2 --retry
   flexrec study all --output short --short
+"""
+REPORT_EXAMPLES = """examples:
+  flexrec report runs/first
+  flexrec report runs/interest-seed0 runs/interest-seed1 --output compared.html
+  flexrec report runs/first --png figures
+
+The page is one file that asks nobody for anything. A run that is not finished is shown as far as its log goes.
 """
 RANK_EXAMPLES = """examples:
   flexrec rank --run runs/first --input requests.jsonl --output rankings.jsonl
@@ -77,10 +82,16 @@ def build_parser() -> argparse.ArgumentParser:
         description="Post-train a language model as a recommender, with a reward for every ranked item.",
     )
     parser.add_argument("--version", action="version", version=f"flexrec {version('flexrec')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,rank,data,study}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,report,rank,data,study}")
 
     train = _command(commands, "train", "train a model and compare it with its base and with baselines", TRAIN_EXAMPLES)
-    add_options(train, ExperimentConfig)
+    train.add_argument(
+        "--config",
+        metavar="FILE",
+        help="take options from a YAML file, such as the config.yaml of a run; what stands on the command line comes "
+        "before it (default: none)",
+    )
+    add_options(train, ExperimentConfig, required=False)  # --output may stand in the file
     add_data_options(train)
     train.set_defaults(run=_train)
 
@@ -90,6 +101,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_options(evaluate, default="that of the run")
     evaluate.add_argument("--json", metavar="FILE", help="write the figures here as well (default: only show them)")
     evaluate.set_defaults(run=_evaluate)
+
+    report = _command(commands, "report", "show what runs came to, on a page of their own", REPORT_EXAMPLES)
+    report.add_argument("folders", nargs="+", metavar="RUN", help="folder of a run; of several, all against the first")
+    report.add_argument(
+        "--output", metavar="FILE", help="the page (default: report.html in the folder of one run, or here of several)"
+    )
+    report.add_argument("--png", metavar="DIR", help="a folder for pictures of the figures as well (default: none)")
+    report.set_defaults(run=_report)
 
     rank = _command(commands, "rank", "rank the candidates of requests", RANK_EXAMPLES)
     rank.add_argument("--run", dest="folder", required=True, metavar="DIR", help="folder of a finished run")
@@ -122,108 +141,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_options(
-    parser: argparse.ArgumentParser, options: type, names: Sequence[str] | None = None, *, default: str | None = None
-) -> None:
-    """An argument for every field of a dataclass made with ``flexrec.checks.option``; what is not given is not set.
-
-    Args:
-        names: these fields only.
-        default: what their defaults are, if not those of the dataclass.
-    """
-    types = get_type_hints(options)
-    # What a class has of its own comes before what it inherits.
-    for one in sorted(fields(options), key=lambda one: one.name not in options.__annotations__):
-        if "help" not in one.metadata or (names is not None and one.name not in names):
-            continue
-        _add_option(parser, one, types[one.name], dest=one.name, text=_help(one, default))
-
-
-def add_data_options(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
-    """An argument for every option that the loader of some data set takes; :func:`given_data_options` reads them."""
-    group = parser.add_argument_group("options of data sets")
-    for name in dict.fromkeys(one.name for dataset in reversed(OPTIONS) for one in said_of(dataset)):
-        of = {dataset: one for dataset in OPTIONS for one in said_of(dataset) if one.name == name}
-        *_, (last, one) = of.items()
-        text = _help_of(of, default)
-        choices = [choice for other in of.values() for choice in other.metadata.get("choices", ())]
-        annotation = get_type_hints(OPTIONS[last])[name]
-        _add_option(group, one, annotation, dest=_DATA + name, text=text, choices=tuple(dict.fromkeys(choices)))
-
-
-def _help_of(of: dict[str, Field[Any]], default: str | None) -> str:
-    """What an option of data sets is for, which of them take it, and its default in each."""
-    fields_of = list(of.values())
-    text = "" if len(of) == len(OPTIONS) else f"of {', '.join(of)}: "
-    if default is not None or len({one.default for one in fields_of}) == 1:
-        return text + _help(fields_of[0], default)
-    what, _, where_none = str(fields_of[0].metadata["help"]).partition("; default: ")
-    shown = (f"{dataset} {where_none if one.default is None else _shown(one.default)}" for dataset, one in of.items())
-    return f"{text}{what} (default: {', '.join(shown)})"
-
-
-def _add_option(
-    parser: Any, one: Field[Any], annotation: Any, *, dest: str, text: str, choices: Sequence[str] | None = None
-) -> None:
-    """The argument of a command line that a dataclass's field describes."""
-    kind = _kind(annotation)
-    of_many = get_origin(kind) in (tuple, Collection)
-    settings: dict[str, Any] = {"dest": dest, "default": argparse.SUPPRESS, "help": text}
-    if one.default is MISSING:
-        settings["required"] = True
-    if kind is bool:
-        settings["action"] = argparse.BooleanOptionalAction
-    elif choices or "choices" in one.metadata:
-        settings["choices"] = choices or one.metadata["choices"]
-    elif of_many and get_origin(kind) is tuple and ... not in get_args(kind):  # so many of them, no more and no less
-        settings |= {"nargs": len(get_args(kind)), "type": get_args(kind)[0], "metavar": one.metadata["metavar"]}
-    else:
-        settings["metavar"] = one.metadata.get("metavar", {int: "N", float: "X"}.get(kind, "NAME"))
-        settings |= {"nargs": "+", "action": "extend"} if of_many else {"type": kind}
-    names = [flag_of(one)]
-    if dest.startswith(_DATA):  # messages of loaders name the arguments of Python
-        names = list(dict.fromkeys([*names, "--" + one.name.replace("_", "-")]))
-    argument = parser.add_argument(*names, **settings)
-    argument.help = text  # Python 3.10 adds a default of its own to switches
-
-
-def _kind(annotation: Any) -> Any:
-    """``T`` of ``T | None``, a text where that is one of several kinds, and any other type as it is."""
-    if get_origin(annotation) is UnionType:
-        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
-        return str if str in kinds else kinds[0]
-    return annotation
-
-
-def _help(one: Field[Any], default: str | None) -> str:
-    """What an option is for, and its default, which the text names itself where it is None."""
-    text = str(one.metadata["help"])
-    if default is not None:
-        text = f"{text.partition('; default:')[0]} (default: {default})"
-    elif one.default is not None and one.default is not MISSING:
-        text += f" (default: {_shown(one.default)})"
-    return text.replace("%", "%%")
-
-
-def _shown(value: Any) -> str:
-    """A default as a person would say it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return " ".join(value) if isinstance(value, tuple) else str(value)
-
-
-def given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
-    """The fields of a dataclass that stand on the command line."""
-    found = {one.name: getattr(arguments, one.name) for one in fields(options) if one.name in arguments}
-    return {name: tuple(dict.fromkeys(v)) if isinstance(v, list) else v for name, v in found.items()}
-
-
-def given_data_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of data sets that stand on the command line."""
-    found = {name.removeprefix(_DATA): value for name, value in vars(arguments).items() if name.startswith(_DATA)}
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. A user's mistake is one line on standard error, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -242,11 +159,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-_CONTINUED = {"train": "; --resume continues it", "study": "; the same command goes on with it"}
-
-
 def _kept(arguments: argparse.Namespace) -> str:
-    return "; what was written is kept" + _CONTINUED.get(arguments.command, "")
+    output = getattr(arguments, "output", None)
+    again = ""
+    if arguments.command == "train" and output is not None:
+        again = f"; to continue: flexrec train --resume --output {shlex.quote(output)}"
+    elif arguments.command == "study":
+        again = "; the same command goes on with it"
+    return f"; what was written is kept{again}"
 
 
 def _disk_is_full(error: BaseException, output: str | None) -> bool:
@@ -268,6 +188,16 @@ def _command(commands: Any, name: str, summary: str, examples: str) -> argparse.
     )
 
 
+def _silence_bars() -> None:
+    """Libraries draw bars of their own, of milliseconds; what a hub sends takes long, and is shown on a terminal."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if sys.stderr.isatty() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        enable_progress_bars()
+
+
 def _positive(text: str) -> int:
     try:
         value = int(text)
@@ -279,30 +209,49 @@ def _positive(text: str) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
+    options = {**given(arguments, ExperimentConfig), "data_options": given_data_options(arguments)}
+    if arguments.config is not None:
+        options = _before(options, read_options(Path(arguments.config)))
+    if "output" not in options:
+        raise ValueError("--output DIR is needed: the folder for the model, the log and metrics.json")
+    arguments.output = options["output"]
 
+    from rich.console import Console  # heavy, as all that follows: not before a mistake is told
+
+    from flexrec.experiment.report.page import PAGE
     from flexrec.experiment.run_folder import RunFolder
     from flexrec.experiment.stages import run_experiment
     from flexrec.policy.distributed import process_index
 
-    options = {**given(arguments, ExperimentConfig), "data_options": given_data_options(arguments)}
     if options.get("resume"):  # what is not said is as it was
-        stored = RunFolder(arguments.output).read_config()
-        if options.get("dataset", stored.get("dataset")) == stored.get("dataset"):
-            options["data_options"] = {**stored.get("data_options", {}), **options["data_options"]}
-        options = {**stored, **options}
+        options = _before(options, RunFolder(arguments.output).read_config())
     config = ExperimentConfig(**options)
     console = Console()
+    _silence_bars()
     results = run_experiment(config, say=console.print)
     if process_index() > 0 or config.dry_run:
         return 0
-    console.print(results.table())
+    console.print(results.table(width=console.width))
     for sentence in results.summary():
         console.print(sentence)
     if (new := results.new_items) is not None:
-        console.print(new.table(f"Among items that were never trained on: {len(new.users)} lists"))
+        console.print(new.table(f"Among items that were never trained on: {len(new.users)} lists", console.width))
     console.print(f"{results.seconds['total']:.0f} seconds in all; model, log and metrics.json are in {config.output}")
+    if (page := Path(config.output) / PAGE).is_file():
+        console.print(f"Look at {page} in a browser. What to do next:", soft_wrap=True)
+        console.print(f"  flexrec rank --run {config.output} --input requests.jsonl", soft_wrap=True, highlight=False)
+        console.print(
+            f"  flexrec report {config.output} ANOTHER_RUN  # beside each other", soft_wrap=True, highlight=False
+        )
     return 0
+
+
+def _before(options: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """These options, and of others what they do not say; of options of data sets only those of the same one."""
+    of_data, theirs = dict(options["data_options"]), others.get("dataset")
+    if theirs in (None, options.get("dataset", theirs)):
+        of_data = {**others.get("data_options", {}), **of_data}
+    return {**others, **options, "data_options": of_data}
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -316,19 +265,37 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     options = given(arguments, ExperimentConfig)
     if of_data := given_data_options(arguments):
         options["data_options"] = of_data
+    _silence_bars()
     scores = evaluate_run(Path(arguments.folder), **options)
     names = list(dict.fromkeys(name for values in scores.values() for name in values))
     alone = any(math.isnan(v["low"]) for values in scores.values() for v in values.values())
     interval = f"({ONE_USER})" if alone else "[95 % interval over users]"
-    table = Table(title=f"{arguments.folder}: mean over test lists {interval}")
-    table.add_column("need")
+    title, console = f"{arguments.folder}: mean over test lists {interval}", Console()
+    table = Table("need", title=title)
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for need, values in scores.items():
         table.add_row(need, *(_with_interval(values[name]) if name in values else "" for name in names))
-    Console().print(table)
+    if Console(width=10_000).measure(table).maximum > console.width:  # a narrow terminal gets a row for each number
+        table = Table("need", "metric", "mean", title=title)
+        for need, values in scores.items():
+            table.add_section()
+            for name, value in values.items():
+                table.add_row(need, name, _with_interval(value))
+    console.print(table)
     if arguments.json:
         Path(arguments.json).write_text(to_json(scores, 2) + "\n")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from flexrec.experiment.report.page import PAGE, write_report
+
+    folders = [Path(folder) for folder in arguments.folders]
+    page = Path(arguments.output or (folders[0] / PAGE if len(folders) == 1 else PAGE))
+    for sentence in write_report(folders, page, None if arguments.png is None else Path(arguments.png)):
+        print(sentence)
+    print(f"the report is {page}")
     return 0
 
 
@@ -387,6 +354,7 @@ def _rank(arguments: argparse.Namespace) -> int:
         raise FileNotFoundError(f"--input {arguments.input}: there is no such file")
     if arguments.output and Path(arguments.output).exists():
         raise FileExistsError(f"--output {arguments.output} exists: choose another file, nothing is overwritten")
+    _silence_bars()
     ranker = Ranker(arguments.folder, None if arguments.items is None else read_catalogue(Path(arguments.items)))
     generator = torch.Generator(ranker.model.device).manual_seed(arguments.seed)
     failed = 0

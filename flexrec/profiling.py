@@ -1,17 +1,23 @@
-"""Where the seconds of training steps go.
+"""Where the seconds of training steps go, and how many are left of long work.
 
 Code that does a part of a step says so with :func:`span`, which costs nothing unless somebody listens. Spans nest, and
 a part is charged only for what no span inside it is charged for, so that the parts add up to the whole.
+
+Long work says how far it is on standard error: by a bar that knows the time left where that is a terminal, and
+otherwise, as in a log file, by a line when it is done, and one every ten minutes until then.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
+from tqdm import tqdm
 
 # In the order of a step. "rewards" are item rewards, uncertainty weights and advantages; "bookkeeping" is what C++ does
 # and the laying out of rows; "log-probs and loss" all from the states to the loss.
@@ -112,3 +118,77 @@ def span(part: str) -> Iterator[None]:
         yield
     finally:
         profile.leave()
+
+
+HEARTBEAT = 600.0  # seconds between lines of a log
+Item = TypeVar("Item")
+
+
+class Progress:
+    """How far long work is.
+
+    Args:
+        what: it is.
+        total: how many units there are of it.
+        done: how many of these were done before.
+        shown: nothing is said otherwise, as by all processes but one.
+        kept: says so when it is done, too.
+    """
+
+    def __init__(
+        self, what: str, total: int, *, unit: str = "step", done: int = 0, shown: bool = True, kept: bool = True
+    ) -> None:
+        self.what, self.total, self.unit, self.kept = what, total, unit, kept
+        self.done = self._first = done
+        self._said, self._started = "", time.perf_counter()
+        self._due = self._started + HEARTBEAT
+        self._bar = self._log = None
+        if shown and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, leave=kept, file=sys.stderr)
+        elif shown:
+            self._log = sys.stderr
+
+    def update(self, done: int, **numbers: float) -> None:
+        """So many units are done in all; the latest ``numbers`` stand beside them."""
+        self._said = "".join(f", {name} {value:.3f}" for name, value in numbers.items()) or self._said
+        if self._bar is not None:
+            self._bar.set_postfix({name: round(value, 3) for name, value in numbers.items()}, refresh=False)
+            self._bar.update(done - self.done)
+        self.done = done
+        now = time.perf_counter()
+        if self._log is not None and now >= self._due and done < self.total:
+            self._due = now + HEARTBEAT
+            spent = now - self._started
+            left = spent / max(done - self._first, 1) * (self.total - done)
+            self._say(f"{done} of {self.total} {self.unit}s in {duration(spent)}, {duration(left)} left")
+
+    def close(self) -> None:
+        """It is done."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._log is not None and self.kept:
+            self._say(f"{self.done - self._first} {self.unit}s in {duration(time.perf_counter() - self._started)}")
+
+    def _say(self, text: str) -> None:
+        print(f"{self.what}: {text}{self._said}", file=self._log, flush=True)
+
+
+def progress(
+    what: str, items: Collection[Item], *, unit: str = "step", shown: bool = True, kept: bool = True
+) -> Iterator[Item]:
+    """The items one by one, and how far that is; arguments as of :class:`Progress`."""
+    told = Progress(what, len(items), unit=unit, shown=shown, kept=kept)
+    try:
+        for done, item in enumerate(items):
+            told.update(done)
+            yield item
+        told.update(len(items))
+    finally:
+        told.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person would say them: 0.4 s, 48 s, 12 min, 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -101,6 +101,21 @@ def test_profile(tmp_path, capsys):
             assert sum(step.get(f"seconds/{part}", 0.0) for step in steps) > 0, part
 
 
+def test_a_run_ends_with_its_report(tmp_path, capsys):
+    folder = tmp_path / "run"
+    few = ["--warmup", "format", "--warmup-steps", "1", "--steps", "2", "--prompts-per-step", "8", "--need", "interest"]
+    assert main(["train", "--output", str(folder), *few, "--baselines", "none"]) == 0
+    said = "".join(capsys.readouterr().out.split())
+    assert f"Lookat{folder / 'report.html'}inabrowser" in said
+    assert f"flexrecrank--run{folder}" in said
+    assert not (folder / "checkpoints").exists(), "a finished run needs none"
+    page = (folder / "report.html").read_text()
+    for title in ("Who ranks best", "Learning curves", "Reward by rank", "Where the time goes", "The same user under"):
+        assert title in page
+    assert main(["report", str(folder), str(folder), "--output", str(tmp_path / "two.html")]) == 0
+    assert f"{folder.name} (2) on interest: 0.000" in (tmp_path / "two.html").read_text()
+
+
 def test_model_and_tokenizer_load_without_flexrec(run):
     model = AutoModelForCausalLM.from_pretrained(run)
     tokenizer = AutoTokenizer.from_pretrained(run)

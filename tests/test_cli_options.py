@@ -40,6 +40,20 @@ def test_an_evaluation_of_one_user_has_no_interval(tmp_path, monkeypatch, capsys
     assert "0.125" in shown
 
 
+@pytest.mark.parametrize("columns", ["60", "80", "200"])
+def test_an_evaluation_is_shown_whole_on_any_terminal(tmp_path, monkeypatch, capsys, columns):
+    value = {"mean": 0.25, "low": 0.125, "high": 0.5}
+    metrics = ("ndcg@5", "ndcg@10", "ndcg@30", "recall@5", "mrr@5")
+    scores = {need: dict.fromkeys(metrics, value) for need in ("interest", "trend")}
+    monkeypatch.setattr(experiment, "evaluate_run", lambda folder: scores)
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["evaluate", "--run", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert shown.count("0.250 [0.125, 0.500]") == len(metrics) * 2
+    assert all(shown.count(f"{name} ") >= 1 for name in metrics)
+
+
 def test_the_table_of_train_resamples_users(tmp_path, monkeypatch, capsys):
     users = np.repeat(np.arange(9), np.arange(9) % 4 + 1)
     rng = np.random.default_rng(0)
@@ -88,7 +102,9 @@ def test_options_outside_of_their_range_are_refused(tmp_path, capsys, option, va
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("options", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["rank", "--help"]])
+@pytest.mark.parametrize(
+    "options", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["rank", "--help"], ["report", "--help"]]
+)
 def test_help_has_examples(options, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(options)
@@ -99,7 +115,7 @@ def test_help_has_examples(options, capsys):
         assert "examples:" in text
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "rank"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "report", "rank"])
 def test_every_option_shows_its_default(command):
     (commands,) = (action for action in build_parser()._actions if action.dest == "command")
     for action in commands.choices[command]._actions:

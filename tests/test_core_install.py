@@ -14,6 +14,9 @@ EXTRAS = (
     "implicit",
     "datasets",
     "matplotlib",
+    "resvg_py",
+    "tensorboard",
+    "wandb",
     "flash_attn",
     "ray",
 )

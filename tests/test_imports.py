@@ -35,7 +35,17 @@ def test_import_loads_nothing_heavy():
     assert len(set(whole) - set(bare)) < 100
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["rank", "--help"], ["--version"], ["train"]])
+LIGHT = [
+    ["--help"],
+    ["train", "--help"],
+    ["rank", "--help"],
+    ["--version"],
+    ["train"],
+    ["train", "--config", "no.yaml"],
+]
+
+
+@pytest.mark.parametrize("arguments", LIGHT)
 def test_the_command_line_is_read_without_torch(arguments):
     """Help, the version and a mistake in the options: nothing heavy stands in the way of an answer."""
     program = f"""

@@ -1,12 +1,13 @@
 """Seconds by part: what is charged to whom, and that a training's parts add up to its time."""
 
+import io
 import time
 from types import SimpleNamespace
 
 import pytest
 
 from flexrec import profiling as module
-from flexrec.profiling import active_profile, profile_steps, span
+from flexrec.profiling import Progress, active_profile, duration, profile_steps, progress, span
 from flexrec.trainer.callbacks import ProfileSteps
 
 
@@ -79,3 +80,54 @@ def test_a_span_that_raises_is_closed():
     assert active_profile() is None
     with span("decode"):  # nobody listens
         pass
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """The seconds that are read, to be set by hand."""
+    told = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: told.seconds)
+    return told
+
+
+def test_a_log_file_gets_a_line_when_work_is_done_and_one_every_ten_minutes(now, capsys):
+    told = Progress("Format", 40, done=10)
+    for done in range(11, 41):
+        now.seconds += 50
+        told.update(done, loss=done / 100)
+    told.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "Format: 22 of 40 steps in 10 min, 15 min left, loss 0.220",
+        "Format: 34 of 40 steps in 20 min, 5 min left, loss 0.340",
+        "Format: 30 steps in 25 min, loss 0.400",
+    ]
+
+
+def test_short_work_that_is_not_kept_says_nothing(now, capsys):
+    assert list(progress("Evaluating", [7, 8, 9], kept=False)) == [7, 8, 9]
+    assert list(progress("Elsewhere", [7, 8], shown=False)) == [7, 8]
+    assert capsys.readouterr().err == ""
+    now.seconds += 1
+    list(progress("SASRec", range(3), unit="epoch"))
+    assert capsys.readouterr().err == "SASRec: 3 epochs in 0.0 s\n"
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(module.sys, "stderr", terminal)
+    told = Progress("Format", 4, done=1)
+    told.update(4, reward=0.12345)
+    told.close()
+    shown = terminal.getvalue()
+    assert "Format" in shown
+    assert "4/4" in shown
+    assert "reward=0.123" in shown
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.04, "0.0 s"), (48.4, "48 s"), (720.0, "12 min"), (12600.0, "3.5 h")])
+def test_durations_are_short(seconds, said):
+    assert duration(seconds) == said

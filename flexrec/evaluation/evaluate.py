@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from flexrec.decoding.sample import Rollout, sample_rankings
 from flexrec.evaluation.statistics import METRICS, rank_metrics
 from flexrec.policy.distributed import map_over_processes, process_index
+from flexrec.profiling import progress
 from flexrec.task.examples import Example, prompts_and_candidates
 from flexrec.task.prompts import PromptBuilder
 
@@ -31,7 +31,7 @@ def rank_examples(
 
     Args:
         batch_size: so many together at most; of long prompts fewer.
-        description: shown beside a progress bar; None shows none.
+        description: of what is done, where it is said how far that is; None says nothing.
 
     Example:
         >>> from flexrec.evaluation import rank_examples
@@ -41,7 +41,8 @@ def rank_examples(
         [0, 1, 2, 3, 4, 5]
     """
     rankings: list[np.ndarray] = [np.zeros(0, dtype=np.int32)] * len(examples)
-    for part in tqdm(_alike(examples, batch_size), desc=description, disable=description is None, leave=False):
+    parts = _alike(examples, batch_size)
+    for part in progress(description or "", parts, unit="part", shown=description is not None, kept=False):
         rollout = sample_rankings(
             model,
             *prompts_and_candidates([examples[i] for i in part]),

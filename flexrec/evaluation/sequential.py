@@ -12,6 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from flexrec.data.lists import RankingDataset, RankingList
 from flexrec.evaluation.tuning import unknown_last, with_ties
+from flexrec.policy.distributed import process_index
+from flexrec.profiling import progress
 
 _IGNORED = -100
 
@@ -98,7 +100,7 @@ class SASRec:
             return
         optimizer = torch.optim.AdamW(self._model.parameters(), lr=learning_rate, weight_decay=0.01)
         best, best_state, since = math.inf, copy.deepcopy(self._model.state_dict()), 0
-        for _ in range(max_epochs):
+        for _ in progress("SASRec", range(max_epochs), unit="epoch", shown=process_index() == 0):
             self._model.train()
             windows = self._windows([by_user[u] for u in kept], rng)
             for batch in _batches([windows[i] for i in rng.permutation(len(windows))], batch_size):

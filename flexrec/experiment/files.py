@@ -18,9 +18,14 @@ MANIFEST, PARTIAL = "manifest.json", ".partial"
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     """Write a file whole or not at all, to the disk."""
+    write_text(path, to_json(content, indent) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, to the disk."""
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w") as file:
-        file.write(to_json(content, indent) + "\n")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -61,8 +61,9 @@ class Results:
         values = self.per_list
         return relative_change(values[new][need][metric], values[base][need][metric], clusters=self.users)
 
-    def table(self, title: str | None = None) -> Table:
-        """Rankers by need, their means and changes against the base, and what reinforcement changed, for a terminal."""
+    def table(self, title: str | None = None, width: int | None = None) -> Table:
+        """Rankers by need, their means and changes against the base, and what reinforcement changed, for a terminal;
+        where its ``width`` is given, with the metrics that fit."""
         users = len(set(self.users.tolist()))
         of_all = f"{len(self.users)} lists of {users} test users never trained on; changes are against the base"
         return comparison_table(
@@ -71,6 +72,7 @@ class Results:
             pairs={REINFORCEMENT: (TRAINED, self.start)},
             title=title or of_all,
             caption=self._how_to_read(),
+            width=width,
         )
 
     def summary(self) -> list[str]:

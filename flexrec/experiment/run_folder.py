@@ -1,11 +1,12 @@
 """The folder of a run: the one place that knows its files and their formats.
 
-    experiment.json   what the run was configured with
+    experiment.json   what the run was configured with             config.yaml      the same, for flexrec train --config
     data.json         what its data set is called, holds and is known by, and what its loader said
     flexrec.json      how the model is to be prompted and what it was trained on (:class:`RunInfo`)
     catalogue.json    titles and topics of the items, and how strongly they rise at the end of the log
     histories.json    the last items of every user                critic.npz      the critic, where there is one
     metrics.json      means, changes, configuration, seconds          per_list.npz   every metric of every test list
+    report.json       what a report shows beside them (:mod:`flexrec.experiment.shown`)         report.html   the report
     warm_start.npz    the same of the warm start, for a run that is resumed after it
     log.jsonl         a line per step                                 checkpoints/   of reinforcement, by step
     base/             the model after the format stage                reference/     the one before reinforcement, where
@@ -22,6 +23,7 @@ import copy
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -34,8 +36,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexrec.data.lists import Catalogue, RankingDataset
 from flexrec.data.options import all_data_options
+from flexrec.experiment.arguments import options_text
 from flexrec.experiment.config import ExperimentConfig
-from flexrec.experiment.files import MANIFEST, PARTIAL, check_sealed, read_json, seal, settle, write_json
+from flexrec.experiment.files import MANIFEST, PARTIAL, check_sealed, read_json, seal, settle, write_json, write_text
 from flexrec.experiment.results import WARM_START, Results
 from flexrec.policy.lora import ADAPTER_FILE, BACKBONE, OF_A_RUN, has_adapters, load_model, save_adapters
 from flexrec.task.critic import Critic
@@ -46,7 +49,8 @@ from flexrec.task.prompts import PromptBuilder
 
 LOCK = ".lock"
 FORMAT, WARM_UP, REINFORCEMENT = "format", "listwise warm-up", "reinforcement"  # the stages, in the log and by seconds
-CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "baselines", "dry_run"}  # by --resume
+# By --resume.
+CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "baselines", "report_to", "dry_run"}
 
 
 try:
@@ -209,6 +213,7 @@ class RunFolder:
 
     def write_config(self, config: ExperimentConfig, dataset: RankingDataset) -> None:
         write_json(self.path / "experiment.json", asdict(config), indent=2)
+        write_text(self.path / "config.yaml", options_text(config))
         about = {
             "name": dataset.name,
             "items": len(dataset.catalogue),
@@ -253,6 +258,10 @@ class RunFolder:
                 return step, checkpoint
             say(f"{checkpoint} was not written to its end and is passed over")
         return None
+
+    def drop_checkpoints(self) -> None:
+        """Delete the checkpoints, which a finished run needs no more."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _fingerprint(self) -> str:
         """What tells this run from those that give other results."""
@@ -400,6 +409,10 @@ class RunFolder:
             arrays["new items/users"] = new.users
         np.savez_compressed(self.path / "per_list.npz", users=results.users, **arrays)
         write_json(self.path / "metrics.json", {**results.to_json(), "config": config}, indent=2)
+
+    def write_shown(self, shown: Mapping[str, Any]) -> None:
+        """Write what a report shows beside the metrics."""
+        write_json(self.path / "report.json", shown)
 
     def save_warm_start(self, results: Results) -> None:
         """Write what the warm start is worth, which nobody can measure any more once it is trained on."""

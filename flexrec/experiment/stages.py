@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,8 +37,11 @@ from flexrec.experiment.config import EMBEDDED, LISTWISE, MADE_IN_PYTHON, Experi
 from flexrec.experiment.estimate import estimate
 from flexrec.experiment.model import make_model
 from flexrec.experiment.needs import check_answerable, choose_needs, known_needs, renamed, unseen_columns, untrained
+from flexrec.experiment.report.page import PAGE, write_report
 from flexrec.experiment.results import BASE, CRITIC, TRAINED, WARM_START, Results
 from flexrec.experiment.run_folder import FORMAT, REINFORCEMENT, WARM_UP, RunFolder, RunInfo
+from flexrec.experiment.shown import intervals_of, shown_of_run
+from flexrec.experiment.trackers import require_trackers
 from flexrec.experiment.training import GRPO, Training, grpo_config, reinforcement_arguments
 from flexrec.metrics import parse_metric
 from flexrec.ops.ranking_metric import greedy_ranking
@@ -134,6 +138,7 @@ def _run_in(
         reinforcement_arguments(grpo_config(config, name))
     if config.lora is not None:
         require_peft()
+    require_trackers(config.report_to or ())
     set_seed(config.seed)
     clock = Clock()
 
@@ -220,7 +225,7 @@ def _run_in(
     if resumed:
         step = checkpoint[0] if checkpoint else None
         clock.ends |= of_main_process(folder.cut_log(step, config.steps) if process_index() == 0 else {})
-    log = StepLog(folder.log, append=resumed)
+    log = StepLog(folder.log, append=resumed, intervals=partial(intervals_of, users=results.users))
     training = Training(config, examples, builder, log, clock, evaluate)
     if not resumed:
         if config.lora is not None and config.model == EMBEDDED:
@@ -249,6 +254,7 @@ def _run_in(
     measure(model, TRAINED)
     training.finished(REINFORCEMENT, results.per_list[TRAINED])
     on_main_process(lambda: folder.save(model, tokenizer, info, given))
+    on_main_process(lambda: folder.write_shown(shown_of_run(model, task, dataset, config.num_ranked)))
     if critic is not None:
         on_main_process(lambda: folder.save_critic(critic))
 
@@ -281,7 +287,18 @@ def _run_in(
     clock.seconds["total"] = clock.elapsed()
     stated = {**asdict(config), "needs": tuple(need.name for need in needs)}
     on_main_process(lambda: folder.write_results(stated, results))
+    if config.save_every is None:
+        on_main_process(folder.drop_checkpoints)  # nobody asked for them but the run, which is finished
+    on_main_process(lambda: _report(folder, say))
     return results
+
+
+def _report(folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Write the page of a run, which is finished whatever becomes of that."""
+    try:
+        write_report([folder.path], folder.path / PAGE)
+    except (OSError, ValueError) as error:
+        say(f"The run is whole, its report was not written: {error}")
 
 
 class _Measured:

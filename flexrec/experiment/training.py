@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from transformers.integrations import unset_hf_deepspeed_config
 from flexrec.evaluation.evaluate import Evaluation
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.run_folder import FORMAT, REINFORCEMENT, WARM_UP, RunFolder, load_checkpoint
+from flexrec.experiment.trackers import tracking
 from flexrec.metrics import parse_metric
 from flexrec.policy.distributed import num_processes, on_main_process, spreads_parameters, whole_state_dict
 from flexrec.profiling import Profile, profile_steps
 from flexrec.task.examples import TrainingExamples
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.base import RankingTrainer
-from flexrec.trainer.callbacks import Clock, Curve, ProgressBar, Stage, StepLog
+from flexrec.trainer.callbacks import Clock, Curve, ProgressBar, SaveInTime, Stage, StepLog
 from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
 from flexrec.trainer.supervised import SupervisedTrainer
 
@@ -63,9 +64,11 @@ class Training:
     def reinforce(self, model: Any, checkpoint: tuple[int, Path] | None = None) -> Profile | None:
         """Reinforcement, continued from a checkpoint where there is one; where its seconds went, if that was asked."""
         with ExitStack() as listening:
-            profile = listening.enter_context(profile_steps()) if self.config.profile else None
+            # Listening costs nothing but on a GPU, which every span would wait for.
+            heard = self.config.profile or not torch.cuda.is_available()
+            profile = listening.enter_context(profile_steps()) if heard else None
             self._reinforce(model, self.config, REINFORCEMENT, checkpoint)
-        return profile
+        return profile if self.config.profile else None
 
     def supervise_instead(self, model: Any, name: str, steps: int) -> None:
         """The listwise baseline, from the base on."""
@@ -105,7 +108,7 @@ class Training:
                 num_imitated=min((n for n in cutoffs if n), default=None),
                 separator=self.builder.separator,
                 end=self.builder.end,
-                callbacks=[self.log.of_stage(stage), ProgressBar(name)],
+                callbacks=[self.log.of_stage(stage), ProgressBar(name), *self._tracking(name)],
             )
             self._draw_curve(trainer, stage)
             _train(trainer, model)
@@ -131,10 +134,19 @@ class Training:
                 reference=reference,
                 separator=self.builder.separator,
                 end=self.builder.end,
-                callbacks=[self.log.of_stage(stage), ProgressBar(name), _Seal(folder)],
+                callbacks=[
+                    self.log.of_stage(stage),
+                    ProgressBar(name),
+                    _Seal(folder),
+                    *([SaveInTime()] if config.save_every is None else []),
+                    *self._tracking(name),
+                ],
             )
             self._draw_curve(trainer, stage)
             _train(trainer, model, saved)
+
+    def _tracking(self, name: str) -> list[TrainerCallback]:
+        return tracking(self.config.report_to or (), Path(self.config.output), name, asdict(self.config))
 
     def _draw_curve(self, trainer: RankingTrainer, stage: Stage) -> None:
         if not self.config.eval_every:
@@ -163,8 +175,9 @@ def grpo_config(config: ExperimentConfig, name: str) -> ExperimentConfig:
 def reinforcement_arguments(config: ExperimentConfig) -> FlexRecConfig:
     """The trainer's arguments, which say at once where options contradict each other."""
     common = _training_arguments(config, config.steps, config.prompts_per_step, config.learning_rate)
+    common["save_total_limit"] = 2  # so that one is whole while the next is written
     if config.save_every:
-        common |= {"save_strategy": "steps", "save_steps": config.save_every, "save_total_limit": 2}
+        common |= {"save_strategy": "steps", "save_steps": config.save_every}
     return FlexRecConfig(**common, **config.of_trainer())
 
 

@@ -14,10 +14,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import nn
 
 from flexrec.data.lists import Catalogue, Interactions
+from flexrec.profiling import progress as told
 from flexrec.task.critic_pairs import Evidence, Pairs, starts_of, topic_shares
 
 _EMBEDDING = 16
@@ -67,7 +67,7 @@ class Ensemble:
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, _LEARNING_RATE, total_steps=epochs * len(batches), pct_start=0.1
         )
-        for _ in track(range(epochs), description="Fitting the critic", disable=not progress):
+        for _ in told("Fitting the critic", range(epochs), unit="epoch", shown=progress):
             for rows in _user_batches(seen, rng):
                 pairs, interest = _training_pairs(seen, rows, members, generator)
                 if len(watched):

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import TrainerCallback
 
-from flexrec.policy.distributed import process_index
-from flexrec.profiling import OUTSIDE, active_profile, span
+from flexrec.policy.distributed import of_main_process, process_index
+from flexrec.profiling import OUTSIDE, Progress, active_profile, span
 
 # (model, what to call it) -> need -> metric -> (L,) values per list
 Evaluate = Callable[[Any, str], dict[str, dict[str, np.ndarray]]]
+Intervals = Callable[[Mapping[str, Mapping[str, np.ndarray]]], dict[str, dict[str, tuple[float, float]]]]
 
 
 class Stage:
@@ -86,10 +86,14 @@ def to_json(content: Any, indent: int | None = None) -> str:
 
 
 class StepLog:
-    """A line of JSON per optimiser step, written as it happens, by the main process."""
+    """A line of JSON per optimiser step, written as it happens, by the main process.
 
-    def __init__(self, path: Path, append: bool) -> None:
-        self.path = path
+    Args:
+        intervals: of the values of an evaluation, need -> metric -> [low, high]; None: points of curves have none.
+    """
+
+    def __init__(self, path: Path, append: bool, intervals: Intervals | None = None) -> None:
+        self.path, self.intervals = path, intervals
         if process_index() == 0 and not append:
             path.write_text("")
 
@@ -101,7 +105,8 @@ class StepLog:
     def evaluation(self, at: Mapping[str, Any], values: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """Write a point of the curves: the means of ``values``, need -> metric -> (L,), at a :meth:`Stage.at`."""
         means = {need: {m: float(v.mean()) for m, v in metrics.items()} for need, metrics in values.items()}
-        self.write(**{**at, "stage": "evaluation", "of": at["stage"]}, means=means)
+        more = {} if self.intervals is None else {"intervals": self.intervals(values)}
+        self.write(**{**at, "stage": "evaluation", "of": at["stage"]}, means=means, **more)
 
     def of_stage(self, stage: Stage) -> TrainerCallback:
         log = self
@@ -114,27 +119,40 @@ class StepLog:
 
 
 class ProgressBar(TrainerCallback):
-    """A progress bar for a stage, with the latest loss or reward beside it."""
+    """How far a stage is, with the latest loss or reward beside it."""
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.stage.capitalize(),
-            unit="step",
-            disable=process_index() != 0,
-        )
+        shown = process_index() == 0
+        self.bar = Progress(self.stage.capitalize(), state.max_steps, done=state.global_step, shown=shown)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        shown = {name: round(float(logs[name]), 3) for name in ("ranking_nll", "reward") if name in (logs or {})}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(state.global_step - self.bar.n)
+        numbers = {name: float(logs[name]) for name in ("ranking_nll", "reward") if name in (logs or {})}
+        self.bar.update(state.global_step, **numbers)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
+
+
+class SaveInTime(TrainerCallback):
+    """Checkpoints by the clock: one after the first step, for what came before is not to be done again, and others so
+    far apart that they take a twentieth of the time at most. Its ``on_save`` comes after that of who writes them."""
+
+    LEAST, SHARE = 60.0, 0.05  # seconds apart, and of the time
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._due = self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+        if of_main_process(self._began >= self._due):  # clocks of processes differ
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self._due = now + max(self.LEAST, (now - self._began) / self.SHARE)
 
 
 class Curve(TrainerCallback):

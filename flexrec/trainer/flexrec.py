@@ -44,6 +44,9 @@ from flexrec.trainer.base import EpochOrder, LossAndMetrics, RankingTrainer, pad
 from flexrec.trainer.options import CORRECTED, OF_ALL_ACTIONS, TrainerOptions
 from flexrec.trainer.rewards import Part, have_variance, parts_of, rewards_of, scores_of, values_of
 
+RANKS_TOLD = 10  # in the log; all further ones would be long lines that say little
+MAX_SORTED = 1 << 24  # as many as torch's quantile takes
+
 
 @dataclass
 class FlexRecConfig(TrainerOptions, TrainingArguments):
@@ -218,7 +221,14 @@ class FlexRecTrainer(RankingTrainer):
             of_reasoning, more = self._reasoning_loss(slot, states, value, unit, weights)
             loss, metrics = loss + of_reasoning / item_mask.sum(), {**metrics, **more}
         share = self.share(item_mask.sum())
-        return loss * share, {"reward": value.mean(), **{name: share * v for name, v in metrics.items()}}
+        told: dict[str, float | torch.Tensor] = {
+            "reward": value.mean(),
+            **{name: share * v for name, v in metrics.items()},
+        }
+        told |= self._by_rank(rewards, item_mask)
+        if weights is not None:
+            told |= spread_of(weights.expand_as(item_mask)[item_mask])  # a rollout has one
+        return loss * share, told
 
     def _sample(self, examples: list[Example]) -> _Sampled:
         args = self.args
@@ -383,6 +393,15 @@ class FlexRecTrainer(RankingTrainer):
         length = torch.from_numpy(batch.reasoning.lengths).float().mean()
         return loss, {"reasoning/length": length, **{f"reasoning/{name}": metrics[name] for name in names}}
 
+    def _by_rank(self, rewards: torch.Tensor, item_mask: torch.Tensor) -> dict[str, float]:
+        """What items at each of the first ranks earned, (N, T) both, on average over everybody's."""
+        sums = rewards.new_zeros(2, RANKS_TOLD)
+        shown = rewards[:, :RANKS_TOLD].masked_fill(~item_mask[:, :RANKS_TOLD], 0.0)
+        sums[0, : shown.shape[1]] = shown.sum(0)
+        sums[1, : shown.shape[1]] = item_mask[:, :RANKS_TOLD].sum(0)
+        totals, counts = self.accelerator.reduce(sums).tolist()
+        return {f"reward/rank_{k + 1}": totals[k] / counts[k] for k in range(RANKS_TOLD) if counts[k]}
+
     def _spread(self, values: torch.Tensor, item_mask: torch.Tensor) -> torch.Tensor:
         """Root mean square of ``values`` (N, T) over the items of all processes; 1 where all are 0."""
         squares = torch.stack([values[item_mask].double().square().sum(), item_mask.sum().double()])
@@ -399,6 +418,13 @@ class FlexRecTrainer(RankingTrainer):
             per_update=per_process * self.accelerator.num_processes,
             repeats=self.args.num_iterations,
         )
+
+
+def spread_of(weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Below which value a tenth, a half and nine tenths of the weights (M,) lie."""
+    levels = torch.tensor([0.1, 0.5, 0.9], device=weights.device)
+    found = torch.quantile(weights.detach().float()[:MAX_SORTED], levels)
+    return {f"weight/p{name}": value for name, value in zip((10, 50, 90), found, strict=True)}
 
 
 def drawn_gains(example: Example, rng: np.random.Generator) -> np.ndarray:

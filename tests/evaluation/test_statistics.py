@@ -384,6 +384,27 @@ def test_tables_compare_with_the_base_that_is_named(results, users):
     assert f"| {change.percent:+.1f} % | {change.percent_low:+.1f}, {change.percent_high:+.1f} |" in line
 
 
+@pytest.mark.parametrize("width", [48, 60, 72, 80, 120])
+def test_a_table_has_the_metrics_for_which_a_terminal_has_room(results, users, width):
+    for needs in results.values():
+        for metrics in needs.values():
+            metrics |= dict.fromkeys(("ndcg@10", "ndcg@30", "recall@5"), metrics["ndcg@5"])
+    console = Console(width=width, record=True, file=io.StringIO())
+    pairs = {"reinforcement": ("trained", "random")}
+    table = comparison_table(results, clusters=users, pairs=pairs, caption="as said", width=width)
+    console.print(table)
+    text = console.export_text()
+    assert "…" not in text
+    shown = [column.header for column in table.columns][1:-1]
+    names = ["ndcg@5", "mrr@5", "ndcg@10", "ndcg@30", "recall@5"]
+    assert shown == names[: len(shown)]
+    assert (shown == names) == (width == 120)
+    left_out = ", ".join(names[len(shown) :])
+    assert table.caption == ("as said" if not left_out else f"as said. no room for {left_out}: see metrics.json")
+    change = change_of(results, "interest", "trained", clusters=users)
+    assert f"{change.percent:+.1f} % [{change.percent_low:+.1f}, {change.percent_high:+.1f}]" in text
+
+
 def test_table_of_five_metrics_fits_80_columns(results, users):
     for needs in results.values():
         for metrics in needs.values():

@@ -73,6 +73,7 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "fuse_observed": False,
         "eval_every": 14,
         "save_every": 11,
+        "report_to": ("tensorboard",),
         "resume": True,
         "seed": 13,
     }

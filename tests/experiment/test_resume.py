@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from flexrec import cli
 from flexrec.experiment import run_folder, stages, training
 from flexrec.experiment.run_folder import RunFolder
+from flexrec.trainer.callbacks import SaveInTime
 
 
 def test_resuming_continues_from_the_latest_checkpoint_and_the_first_reference(tmp_path, recorded):
@@ -30,6 +31,15 @@ def test_resuming_continues_from_the_latest_checkpoint_and_the_first_reference(t
     assert recorded.mark_of(stage.options["reference"]) == 12.0
     assert recorded.marks()["base"] == 2.0
     assert "format" not in results.seconds
+
+
+def test_reinforcement_is_not_started_anew_by_default(tmp_path, recorded):
+    """Somebody who named no interval has checkpoints by the clock; who said 0 has none."""
+    recorded.run(tmp_path / "default")
+    recorded.run(tmp_path / "never", save_every=0)
+    recorded.run(tmp_path / "some", save_every=3)
+    by_clock = [any(isinstance(c, SaveInTime) for c in stage.callbacks) for stage in recorded.of("reinforcement")]
+    assert by_clock == [True, False, False]
 
 
 def test_resuming_before_the_first_checkpoint_starts_from_the_base(tmp_path, recorded):

@@ -43,7 +43,8 @@ def test_a_full_disk_is_said_in_one_line_and_costs_nothing(world, tmp_path, smal
     assert full.code == 2, full.said
     said = [line for line in full.said.splitlines() if line.startswith("flexrec train: error")]
     assert said == [
-        "flexrec train: error: no space is left on the disk; what was written is kept; --resume continues it"
+        "flexrec train: error: no space is left on the disk; what was written is kept; to continue: flexrec train "
+        f"--resume --output {folder}"
     ]
     assert "Traceback" not in full.said
     again = command([*training(folder), "--resume"], log)  # nothing has changed

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flexrec.data import simulate
-from flexrec.evaluation.critic import critic_quality
+from flexrec.evaluation.critic import critic_quality, critic_reliability
 from flexrec.task import critic as module
 from flexrec.task.calibration import beta_quantiles
 from flexrec.task.critic import MODELS, Critic
@@ -123,6 +123,14 @@ def test_the_quality_of_a_critic_by_hand(world):
     assert critic_quality(critic, observed)["pairs"] == sum((~np.isnan(lst.interest)).sum() for lst in world.train)
     silent = dataclasses.replace(world.test[0], truth=None, interest=np.full(9, np.nan, dtype=np.float32))
     assert critic_quality(critic, [silent]) == {"pairs": 0}
+    assert critic_reliability(critic, [silent]) == {"intervals": [], "bins": []}
+    found = critic_reliability(critic, world.test)
+    inside = next(point["inside"] for point in found["intervals"] if point["level"] == 0.8)
+    assert inside == pytest.approx(np.mean((low <= truth) & (truth <= high)), abs=0.002)
+    tenths = np.array_split(np.argsort(mean, kind="stable"), 10)
+    assert [one["predicted"] for one in found["bins"]] == pytest.approx([mean[t].mean() for t in tenths], abs=1e-4)
+    assert [one["interest"] for one in found["bins"]] == pytest.approx([truth[t].mean() for t in tenths], abs=1e-4)
+    assert sum(one["pairs"] for one in found["bins"]) == len(truth)
 
 
 @pytest.mark.parametrize("model", list(MODELS))

@@ -11,7 +11,7 @@ import pytest
 
 from flexrec.profiling import profile_steps
 from flexrec.trainer import callbacks as module
-from flexrec.trainer.callbacks import Clock, Curve, ProgressBar, StepLog
+from flexrec.trainer.callbacks import Clock, Curve, ProgressBar, SaveInTime, StepLog
 
 
 @pytest.fixture
@@ -129,32 +129,59 @@ def test_a_curve_is_no_part_of_a_step(tmp_path):
 
 
 def test_the_bar_counts_steps_and_says_the_latest_number(monkeypatch):
-    made = []
+    told = []
 
-    class Bar:
-        def __init__(self, **options: Any) -> None:
-            made.append(options)
-            self.n, self.shown, self.closed = options["initial"], None, False
+    class Told:
+        def __init__(self, what: str, total: int, *, done: int, shown: bool) -> None:
+            told.append((what, total, done, shown))
 
-        def set_postfix(self, shown: dict[str, float], refresh: bool) -> None:
-            self.shown = shown
-
-        def update(self, steps: int) -> None:
-            self.n += steps
+        def update(self, done: int, **numbers: float) -> None:
+            told.append((done, numbers))
 
         def close(self) -> None:
-            self.closed = True
+            told.append("closed")
 
-    monkeypatch.setattr(module, "tqdm", Bar)
+    monkeypatch.setattr(module, "Progress", Told)
     bar = ProgressBar("listwise")
     bar.on_train_begin(None, state_at(3, 9), None)
-    assert made == [{"total": 9, "initial": 3, "desc": "Listwise", "unit": "step", "disable": False}]
     bar.on_log(None, state_at(5, 9), None, logs={"reward": 0.12345, "loss": 7.0})
-    assert (bar.bar.n, bar.bar.shown) == (5, {"reward": 0.123})
     bar.on_log(None, state_at(9, 9), None, logs={"ranking_nll": 2.5})
-    assert (bar.bar.n, bar.bar.shown) == (9, {"ranking_nll": 2.5})
     bar.on_train_end(None, state_at(9, 9), None)
-    assert bar.bar.closed
+    assert told == [
+        ("Listwise", 9, 3, True),
+        (5, {"reward": 0.12345}),
+        (9, {"ranking_nll": 2.5}),
+        "closed",
+    ]
     monkeypatch.setattr(module, "process_index", lambda: 1)
     bar.on_train_begin(None, state_at(0, 9), None)
-    assert made[-1]["disable"], "one process draws"
+    assert told[-1] == ("Listwise", 9, 0, False), "one process draws"
+
+
+@pytest.mark.parametrize(("cost", "apart"), [(0.0, 60.0), (2.0, 60.0), (30.0, 600.0)])
+def test_checkpoints_come_at_once_and_then_cost_a_twentieth_of_the_time(clock, cost, apart):
+    saves = SaveInTime()
+    found = []
+    control = SimpleNamespace(should_save=False)
+    saves.on_train_begin(None, state_at(0), control)
+    for step in range(1, 2000):
+        clock.seconds += 1
+        control.should_save = False
+        saves.on_step_end(None, state_at(step, 10_000), control)
+        if control.should_save:
+            found.append(clock.seconds)
+            clock.seconds += cost
+            saves.on_save(None, state_at(step), control)
+    assert len(found) > 2
+    assert found[0] == 101.0, "the warm start is never trained again"
+    assert np.diff(found).min() >= apart + cost
+    assert np.diff(found).max() <= apart + cost + 1
+
+
+def test_a_checkpoint_that_was_not_written_is_due_still(clock):
+    saves, control = SaveInTime(), SimpleNamespace(should_save=False)
+    saves.on_train_begin(None, state_at(0), control)
+    for step in (1, 2):  # after an update that was not finite nothing is saved
+        control.should_save = False
+        saves.on_step_end(None, state_at(step), control)
+        assert control.should_save

@@ -67,6 +67,15 @@ def test_the_all_actions_loss_by_hand(tmp_path, options):
 
     value = ranking_metric(of.gains, metric, lengths=of.lengths, num_ranked=shown).mean()
     assert metrics["reward"].item() == pytest.approx(value.item(), rel=1e-5)
+    for k in range(shown):  # lists that end before a rank do not count there
+        of_rank = rewards[:, k][of.mask[:, k]].mean().item()
+        assert metrics[f"reward/rank_{k + 1}"] == pytest.approx(of_rank, rel=1e-4, abs=1e-6)
+    assert f"reward/rank_{shown + 1}" not in metrics
+    assert ("weight/p50" in metrics) == (options["uncertainty"] != "none")
+    if options["uncertainty"] != "none":
+        for level in (10, 50, 90):
+            expected = np.quantile(weights.expand(of.mask.shape)[of.mask].numpy(), level / 100)
+            assert float(metrics[f"weight/p{level}"]) == pytest.approx(expected, rel=1e-4)
     assert float(metrics["entropy"]) == pytest.approx(scores.entropy[of.mask].mean().item(), rel=1e-4)
     assert float(metrics["kl"]) == pytest.approx(scores.kl[of.mask].mean().item(), rel=1e-4)
 
