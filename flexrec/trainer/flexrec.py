@@ -227,7 +227,7 @@ class FlexRecTrainer(RankingTrainer):
         }
         told |= self._by_rank(rewards, item_mask)
         if weights is not None:
-            told |= spread_of(weights.expand_as(item_mask)[item_mask])  # a rollout has one
+            told |= spread_of(self._everybodys(weights.expand_as(item_mask)[item_mask]))  # a rollout has one
         return loss * share, told
 
     def _sample(self, examples: list[Example]) -> _Sampled:
@@ -401,6 +401,12 @@ class FlexRecTrainer(RankingTrainer):
         sums[1, : shown.shape[1]] = item_mask[:, :RANKS_TOLD].sum(0)
         totals, counts = self.accelerator.reduce(sums).tolist()
         return {f"reward/rank_{k + 1}": totals[k] / counts[k] for k in range(RANKS_TOLD) if counts[k]}
+
+    def _everybodys(self, values: torch.Tensor) -> torch.Tensor:
+        """The values (M,), finite, of all processes, which may have different numbers of them."""
+        values = values.detach().float()
+        gathered = self.accelerator.gather(self.accelerator.pad_across_processes(values, pad_index=float("nan")))
+        return gathered[~gathered.isnan()]
 
     def _spread(self, values: torch.Tensor, item_mask: torch.Tensor) -> torch.Tensor:
         """Root mean square of ``values`` (N, T) over the items of all processes; 1 where all are 0."""

@@ -45,7 +45,7 @@ def make_dataset(log, num_items, train=(), test=(), unobserved="zero"):
 
 # What can be fitted in a moment; als and bpr where implicit is installed.
 AVAILABLE = {
-    **{name: make for name, make in BASELINES.items() if name not in ("als", "bpr", "sasrec")},
+    **{name: make for name, make in BASELINES.items() if name not in ("als", "bpr", "sasrec", "bm25", "minilm")},
     **({"als": ALS, "bpr": BPR} if has_implicit() else {}),
     "sasrec": partial(SASRec, hidden_size=16, max_epochs=2),
 }

@@ -55,12 +55,12 @@ def test_data_that_are_not_there_are_named_and_the_rest_is_run(tmp_path, capsys,
     monkeypatch.setattr("flexrec.experiment.studies.study.execute", lambda todo, data, **_: {})
     assert main(["study", "main", "--output", str(tmp_path), "--seeds", "2"]) == 0
     said = capsys.readouterr().out
-    assert "main: 2 of 2 runs are left" in said
+    assert "main: 2 of 8 runs are left" in said
     for name in ("movielens", "kuairec", "esci"):
         assert f"main: left out: {name}, 2 runs: no --data {name}=DIR" in said
     monkeypatch.setenv(DATA_VARIABLE, f"movielens={tmp_path}")
     assert main(["study", "main", "--output", str(tmp_path), "--seeds", "2", "--data", f"esci={tmp_path}"]) == 0
-    assert "main: 6 of 6 runs are left" in capsys.readouterr().out
+    assert "main: 6 of 8 runs are left" in capsys.readouterr().out
 
 
 def test_what_fails_is_said_in_one_line_each(tmp_path, capsys, monkeypatch):

@@ -289,10 +289,10 @@ def test_passes_over_the_log_are_about_a_million_interactions(monkeypatch, size,
     class Started(Exception):
         pass
 
-    def start(passes, **options):
+    def start(what, passes, **options):
         raise Started(len(passes))
 
-    monkeypatch.setattr(module, "track", start)
+    monkeypatch.setattr(module, "told", start)
     log = Interactions(np.arange(size), np.zeros(size, np.int64), np.full(size, 0.5, np.float32), np.zeros(size))
     with pytest.raises(Started, match=f"^{epochs}$"):
         Critic.fit(log, Catalogue(("a",), ("a",), ((),)))
