@@ -399,16 +399,23 @@ class RunFolder:
         """The last items of every logged user, ``{"id", "interest"}`` each, oldest first."""
         return read_json(self.path / "histories.json")
 
-    def write_results(self, config: Mapping[str, Any], results: Results) -> None:
-        """Write metrics.json (means, changes, configuration, seconds) and per_list.npz (every value, for paired
-        tests)."""
+    def write_results(
+        self,
+        config: Mapping[str, Any],
+        results: Results,
+        report: Callable[[Mapping[str, Any]], None] = lambda metrics: None,
+    ) -> None:
+        """Write per_list.npz (every value, for paired tests) and metrics.json (means, changes, configuration, seconds).
+        The latter is the last file of a run; ``report`` is called before, with what it is going to hold."""
         arrays = _arrays(results, results.per_list)
         new = results.new_items
         if new is not None:
             arrays |= {f"new items/{name}": values for name, values in _arrays(new, new.per_list).items()}
             arrays["new items/users"] = new.users
         np.savez_compressed(self.path / "per_list.npz", users=results.users, **arrays)
-        write_json(self.path / "metrics.json", {**results.to_json(), "config": config}, indent=2)
+        metrics = {**results.to_json(), "config": config}
+        report(metrics)
+        write_json(self.path / "metrics.json", metrics, indent=2)
 
     def write_shown(self, shown: Mapping[str, Any]) -> None:
         """Write what a report shows beside the metrics."""

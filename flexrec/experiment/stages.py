@@ -35,9 +35,11 @@ from flexrec.evaluation.neighbours import ItemKNN
 from flexrec.evaluation.statistics import bootstrap_interval
 from flexrec.experiment.config import EMBEDDED, LISTWISE, MADE_IN_PYTHON, ExperimentConfig
 from flexrec.experiment.estimate import estimate
+from flexrec.experiment.files import write_text
 from flexrec.experiment.model import make_model
 from flexrec.experiment.needs import check_answerable, choose_needs, known_needs, renamed, unseen_columns, untrained
-from flexrec.experiment.report.page import PAGE, write_report
+from flexrec.experiment.report.page import PAGE, page_of
+from flexrec.experiment.report.read import Record
 from flexrec.experiment.results import BASE, CRITIC, TRAINED, WARM_START, Results
 from flexrec.experiment.run_folder import FORMAT, REINFORCEMENT, WARM_UP, RunFolder, RunInfo
 from flexrec.experiment.shown import intervals_of, shown_of_run
@@ -286,17 +288,16 @@ def _run_in(
                 one.rank("greedy", greedy_rankings(critic, task, one.lists))
     clock.seconds["total"] = clock.elapsed()
     stated = {**asdict(config), "needs": tuple(need.name for need in needs)}
-    on_main_process(lambda: folder.write_results(stated, results))
+    on_main_process(lambda: folder.write_results(stated, results, partial(_report, folder, say)))
     if config.save_every is None:
         on_main_process(folder.drop_checkpoints)  # nobody asked for them but the run, which is finished
-    on_main_process(lambda: _report(folder, say))
     return results
 
 
-def _report(folder: RunFolder, say: Callable[[str], None]) -> None:
-    """Write the page of a run, which is finished whatever becomes of that."""
+def _report(folder: RunFolder, say: Callable[[str], None], metrics: Mapping[str, Any]) -> None:
+    """Write the page of a run, which will be finished whatever becomes of that."""
     try:
-        write_report([folder.path], folder.path / PAGE)
+        write_text(folder.path / PAGE, page_of([Record.read(folder.path, metrics)]))
     except (OSError, ValueError) as error:
         say(f"The run is whole, its report was not written: {error}")
 

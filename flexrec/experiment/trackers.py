@@ -53,7 +53,7 @@ def _wandb(folder: Path, run: str, stage: str, config: dict[str, Any]) -> Traine
 
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
             super().on_train_end(*args, **kwargs)
-            wandb.finish(quiet=True)
+            wandb.finish()
 
     os.environ.setdefault("WANDB_MODE", "offline")
     wandb.init(

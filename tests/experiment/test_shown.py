@@ -10,6 +10,7 @@ import torch
 from flexrec.data import simulate
 from flexrec.evaluation.evaluate import rank_examples
 from flexrec.evaluation.statistics import bootstrap_interval, rank_metrics
+from flexrec.experiment.report.page import write_report
 from flexrec.experiment.shown import LATEST, TOP, USERS, free_answers, intervals_of, shown_of_run, side_by_side
 from flexrec.policy.small_model import build_model, build_tokenizer
 from flexrec.task.examples import Example, RankingTask
@@ -124,14 +125,18 @@ def test_a_run_writes_them(tmp_path, recorded):
     assert "answers" not in shown, "the embedded model writes no text"
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert all(line["intervals"]["interest"]["ndcg@5"] for line in log if line["stage"] == "evaluation")
-    assert "Who ranks best" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Who ranks best" in page
+    assert "not finished" not in page
+    write_report([tmp_path / "run"], tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text() == page, "made before metrics.json, and as after it"
 
 
 def test_a_report_that_cannot_be_written_costs_no_run(tmp_path, recorded, monkeypatch):
     def fail(*arguments):
         raise OSError("No space left")
 
-    monkeypatch.setattr("flexrec.experiment.stages.write_report", fail)
+    monkeypatch.setattr("flexrec.experiment.stages.page_of", fail)
     recorded.run(tmp_path / "run")
     assert recorded.said[-1] == "The run is whole, its report was not written: No space left"
     assert (tmp_path / "run" / "metrics.json").is_file()

@@ -36,7 +36,7 @@ def test_weights_and_biases_stays_offline_with_a_run_for_each_stage(tmp_path, mo
     made, ended = [], []
     wandb = ModuleType("wandb")
     wandb.init = lambda **options: made.append(options)
-    wandb.finish = lambda quiet: ended.append(quiet)
+    wandb.finish = lambda: ended.append("ended")
     wandb.Settings = SimpleNamespace
     monkeypatch.setitem(sys.modules, "wandb", wandb)
 
@@ -54,9 +54,19 @@ def test_weights_and_biases_stays_offline_with_a_run_for_each_stage(tmp_path, mo
     assert options["dir"] == str(tmp_path / "run" / "trackers" / "wandb")
     assert options["config"] == {"steps": 3}
     callback.on_train_end()
-    assert ended == ["theirs", True]
+    assert ended == ["theirs", "ended"]
     monkeypatch.setattr(module, "process_index", lambda: 1)
     assert module.tracking(["wandb"], tmp_path / "run", "format", {}) == []
+
+
+def test_weights_and_biases_itself_writes_a_run_for_each_stage(tmp_path, small, monkeypatch):
+    """Where it is installed: its arguments and its callback are those that we think it has."""
+    pytest.importorskip("wandb", reason="the extra 'trackers'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    command = ["train", "--output", str(tmp_path / "run"), *FEW, "--baselines", "none", "--report-to", "wandb"]
+    assert main(command) == 0
+    runs = [path for path in (tmp_path / "run" / "trackers" / "wandb").rglob("*.wandb") if path.stat().st_size]
+    assert len(runs) == 3
 
 
 def test_a_tracker_that_is_not_there_is_said_before_anything(tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from flexrec.experiment.files import write_text
 from flexrec.experiment.report.charts import number
 from flexrec.experiment.report.compare import compare, names_of, option_name, said
 from flexrec.experiment.report.figures import Figure, figures_of, metric_name, metric_of, p_value, signed
@@ -51,20 +52,15 @@ def write_report(folders: Sequence[Path], output: Path, png: Path | None = None)
         ValueError: a file of a run that is damaged.
         ImportError: pictures, without the package that draws them.
     """
-    records = [Record.read(folder) for folder in folders]
     if png is not None and find_spec("resvg_py") is None:
         raise ImportError("--png needs resvg: pip install 'flexrec[report]'; the page itself needs nothing")
-    together = compare(records) if len(records) > 1 else []
+    records = [Record.read(folder) for folder in folders]
     alone = [figures_of(record) for record in records]
-    page = _template().render(
-        names=names_of(records),
-        together=together,
-        runs=[_context(record, figures) for record, figures in zip(records, alone, strict=True)],
-    )
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
+    write_text(output, page_of(records))
     if png is None:
         return []
+    together = compare(records) if len(records) > 1 else []
     png.mkdir(parents=True, exist_ok=True)
     count = 0
     several = len(records) > 1
@@ -80,6 +76,17 @@ def write_report(folders: Sequence[Path], output: Path, png: Path | None = None)
             (png / f"{prefix}{figure.name}{suffix}.png").write_bytes(_picture(svg))
             count += 1
     return [f"{count} pictures are in {png}"]
+
+
+def page_of(records: Sequence[Record]) -> str:
+    """The page of one run or of several, as HTML."""
+    return str(
+        _template().render(
+            names=names_of(records),
+            together=compare(records) if len(records) > 1 else [],
+            runs=[_context(record, figures_of(record)) for record in records],
+        )
+    )
 
 
 def _context(record: Record, figures: Sequence[Figure]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,18 +30,21 @@ class Record:
     results: Results | None = None
 
     @classmethod
-    def read(cls, folder: Path) -> Record:
-        """Raises:
+    def read(cls, folder: Path, metrics: Mapping[str, Any] | None = None) -> Record:
+        """The run of a folder; ``metrics`` are those of a run that is about to write them.
+
+        Raises:
         FileNotFoundError: no folder of a run.
         ValueError: a file that is damaged.
         """
         known = ("metrics.json", "log.jsonl", "experiment.json")
         if not any((folder / name).is_file() for name in known):
             raise FileNotFoundError(f"{folder} is not the folder of a run: it has none of {', '.join(known)}")
-        config, data, metrics, shown = (
+        config, data, written, shown = (
             read_json(folder / name) if (folder / name).is_file() else {}
             for name in ("experiment.json", "data.json", "metrics.json", "report.json")
         )
+        metrics = dict(written if metrics is None else metrics)
         stated = metrics.get("config", {})
         return cls(
             name=folder.resolve().name,
