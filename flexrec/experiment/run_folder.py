@@ -91,7 +91,7 @@ class RunInfo:
             encoding=builder.encoding,
             mode=config.mode,
             max_reasoning_tokens=config.max_reasoning_tokens,
-            reasoning_end=config.reasoning_end,
+            reasoning_end=None if config.max_reasoning_tokens is None else config.reasoning_end,
             max_title_tokens=builder.max_title_tokens,
             show_titles=builder.show_titles,
             show_rising=builder.show_rising,
