@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -220,13 +220,14 @@ ROLLOUTS = {
 # --- training steps: a trainer for one step ---------------------------------------------------------------------------
 
 
-def our_trainer(task: TrainingTask, folder: str) -> Any:
+def our_trainer(task: TrainingTask, folder: str, mode: str = "decode") -> Any:
     args = FlexRecConfig(
         output_dir=folder,
         max_steps=1,
         per_device_train_batch_size=task.prompts,
         num_generations=task.num_generations,
         metric="ndcg",
+        mode=mode,
         learning_rate=1e-4,
         report_to="none",
         save_strategy="no",
@@ -260,13 +261,14 @@ def trl_trainer(task: TrainingTask, folder: str, constrained: bool = False) -> A
 
 
 TRAINERS = {"ours": our_trainer, "trl_grpo": trl_trainer}
+IN_ONE_PASS = {"ours_one_pass": partial(our_trainer, mode="one-pass")}  # of candidates of a token each
 
 
 @contextmanager
 def one_step(method: str, task: TrainingTask) -> Iterator[Callable[[], Any]]:
     """A whole training step of a method (sampling, rewards, forward, backward, optimiser), to be called repeatedly."""
     with tempfile.TemporaryDirectory() as folder:
-        yield TRAINERS[method](task, folder).train
+        yield {**TRAINERS, **IN_ONE_PASS}[method](task, folder).train
 
 
 if SMALL:

@@ -234,6 +234,8 @@ def _train(arguments: argparse.Namespace) -> int:
     console.print(results.table(width=console.width))
     for sentence in results.summary():
         console.print(sentence)
+    if len(results.unseen_wordings) > 1:
+        console.print(results.table_of_wordings())
     if (new := results.new_items) is not None:
         console.print(new.table(f"Among items that were never trained on: {len(new.users)} lists", console.width))
     console.print(f"{results.seconds['total']:.0f} seconds in all; model, log and metrics.json are in {config.output}")

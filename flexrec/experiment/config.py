@@ -34,6 +34,7 @@ MAX_SEED = 2**32 - 1  # NumPy's
 BY_MODEL: dict[str, tuple[Any, Any]] = {
     "encoding": ("item_token", "score"),
     "max_title_tokens": (None, 24),
+    "unseen_wordings": (0, 2),
     "temperature": (0.3, 1.0),
     "warmup_steps": (6, 0),
     "listwise_steps": (150, 60),
@@ -151,6 +152,14 @@ class ExperimentConfig(TrainerOptions):
     )
     learning_rate: float = option(None, _by_model("learning_rate", "of reinforcement"), low=0)
     warmup_learning_rate: float = option(None, _by_model("warmup_learning_rate", "of the supervised stages"), low=0)
+    unseen_wordings: int = option(
+        None,
+        _by_model(
+            "unseen_wordings", "keep the last N of each need's wordings from training, and ask by them in the end"
+        ),
+        low=0,
+        metavar="N",
+    )
     eval_lists: int | None = option(
         None, "measure on so many test lists, drawn by the seed; default: all", low=1, metavar="N"
     )

@@ -14,6 +14,7 @@ from flexrec.evaluation.statistics import (
     HEADLINE,
     METRICS,
     Comparison,
+    bootstrap_interval,
     comparison_table,
     headline_of,
     relative_change,
@@ -43,6 +44,8 @@ class Results:
     per_list: dict[str, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)  # system, need, metric: (L,)
     seconds: dict[str, float] = field(default_factory=dict)
     new_items: Results | None = None  # of the lists of new items alone, where there are enough
+    # Asked in words never trained on, and measured by: (L,)
+    unseen_wordings: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     critic: dict[str, float] = field(default_factory=dict)  # how good it is (``evaluation.critic``), where there is one
 
     @property
@@ -74,6 +77,22 @@ class Results:
             caption=self._how_to_read(),
             width=width,
         )
+
+    def table_of_wordings(self) -> Table:
+        """What the trained model's lists are worth for each need, where each is asked in words never trained on."""
+        names = list(self.unseen_wordings)
+        table = Table(
+            "asked, in words never trained on",
+            title="Does it listen? Mean worth of its lists for each need",
+            caption="a model that does not has the same numbers in all rows; [95 % intervals] over users",
+        )
+        for name in names:
+            table.add_column(f"worth for {name}", justify="right")
+        for asked, values in self.unseen_wordings.items():
+            low_high = {name: bootstrap_interval(v, clusters=self.users) for name, v in values.items()}
+            cells = [f"{values[n].mean():.3f} [{low_high[n][0]:.3f}, {low_high[n][1]:.3f}]" for n in names]
+            table.add_row(asked, *cells)
+        return table
 
     def summary(self) -> list[str]:
         """What the table says, in sentences."""
@@ -111,9 +130,20 @@ class Results:
                 }
                 for need in needs
             },
+            **({"unseen wordings": self._of_wordings()} if self.unseen_wordings else {}),
             **({"critic": self.critic} if self.critic else {}),
             **({} if new is None else {"new items": {name: new.means(name) for name in new.per_list}}),
             "seconds": {name: round(seconds, 2) for name, seconds in self.seconds.items()},
+        }
+
+    def _of_wordings(self) -> dict[str, dict[str, dict[str, float]]]:
+        def stated(values: np.ndarray) -> dict[str, float]:
+            low, high = bootstrap_interval(values, clusters=self.users)
+            return {"mean": float(values.mean()), "low": low, "high": high}
+
+        return {
+            asked: {name: stated(values) for name, values in of_needs.items()}
+            for asked, of_needs in self.unseen_wordings.items()
         }
 
     def _how_to_read(self) -> str | None:

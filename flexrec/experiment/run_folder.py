@@ -421,6 +421,8 @@ class RunFolder:
         if new is not None:
             arrays |= {f"new items/{name}": values for name, values in _arrays(new, new.per_list).items()}
             arrays["new items/users"] = new.users
+        for asked, values in results.unseen_wordings.items():
+            arrays |= {f"unseen wordings/{asked}/{name}": of_need for name, of_need in values.items()}
         np.savez_compressed(self.path / "per_list.npz", users=results.users, **arrays)
         metrics = {**results.to_json(), "config": config}
         report(metrics)

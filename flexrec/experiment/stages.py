@@ -45,6 +45,7 @@ from flexrec.experiment.run_folder import FORMAT, REINFORCEMENT, WARM_UP, RunFol
 from flexrec.experiment.shown import intervals_of, shown_of_run
 from flexrec.experiment.trackers import require_trackers
 from flexrec.experiment.training import GRPO, Training, grpo_config, reinforcement_arguments
+from flexrec.experiment.wordings import kept_from_training, measure_unseen
 from flexrec.metrics import parse_metric
 from flexrec.ops.ranking_metric import greedy_ranking
 from flexrec.policy.distributed import of_main_process, on_main_process, process_index
@@ -155,7 +156,7 @@ def _run_in(
         if name in (config.baselines or ()):
             raise ValueError(f"--baselines {name} reads what no test list of the {dataset.name} data has")
     chosen = tuple(name for name in chosen if has_what_it_reads(name, dataset))
-    needs = choose_needs(config.needs, known, dataset)
+    needs, unseen = kept_from_training(choose_needs(config.needs, known, dataset), config.unseen_wordings)
     notes = [*renamed(config.needs or (), known), *check_answerable(needs, dataset)]
     given = dataset
     on_main_process(lambda: folder.check_data(given))
@@ -255,6 +256,16 @@ def _run_in(
         model = model.merge_and_unload()  # before the evaluation, which is of what is saved
     measure(model, TRAINED)
     training.finished(REINFORCEMENT, results.per_list[TRAINED])
+    if unseen and process_index() == 0:
+        results.unseen_wordings = measure_unseen(
+            model,
+            task,
+            dataset.test,
+            unseen,
+            num_ranked=config.num_ranked,
+            bf16=config.bf16,
+            described=True,
+        )
     on_main_process(lambda: folder.save(model, tokenizer, info, given))
     on_main_process(lambda: folder.write_shown(shown_of_run(model, task, dataset, config.num_ranked)))
     if critic is not None:

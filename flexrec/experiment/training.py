@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +205,7 @@ def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, lear
         "weight_decay": 0.01,
         "max_grad_norm": 1.0,
         "bf16": config.bf16,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
+        **(_checkpointed_layers() if config.gradient_checkpointing else {}),
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": 1,
         "save_strategy": "no",
@@ -219,6 +218,13 @@ def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, lear
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+
+
+def _checkpointed_layers() -> dict[str, Any]:
+    """By the name that it has from transformers 5.20 on, or the one before."""
+    names = {one.name for one in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _to_train(model: Any) -> Any:

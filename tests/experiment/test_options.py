@@ -36,6 +36,7 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "reasoning_end": "</thought>",
         "micro_batch": 6,
         "eval_lists": 13,
+        "unseen_wordings": 3,
         "dry_run": True,
         "metric": "recall@3",
         "warmup": "format",
@@ -304,5 +305,7 @@ def test_defaults_are_those_of_the_model():
 def test_checkpointed_layers_are_those_of_every_stage(tmp_path, recorded):
     recorded.run(tmp_path / "run", gradient_checkpointing=True)
     for stage in recorded.stages:
-        assert stage.args.gradient_checkpointing
-        assert stage.args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+        args = vars(stage.args)
+        name = "activation" if "activation_checkpointing" in args else "gradient"  # since transformers 5.20
+        assert args[f"{name}_checkpointing"]
+        assert args[f"{name}_checkpointing_kwargs"] == {"use_reentrant": False}

@@ -49,7 +49,7 @@ class Figure:
 
 def figures_of(record: Record) -> list[Figure]:
     """Every figure that the run's folder has the numbers for, in the order of a report."""
-    made = (rankers, curves, reward_by_rank, reliability, steps, weights, seconds, answers)
+    made = (rankers, wordings, curves, reward_by_rank, reliability, steps, weights, seconds, answers)
     return [figure for make in made if (figure := make(record)) is not None]
 
 
@@ -92,6 +92,37 @@ def rankers(record: Record) -> Figure | None:
         f"users. The dotted line is the trained model.",
         charts,
         ("need", "ranker", "metric", "mean", "95 % interval", "trained minus it", "95 % interval", "p"),
+        table,
+    )
+
+
+def wordings(record: Record) -> Figure | None:
+    """Of each need, what it gets by lists that are asked in unseen words of this need, and of the others."""
+    found = record.metrics.get("unseen wordings") or {}
+    if len(found) < 2:
+        return None
+    charts, table = [], []
+    for name in found:
+        rows = [
+            Row(f"asked: {asked}", v["mean"], v["low"], v["high"], ACCENT if asked == name else QUIET, asked == name)
+            for asked, v in ((asked, values[name]) for asked, values in found.items())
+        ]
+        heading = f"Worth for {name}"
+        charts.append(
+            (heading, interval_chart(rows, label=_listed(heading, rows), reference=found[name][name]["mean"]))
+        )
+        table += [
+            [asked, name, number(v["mean"]), f"{number(v['low'])} to {number(v['high'])}"]
+            for asked, v in ((asked, values[name]) for asked, values in found.items())
+        ]
+    return Figure(
+        "wordings",
+        "Does it listen",
+        "Lists of the trained model, asked in words that it was never trained on, and what they are worth for each "
+        "need. A model that listens brings a need most where it is asked for it; one that does not brings it the same "
+        "whatever is asked.",
+        charts,
+        ("asked", "worth for", "mean", "95 % interval"),
         table,
     )
 

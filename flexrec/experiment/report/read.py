@@ -106,7 +106,7 @@ def _results(path: Path, metrics: dict[str, Any]) -> Results | None:
         with np.load(path) as saved:
             results = Results(saved["users"], seconds=metrics.get("seconds", {}), critic=metrics.get("critic", {}))
             for name in saved.files:
-                if name != "users" and not name.startswith("new items/"):
+                if name != "users" and not name.startswith(("new items/", "unseen wordings/")):
                     system, _, rest = name.partition("/")
                     need, _, metric = rest.rpartition("/")
                     results.per_list.setdefault(system, {}).setdefault(need, {})[metric] = saved[name]
