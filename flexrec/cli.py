@@ -68,9 +68,12 @@ By default the most probable item is taken at every rank. A request is one line 
 "history" lists ids (or {"id", "title", "liked": false} for what was seen and not liked, or with "interest" from 0 to 1,
 null where it is not known), oldest first; {"user": "12"} takes a user's history from the run's log;
 "need" is a name (interest, explore, trend), names with weights ("0.7 interest + 0.3 explore") or an instruction in
-words. Items that the run does not know come with "title" and "topics" (a list), or stand in the table of --items. The
-answer on the same line of the output, with a "warning" where the run was not trained on such a need:
-  {"line": 1, "ranking": [{"id": "9", "probability": 0.83}, {"id": "8", "probability": 1.0}]}
+words; with "top_n" the best so many are answered. Items that the run does not know come with "title" and "topics" (a
+list), or stand in the table of --items. The answer on the same line of the output, with a "warning" where the run was
+not trained on such a need:
+  {"line": 1, "ranking": [{"id": "9", "probability": 0.8, "score": 0.8}, {"id": "8", "probability": 1.0, "score": 0.2}]}
+where "probability" is that of the item at its rank, given those above it, and "score" that of being the first of all,
+which can be compared down the list;
 or {"line": 1, "error": "what was wrong"}.
 """
 
@@ -347,7 +350,7 @@ def _rank(arguments: argparse.Namespace) -> int:
     import torch
 
     from flexrec.data.items import read_catalogue
-    from flexrec.ranker import Ranker
+    from flexrec.serving.ranker import Ranker
 
     decoding = Decoding(**given(arguments, Decoding))
     if arguments.input != "-" and not Path(arguments.input).is_file():

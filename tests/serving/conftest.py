@@ -1,0 +1,54 @@
+"""Runs that answer: untrained models, whose folders are as those of finished runs."""
+
+import pytest
+
+from flexrec.data import simulate
+from flexrec.experiment.config import ExperimentConfig
+from flexrec.experiment.run_folder import RunFolder, RunInfo
+from flexrec.policy.small_model import build_model, build_tokenizer
+from flexrec.serving.ranker import Ranker
+from flexrec.task.needs import get_need
+from flexrec.task.prompts import PromptBuilder
+
+
+@pytest.fixture(scope="session")
+def dataset():
+    return simulate(num_users=24, num_items=70, num_topics=4, num_test_users=6, num_candidates=8)
+
+
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory, dataset):
+    """Writes the folder of a run whose prompts have this encoding."""
+
+    def make(encoding, name="run", **options):
+        folder = tmp_path_factory.mktemp("runs") / name
+        folder.mkdir()
+        needs = [get_need("interest"), get_need("trend")]
+        tokenizer = build_tokenizer(dataset.catalogue, [wording for need in needs for wording in need.wordings])
+        model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2, max_length=512)
+        builder = PromptBuilder(tokenizer, encoding=encoding, **options)
+        run = RunFolder(folder)
+        config = ExperimentConfig(output=str(folder), data="/somewhere/else", dataset="movielens", temperature=0.5)
+        run.write_config(config, dataset)
+        run.save(model, tokenizer, RunInfo.of(config, builder, dataset, needs), dataset)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session", params=["item_token", "described", "index", "title", "score"])
+def run(request, make_run):
+    if request.param == "described":
+        return make_run("item_token", show_titles=False, described=True)
+    return make_run(request.param)
+
+
+@pytest.fixture(scope="session")
+def served(make_run):
+    """The folder of a run that knows new items by their words."""
+    return make_run("item_token", show_titles=False, described=True)
+
+
+@pytest.fixture(scope="session")
+def ranker(served):
+    return Ranker(served)
