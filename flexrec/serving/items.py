@@ -78,12 +78,16 @@ class KnownItems:
             columns[name] = value if isinstance(value, str) else float(value)
         return Item(item_id, title, topics, shown_text(self._show, title, topics, columns))
 
+    def id_titled(self, title: str) -> str | None:
+        """The id of the one item of this title; None where there is none, or more than one."""
+        found = self._by_title.get(title, ())
+        return found[0] if len(found) == 1 else None
+
     def _titled(self, title: str, where: str) -> str:
         """The id of the one item of this title; what is given alone may have been meant as an id."""
-        found = self._by_title.get(title, ())
-        if len(found) == 1:
-            return found[0]
-        if found:
+        if (item_id := self.id_titled(title)) is not None:
+            return item_id
+        if found := self._by_title.get(title):
             raise ValueError(
                 f"'{where}': {len(found)} items have the title {shown(title)}: give one of the ids "
                 f"{', '.join(map(shown, found[:5]))}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ class Ranker:
         """
         write_export(self._folder, Path(folder), self.model, self.builder.tokenizer, self.info, histories=histories)
 
-    @property
+    @cached_property
     def needs(self) -> dict[str, Need]:
         """Needs by name, those that the run was trained on first."""
         trained = {name: find_need(name, self._needs) for name in self.info.needs if self._is_known(name)}
@@ -106,10 +107,14 @@ class Ranker:
         """The last items of every logged user, ``{"id", "interest"}`` each, oldest first."""
         return self._histories
 
-    @property
+    @cached_property
     def items(self) -> dict[str, Item]:
         """The items that may be asked for by their ids."""
         return self._known.all()
+
+    def id_titled(self, title: str) -> str | None:
+        """The id of the one item of this title; None where there is none, or more than one."""
+        return self._known.id_titled(title)
 
     def _is_known(self, name: str) -> bool:
         try:
@@ -175,11 +180,11 @@ class Ranker:
         Answers are ``{"scores": [{"id", "score"}, ..], "tokens": of the prompt}`` in the order of the candidates, with
         ``"warning"`` or ``{"error": why}`` as :meth:`rank` has them. Scores of a list sum to 1.
         """
-        read = [self._read(request, Decoding(), None) for request in requests]
+        read = [self._read(request, Decoding(num_ranked=1), None) for request in requests]
         answers = [one if isinstance(one, dict) else {} for one in read]
         for part in _together(read, 1):
             for one, scores in zip(part, self._first(part, Decoding()), strict=True):
-                listed = [{"id": i, "score": _rounded(p)} for i, p in zip(one.ids, scores.tolist(), strict=True)]
+                listed = [{"id": i, "score": _short(p)} for i, p in zip(one.ids, scores.tolist(), strict=True)]
                 answers[one.position] = {"scores": listed, "tokens": len(one.prompt), **one.said()}
         return answers
 
@@ -234,7 +239,7 @@ class Ranker:
             for one, ranking, logprobs, first in zip(part, rollout.rankings, rollout.logprobs, firsts, strict=True):
                 answers[one.position] = {
                     "ranking": [
-                        {"id": one.ids[c], "probability": _rounded(np.exp(lp)), "score": _rounded(first[c])}
+                        {"id": one.ids[c], "probability": _rounded(np.exp(lp)), "score": _short(first[c])}
                         for c, lp in zip(ranking, logprobs, strict=True)
                         if c >= 0
                     ][: one.top_n],
@@ -403,3 +408,8 @@ def _together(read: Sequence[_Readable | dict[str, Any]], copies: int) -> Iterat
 
 def _rounded(probability: Any) -> float:
     return round(float(probability), 6)
+
+
+def _short(score: Any) -> float:
+    """Six digits that count, so that small ones can be told apart."""
+    return float(f"{float(score):.6g}")

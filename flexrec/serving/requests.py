@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from difflib import get_close_matches
 from typing import Any
 
 KEYS = ("need", "user", "history", "candidates", "query", "top_n")  # of a request
+
+
+def parse_json(text: bytes) -> Any:
+    """What JSON says; a ValueError says why it is none, on one line. Of a key that stands twice nobody knows which
+    counts."""
+
+    def no_number(name: str) -> Any:
+        raise ValueError(f"no valid JSON: {name} is no number of JSON's")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {shown(twice)} stands more than once in an object")
+        return made
+
+    try:
+        return json.loads(text.decode("utf-8"), parse_constant=no_number, object_pairs_hook=once)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no valid UTF-8: byte {text[error.start]:#04x} at {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("no valid JSON: it is nested too deeply") from error
 
 
 def misspelt(request: dict[str, Any]) -> list[str]:

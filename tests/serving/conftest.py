@@ -1,6 +1,12 @@
 """Runs that answer: untrained models, whose folders are as those of finished runs."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from servers import serving
 
 from flexrec.data import simulate
 from flexrec.experiment.config import ExperimentConfig
@@ -20,12 +26,15 @@ def dataset():
 def make_run(tmp_path_factory, dataset):
     """Writes the folder of a run whose prompts have this encoding."""
 
-    def make(encoding, name="run", **options):
+    def make(encoding, name="run", sharp=False, **options):
         folder = tmp_path_factory.mktemp("runs") / name
         folder.mkdir()
         needs = [get_need("interest"), get_need("trend")]
         tokenizer = build_tokenizer(dataset.catalogue, [wording for need in needs for wording in need.wordings])
         model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2, max_length=512)
+        if sharp:  # so that what is asked for matters, though nothing was learnt
+            for parameter in model.parameters():
+                parameter.data *= 4
         builder = PromptBuilder(tokenizer, encoding=encoding, **options)
         run = RunFolder(folder)
         config = ExperimentConfig(output=str(folder), data="/somewhere/else", dataset="movielens", temperature=0.5)
@@ -46,9 +55,26 @@ def run(request, make_run):
 @pytest.fixture(scope="session")
 def served(make_run):
     """The folder of a run that knows new items by their words."""
-    return make_run("item_token", show_titles=False, described=True)
+    return make_run("item_token", sharp=True, show_titles=False, described=True)
 
 
 @pytest.fixture(scope="session")
 def ranker(served):
     return Ranker(served)
+
+
+@pytest.fixture(scope="session")
+def url(ranker):
+    """The address of a server that stays as long as the tests do."""
+    for package in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
+        pytest.importorskip(package, reason="the extras 'serve' and 'test'")
+    with serving(ranker) as address:
+        yield address
+
+
+@pytest.fixture
+def client(url):
+    import httpx
+
+    with httpx.Client(base_url=url, timeout=30) as made:
+        yield made
