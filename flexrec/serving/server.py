@@ -14,8 +14,12 @@ from flexrec.serving.options import ServeOptions
 from flexrec.serving.ranker import Ranker
 
 
-def serve(folder: str | Path, options: ServeOptions, say: Callable[[str], None] = partial(print, flush=True)) -> None:
+def serve(folder: str | Path, options: ServeOptions, say: Callable[[str], None] | None = None) -> None:
     """Answer requests with a run until SIGTERM or SIGINT, then finish what is in flight.
+
+    Args:
+        folder: of a run, or a repository's name at the hub.
+        say: is told where it answers, and that it has stopped; by default standard output is.
 
     Raises:
         ImportError: the extra ``serve`` is not installed.
@@ -25,6 +29,7 @@ def serve(folder: str | Path, options: ServeOptions, say: Callable[[str], None] 
     require_serving()
     import uvicorn
 
+    tell: Callable[[str], None] = say or partial(print, flush=True)
     listening = _bound(options.host, options.port)
     with listening:
         ranker = Ranker.from_pretrained(folder)
@@ -40,7 +45,7 @@ def serve(folder: str | Path, options: ServeOptions, say: Callable[[str], None] 
         class Server(uvicorn.Server):
             async def startup(self, sockets: Any = None) -> None:
                 await super().startup(sockets)
-                say(f"{folder} answers at {_url(listening)} (a page to try it; /v1/rerank, /rank); Ctrl-C stops it")
+                tell(f"{folder} answers at {_url(listening)} (a page to try it; /v1/rerank, /rank); Ctrl-C stops it")
 
         server = Server(config)
         # uvicorn finishes what is in flight at a signal, and raises it again at the end. It was handled by then.
@@ -53,7 +58,7 @@ def serve(folder: str | Path, options: ServeOptions, say: Callable[[str], None] 
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-    say("stopped")
+    tell("stopped")
 
 
 def _bound(host: str, port: int) -> socket.socket:

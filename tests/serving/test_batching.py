@@ -150,7 +150,7 @@ def test_stopping_answers_what_waits():
     work = Work(0.05)
 
     async def whole():
-        batcher = Batcher({"double": work}, ServeOptions(max_batch=1, max_wait=60_000))
+        batcher = Batcher({"double": work}, ServeOptions(max_batch=1, max_wait=60_000, timeout=10))
         batcher.start()
         asked = asyncio.gather(*(batcher.answer("double", [{"n": n}]) for n in range(3)))
         await asyncio.sleep(0)
