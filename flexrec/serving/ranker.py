@@ -11,14 +11,16 @@ import numpy as np
 import torch
 
 from flexrec.data.lists import Catalogue
-from flexrec.decoding.first_choices import first_choices
+from flexrec.decoding.one_pass import first_choices
 from flexrec.decoding.options import Decoding
-from flexrec.decoding.sample import Rollout, best_of, sample_rankings, search_rankings
+from flexrec.decoding.rollout import Rollout, best_of
+from flexrec.decoding.sample import sample_rankings, search_rankings
 from flexrec.evaluation.evaluate import check_outputs
 from flexrec.experiment.config import EMBEDDED
 from flexrec.experiment.export import folder_of, write_export
 from flexrec.experiment.needs import known_needs, renamed, untrained, wordings_of
 from flexrec.experiment.run_folder import RunFolder
+from flexrec.rankings.reasoning import ReasoningTokens
 from flexrec.serving.items import KnownItems
 from flexrec.serving.requests import check_text, id_of, interest_of, misspelt, shown, top_n_of
 from flexrec.task.descriptions import Item, Token, title_words
@@ -183,7 +185,11 @@ class Ranker:
         read = [self._read(request, Decoding(num_ranked=1), None) for request in requests]
         answers = [one if isinstance(one, dict) else {} for one in read]
         for part in _together(read, 1):
-            for one, scores in zip(part, self._first(part, Decoding()), strict=True):
+            reasoning = None
+            if self.builder.reasoning:  # comes before the first choice
+                prompts, tokens = [one.prompt for one in part], [one.tokens for one in part]
+                reasoning = self._decode(prompts, tokens, Decoding(), None, 1).reasoning
+            for one, scores in zip(part, self._first(part, Decoding(), reasoning), strict=True):
                 listed = [{"id": i, "score": _short(p)} for i, p in zip(one.ids, scores.tolist(), strict=True)]
                 answers[one.position] = {"scores": listed, "tokens": len(one.prompt), **one.said()}
         return answers
@@ -235,7 +241,7 @@ class Ranker:
                 ranks = min(ranks or asked, asked)
             rollout = self._decode(prompts, tokens, decoding, generator, ranks)
             check_outputs(rollout)
-            firsts = self._first(part, decoding)
+            firsts = self._first(part, decoding, rollout.reasoning)
             for one, ranking, logprobs, first in zip(part, rollout.rankings, rollout.logprobs, firsts, strict=True):
                 answers[one.position] = {
                     "ranking": [
@@ -247,11 +253,14 @@ class Ranker:
                 }
         return answers
 
-    def _first(self, part: Sequence[_Readable], decoding: Decoding) -> list[np.ndarray]:
-        """(K,) of each request, how probable every candidate is to be the first."""
+    def _first(
+        self, part: Sequence[_Readable], decoding: Decoding, reasoning: ReasoningTokens | None
+    ) -> list[np.ndarray]:
+        """(K,) of each request, how probable every candidate is to be the first, after what was reasoned."""
+        said = [[]] * len(part) if reasoning is None else [row.tolist() for row in reasoning.tokens]
         return first_choices(
             self.model,
-            [one.prompt for one in part],
+            [[*one.prompt, *row] for one, row in zip(part, said, strict=True)],
             [one.tokens for one in part],
             separator=self.builder.separator,
             end=self.builder.end,
@@ -263,7 +272,10 @@ class Ranker:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         ranks = min(decoding.num_ranked or self.info.num_ranked or len(tokens), len(tokens))
         longest = max(map(len, tokens)) + len(self.builder.separator)
-        needed = len(prompt) + ranks * longest + len(self.builder.end)
+        answer = 0 if self._one_pass(decoding) else ranks * longest + len(self.builder.end)
+        if self.builder.reasoning:
+            answer += self.builder.reasoning["max_reasoning_tokens"] + len(self.builder.reasoning["reasoning_end"])
+        needed = len(prompt) + answer
         if limit is not None and needed > limit:
             raise ValueError(
                 f"the request takes {needed} tokens ({len(prompt)} of the prompt, up to {needed - len(prompt)} of the "
@@ -286,6 +298,8 @@ class Ranker:
             "temperature": decoding.temperature or self.info.temperature,
         }
         if decoding.num_beams > 1:
+            if self.builder.reasoning:
+                raise ValueError("this run reasons before it ranks, which beams do not: leave out num_beams")
             found = search_rankings(self.model, prompts, candidates, num_beams=decoding.num_beams, **common)
             return Rollout(found.rankings[:: decoding.num_beams], found.logprobs[:: decoding.num_beams])
         sampled = sample_rankings(
@@ -295,10 +309,15 @@ class Ranker:
             num_generations=decoding.best_of,
             greedy=not decoding.samples,
             top_p=decoding.top_p or 1.0,
+            one_pass=self._one_pass(decoding),
+            **self.builder.reasoning,
             generator=generator,
             **common,
         )
         return best_of(sampled, decoding.best_of)
+
+    def _one_pass(self, decoding: Decoding) -> bool:
+        return (decoding.mode or self.info.mode) == "one-pass"
 
     def _wording(self, request: dict[str, Any]) -> tuple[str, str]:
         """The words of the request's need, and what to beware of."""

@@ -37,7 +37,11 @@ def make_run(tmp_path_factory, dataset):
                 parameter.data *= 4
         builder = PromptBuilder(tokenizer, encoding=encoding, **options)
         run = RunFolder(folder)
-        config = ExperimentConfig(output=str(folder), data="/somewhere/else", dataset="movielens", temperature=0.5)
+        thinking = {name: value for name, value in options.items() if "reasoning" in name}
+        thinking |= {"model": "owner/thinker", "encoding": encoding} if thinking else {}
+        config = ExperimentConfig(
+            output=str(folder), data="/somewhere/else", dataset="movielens", temperature=0.5, **thinking
+        )
         run.write_config(config, dataset)
         run.save(model, tokenizer, RunInfo.of(config, builder, dataset, needs), dataset)
         return folder

@@ -58,6 +58,18 @@ def test_scores_are_probabilities_of_being_first(run, dataset):
         assert ranked["ranking"][-1]["probability"] == 1
 
 
+def test_scores_come_after_what_was_reasoned(make_run, dataset):
+    """As the probability of the first item does, which is the same number."""
+    ranker = Ranker(make_run("index", sharp=True, reasoning_end="</think>", max_reasoning_tokens=3))
+    requests = requests_of(dataset)
+    for answer, scored in zip(ranker.rank(requests), ranker.score(requests), strict=True):
+        first = answer["ranking"][0]
+        assert first["score"] == pytest.approx(first["probability"], abs=1e-4)
+        assert {one["id"]: one["score"] for one in scored["scores"]}[first["id"]] == pytest.approx(
+            first["score"], abs=1e-4
+        )
+
+
 def test_a_sharper_question_has_sharper_scores(ranker, dataset):
     request = requests_of(dataset)[0]
     hot, cold = (ranker.rank([request], Decoding(temperature=t, best_of=1))[0]["ranking"] for t in (5.0, 0.05))
