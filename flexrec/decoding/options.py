@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from flexrec.checks import check_options, option
 
 MODES = ("decode", "one-pass")
+STRATEGIES = ("sliding", "tournament", "prerank")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Decoding:
         num_ranked: rank the first so many only (default: as in training).
         mode: "decode" item by item, or rank in "one-pass" over the prompt, by the distribution of the first item
             (default: as in training).
+        strategy, window, step: how requests of more than ``window`` candidates are ranked
+            (:mod:`flexrec.decoding.windows`); default: all at once.
 
     Example:
         >>> from flexrec.decoding import Decoding
@@ -46,11 +49,28 @@ class Decoding:
         choices=MODES,
     )
 
+    strategy: str | None = option(
+        None, "rank lists that are longer than --window by parts of them; default: all at once", choices=STRATEGIES
+    )
+    window: int = option(20, "candidates that --strategy shows at once", low=2, metavar="W")
+    step: int | None = option(
+        None,
+        "by how many candidates a sliding window moves on, how many of each go on in a tournament; default: half a "
+        "window",
+        low=1,
+        metavar="S",
+    )
+
     def __post_init__(self) -> None:
         check_options(self)
         if self.num_beams > 1 and self.samples:
             raise ValueError("num_beams searches and best_of, temperature and top_p sample: choose one of the two")
-
+        if self.strategy is None and (self.window, self.step) != (Decoding.window, None):
+            raise ValueError("window and step are those of a strategy, which is not given")
+        if self.step is not None and self.step >= self.window:
+            raise ValueError(
+                f"step must be below window = {self.window}, got {self.step}: nobody would go on or be left"
+            )
         if self.mode == "one-pass" and (self.num_beams > 1 or self.top_p is not None):
             raise ValueError("mode 'one-pass' decodes nothing: it takes no num_beams and no top_p")
 

@@ -21,9 +21,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flexrec.decoding.options import STRATEGIES
+
 Windows = list[np.ndarray]  # of candidates' numbers
 Strategy = Generator[Windows, Sequence[np.ndarray], np.ndarray]
-STRATEGIES = ("sliding", "tournament", "prerank")
 
 
 class Plan(NamedTuple):

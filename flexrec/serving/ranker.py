@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from flexrec.experiment.run_folder import RunFolder
 from flexrec.rankings.reasoning import ReasoningTokens
 from flexrec.serving.items import KnownItems
 from flexrec.serving.requests import check_text, id_of, interest_of, misspelt, shown, top_n_of
+from flexrec.serving.windows import rank_in_windows
 from flexrec.task.descriptions import Item, Token, title_words
 from flexrec.task.mixtures import find_need, is_mixture
 from flexrec.task.needs import Need
@@ -138,7 +140,8 @@ class Ranker:
         ``probability`` is that of the item at its rank, given those above it and all that remain, at the temperature
         of training, or of ``decoding``; the last one's is 1. ``score`` is the probability that the item would be the
         first of all candidates: it can be compared down the list. A malformed request gets ``{"error": why}``; the
-        others are answered.
+        others are answered. What a strategy has ranked by windows has no numbers for items, but ``calls``, how many
+        windows that took.
 
         Args:
             decoding: how answers are found; default: greedily.
@@ -146,6 +149,8 @@ class Ranker:
             generator: randomness of samples, on the model's device.
         """
         decoding = decoding or Decoding()
+        if decoding.strategy is not None:
+            return self._in_windows(requests, decoding, top_n, generator)
         return self._answers([self._read(request, decoding, top_n) for request in requests], decoding, generator)
 
     def stream(
@@ -164,6 +169,10 @@ class Ranker:
             batch_tokens: requests are ranked together until their prompts take so many tokens, padding included.
         """
         decoding = decoding or Decoding()
+        if decoding.strategy is not None:
+            for request in requests:
+                yield from self._in_windows([request], decoding, top_n, generator)
+            return
         part: list[_Readable | dict[str, Any]] = []
         longest = 0
         for request in requests:
@@ -192,6 +201,53 @@ class Ranker:
             for one, scores in zip(part, self._first(part, Decoding(), reasoning), strict=True):
                 listed = [{"id": i, "score": _short(p)} for i, p in zip(one.ids, scores.tolist(), strict=True)]
                 answers[one.position] = {"scores": listed, "tokens": len(one.prompt), **one.said()}
+        return answers
+
+    def _in_windows(
+        self,
+        requests: Sequence[dict[str, Any]],
+        decoding: Decoding,
+        top_n: int | None,
+        generator: torch.Generator | None,
+    ) -> list[dict[str, Any]]:
+        """Those with more candidates than a window by the strategy, the others as they are."""
+        plainly = replace(decoding, strategy=None, window=Decoding.window, step=None)
+        answers: list[dict[str, Any]] = [{} for _ in requests]
+        long: list[tuple[int, list[Any], str, int | None]] = []  # position, candidates, warning, best so many
+        short = []
+        for i, request in enumerate(requests):
+            try:
+                items, ids, repeated = self._candidates(request if isinstance(request, dict) else {})
+                best = top_n_of(request.get("top_n", top_n))
+            except ValueError:  # which a plain request says as well
+                short.append(i)
+                continue
+            if len(items) <= decoding.window:
+                short.append(i)
+                continue
+            given = {self._known.item(entry, "candidates").id: entry for entry in reversed(request["candidates"])}
+            named = [
+                {**entry, "id": own} if isinstance(entry := given[item.id], dict) else entry
+                for item, own in zip(items, ids, strict=True)
+            ]
+            long.append((i, named, repeated, best))
+        at_once = self.rank([requests[i] for i in short], plainly, top_n=top_n, generator=generator)
+        for i, answer in zip(short, at_once, strict=True):
+            answers[i] = answer
+        if long:
+            without = [{name: value for name, value in requests[i].items() if name != "top_n"} for i, *_ in long]
+            found = rank_in_windows(
+                without,
+                [named for _, named, _, _ in long],
+                decoding,
+                lambda asked, how: self.rank(asked, how, generator=generator),
+            )
+            for (i, _, repeated, best), answer in zip(long, found, strict=True):
+                if "ranking" in answer:
+                    answer["ranking"] = answer["ranking"][:best]
+                    if warning := "; ".join(part for part in (repeated, answer.pop("warning", "")) if part):
+                        answer["warning"] = warning
+                answers[i] = answer
         return answers
 
     def _read(self, request: Any, decoding: Decoding, top_n: int | None) -> _Readable | dict[str, Any]:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexrec.decoding.windows import STRATEGIES, Plan, rank_by_windows
+from flexrec.decoding.options import STRATEGIES
+from flexrec.decoding.windows import Plan, rank_by_windows
 
 
 class ByWorth:
