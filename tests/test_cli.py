@@ -450,3 +450,12 @@ def test_the_module_is_the_command():
         cwd=Path(__file__).parents[1],
     )
     assert (ran.returncode, ran.stdout.split()[0]) == (0, "flexrec")
+
+
+def test_a_run_ends_with_its_card(run):
+    """With the results that metrics.json is going to have."""
+    card = (run / "README.md").read_text(encoding="utf-8")
+    stored = json.loads((run / "metrics.json").read_text())["changes_ndcg@5"]
+    for need, changes in stored.items():
+        assert f"| {need} | **trained** | **{changes['base']['mean_new']:.3f}** | |" in card
+    assert f'Ranker.from_pretrained("{run.name}")' in card
