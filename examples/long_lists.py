@@ -3,9 +3,9 @@
     flexrec train --dataset movielens --data ml-latest-small --need interest --output runs/interest
     python examples/long_lists.py --run runs/interest --data ml-latest-small --candidates 500 --lists 100
 
-The run was trained on lists of 30. Test users are ranked the items they liked among hundreds that they have not seen, the
-same lists by every strategy; windows are as long as the lists of training. Without --data the run's own data set is
-simulated anew. Printed: NDCG@10 and Recall@10 with 95 % intervals over users, windows ranked for a list, and seconds.
+The run was trained on lists of 30. Test users are ranked the items they liked among hundreds that they have not seen,
+the same lists by every strategy; windows are as long as the lists of training. Without --data the run's own data are
+read again. Printed: NDCG@10 and Recall@10 with 95 % intervals over users, windows ranked for a list, and seconds.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from flexrec.experiment.config import ExperimentConfig
+from flexrec.experiment.stages import run_experiment
 from flexrec.policy.lora import load_model
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -19,7 +21,7 @@ DOCS = EXAMPLES.parent / "docs"
 def run(script, *arguments):
     """What the example prints."""
     result = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *arguments],
+        [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
@@ -86,3 +88,22 @@ def test_a_judge_s_need_is_learnt(tmp_path):
     shown = run("judge.py", "--output", str(tmp_path / "run"), "--steps", "4", "--prompts", "16")
     at_random, _, trained = (float(value) for value in re.findall(r"ndcg@5 (\S+)", shown))
     assert trained > at_random + 0.05
+
+
+def test_long_lists_are_ranked_by_every_strategy(tmp_path):
+    sizes = {"num_users": 60, "num_items": 120, "num_topics": 4, "num_test_users": 8, "num_candidates": 8}
+    short = {"warmup_steps": 1, "listwise_steps": 2, "steps": 1, "prompts_per_step": 8, "critic_model": "knn"}
+    config = ExperimentConfig(
+        output=str(tmp_path / "run"), needs=("interest",), baselines=("none",), data_options=sizes, **short
+    )
+    run_experiment(config, lambda text: None)
+    out = run("long_lists.py", "--run", tmp_path / "run", "--candidates", 30, "--lists", 4, "--window", 8, "--step", 4)
+    lines = {line[:24].strip(): line.split() for line in out.splitlines()[2:]}
+    assert {name: float(line[-2]) for name, line in lines.items()} == {
+        "as they stand": 0,
+        "all at once": 1,
+        "all at once, one pass": 1,
+        "sliding windows": 7,
+        "tournament": 8,
+        "pre-ranked in one pass": 5,
+    }

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexrec.checks import check_choice, check_finite, check_range, check_tensor, lies_within, values_are_checked
+from flexrec.checks import (
+    check_choice,
+    check_finite,
+    check_number,
+    check_range,
+    check_tensor,
+    lies_within,
+    values_are_checked,
+)
 from flexrec.metrics import CREDITS, FAMILIES, MAX_GAIN, Metric, parse_metric
 from flexrec.numba_kernels import OutOfRange
 from flexrec.ops.library import BACKENDS, Operation, choose_backend, kernels
@@ -90,6 +98,48 @@ def swap_rewards(
         tensor([[-0.0174, -0.0348,  0.0000]])
     """
     return _evaluate(gains, None, metric_of(metric), credit, lengths, num_ranked, weights, backend, topics)[0]
+
+
+def window_rewards(
+    gains: torch.Tensor,
+    metric: str | Metric,
+    start: int,
+    stop: int,
+    *,
+    lengths: int | torch.Tensor | None = None,
+    num_ranked: int | torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Swap rewards of a window of a longer list, for a model that puts windows in order: of ranks ``start`` to ``stop``
+    - 1, each exchanged for those below it in the window alone.
+
+    The metric is that of the whole list, so that a window at its end, of whose ranks the metric knows little, earns
+    little, and one at its top as much as it changes there. Of the whole list they are ``swap_rewards``.
+
+    Args:
+        gains: (N, K) in rank order, of the whole lists as they stand after the window was ordered.
+        start, stop: the window, 0 <= start < stop <= K.
+        The others are those of :func:`swap_rewards`.
+
+    Returns:
+        (N, stop - start) as ``swap_rewards``.
+
+    Example:
+        >>> gains = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+        >>> flexrec.window_rewards(gains, "mrr", 2, 4).round(decimals=3)  # a third would be better than a quarter
+        tensor([[-0.0830,  0.0000]])
+    """
+    check_tensor("gains", gains, ("N", "K"))
+    check_number("start", start, whole=True)
+    check_number("stop", stop, whole=True)
+    size = gains.shape[1]
+    if not 0 <= start < stop <= size:
+        raise ValueError(f"a window must lie in the {size} ranks, 0 <= start < stop <= {size}, got {start} to {stop}")
+    inside = torch.zeros(size, dtype=torch.bool, device=gains.device)
+    inside[start:stop] = True
+    weights = (inside[:, None] & inside).float().expand(len(gains), size, size)
+    options: dict[str, Any] = {"lengths": lengths, "num_ranked": num_ranked, "backend": backend}
+    return swap_rewards(gains, metric, credit="policy", weights=weights, **options)[:, start:stop]
 
 
 def swap_rewards_with_variance(

@@ -56,6 +56,10 @@ def of_lists(rng: Random, *, backend: bool = True, credit: bool = False, varianc
     return call | options(rng, counts)
 
 
+def of_window(rng: Random) -> Arguments:
+    return {**of_lists(rng), "start": rng.choice([0, 0, 1, 2]), "stop": rng.choice([1, 2, 3, 9])}
+
+
 def model(rng: Random, states: tuple[int, ...], dim: int, prefix: str = "") -> Arguments:
     scale = rng.choice([1.0, 1.0, 0.0, 100.0])
     hidden, weight = floats(rng, *states, dim), floats(rng, 12, dim).mul(scale)

@@ -31,6 +31,7 @@ CALLS = {
     flexrec.swap_rewards: partial(calls.of_lists, credit=True),
     flexrec.swap_rewards_with_variance: partial(calls.of_lists, credit=True, variance=True),
     flexrec.swap_scores: calls.of_lists,
+    flexrec.window_rewards: calls.of_window,
     flexrec.ranking_metric: partial(calls.of_lists, backend=False),
     flexrec.rank_metrics: calls.of_rank_metrics,
     flexrec.ranking_logprobs: partial(calls.of_rankings, extra="values"),
