@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from flexrec.decoding.windows import Plan
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.stages import run_experiment
 from flexrec.policy.lora import load_model
@@ -91,7 +92,7 @@ def test_a_judge_s_need_is_learnt(tmp_path):
 
 
 def test_long_lists_are_ranked_by_every_strategy(tmp_path):
-    sizes = {"num_users": 60, "num_items": 120, "num_topics": 4, "num_test_users": 8, "num_candidates": 8}
+    sizes = {"num_candidates": 8, "max_train_lists": 200}
     short = {"warmup_steps": 1, "listwise_steps": 2, "steps": 1, "prompts_per_step": 8, "critic_model": "knn"}
     config = ExperimentConfig(
         output=str(tmp_path / "run"), needs=("interest",), baselines=("none",), data_options=sizes, **short
@@ -103,7 +104,7 @@ def test_long_lists_are_ranked_by_every_strategy(tmp_path):
         "as they stand": 0,
         "all at once": 1,
         "all at once, one pass": 1,
-        "sliding windows": 7,
-        "tournament": 8,
-        "pre-ranked in one pass": 5,
+        "sliding windows": Plan("sliding", 8, 4).calls(30),
+        "tournament": Plan("tournament", 8, 4).calls(30),
+        "pre-ranked in one pass": Plan("prerank", 8, 4).calls(30),
     }
