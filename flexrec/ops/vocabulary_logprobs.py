@@ -44,8 +44,8 @@ def replay_logprobs(
     """Log-probability of M sampled tokens, each under the support that it was sampled from, and the entropies.
 
     Top-k, top-p and min-p sampling draw from a softmax over the tokens that they keep. Engines return these: row m's
-    are ``token_ids[offsets[m] : offsets[m + 1]]``, and none at all mean that nothing was cut, the whole vocabulary. Rows
-    of both kinds may stand in one call. The arguments are of the layout in which vLLM and SGLang hold sampling masks;
+    are ``token_ids[offsets[m] : offsets[m + 1]]``, and none at all mean that nothing was cut, the whole vocabulary.
+    Rows of both kinds may stand in one call. The arguments are of the layout in which engines hold sampling masks;
     :mod:`flexrec.integrations.sampling_masks` reads their objects.
 
     Differentiable (once) in ``hidden``, ``weight`` and ``bias``, through both results.
