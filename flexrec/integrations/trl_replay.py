@@ -23,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from flexrec.integrations.sampling_masks import SamplingSupport, SupportRecorder, from_vllm, joined
 from flexrec.ops.vocabulary_logprobs import replay_logprobs
-from flexrec.policy.lm_head import last_hidden, output_layer
+from flexrec.policy.lm_head import last_hidden, output_layer, soft_cap
 from flexrec.policy.lora import causal_lm
 
 __all__ = ["ReplayGRPOTrainer"]
@@ -79,6 +79,8 @@ class ReplayGRPOTrainer(GRPOTrainer):
             super().__init__(model, reward_funcs, args, **kwargs)
         if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise ValueError("replay reads rows of the output layer, which FSDP and ZeRO-3 shard: use DDP")
+        if (cap := soft_cap(self.accelerator.unwrap_model(self.model))) is not None:
+            raise ValueError(f"the model caps its logits at {cap:g}, which replay does not: use a model without it")
         if getattr(self, "aux_loss_enabled", False):
             raise ValueError("replay computes no router loss: set router_aux_loss_coef=0.0")
         self._recorder = SupportRecorder()

@@ -170,6 +170,13 @@ def test_what_supports_do_not_say_is_refused(tmp_path, options, message):
         trainer_of(tmp_path, **options)
 
 
+def test_capped_logits_are_refused(tmp_path):
+    model = make_model(make_tokenizer())
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="caps its logits at 30"):
+        trainer_of(tmp_path, model=model)
+
+
 def test_tools_and_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match="leave out rollout_func="):
         trainer_of(tmp_path, extra={"rollout_func": lambda prompts, trainer: {}})
