@@ -66,6 +66,15 @@ def test_replay_takes_the_bias_out_of_ratios():
         assert float(after) > float(before) + 0.05
 
 
+def test_a_policy_from_logs_is_worth_what_is_estimated():
+    shown = run("off_policy.py")
+    values = {name: float(value) for name, value in re.findall(r"^(\w+): ([\d.]+)", shown, flags=re.MULTILINE)}
+    assert values["truth"] > values["logged"] + 0.1
+    for name in ("ips", "snips", "dr"):
+        low, high = re.search(rf"^{name}: \S+ \[(\S+), (\S+)\]", shown, flags=re.MULTILINE).groups()
+        assert float(low) - 0.05 < values["truth"] < float(high) + 0.05
+
+
 def test_lines_for_a_loop_of_ones_own_work_as_they_are_written():
     """The page's code, in a loop around a model and two lists."""
     (lines,) = re.findall(r"```python\n(.*?)```", (DOCS / "plain_loop.md").read_text(), re.DOTALL)
