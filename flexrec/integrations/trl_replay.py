@@ -17,7 +17,9 @@ from inspect import signature
 from typing import Any
 
 import torch
+import trl
 from accelerate.utils import broadcast_object_list
+from packaging.version import Version
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 
@@ -295,5 +297,10 @@ def _check_options(args: GRPOConfig) -> None:
     if args.use_vllm:
         if not args.top_k or args.top_k < 1:
             raise ValueError(f"vLLM returns sampling masks where top_k is above 0, which bounds them; got {args.top_k}")
+        if args.vllm_mode == "server" and Version(trl.__version__) < Version("1.11"):
+            raise ValueError(
+                f"replay with vllm_mode='server' needs TRL 1.11 or newer, got {trl.__version__}: the server that this "
+                f"version starts itself returns no masks"
+            )
         if args.vllm_mode == "colocate" and args.vllm_tensor_parallel_size > 1:
             raise ValueError("replay with vllm_mode='colocate' needs vllm_tensor_parallel_size=1, or a server")

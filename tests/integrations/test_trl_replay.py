@@ -177,6 +177,12 @@ def test_capped_logits_are_refused(tmp_path):
         trainer_of(tmp_path, model=model)
 
 
+@pytest.mark.skipif(NEW_SERVER, reason="TRL's server is vLLM's own")
+def test_a_server_that_returns_no_masks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"needs TRL 1\.11 or newer"):
+        trainer_of(tmp_path, use_vllm=True, vllm_mode="server", top_k=5)
+
+
 def test_tools_and_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match="leave out rollout_func="):
         trainer_of(tmp_path, extra={"rollout_func": lambda prompts, trainer: {}})
