@@ -8,12 +8,14 @@ old and reference log-probs are all of the distribution that was sampled from. S
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,8 +56,9 @@ class ReplayGRPOTrainer(GRPOTrainer):
 
     With transformers' ``generate`` the supports are read behind its last processor. vLLM (from 0.28) returns them:
     "colocate" is started with ``return_sampling_mask=True``, a server has to be (``--return-sampling-mask
-    --logprobs-mode processed_logprobs``); it wants ``top_k`` above 0. The log has ``sampling/ratio_outside``, the share
-    of tokens whose probability in the trainer is not within 10 % of the sampler's.
+    --logprobs-mode processed_logprobs --enable-scale-out``); it wants ``top_k`` above 0. The log has
+    ``sampling/ratio_outside``, the share of tokens whose probability in the trainer is not within 10 % of what it was
+    to the sampler.
 
     Args:
         model, reward_funcs, args: those of ``trl.GRPOTrainer``, as are all others.
@@ -240,30 +243,24 @@ class _RecordedClient(_Recorded):
 
         with ThreadPoolExecutor(max_workers=min(MAX_CONNECTIONS, len(prompts))) as pool:
             choices = [choice for answer in pool.map(send, prompts) for choice in answer]
-        logprobs, token_ids = sys.modules[type(self._engine).__module__].parse_logprobs(
-            [choice["logprobs"] for choice in choices]
-        )
-        self.supports = from_vllm([_Choice(choice, said) for choice, said in zip(choices, logprobs, strict=True)])
+        outputs = [_Choice(choice) for choice in choices]
+        self.supports = from_vllm(outputs)
         return {
             "prompt_ids": list(prompts),
-            "completion_ids": [choice["token_ids"] for choice in choices],
-            "logprobs": logprobs,
-            "logprob_token_ids": token_ids,
+            "completion_ids": [output.token_ids for output in outputs],
+            "logprobs": [[[None if math.isnan(p) else p] for p in output.said] for output in outputs],
+            "logprob_token_ids": [[[token] for token in output.token_ids] for output in outputs],
         }
 
 
 class _Choice:
     """One completion of a server's answer, as ``vllm.CompletionOutput`` has it."""
 
-    def __init__(self, choice: dict[str, Any], logprobs: list[list[float | None]]) -> None:
+    def __init__(self, choice: dict[str, Any]) -> None:
         self.token_ids, self.sampling_mask = choice["token_ids"], choice.get("sampling_mask")
-        said = [float("nan") if position[0] is None else position[0] for position in logprobs]
-        self.logprobs = [{t: _Logprob(p)} for t, p in zip(self.token_ids, said, strict=True)]
-
-
-class _Logprob:
-    def __init__(self, logprob: float) -> None:
-        self.logprob = logprob
+        found = [position["logprob"] for position in choice["logprobs"]["content"]]  # of the sampled token
+        self.said = [math.nan if p is None else float(p) for p in found]
+        self.logprobs = [{t: SimpleNamespace(logprob=p)} for t, p in zip(self.token_ids, self.said, strict=True)]
 
 
 @contextmanager

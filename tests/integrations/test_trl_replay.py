@@ -234,11 +234,6 @@ class SamplingParams:
         self.__dict__.update(options)
 
 
-def parse_logprobs(of_choices):
-    """As TRL's of its client's module: (log-probs, token ids) by position, sorted."""
-    return [[[p] for p, _ in said] for said in of_choices], [[[t] for _, t in said] for said in of_choices]
-
-
 class Client:
     """What TRL uses of its client of a vLLM server, with an engine behind ``/inference/v1/generate``."""
 
@@ -269,7 +264,13 @@ class Client:
             "choices": [
                 {
                     "token_ids": output.token_ids,
-                    "logprobs": [(item.logprob, t) for at in output.logprobs for t, item in at.items()],
+                    "logprobs": {
+                        "content": [
+                            {"token_id": token, "logprob": item.logprob, "top_logprobs": []}
+                            for at in output.logprobs
+                            for token, item in at.items()
+                        ]
+                    },
                     "sampling_mask": output.sampling_mask and output.sampling_mask.token_ids,
                 }
                 for output in outputs
