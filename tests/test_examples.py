@@ -59,6 +59,25 @@ def test_lora_learns_and_saves_both_ways(tmp_path):
         torch.testing.assert_close(adapters(tokens).logits, merged(tokens).logits, atol=1e-5, rtol=0)
 
 
+def test_replay_takes_the_bias_out_of_ratios():
+    pytest.importorskip("trl")
+    shown = run("replay_grpo.py", "--steps", "20")
+    whole, kept = (float(value) for value in re.findall(r"outside \[0\.9, 1\.1\] (\S+)%", shown))
+    assert kept == 0.0
+    assert whole > 10
+    for before, after in re.findall(r"right (\S+) -> (\S+)", shown):
+        assert float(after) > float(before) + 0.05
+
+
+def test_a_policy_from_logs_is_worth_what_is_estimated():
+    shown = run("off_policy.py")
+    values = {name: float(value) for name, value in re.findall(r"^(\w+): ([\d.]+)", shown, flags=re.MULTILINE)}
+    assert values["truth"] > values["logged"] + 0.1
+    for name in ("ips", "snips", "dr"):
+        low, high = re.search(rf"^{name}: \S+ \[(\S+), (\S+)\]", shown, flags=re.MULTILINE).groups()
+        assert float(low) - 0.05 < values["truth"] < float(high) + 0.05
+
+
 def test_lines_for_a_loop_of_ones_own_work_as_they_are_written():
     """The page's code, in a loop around a model and two lists."""
     (lines,) = re.findall(r"```python\n(.*?)```", (DOCS / "plain_loop.md").read_text(), re.DOTALL)

@@ -2,6 +2,10 @@ from .baselines import BASELINES as BASELINES
 from .critic import critic_quality as critic_quality
 from .evaluate import Evaluation as Evaluation
 from .evaluate import rank_examples as rank_examples
+from .off_policy import LoggedScores as LoggedScores
+from .off_policy import OffPolicyValue as OffPolicyValue
+from .off_policy import off_policy_value as off_policy_value
+from .off_policy import score_rankings as score_rankings
 from .statistics import METRICS as METRICS
 from .statistics import Comparison as Comparison
 from .statistics import bootstrap_interval as bootstrap_interval

@@ -139,12 +139,12 @@ def bootstrap_interval(
         >>> low < 49.5 < high
         True
     """
-    sums, counts = _cluster_sums([_values("values", values)], clusters)
-    _check_resampling(level, num_samples)
+    sums, counts = cluster_sums([_values("values", values)], clusters)
+    check_resampling(level, num_samples)
     if len(counts) == 1:
         return float("nan"), float("nan")
-    means = np.concatenate([total[:, 0] / size for total, size in _resample(sums, counts, num_samples, seed)])
-    return _interval(means, level)
+    means = np.concatenate([total[:, 0] / size for total, size in resampled(sums, counts, num_samples, seed)])
+    return interval_of(means, level)
 
 
 def relative_change(
@@ -183,16 +183,16 @@ def relative_change(
     new, base = _values("new", new), _values("base", base)
     if len(new) != len(base):
         raise ValueError(f"new and base must have the same lists, got {len(new)} and {len(base)}")
-    _check_resampling(level, num_samples)
-    sums, counts = _cluster_sums([new, base], clusters)
+    check_resampling(level, num_samples)
+    sums, counts = cluster_sums([new, base], clusters)
     differences, percents = [], []
-    for totals, size in _resample(sums, counts, num_samples, seed):
+    for totals, size in resampled(sums, counts, num_samples, seed):
         differences.append((totals[:, 0] - totals[:, 1]) / size)
         percents.append(_percent(totals[:, 0], totals[:, 1]))
-    difference_low, difference_high = _interval(np.concatenate(differences), level)
+    difference_low, difference_high = interval_of(np.concatenate(differences), level)
     mean_new, mean_base = float(new.mean()), float(base.mean())
     if mean_base != 0:
-        percent_low, percent_high = _interval(np.concatenate(percents), level)
+        percent_low, percent_high = interval_of(np.concatenate(percents), level)
         percent = float(_percent(np.array(mean_new), np.array(mean_base)))
     else:
         percent = percent_low = percent_high = float("nan")
@@ -425,7 +425,7 @@ def _values(name: str, values: np.ndarray) -> np.ndarray:
     return array
 
 
-def _check_resampling(level: float, num_samples: int) -> None:
+def check_resampling(level: float, num_samples: int) -> None:
     check_number("level", level)
     check_number("num_samples", num_samples, whole=True)
     if not 0 < level < 1:
@@ -434,7 +434,7 @@ def _check_resampling(level: float, num_samples: int) -> None:
         raise ValueError(f"num_samples must be at least 1 and at most {MAX_SAMPLES}, got {num_samples}")
 
 
-def _cluster_sums(columns: list[np.ndarray], clusters: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def cluster_sums(columns: list[np.ndarray], clusters: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Sums (C, len(columns)) of the values of each cluster, and their counts (C,)."""
     if clusters is None:
         return np.stack(columns, 1), np.ones(len(columns[0]))
@@ -445,7 +445,7 @@ def _cluster_sums(columns: list[np.ndarray], clusters: np.ndarray | None) -> tup
     return np.stack([np.bincount(member, column) for column in columns], 1), np.bincount(member).astype(np.float64)
 
 
-def _resample(
+def resampled(
     sums: np.ndarray, counts: np.ndarray, num_samples: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield, for chunks of S bootstrap samples of the C clusters, the totals (S, columns) and the sizes (S,)."""
@@ -481,7 +481,7 @@ def _percent(new: np.ndarray, base: np.ndarray) -> np.ndarray:
         return np.where((base == 0) & (new == 0), 0.0, 100 * (new - base) / base)
 
 
-def _interval(samples: np.ndarray, level: float) -> tuple[float, float]:
+def interval_of(samples: np.ndarray, level: float) -> tuple[float, float]:
     # Order statistics, not interpolation: between two infinite samples that would be NaN.
     low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
     return float(low), float(high)

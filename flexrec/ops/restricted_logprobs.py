@@ -109,8 +109,8 @@ def restricted_logprobs(
         >>> flexrec.restricted_logprobs(hidden, weight, allowed, offsets, torch.tensor([6, 3])).logprobs.exp()
         tensor([0.3333, 0.5000])
     """
-    sets = _check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, targets, temperature)
-    logprobs, entropy, expectations, _ = _evaluate(sets, values, weight_grad, backend)
+    sets = check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, targets, temperature)
+    logprobs, entropy, expectations, _ = evaluate(sets, values, weight_grad, backend)
     return RankingLogprobs(logprobs, entropy, expectations)
 
 
@@ -155,9 +155,9 @@ def restricted_logprobs_with_kl(
         >>> flexrec.restricted_logprobs_with_kl(*given, ref_hidden=hidden, ref_weight=weight).kl
         tensor([0., 0.])
     """
-    sets = _check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, targets, temperature)
+    sets = check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, targets, temperature)
     sets = _add_reference(sets, ref_hidden, ref_weight, ref_bias, ref_logits)
-    logprobs, entropy, expectations, kl = _evaluate(sets, values, weight_grad, backend)
+    logprobs, entropy, expectations, kl = evaluate(sets, values, weight_grad, backend)
     assert kl is not None
     return RankingLogprobsWithKL(logprobs, entropy, expectations, kl)
 
@@ -193,8 +193,8 @@ def restricted_kl(
         >>> flexrec.restricted_kl(hidden, weight, other, weight, allowed, offsets)  # to both, all tokens are alike
         tensor([0., 0.])
     """
-    sets = _check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, None, temperature)
-    kl = _evaluate(_add_reference(sets, ref_hidden, ref_weight, ref_bias, None), None, weight_grad, backend).kl
+    sets = check_sets(hidden, weight, bias, allowed_ids, allowed_offsets, None, temperature)
+    kl = evaluate(_add_reference(sets, ref_hidden, ref_weight, ref_bias, None), None, weight_grad, backend).kl
     assert kl is not None
     return kl
 
@@ -302,7 +302,7 @@ class AllowedSets(NamedTuple):
         return self.ref_logits if self.ref_hidden is None else (self.ref_hidden, self.ref_weight, self.ref_bias)
 
 
-def _check_sets(
+def check_sets(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -310,12 +310,15 @@ def _check_sets(
     allowed_offsets: Tensor,
     targets: Tensor | None,
     temperature: float,
+    names: tuple[str, str] = ("allowed_ids", "allowed_offsets"),
+    rows: Tensor | None = None,
 ) -> AllowedSets:
+    """The arguments of the operation; ``names`` and ``rows`` (M,) are what messages call the sets and their rows."""
     check_tensor("hidden", hidden, ("M", "D"))
     m, d = hidden.shape
     check_tensor("weight", weight, ("V", d))
-    check_tensor("allowed_ids", allowed_ids, ("nnz",), "integer")
-    check_tensor("allowed_offsets", allowed_offsets, (m + 1,), "integer")
+    check_tensor(names[0], allowed_ids, ("nnz",), "integer")
+    check_tensor(names[1], allowed_offsets, (m + 1,), "integer")
     check_bias("bias", bias, weight)
     check_temperature(temperature)
     ids, offsets = allowed_ids.long().contiguous(), allowed_offsets.long().contiguous()
@@ -323,28 +326,36 @@ def _check_sets(
         check_tensor("targets", targets, (m,), "integer")
         targets = targets.long().contiguous()
     if values_are_checked(ids):
-        _check_entries(ids, offsets, targets, weight.shape[0])
+        _check_entries(ids, offsets, targets, weight.shape[0], names, rows)
     return AllowedSets(hidden, weight, bias, ids, offsets, targets, temperature=float(temperature))
 
 
-def _check_entries(ids: Tensor, offsets: Tensor, targets: Tensor | None, vocab_size: int) -> None:
+def _check_entries(
+    ids: Tensor,
+    offsets: Tensor,
+    targets: Tensor | None,
+    vocab_size: int,
+    names: tuple[str, str],
+    rows: Tensor | None,
+) -> None:
     """Raise ValueError at the first fault of the sets' tokens, on the CPU wherever they are."""
-    numba = kernels("numba", "restricted_logprobs")
+    numba, (of_ids, of_offsets) = kernels("numba", "restricted_logprobs"), names
     on_cpu = [torch.empty(0, dtype=torch.int64) if x is None else x.cpu() for x in (ids, offsets, targets)]
     fault, a, b = numba.check_entries(*(x.numpy() for x in on_cpu), vocab_size)
     if fault == numba.ENDS:
-        raise ValueError(f"allowed_offsets must go from 0 to len(allowed_ids) = {len(ids)}, got {a} to {b}")
-    if fault == numba.DESCENDING:
-        raise ValueError(f"allowed_offsets must not descend, but do after entry {a}")
+        raise ValueError(f"{of_offsets} must go from 0 to len({of_ids}) = {len(ids)}, got {a} to {b}")
     if fault == numba.OUTSIDE:
-        raise ValueError(f"allowed_ids must lie in [0, {vocab_size - 1}], got {b} at index [{a}]")
+        raise ValueError(f"{of_ids} must lie in [0, {vocab_size - 1}], got {b} at index [{a}]")
+    row = a if rows is None or fault == numba.FINE else int(rows[a])
+    if fault == numba.DESCENDING:
+        raise ValueError(f"{of_offsets} must not descend, but do after entry {row}")
     if fault == numba.REPEATED:
-        raise ValueError(f"allowed_ids must name a token once per row; row {a} has {b} twice")
+        raise ValueError(f"{of_ids} must name a token once per row; row {row} has {b} twice")
     if fault == numba.MISSING_TARGET:
         allowed = ids[int(offsets[a]) : int(offsets[a + 1])].tolist()
         shown = ", ".join(map(str, allowed[:8])) + (", .." if len(allowed) > 8 else "")
         raise ValueError(
-            f"targets must be among their row's allowed_ids; row {a} has target {b} and {len(allowed)} allowed: "
+            f"targets must be among their row's {of_ids}; row {row} has target {b} and {len(allowed)} allowed: "
             f"[{shown}]"
         )
 
@@ -358,7 +369,7 @@ def _add_reference(sets: AllowedSets, *reference: Tensor | None) -> AllowedSets:
     return sets._replace(ref_hidden=hidden, ref_weight=weight, ref_bias=bias, ref_logits=logits)
 
 
-def _evaluate(sets: AllowedSets, values: Tensor | None, weight_grad: str, backend: str) -> Results:
+def evaluate(sets: AllowedSets, values: Tensor | None, weight_grad: str, backend: str) -> Results:
     """Log-probs (M,), 0 without targets, entropy (M,), expectations (M, C) and KL (M,)."""
     if values is not None:
         check_tensor("values", values, (len(sets.ids), "C"))

@@ -2,6 +2,7 @@ from .critic import Critic as Critic
 from .descriptions import Item as Item
 from .descriptions import item_token as item_token
 from .examples import Example as Example
+from .examples import LoggedRanking as LoggedRanking
 from .examples import RankingTask as RankingTask
 from .examples import TrainingExamples as TrainingExamples
 from .judge import JudgedGains as JudgedGains

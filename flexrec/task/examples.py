@@ -21,6 +21,21 @@ GUESSED_SHARE = 0.8  # of training lists, in which a random part of what is not 
 
 
 @dataclass(frozen=True)
+class LoggedRanking:
+    """A ranking that was shown to somebody, and how probable it was to the policy that showed it.
+
+    Example:
+        >>> from flexrec.task import LoggedRanking
+        >>> shown = LoggedRanking(np.array([2, 0]), np.log([1 / 3, 1 / 2]))  # two of three candidates, at random
+        >>> round(float(np.exp(shown.logprobs.sum())), 3)
+        0.167
+    """
+
+    ranking: np.ndarray  # (T,) integer, index into the candidates
+    logprobs: np.ndarray  # (T,) float, of each rank given those before it
+
+
+@dataclass(frozen=True)
 class Example:
     """One prompt with its candidates and what each of them is worth; arrays are by candidate.
 
@@ -41,6 +56,7 @@ class Example:
     user: int
     metric: str | None = None  # of the need, where it values the list as a whole; without cutoff
     topics: np.ndarray | None = None  # (K, C) float32 in [0, 1], what each candidate is about, where there is a metric
+    logged: LoggedRanking | None = None  # what was shown, where training is on logs
 
 
 def prompts_and_candidates(examples: Sequence[Example]) -> tuple[list[list[Token]], list[list[list[Token]]]]:

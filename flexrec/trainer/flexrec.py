@@ -41,6 +41,7 @@ from flexrec.profiling import span
 from flexrec.rankings.reasoning import never_tokens, reasoning_rule
 from flexrec.task.examples import Example, prompts_and_candidates
 from flexrec.trainer.base import EpochOrder, LossAndMetrics, RankingTrainer, pad_rows
+from flexrec.trainer.logged import importance_weights, logged_rankings
 from flexrec.trainer.options import CORRECTED, OF_ALL_ACTIONS, TrainerOptions
 from flexrec.trainer.rewards import Part, have_variance, parts_of, rewards_of, scores_of, values_of
 
@@ -64,12 +65,28 @@ class FlexRecConfig(TrainerOptions, TrainingArguments):
     max_reasoning_tokens: int | None = option(
         None, "reason before the ranking, in so many tokens at most; default: do not", low=0
     )
+    logged_clip: float | None = option(
+        None,
+        "train on the rankings that examples were logged with, whose importance weights are at most this; default: "
+        "sample rankings",
+        above=0,
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Examples carry no columns to remove."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "A batch is whole, or it is not trained on."})
 
     def __post_init__(self) -> None:
         TrainingArguments.__post_init__(self)
         TrainerOptions.__post_init__(self)
+        if self.logged_clip is None:
+            return
+        for name, allowed in (("num_generations", 1), ("max_reasoning_tokens", None), ("mode", "decode")):
+            if getattr(self, name) != allowed:
+                raise ValueError(f"logged_clip trains on one logged ranking of each example: leave out {name}")
+        if self.credit in OF_ALL_ACTIONS or self.baseline != "none":
+            raise ValueError(
+                f"logged_clip weighs what was shown, and compares no rollouts: take credit='swap' or another of single "
+                f"rankings, and baseline='none', got credit={self.credit!r}, baseline={self.baseline!r}"
+            )
 
 
 class _Sampled(NamedTuple):
@@ -82,6 +99,7 @@ class _Sampled(NamedTuple):
     old_logprobs: torch.Tensor | None  # (N, T); None before the first update
     ref_states: RankingStates | None
     old_reasoning: torch.Tensor | None = None  # (N, R) log-probs; None before the first update
+    logged: torch.Tensor | None = None  # (N, T) log-probs under the policy that had shown the rankings
 
 
 class FlexRecTrainer(RankingTrainer):
@@ -156,7 +174,7 @@ class FlexRecTrainer(RankingTrainer):
         slot = self._slot
         if self.state.global_step % args.num_iterations == 0 or slot not in self._kept:
             self._kept[slot] = self._sample(examples)
-        batch, gains, variance, parts, old_logprobs, ref_states, _ = self._kept[slot]
+        batch, gains, variance, parts, old_logprobs, ref_states, _, logged = self._kept[slot]
 
         shown = batch.shape[1]
         item_mask = torch.arange(shown, device=gains.device) < batch.lengths[:, None]  # (N, T)
@@ -196,7 +214,7 @@ class FlexRecTrainer(RankingTrainer):
             loss, metrics = self._all_actions_loss(result, unit, item_mask, weights)
         else:
             logprobs, entropy, kl = ranking_scores(states, batch, temperature=args.temperature, reference=ref_states)
-            if old_logprobs is None:
+            if old_logprobs is None or logged is not None:  # where weights are those of the log, none is left to clip
                 old_logprobs = logprobs.detach()
                 self._kept[slot] = self._kept[slot]._replace(old_logprobs=old_logprobs)
             with span("rewards"):
@@ -211,6 +229,12 @@ class FlexRecTrainer(RankingTrainer):
                 advantages = advantages / unit
                 if weights is not None:
                     advantages = advantages * weights
+                if logged is not None:
+                    assert args.logged_clip is not None
+                    of_log, of_logs = importance_weights(
+                        logprobs, logged, item_mask, args.importance_level, args.logged_clip
+                    )
+                    advantages = advantages * of_log
             loss, metrics = policy_loss(
                 logprobs,
                 old_logprobs,
@@ -224,6 +248,8 @@ class FlexRecTrainer(RankingTrainer):
                 entropy=entropy,
                 entropy_coef=args.entropy_coef,
             )
+            if logged is not None:
+                metrics = {**metrics, **of_logs}
         value = values_of(parts, gains, batch.lengths, shown)  # (N,)
         if batch.reasoning is not None:
             of_reasoning, more = self._reasoning_loss(slot, states, value, unit, weights)
@@ -240,10 +266,16 @@ class FlexRecTrainer(RankingTrainer):
 
     def _sample(self, examples: list[Example]) -> _Sampled:
         args = self.args
-        rollout = self._rollout(examples)
+        reasoning = logged = None
+        if args.logged_clip is None:
+            rollout = self._rollout(examples)
+            rankings, reasoning = rollout.rankings, rollout.reasoning
+        else:
+            rankings, said = logged_rankings(examples, self._num_ranked)
+            logged = torch.from_numpy(said).to(args.device)
         with span("bookkeeping"):
             per_row = self._rankings_per_row(examples)
-            batch = self._batch(examples, rollout.rankings, args.num_generations, per_row, rollout.reasoning)
+            batch = self._batch(examples, rankings, args.num_generations, per_row, reasoning)
             width = max(len(example.gains) for example in examples)
             order = rank_order(batch.rankings, batch.lengths, width)
 
@@ -260,6 +292,7 @@ class FlexRecTrainer(RankingTrainer):
             parts_of(examples, args.metric, order, args.num_generations),
             None,
             self._reference_states(batch) if args.beta > 0 else None,
+            logged=logged,
         )
 
     def _gains(self, examples: Sequence[Example]) -> list[np.ndarray]:

@@ -107,6 +107,17 @@ def of_sets(rng: Random, *, extra: str = "") -> Arguments:
     return call | options(rng, SOFTMAX | {"bias": lambda rng: floats(rng, 12)})
 
 
+def of_replay(rng: Random) -> Arguments:
+    sizes = [rng.choice([0, 1, 2, 4]) for _ in range(rng.choice([1, 3]))]
+    sets = [rng.sample(range(12), size) for size in sizes]
+    call = model(rng, (len(sizes),), rng.choice([1, 4]))
+    call["token_ids"] = torch.tensor([token for one in sets for token in one], dtype=torch.int64)
+    call["offsets"] = torch.tensor([0, *sizes]).cumsum(0)
+    call["targets"] = torch.tensor([rng.choice(one or range(12)) for one in sets])
+    choices = {name: SOFTMAX[name] for name in SOFTMAX if name != "values"}
+    return call | options(rng, choices | {"bias": lambda rng: floats(rng, 12), "chunk_size": one_of(1, 2, 512)})
+
+
 def of_advantages(rng: Random) -> Arguments:
     per_prompt, k = rng.choice([1, 2, 3]), rng.choice([0, 1, 4])
     n = per_prompt * rng.choice([0, 1, 2])

@@ -42,6 +42,7 @@ CALLS = {
     flexrec.restricted_logprobs: calls.of_sets,
     flexrec.restricted_logprobs_with_kl: partial(calls.of_sets, extra="kl"),
     flexrec.restricted_kl: partial(calls.of_sets, extra="reference"),
+    flexrec.replay_logprobs: calls.of_replay,
     flexrec.item_advantages: calls.of_advantages,
     flexrec.uncertainty_weights: calls.of_weights,
     flexrec.policy_loss: calls.of_loss,
@@ -61,6 +62,7 @@ CALLS = {
 }
 # Results and what they are made of; what takes a function, a model or a tokenizer has tests of its own.
 OTHERS = {"AllActions", "Comparison", "EncodedRankings", "ParsedRankings", "RankingLogprobs", "RankingLogprobsWithKL"}
+OTHERS |= {"ReplayedLogprobs"}
 NO_INTERVAL = {flexrec.bootstrap_interval}  # NaN where there is one user
 OTHERS |= {
     "Ranker",

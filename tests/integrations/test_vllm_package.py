@@ -166,7 +166,7 @@ def backend_for_cpus(folder: Path) -> Path:
 class Server:
     """``vllm serve`` with so little memory for keys and values that requests are preempted, and prompts in chunks."""
 
-    def __init__(self, model: Path, runner: str, folder: Path) -> None:
+    def __init__(self, model: Path, runner: str, folder: Path, more: str = f"--logits-processors {NAME}") -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -185,7 +185,7 @@ class Server:
         }
         options = f"--host 127.0.0.1 --port {self.url.split(':')[-1]} --served-model-name tiny --dtype float32 "
         options += "--enforce-eager --max-model-len 128 --max-num-seqs 8 --max-num-batched-tokens 24 --block-size 32 "
-        options += f"--num-gpu-blocks-override 6 --no-enable-prefix-caching --logits-processors {NAME}"
+        options += f"--num-gpu-blocks-override 6 --no-enable-prefix-caching {more}"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *options.split()]
         self.log = folder / "server.log"
         with self.log.open("w") as log:
