@@ -12,7 +12,8 @@ import torch
 
 from flexrec.data.lists import Catalogue, RankingList
 from flexrec.decoding.options import Decoding
-from flexrec.decoding.sample import Rollout, best_of, sample_rankings, search_rankings
+from flexrec.decoding.rollout import Rollout, best_of
+from flexrec.decoding.sample import sample_rankings, search_rankings
 from flexrec.evaluation.evaluate import check_outputs
 from flexrec.experiment.config import EMBEDDED
 from flexrec.experiment.needs import known_needs, renamed, untrained, wordings_of
@@ -154,7 +155,10 @@ class Ranker:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         ranks = min(decoding.num_ranked or self.info.num_ranked or len(tokens), len(tokens))
         longest = max(map(len, tokens)) + len(self.builder.separator)
-        needed = len(prompt) + ranks * longest + len(self.builder.end)
+        answer = 0 if self._one_pass(decoding) else ranks * longest + len(self.builder.end)
+        if self.builder.reasoning:
+            answer += self.builder.reasoning["max_reasoning_tokens"] + len(self.builder.reasoning["reasoning_end"])
+        needed = len(prompt) + answer
         if limit is not None and needed > limit:
             raise ValueError(
                 f"the request takes {needed} tokens ({len(prompt)} of the prompt, up to {needed - len(prompt)} of the "
@@ -176,6 +180,8 @@ class Ranker:
             "temperature": decoding.temperature or self.info.temperature,
         }
         if decoding.num_beams > 1:
+            if self.builder.reasoning:
+                raise ValueError("this run reasons before it ranks, which beams do not: leave out num_beams")
             found = search_rankings(self.model, prompts, candidates, num_beams=decoding.num_beams, **common)
             return Rollout(found.rankings[:: decoding.num_beams], found.logprobs[:: decoding.num_beams])
         sampled = sample_rankings(
@@ -185,10 +191,15 @@ class Ranker:
             num_generations=decoding.best_of,
             greedy=not decoding.samples,
             top_p=decoding.top_p or 1.0,
+            one_pass=self._one_pass(decoding),
+            **self.builder.reasoning,
             generator=generator,
             **common,
         )
         return best_of(sampled, decoding.best_of)
+
+    def _one_pass(self, decoding: Decoding) -> bool:
+        return (decoding.mode or self.info.mode) == "one-pass"
 
     def _wording(self, request: dict[str, Any]) -> tuple[str, str]:
         """The words of the request's need, and what to beware of."""

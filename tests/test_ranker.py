@@ -186,12 +186,13 @@ def test_a_run_is_decoded_as_it_was_trained_unless_told_otherwise(run, dataset, 
         return {name: value for name, value in found.items() if name not in ("separator", "end")}
 
     common = {"num_ranked": 6, "temperature": 0.6}
-    sampled = {"num_generations": 1, "greedy": True, "top_p": 1.0, "generator": generator}
+    sampled = {"num_generations": 1, "greedy": True, "top_p": 1.0, "one_pass": False, "generator": generator}
     assert options() == common | sampled
     assert options(num_ranked=2) == common | sampled | {"num_ranked": 2}
     assert options(best_of=4) == common | sampled | {"num_generations": 4, "greedy": False}
     assert options(temperature=2.0) == common | sampled | {"temperature": 2.0, "greedy": False}
     assert options(top_p=0.5) == common | sampled | {"top_p": 0.5, "greedy": False}
+    assert options(mode="one-pass") == common | sampled | {"one_pass": True}
     assert options("search", num_beams=3, num_ranked=2) == {**common, "num_ranked": 2, "num_beams": 3}
     assert len(decoded["search"].calls) == 1
 

@@ -57,6 +57,7 @@ class RankingLogitsProcessor(LogitsProcessor):
             ranking the first only. By default the last token of ``end``.
         reasoning_end, max_reasoning_tokens: before the ranking any token may come until these token ids have, which
             are forced after so many tokens without them. None: no reasoning.
+        num_tokens: ``len(tokenizer)``: what an embedding is padded with beyond it never comes. None: it is not padded.
         num_beams: as given to generate. With more than one a beam of probability 0 (there are some when few beams are
             open) may hold a token that was not allowed; otherwise such a token is an error.
         reuse_scores: return the same tensor at every call, overwritten by the next, in which only what changes is
@@ -92,6 +93,7 @@ class RankingLogitsProcessor(LogitsProcessor):
         eos_token_id: int | Sequence[int] | None = None,
         reasoning_end: TokenIds | None = None,
         max_reasoning_tokens: int | None = None,
+        num_tokens: int | None = None,
         num_beams: int = 1,
         reuse_scores: bool = False,
     ) -> None:
@@ -106,6 +108,9 @@ class RankingLogitsProcessor(LogitsProcessor):
         self.eos_token_id = eos_token_ids[0]
         self.prompt_length = prompt_length
         self.num_beams = num_beams
+        if num_tokens is not None and num_tokens < 1:
+            raise ValueError(f"num_tokens must be the tokenizer's size, got {num_tokens}")
+        self.num_tokens = num_tokens
         self.reuse_scores = reuse_scores
         self._rule = reasoning_rule(reasoning_end, max_reasoning_tokens, eos_token_ids)
         self._largest_token = max(*eos_token_ids, *(() if self._rule is None else self._rule.end), 0)
@@ -147,6 +152,7 @@ class RankingLogitsProcessor(LogitsProcessor):
             free = torch.as_tensor(any_token, device=scores.device)  # (N,)
             whole = scores[free].float()  # (rows that are free, V)
             whole[:, list(self._rule.never)] = -torch.inf
+            whole[:, self.num_tokens or whole.shape[1] :] = -torch.inf
             normaliser[free] = whole.logsumexp(dim=1, keepdim=True)
         if not normaliser.isfinite().all():
             row = int(normaliser[:, 0].isfinite().logical_not().nonzero()[0, 0])

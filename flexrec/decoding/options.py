@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from flexrec.checks import check_options, option
 
+MODES = ("decode", "one-pass")
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -17,6 +19,8 @@ class Decoding:
         temperature, top_p: sample at this temperature (default: that of training), and among the most probable tokens
             that reach ``top_p`` together. Either makes an answer a sample.
         num_ranked: rank the first so many only (default: as in training).
+        mode: "decode" item by item, or rank in "one-pass" over the prompt, by the distribution of the first item
+            (default: as in training).
 
     Example:
         >>> from flexrec.decoding import Decoding
@@ -35,11 +39,20 @@ class Decoding:
         metavar="P",
     )
     num_ranked: int | None = option(None, "rank the best T only; default: as in training", low=1, metavar="T")
+    mode: str | None = option(
+        None,
+        "decode a ranking item by item, or rank by the distribution of its first item, in one pass over the prompt; "
+        "default: as in training",
+        choices=MODES,
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
         if self.num_beams > 1 and self.samples:
             raise ValueError("num_beams searches and best_of, temperature and top_p sample: choose one of the two")
+
+        if self.mode == "one-pass" and (self.num_beams > 1 or self.top_p is not None):
+            raise ValueError("mode 'one-pass' decodes nothing: it takes no num_beams and no top_p")
 
     @property
     def samples(self) -> bool:

@@ -13,32 +13,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 
 from flexrec.decoding.cache import Runs, SharedDecoder
-from flexrec.decoding.in_place import rank_in_place
-from flexrec.policy.lm_head import output_layer
+from flexrec.decoding.one_pass import rank_in_one_pass
+from flexrec.decoding.rollout import Rollout
+from flexrec.policy.lm_head import capped, output_layer, soft_cap
 from flexrec.policy.lora import causal_lm
 from flexrec.policy.packing import sharing
 from flexrec.policy.places import are_places
 from flexrec.policy.row_tokens import CandidateLists, Numbered, Prompts, RowTokens, numbered
 from flexrec.profiling import span
-from flexrec.rankings.reasoning import ReasoningRule, ReasoningTokens, eos_token_ids, reasoning_rule
+from flexrec.rankings.reasoning import ReasoningRule, ReasoningTokens, never_tokens, reasoning_rule
 from flexrec.rankings.state import RankingState, Spelling
 
-_Output = tuple[torch.Tensor, torch.Tensor | None]  # weight (V, D) and bias (V,) of the output layer
 
+class _Output(NamedTuple):
+    """Of the output layer: weight (V, D) and bias (V,), and what its logits are capped by."""
 
-class Rollout(NamedTuple):
-    """Sampled rankings: ``rankings`` (N, T) int32 candidate indices, -1 beyond a row's own; ``logprobs`` (N, T) float32
-    of the items as they were sampled (0 where nothing was left to choose). Where reasoning came before them:
-    ``reasoning``, and ``reasoning_logprobs`` (N, R) float32 of its sampled tokens, 0 behind a row's own.
-    """
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    cap: float | None
 
-    rankings: np.ndarray
-    logprobs: np.ndarray
-    reasoning: ReasoningTokens | None = None
-    reasoning_logprobs: np.ndarray | None = None
+    def of(self, batch: Numbered) -> _Output:
+        """The rows that are numbered in a batch."""
+        return _Output(*batch.output(self.weight, self.bias), self.cap)
 
 
 @torch.no_grad()
@@ -56,6 +54,8 @@ def sample_rankings(
     greedy: bool = False,
     reasoning_end: Sequence[int] | None = None,
     max_reasoning_tokens: int | None = None,
+    num_tokens: int | None = None,
+    one_pass: bool = False,
     generator: torch.Generator | None = None,
     pad_token_id: int = 0,
 ) -> Rollout:
@@ -76,6 +76,9 @@ def sample_rankings(
             have come, or are forced after so many tokens without; temperature, top_p and greedy are the same there.
             Never among them are the tokens at which the model's generate stops. What begins reasoning ("<think>") is
             the prompts' last tokens.
+        num_tokens: ``len(tokenizer)``. Many embeddings are padded beyond it, and reasoning must not sample what no
+            tokenizer can read. None: the whole embedding has meaning.
+        one_pass: draw all ranks from the distribution of the first decision (:mod:`flexrec.decoding.one_pass`).
         generator: randomness, on the model's device.
 
     Returns:
@@ -95,18 +98,23 @@ def sample_rankings(
                [0, 1, 2],
                [0, 1, 2]], dtype=int32)
     """
-    never = () if reasoning_end is None else eos_token_ids(causal_lm(model))
+    never = () if reasoning_end is None else never_tokens(causal_lm(model), num_tokens)
     rule = reasoning_rule(reasoning_end, max_reasoning_tokens, never)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
-    if are_places(candidates):
+    if one_pass or are_places(candidates):
         if rule is not None or top_p < 1:
-            raise ValueError("candidates that are read in the prompt (encoding 'score') take no reasoning and no top_p")
+            raise ValueError(
+                "rankings in one pass over the prompt (encoding 'score', mode 'one-pass') take no reasoning and no "
+                "top_p"
+            )
         return Rollout(
-            *rank_in_place(
+            *rank_in_one_pass(
                 model,
                 prompts,
                 candidates,
+                separator=separator,
+                end=end,
                 num_generations=num_generations,
                 num_ranked=num_ranked,
                 temperature=temperature,
@@ -131,49 +139,8 @@ def sample_rankings(
         if rule is not None:
             with span("decode"):
                 reasoning, reasoning_logprobs = _think(decoder, rule, hidden, output, sampling)
-        logprobs = _rank(decoder, state, hidden, batch.output(*output), batch.table, sampling)
+        logprobs = _rank(decoder, state, hidden, output.of(batch), batch.table, sampling)
         return Rollout(state.rankings(), logprobs, reasoning, reasoning_logprobs)
-
-
-def best_of(rollout: Rollout, num_generations: int, scores: ArrayLike | None = None) -> Rollout:
-    """The best of each prompt's ``num_generations`` rankings: best-of-n.
-
-    Args:
-        rollout: N = P * num_generations rankings.
-        scores: (N,) what each is worth, say by a metric or a critic. By default its log-prob, reasoning included.
-
-    Returns:
-        P rankings; of equally good ones the first.
-
-    Example:
-        >>> from flexrec.decoding import Rollout, best_of
-        >>> rankings, logprobs = np.array([[0, 1], [1, 0]]), np.array([[-0.7, 0.0], [-0.6, 0.0]])
-        >>> best_of(Rollout(rankings, logprobs), 2).rankings
-        array([[1, 0]])
-        >>> best_of(Rollout(rankings, logprobs), 2, scores=[0.9, 0.3]).rankings
-        array([[0, 1]])
-    """
-    rows = len(rollout.rankings)
-    if num_generations < 1 or rows % num_generations:
-        raise ValueError(f"num_generations must divide the {rows} rankings, got {num_generations}")
-    if scores is None:
-        worth = rollout.logprobs.sum(axis=1, dtype=np.float64)
-        if rollout.reasoning_logprobs is not None:
-            worth = worth + rollout.reasoning_logprobs.sum(axis=1, dtype=np.float64)
-    else:
-        worth = np.asarray(scores, dtype=np.float64)
-        if worth.shape != (rows,):
-            raise ValueError(f"scores must have shape ({rows},), one per ranking, got {worth.shape}")
-        if np.isnan(worth).any():
-            raise ValueError(f"scores must be numbers, got NaN at index {int(np.isnan(worth).argmax())}")
-    best = np.arange(0, rows, num_generations) + worth.reshape(-1, num_generations).argmax(axis=1)  # (P,)
-    reasoning, of_reasoning = rollout.reasoning, rollout.reasoning_logprobs
-    return Rollout(
-        rollout.rankings[best],
-        rollout.logprobs[best],
-        None if reasoning is None else reasoning.of_rows(best),
-        None if of_reasoning is None else of_reasoning[best],
-    )
 
 
 @torch.no_grad()
@@ -229,7 +196,7 @@ def search_rankings(
     batch = numbered(prompts, candidates, [*separator, *end])
     begun = _begun(model, batch, spelling, temperature, num_beams, pad_token_id, beams=True)
     with begun as (state, decoder, output, hidden):
-        totals, logprobs = _search(decoder, state, hidden, batch.output(*output), batch.table, temperature)
+        totals, logprobs = _search(decoder, state, hidden, output.of(batch), batch.table, temperature)
         rankings, missing = state.rankings(), np.isneginf(totals)
         rankings[missing], logprobs[missing] = -1, -np.inf
         return Rollout(rankings, logprobs)
@@ -278,8 +245,8 @@ def _begun(
     try:
         with span("bookkeeping"):
             state = RankingState(candidates, **options, num_generations=num_generations)
-            output = output_layer(model)
-            decoder = SharedDecoder(model, output[0].device, num_generations, share, pad_token_id)
+            output = _Output(*output_layer(model), soft_cap(model))
+            decoder = SharedDecoder(model, output.weight.device, num_generations, share, pad_token_id)
             with span("prefill"):
                 hidden = decoder.prefill(prompts, table)
             yield state, decoder, output, hidden
@@ -463,21 +430,21 @@ def _padded(ids: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> np.ndarra
 
 def _logits(hidden: torch.Tensor, output: _Output) -> torch.Tensor:
     """(R, V) float32 logits of the whole vocabulary after states ``hidden`` (R, D)."""
-    return torch.nn.functional.linear(hidden, *output).float()
+    return capped(torch.nn.functional.linear(hidden, output.weight, output.bias).float(), output.cap)
 
 
 def _allowed_logits(
     hidden: torch.Tensor, output: _Output, allowed: np.ndarray, rows: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ids ``allowed`` (R, A) to ``rows`` (R,) of ``hidden`` (N, D), and their logits; id -1 has the logit -inf."""
-    weight, bias = output
+    weight, bias, cap = output
     ids = torch.as_tensor(allowed, device=hidden.device)  # (R, A)
     states = hidden[torch.as_tensor(rows, device=hidden.device)]  # (R, D)
     tokens = ids.clamp(min=0)
     logits = torch.bmm(weight[tokens], states[:, :, None])[:, :, 0].float()  # (R, A)
     if bias is not None:
         logits += bias[tokens]
-    return ids, logits.masked_fill(ids < 0, -torch.inf)
+    return ids, capped(logits, cap).masked_fill(ids < 0, -torch.inf)
 
 
 def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -50,6 +50,8 @@ def rank_examples(
             end=builder.end,
             num_ranked=num_ranked,
             greedy=True,
+            one_pass=builder.one_pass,
+            **builder.reasoning,
         )
         check_outputs(rollout)
         for i, row in zip(part, rollout.rankings, strict=True):

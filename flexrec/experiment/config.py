@@ -11,7 +11,7 @@ from typing import Any
 from flexrec.checks import option
 from flexrec.data.options import OPTIONS, all_data_options
 from flexrec.policy.gguf import CARRIED
-from flexrec.task.prompts import ENCODINGS
+from flexrec.task.prompts import ENCODINGS, OF_ONE_TOKEN
 from flexrec.trainer.options import TrainerOptions
 
 EMBEDDED = "embedded"
@@ -125,6 +125,14 @@ class ExperimentConfig(TrainerOptions):
         metavar="N",
     )
     metric: str = option("ndcg@10", "the metric to maximise; ranks beyond its cutoff are not trained")
+    max_reasoning_tokens: int | None = option(
+        None,
+        "have a language model reason before it ranks, in so many tokens at most; what it says is trained by the "
+        "metric of its ranking, against other rankings of the prompt (--num-generations); default: do not",
+        low=1,
+        metavar="N",
+    )
+    reasoning_end: str = option("</think>", "what ends the reasoning", metavar="TEXT")
     temperature: float = option(None, _by_model("temperature", "of the policy, in sampling and in log-probs"), above=0)
     warmup: str = option(
         "listwise",
@@ -154,6 +162,9 @@ class ExperimentConfig(TrainerOptions):
     )
     bf16: bool = option(
         False, "compute in bfloat16, for GPUs and CPUs that have it (avx512_bf16); what is trained stays in float32"
+    )
+    gradient_checkpointing: bool = option(
+        False, "keep the layers' states at their borders alone and form the rest again: less memory, a third more time"
     )
     lora: int | None = option(
         None,
@@ -208,6 +219,21 @@ class ExperimentConfig(TrainerOptions):
             raise ValueError(
                 f"--show {','.join(self.show)}: the embedded model has a token for each item and reads no titles or "
                 f"columns; give --encoding index or title, or another --model"
+            )
+        if self.max_reasoning_tokens is not None:
+            if self.model == EMBEDDED:
+                raise ValueError("--max-reasoning-tokens: the embedded model has no words to reason in; give a --model")
+            if self.encoding == "score" or self.mode == "one-pass":
+                raise ValueError(
+                    "--max-reasoning-tokens: candidates that are scored in one pass are ranked before a word is said; "
+                    "give --encoding label, index or title, and --mode decode"
+                )
+            if not self.reasoning_end.strip():
+                raise ValueError("--reasoning-end must be a text, such as </think>")
+        if self.mode == "one-pass" and self.encoding not in OF_ONE_TOKEN:
+            raise ValueError(
+                f"--mode one-pass decides among candidates of one token each: it takes --encoding "
+                f"{', '.join(OF_ONE_TOKEN)}, got {self.encoding}"
             )
         if self.micro_batch is not None and self.prompts_per_step % self.micro_batch:
             raise ValueError(f"--micro-batch {self.micro_batch} must divide --prompts-per-step {self.prompts_per_step}")

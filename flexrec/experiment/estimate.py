@@ -120,14 +120,14 @@ def _lengths(examples: Sequence[Example], config: ExperimentConfig, builder: Pro
     """Mean tokens of the prompts, and of the answers as far as ranks are trained."""
     prompts, candidates = prompts_and_candidates(examples)
     prompt = float(np.mean([len(tokens) for tokens in prompts]))
-    if are_places(candidates):
+    if are_places(candidates) or builder.one_pass:
         return prompt, 0.0
     limits = [limit for limit in (config.num_ranked, parse_metric(config.metric).cutoff) if limit]
     answers = []
     for lst in candidates:
         ranks = min([len(lst), *limits])
         answers.append(ranks * (np.mean([len(sequence) for sequence in lst]) + len(builder.separator)))
-    return prompt, float(np.mean(answers))
+    return prompt, float(np.mean(answers)) + builder.reasoning.get("max_reasoning_tokens", 0)
 
 
 def _pace(
@@ -138,11 +138,21 @@ def _pace(
     width = max(map(len, candidates))
     first = np.where(np.arange(width) < np.array([[len(lst)] for lst in candidates]), np.arange(width), -1)
     batch = make_batch(
-        prompts, candidates, first, separator=builder.separator, end=builder.end, device=next(model.parameters()).device
+        prompts,
+        candidates,
+        first,
+        separator=builder.separator,
+        end=builder.end,
+        device=next(model.parameters()).device,
+        one_pass=builder.one_pass,
     )
     tokens, seconds = int((batch.tokens.part_of >= 0).sum()), [0.0, 0.0]
     device, was_training = next(model.parameters()).device.type, model.training
     model.train()
+    if config.gradient_checkpointing:
+        # By its name of transformers 5.20 and later, or the one before.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     for _ in range(2):
         begun = time.perf_counter()
         with torch.autocast(device, torch.bfloat16, enabled=config.bf16):

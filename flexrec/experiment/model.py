@@ -88,5 +88,8 @@ def make_model(
         show_rising=not described and any("trend" in asks_of_data(need) for need in needs),  # which marks say better
         described=described,
         described_needs=own,
+        one_pass=config.mode == "one-pass",
+        reasoning_end=config.reasoning_end,
+        max_reasoning_tokens=config.max_reasoning_tokens,
     )
     return model, tokenizer, builder

@@ -74,6 +74,9 @@ class RunInfo:
     needs: list[str]
     seed: int
     described: bool = False
+    mode: str = "decode"
+    max_reasoning_tokens: int | None = None
+    reasoning_end: str | None = None
     show: Sequence[str] = ("title",)
     max_title_tokens: int | None = None
     model: str = ""  # which the run began with
@@ -86,6 +89,9 @@ class RunInfo:
     ) -> RunInfo:
         return cls(
             encoding=builder.encoding,
+            mode=config.mode,
+            max_reasoning_tokens=config.max_reasoning_tokens,
+            reasoning_end=None if config.max_reasoning_tokens is None else config.reasoning_end,
             max_title_tokens=builder.max_title_tokens,
             show_titles=builder.show_titles,
             show_rising=builder.show_rising,
@@ -367,6 +373,9 @@ class RunFolder:
             described=info.described,
             show=info.show,
             described_needs=make_needs(info.own_needs) if info.own_needs else (),
+            one_pass=info.mode == "one-pass",
+            reasoning_end=info.reasoning_end,
+            max_reasoning_tokens=info.max_reasoning_tokens,
         )
         return info, model, builder
 

@@ -108,6 +108,8 @@ class Training:
                 num_imitated=min((n for n in cutoffs if n), default=None),
                 separator=self.builder.separator,
                 end=self.builder.end,
+                one_pass=self.builder.one_pass,
+                reasoning_end=self.builder.reasoning.get("reasoning_end"),
                 callbacks=[self.log.of_stage(stage), ProgressBar(name), *self._tracking(name)],
             )
             self._draw_curve(trainer, stage)
@@ -134,6 +136,8 @@ class Training:
                 reference=reference,
                 separator=self.builder.separator,
                 end=self.builder.end,
+                reasoning_end=self.builder.reasoning.get("reasoning_end"),
+                num_tokens=self.builder.reasoning.get("num_tokens"),
                 callbacks=[
                     self.log.of_stage(stage),
                     ProgressBar(name),
@@ -178,7 +182,7 @@ def reinforcement_arguments(config: ExperimentConfig) -> FlexRecConfig:
     common["save_total_limit"] = 2  # so that one is whole while the next is written
     if config.save_every:
         common |= {"save_strategy": "steps", "save_steps": config.save_every}
-    return FlexRecConfig(**common, **config.of_trainer())
+    return FlexRecConfig(**common, **config.of_trainer(), max_reasoning_tokens=config.max_reasoning_tokens)
 
 
 def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, learning_rate: float) -> dict[str, Any]:
@@ -201,6 +205,8 @@ def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, lear
         "weight_decay": 0.01,
         "max_grad_norm": 1.0,
         "bf16": config.bf16,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": 1,
         "save_strategy": "no",

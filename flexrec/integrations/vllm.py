@@ -232,6 +232,8 @@ class RankingLogitsProcessor(*_base_classes()):  # type: ignore[misc]
             at = np.repeat(index[~bound], [len(stops) for stops in never])
             where = self._upload(np.stack([at, np.array([token for stops in never for token in stops])]))
             logits[where[0], where[1]] = -torch.inf
+        for i in np.flatnonzero(~bound).tolist():
+            logits[index[i], rows[i].num_tokens or logits.shape[1] :] = -torch.inf
 
     def _let_through(self, logits: torch.Tensor, index: NDArray[np.int64], ids: NDArray[np.int32]) -> None:
         """Keep the logits of ``ids`` (rows, A), where ids may be repeated, and no others in the rows ``index``."""
@@ -295,6 +297,7 @@ class _Row:
     def __init__(self, request: RankingRequest, stops: list[int], output: list[int]) -> None:
         self.stops, self.output = stops, output
         self.rule = request.reasoning_rule(stops)
+        self.num_tokens = request.num_tokens
         self.state = request.state()
         # What is allowed after the ranking. Where nothing is known to end the request it repeats a token.
         self.closing = stops or list(request.end[-1:]) or [0]

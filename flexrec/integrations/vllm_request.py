@@ -37,6 +37,7 @@ class RankingRequest:
         num_ranked: rank at most so many; None for all.
         reasoning_end: token ids of the marker that ends free-form reasoning before the ranking; None for none.
         max_reasoning_tokens: after so many tokens without the marker it is forced.
+        num_tokens: the tokenizer's size, beyond which many embeddings are padded: reasoning has no token from there.
 
     Raises:
         ValueError, TypeError: as `flexrec.rankings.RankingState` and `flexrec.rankings.reasoning.reasoning_rule`.
@@ -48,6 +49,7 @@ class RankingRequest:
     num_ranked: int | None = None
     reasoning_end: TokenIds | None = None
     max_reasoning_tokens: int | None = None
+    num_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.num_ranked, bool):
@@ -57,6 +59,10 @@ class RankingRequest:
         self.candidates = [_integers("candidates", sequence) for sequence in self.candidates]
         self.separator, self.end = _integers("separator", self.separator), _integers("end", self.end)
         self.num_ranked = None if self.num_ranked is None else operator.index(self.num_ranked)
+        if self.num_tokens is not None:
+            (self.num_tokens,) = _integers("num_tokens", [self.num_tokens])
+            if self.num_tokens < 1:
+                raise ValueError(f"num_tokens must be the tokenizer's size, got {self.num_tokens}")
         if self.reasoning_end is not None:
             self.reasoning_end = _integers("reasoning_end", self.reasoning_end)
         rule = self.reasoning_rule()

@@ -23,6 +23,7 @@ def vocabulary_logprobs(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    soft_cap: float | None = None,
     never: Sequence[int] = (),
     chunk_size: int = 512,
 ) -> Tensor:
@@ -36,6 +37,7 @@ def vocabulary_logprobs(
         targets: (M,) integer token ids, none of ``never``.
         bias: (V,) floating, added to the logits.
         temperature: what the logits are divided by; positive.
+        soft_cap: c, where logits are c tanh(logit / c) before that; positive. None: they are not.
         never: token ids that are impossible.
         chunk_size: positions whose logits exist at a time.
 
@@ -51,6 +53,8 @@ def vocabulary_logprobs(
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],))
     check_temperature(temperature)
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     size = weight.shape[0]
@@ -68,8 +72,10 @@ def vocabulary_logprobs(
     dtype = accumulation_dtype(hidden, weight)
 
     def of_chunk(states: Tensor, of_targets: Tensor) -> Tensor:
-        logits = torch.nn.functional.linear(states, weight, bias).to(dtype) / temperature  # (chunk, V)
-        logits = logits.index_fill(1, impossible, -torch.inf)
+        logits = torch.nn.functional.linear(states, weight, bias).to(dtype)  # (chunk, V)
+        if soft_cap is not None:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        logits = (logits / temperature).index_fill(1, impossible, -torch.inf)
         return logits.log_softmax(dim=1).gather(1, of_targets[:, None])[:, 0]
 
     chunks = zip(hidden.split(chunk_size), targets.long().split(chunk_size), strict=True)

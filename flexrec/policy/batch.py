@@ -31,6 +31,7 @@ class RankingBatch:
     num_generations: int
     reasoning: ReasoningTokens | None = None
     places: Places | None = None  # where candidates are read in their prompts, and the rows have no answers
+    one_pass: bool = False  # the first decision's distribution is that of every rank, and the rows have no answers
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,6 +60,7 @@ def make_batch(
     pad_token_id: int = 0,
     device: torch.device | str = "cpu",
     by_token: bool = False,
+    one_pass: bool = False,
 ) -> RankingBatch:
     """Model inputs that score ``rankings`` (N, T; -1 beyond a row's own) under P prompts and candidate lists.
 
@@ -66,12 +68,13 @@ def make_batch(
     that of a rollout, stands between a prompt and its ranking, and :func:`reasoning_logprobs` scores it. With
     ``by_token`` candidates of a single token are treated as those of several are. Tokens may be sums
     (:mod:`flexrec.policy.row_tokens`). Candidates that are read in the prompt (:mod:`flexrec.policy.places`) have no
-    answers: a row is a prompt, whatever ``rankings_per_row`` says.
+    answers: a row is a prompt, whatever ``rankings_per_row`` says. So it is with ``one_pass``, where rankings are drawn
+    from the Plackett-Luce model of the first decision's logits, of candidates of a single token.
     """
-    if are_places(candidates):
+    if are_places(candidates) or one_pass:
         if reasoning is not None or by_token:
-            raise ValueError("candidates that are read in the prompt have no answers, nor reasoning before them")
-        return _in_place(prompts, candidates, rankings, num_generations, pad_token_id, device)
+            raise ValueError("rankings that one pass over the prompt decides have no answers and no reasoning")
+        return _of_prompts(prompts, candidates, rankings, num_generations, pad_token_id, device)
     prompts, candidates, table = numbered(prompts, candidates, [*separator, *end])
     if table is not None and by_token:
         raise ValueError("candidates that are sums of tokens are scored as wholes: leave by_token out")
@@ -116,7 +119,7 @@ def make_batch(
     )
 
 
-def _in_place(
+def _of_prompts(
     prompts: Prompts,
     candidates: CandidateLists,
     rankings: np.ndarray,
@@ -124,24 +127,45 @@ def _in_place(
     pad_token_id: int,
     device: torch.device | str,
 ) -> RankingBatch:
-    places = places_of(prompts, candidates)  # type: ignore[arg-type]
-    numbers = [[[k] for k in range(len(lst))] for lst in candidates]
-    ranked = (np.asarray(rankings) >= 0).sum(axis=1)
-    nothing = [np.zeros(0, dtype=np.int64)] * len(prompts)
-    ids = torch.arange(places.before_end.size).view(places.before_end.shape)
+    """Rows that are prompts alone, as one pass over them says all."""
+    places, table = None, None
     sizes = torch.tensor([len(lst) for lst in candidates])
-    ids = torch.where(torch.arange(ids.shape[1]) < sizes[:, None], ids, ids[:, :1])
+    if are_places(candidates):
+        places = places_of(prompts, candidates)  # type: ignore[arg-type]
+        ids = numbers_of(sizes)
+    else:
+        prompts, candidates, table = numbered(prompts, candidates, ())
+        found = _single_tokens(candidates, (), "cpu")
+        if found is None:
+            raise ValueError(
+                "one pass over the prompt decides among candidates of one token each: use encoding 'label', "
+                "'item_token' or 'score'"
+            )
+        ids = found
+    nothing = [np.zeros(0, dtype=np.int64)] * len(prompts)
     return RankingBatch(
-        tokens=pack_rankings(prompts, nothing, pad_token_id=pad_token_id, device=device),  # type: ignore[arg-type]
+        tokens=pack_rankings(prompts, nothing, table=table, pad_token_id=pad_token_id, device=device),  # type: ignore[arg-type]
         rankings=torch.as_tensor(np.asarray(rankings), dtype=torch.int64).to(device),
         lengths=sizes.repeat_interleave(num_generations).to(device),
         encoded=encode_rankings(
-            numbers, rankings, num_ranked=ranked, num_generations=num_generations, with_allowed=False
+            [[[k] for k in range(len(lst))] for lst in candidates],
+            rankings,
+            num_ranked=(np.asarray(rankings) >= 0).sum(axis=1),
+            num_generations=num_generations,
+            with_allowed=False,
         ),
         candidate_ids=ids.to(device),
         num_generations=num_generations,
         places=places,
+        one_pass=places is None,
     )
+
+
+def numbers_of(sizes: torch.Tensor) -> torch.Tensor:
+    """(P, K) int64 a number for each candidate of lists of ``sizes`` (P,); behind a list's own its first."""
+    width = int(sizes.max())
+    ids = torch.arange(len(sizes) * width, device=sizes.device).view(-1, width)
+    return torch.where(torch.arange(width, device=sizes.device) < sizes[:, None], ids, ids[:, :1])
 
 
 def _single_tokens(candidates: Candidates, separator: Sequence[int], device: torch.device | str) -> torch.Tensor | None:

@@ -1,6 +1,10 @@
 """The last hidden state of a language model and its output layer: all that restricted distributions are made of.
 
 Logits of the whole vocabulary are never computed: a distribution over a few tokens needs a few rows of the layer.
+
+Some models change their logits behind the layer. A factor (Cohere, Granite, Falcon-H1) is put on the states that
+:func:`last_hidden` returns. A soft cap c (Gemma 2 and 4), c tanh(logit / c), bends each logit by itself, so that
+whoever makes logits asks for it by :func:`soft_cap`.
 """
 
 from __future__ import annotations
@@ -17,9 +21,13 @@ from flexrec.policy.packing import TokenRows, attention_mask
 from flexrec.policy.row_tokens import RowTokens, summed_inputs
 from flexrec.profiling import span
 
+# What models multiply their logits by, and what they divide them by, as their configurations call it.
+_FACTORS, _DIVISORS = ("logit_scale", "lm_head_multiplier", "output_multiplier"), ("logits_scaling",)
+
 
 def last_hidden(model: Any, *, table: RowTokens | None = None, **inputs: Any) -> Tensor:
-    """(B, L, D) states that enter the output layer, which itself computes nothing.
+    """(B, L, D) states that enter the output layer, times what the model multiplies its logits by; the layer itself
+    computes nothing.
 
     The call goes through ``model`` as a whole, so that who has laid a hand on it sees its forward pass: DDP, FSDP,
     DeepSpeed, the mixed precision of accelerate. Of its layers the last one's states alone are kept.
@@ -42,10 +50,12 @@ def last_hidden(model: Any, *, table: RowTokens | None = None, **inputs: Any) ->
     try:
         none = torch.empty(0, dtype=torch.int64, device=inputs["input_ids"].device)
         with summed_inputs(inner.get_input_embeddings(), table):
-            return model(**inputs, logits_to_keep=none).hidden_states[-1]
+            hidden = model(**inputs, logits_to_keep=none).hidden_states[-1]
     finally:
         for hook in hooks:
             hook.remove()
+    factor = _logit_factor(inner)
+    return hidden if factor == 1 else hidden * factor
 
 
 def hidden_of_rows(model: Any, rows: TokenRows) -> Tensor:
@@ -66,17 +76,9 @@ def output_layer(model: Any) -> tuple[Tensor, Tensor | None]:
     pass.
 
     Raises:
-        ValueError: a model whose logits are not ``hidden @ weight.T + bias`` (soft-capped or scaled logits), or its
-            adapters make no such weight (LoRA with dropout, say).
+        ValueError: the layer's adapters make no such weight (LoRA with dropout, say).
     """
     outer, model = getattr(model, "module", model), causal_lm(model)
-    config = model.config
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(
-                f"this model changes its logits after the output layer ({name}={getattr(config, name)}), "
-                f"which restricted log-probs do not reproduce: use a model without it"
-            )
     layer = model.get_output_embeddings()
     is_spread = gather_layer(outer, layer)
     weight, bias = _weight_and_bias(layer)
@@ -84,7 +86,28 @@ def output_layer(model: Any) -> tuple[Tensor, Tensor | None]:
         # States without gradients may be kept for longer than the layer stays whole; and the memory of what NumPy has
         # read, as kernels on the CPU do, could not be given back.
         weight, bias = weight.clone(), None if bias is None else bias.clone()
-    return weight, bias
+    factor = _logit_factor(model)
+    return weight, bias if bias is None or factor == 1 else bias * factor
+
+
+def soft_cap(model: Any) -> float | None:
+    """What the model's logits stay below in size, c in c tanh(logit / c); None where they are not bent."""
+    cap = getattr(causal_lm(model).config.get_text_config(), "final_logit_softcapping", None)
+    return None if cap is None else float(cap)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """The logits as the model has them."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _logit_factor(model: Any) -> float:
+    config, factor = model.config.get_text_config(), 1.0
+    for name in _FACTORS:
+        factor *= getattr(config, name, None) or 1.0
+    for name in _DIVISORS:
+        factor /= getattr(config, name, None) or 1.0
+    return factor
 
 
 def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:

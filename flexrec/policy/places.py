@@ -62,16 +62,28 @@ def places_of(prompts: Sequence[Sequence[Any]], candidates: Sequence[Sequence[Se
 
 
 def scores_in_place(
-    places: Places, rows: TokenRows, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    places: Places,
+    rows: TokenRows,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """(P, K) float32 scores from the states ``hidden`` (B, L, D) of the prompts; differentiable.
 
     Args:
         rows: the prompts, without answers.
         weight, bias: of the output layer, (V, D) and (V,) or None.
+        cap: what the model's logits are bent by (:func:`flexrec.policy.lm_head.soft_cap`).
     """
     ends = (rows.prompt_start + rows.prompt_length)[:, None]  # (P, 1)
     flat = torch.from_numpy(rows.row[:, None] * hidden.shape[1] + ends - places.before_end)  # (P, K)
     states = hidden.flatten(0, 1)[flat.to(hidden.device)].float()  # (P, K, D)
-    scores = states @ (weight[places.yes].float() - weight[places.no].float())
-    return scores if bias is None else scores + (bias[places.yes] - bias[places.no]).float()
+    words = [places.yes, places.no]
+    with torch.autocast(states.device.type, enabled=False):  # whose products are of bfloat16, too coarse to tell scores
+        if cap is None:
+            scores = states @ (weight[places.yes].float() - weight[places.no].float())
+            return scores if bias is None else scores + (bias[places.yes] - bias[places.no]).float()
+        both = states @ weight[words].float().mT  # (P, K, 2)
+        both = cap * torch.tanh((both if bias is None else both + bias[words].float()) / cap)
+        return both[..., 0] - both[..., 1]

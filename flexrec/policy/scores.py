@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from flexrec.ops.all_actions import all_actions_objective, all_actions_objective_with_kl
 from flexrec.ops.all_actions import all_actions_of_scores as objective_of_scores
@@ -18,9 +19,11 @@ from flexrec.ops.ranking_logprobs import ranking_logprobs, ranking_logprobs_with
 from flexrec.ops.restricted_logprobs import Results, restricted_logprobs, restricted_logprobs_with_kl
 from flexrec.ops.swap_rewards import swap_scores
 from flexrec.ops.vocabulary_logprobs import vocabulary_logprobs
-from flexrec.policy.batch import RankingBatch
-from flexrec.policy.lm_head import hidden_of_rows, output_layer
+from flexrec.policy.batch import RankingBatch, numbers_of
+from flexrec.policy.lm_head import capped, hidden_of_rows, output_layer, soft_cap
 from flexrec.policy.places import scores_in_place
+
+_ENTRIES = 4096  # of capped logits whose products exist at a time
 
 
 class RankingStates(NamedTuple):
@@ -29,7 +32,18 @@ class RankingStates(NamedTuple):
     hidden: torch.Tensor  # (N, T, D) for single-token candidates, else (M, D): the state before each decision
     weight: torch.Tensor  # (V, D)
     bias: torch.Tensor | None  # (V,)
-    reasoning: torch.Tensor | None = None  # (M', D) the state before each sampled token of the reasoning
+    reasoning: ReasoningStates | None = None
+    candidates: torch.Tensor | None = None  # (P, K) int64 rows of the weight, where they are not the batch's tokens
+    cap: float | None = None  # of decisions of several tokens, whose logits are still to be bent
+
+
+class ReasoningStates(NamedTuple):
+    """What the distributions of the reasoning's sampled tokens are made of."""
+
+    hidden: torch.Tensor  # (M, D) the state before each
+    weight: torch.Tensor  # (V, D)
+    bias: torch.Tensor | None  # (V,)
+    cap: float | None
 
 
 class RankingScores(NamedTuple):
@@ -57,23 +71,57 @@ def ranking_states(model: Any, batch: RankingBatch) -> RankingStates:
 def decision_states(model: Any, batch: RankingBatch, hidden: torch.Tensor) -> RankingStates:
     """Keep the states at decisions of ``hidden`` (B, L, D), the model's states for the batch.
 
-    Where candidates are read in their prompts, the states are ones, and the weight (P K, 1) the candidates' scores.
+    Where one pass over the prompts says all, the states are ones, and the weight (P K, 1) the candidates' scores. Where
+    logits are capped, the states (N, T, K) are the capped logits of the candidates, and the weight is a unit matrix.
     """
-    if batch.places is not None:
-        scores = scores_in_place(batch.places, batch.tokens, hidden, *output_layer(model))
-        return RankingStates(scores.new_ones(*batch.shape, 1), scores.reshape(-1, 1), None)
+    output, cap = output_layer(model), soft_cap(model)
+    if batch.places is not None or batch.one_pass:
+        if batch.places is not None:
+            scores = scores_in_place(batch.places, batch.tokens, hidden, *output, cap)
+        else:
+            scores = _first_logits(batch, hidden, *output, cap)
+        of_each = numbers_of(batch.lengths[:: batch.num_generations])
+        return RankingStates(scores.new_ones(*batch.shape, 1), scores.reshape(-1, 1), None, candidates=of_each)
     of_reasoning, start = None, np.zeros(batch.shape[0], dtype=np.int64)  # (N,) where the rankings begin
     if batch.reasoning is not None:
         start = batch.reasoning.lengths
-        of_reasoning = _states_before(batch, hidden, *batch.reasoning_mask.cpu().numpy().nonzero())
+        before = _states_before(batch, hidden, *batch.reasoning_mask.cpu().numpy().nonzero())
+        of_reasoning = ReasoningStates(before, *output, cap)
     if batch.candidate_ids is not None:
         n, t = batch.shape
         rankings, steps = np.repeat(np.arange(n), t), np.tile(np.arange(t), n)
         states = _states_before(batch, hidden, rankings, start[rankings] + steps).view(n, t, -1)
+        if cap is not None:
+            logits = capped(_logits_of_candidates(states, _rows_of_tokens(*output, batch)), cap)
+            unit = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+            numbers = torch.arange(len(unit), device=logits.device).expand_as(batch.candidate_ids)
+            return RankingStates(logits, unit, None, of_reasoning, numbers)
     else:
         rows, positions = batch.encoded.decision_rows, batch.encoded.decision_positions
         states = _states_before(batch, hidden, rows, start[rows] + positions)
-    return RankingStates(states, *output_layer(model), of_reasoning)
+    return RankingStates(states, *output, of_reasoning, cap=cap)
+
+
+def _first_logits(
+    batch: RankingBatch, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cap: float | None
+) -> torch.Tensor:
+    """(P, K) float32 logits of the candidates behind their prompts."""
+    assert batch.candidate_ids is not None
+    prompts = np.arange(len(batch.candidate_ids))
+    states = _states_before(batch, hidden, prompts, np.zeros_like(prompts))  # (P, D)
+    return capped(_logits_of_candidates(states[:, None], _rows_of_tokens(weight, bias, batch))[:, 0], cap)
+
+
+def _logits_of_candidates(states: torch.Tensor, rows: OutputRows) -> torch.Tensor:
+    """(N, T, K) float32 logits at ``states`` (N, T, D) of N / P rankings of each of P lists."""
+    n, t, d = states.shape
+    size, k = rows.candidates.shape
+    with torch.autocast(states.device.type, enabled=False):  # whose products are of bfloat16
+        of_lists = states.float().reshape(size, -1, d)  # (P, N / P T, D)
+        logits = (of_lists @ rows.weight[rows.candidates].float().mT).view(n, t, k)
+    if rows.bias is None:
+        return logits
+    return logits + rows.bias[rows.candidates].float().repeat_interleave(n // size, dim=0)[:, None]
 
 
 def _states_before(
@@ -94,15 +142,17 @@ def reasoning_logprobs(states: RankingStates, batch: RankingBatch, *, temperatur
     """
     if batch.reasoning is None or states.reasoning is None:
         raise ValueError("the batch holds no reasoning: give make_batch that of the rollout")
+    hidden, weight, bias, cap = states.reasoning
     mask = batch.reasoning_mask
     sampled = [row[:count] for row, count in zip(batch.reasoning.tokens, batch.reasoning.num_sampled, strict=True)]
     targets = torch.from_numpy(np.concatenate(sampled).astype(np.int64)).to(mask.device)
     logprobs = vocabulary_logprobs(
-        states.reasoning,
-        states.weight,
+        hidden,
+        weight,
         targets,
-        bias=states.bias,
+        bias=bias,
         temperature=temperature,
+        soft_cap=cap,
         never=batch.reasoning.never,
     )
     return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)
@@ -232,12 +282,38 @@ def decision_scores(
     :func:`make_batch`, ``by_token``). Differentiable as :func:`ranking_scores`.
     """
     encoded = batch.encoded
-    allowed = (_on_device(array, batch) for array in (encoded.allowed_ids, encoded.allowed_offsets, encoded.targets))
-    arguments = (states.hidden, states.weight, *allowed)
+    arrays = (encoded.allowed_ids, encoded.allowed_offsets, encoded.targets)
+    ids, offsets, targets = (_on_device(array, batch) for array in arrays)
+    if states.cap is not None:  # an entry for each logit, once it is bent
+        rows = torch.arange(len(targets), device=ids.device).repeat_interleave(offsets.diff())
+        chosen = (ids == targets[rows]).nonzero()[:, 0]
+        states = _capped_decisions(states, ids, rows)
+        if reference is not None:
+            with torch.no_grad():
+                reference = _capped_decisions(reference, ids, rows)
+        ids, targets = torch.arange(len(ids), device=ids.device), chosen
+    arguments = (states.hidden, states.weight, ids, offsets, targets)
     options: dict[str, Any] = {"values": values, "bias": states.bias, "temperature": temperature}
     if reference is None:
         return Results(*restricted_logprobs(*arguments, **options), None)
     return Results(*restricted_logprobs_with_kl(*arguments, **options | _reference_arguments(reference, reference)))
+
+
+def _capped_decisions(states: RankingStates, ids: torch.Tensor, rows: torch.Tensor) -> RankingStates:
+    """States of ones (M, 1); the capped logits of the allowed ``ids`` (nnz,) of ``rows`` (nnz,) as a weight (nnz, 1).
+
+    The products exist for some thousand entries at a time, and are formed once more in the backward pass.
+    """
+
+    def of_some(hidden: torch.Tensor, weight: torch.Tensor, some: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        return (hidden[of].float() * weight[some].float()).sum(dim=1)
+
+    with torch.autocast(states.hidden.device.type, enabled=False):
+        parts = zip(ids.split(_ENTRIES), rows.split(_ENTRIES), strict=True)
+        logits = [checkpoint(of_some, states.hidden, states.weight, *part, use_reentrant=False) for part in parts]
+    bias = 0.0 if states.bias is None else states.bias[ids].float()
+    bent = capped(torch.cat(logits) + bias, states.cap)
+    return RankingStates(bent.new_ones(len(states.hidden), 1), bent[:, None], None)
 
 
 class OutputRows(NamedTuple):
@@ -249,13 +325,19 @@ class OutputRows(NamedTuple):
 
 
 def output_rows(states: RankingStates, batch: RankingBatch) -> OutputRows:
-    """The vocabulary's rows, or, where candidates are sums, a row for each candidate of each list."""
+    """The vocabulary's rows, or, where candidates are sums or their scores are known, rows of their own."""
+    if states.candidates is not None:
+        return OutputRows(states.weight, states.bias, states.candidates)
+    return _rows_of_tokens(states.weight, states.bias, batch)
+
+
+def _rows_of_tokens(weight: torch.Tensor, bias: torch.Tensor | None, batch: RankingBatch) -> OutputRows:
     assert batch.candidate_ids is not None
     table = batch.tokens.table
     if table is None:
-        return OutputRows(states.weight, states.bias, batch.candidate_ids)
+        return OutputRows(weight, bias, batch.candidate_ids)
     of_candidates = table.take(np.arange(batch.candidate_ids.numel()))
-    return OutputRows(*of_candidates.summed(states.weight, states.bias), batch.candidate_ids)
+    return OutputRows(*of_candidates.summed(weight, bias), batch.candidate_ids)
 
 
 def _reference_arguments(reference: RankingStates, rows: OutputRows | RankingStates) -> dict[str, Any]:

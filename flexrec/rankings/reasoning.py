@@ -1,8 +1,9 @@
 """Free-form reasoning before a ranking: one rule for everything that samples it or scores it.
 
 A completion is [reasoning][marker][ranking]. Until the marker ``reasoning_end`` (say the tokens of "</think>") stands,
-any token may come but those that end a sequence. A row with ``max_reasoning_tokens`` tokens and no marker gets what its
-last tokens lack of one, token by token; then the ranking begins. Reasoning and marker belong to no item.
+any token may come but those that end a sequence, and those that no tokenizer can read. A row with
+``max_reasoning_tokens`` tokens and no marker gets what its last tokens lack of one, token by token; then the ranking
+begins. Reasoning and marker belong to no item.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class ReasoningTokens:
 
 @dataclass(frozen=True)
 class ReasoningRule:
-    """When reasoning ends; see the module. Tokens ``never`` end a sequence and are not allowed in it."""
+    """When reasoning ends; see the module. Tokens ``never`` end a sequence or mean nothing, and do not come in it."""
 
     end: tuple[int, ...]
     max_tokens: int
@@ -78,12 +79,12 @@ class ReasoningRule:
 
 
 def reasoning_rule(
-    reasoning_end: Sequence[int] | None, max_reasoning_tokens: int | None, eos_token_ids: Sequence[int]
+    reasoning_end: Sequence[int] | None, max_reasoning_tokens: int | None, never: Sequence[int]
 ) -> ReasoningRule | None:
-    """The rule that these arguments ask for; None where both are None.
+    """The rule that these arguments ask for; None where both are None. ``never`` are tokens that it must not hold.
 
     Raises:
-        ValueError: one without the other, an empty marker, a negative budget, or a marker that ends the sequence.
+        ValueError: one without the other, an empty marker, a negative budget, or a marker of tokens that never come.
         TypeError: a budget that is no int.
     """
     if reasoning_end is None and max_reasoning_tokens is None:
@@ -100,21 +101,28 @@ def reasoning_rule(
     end = tuple(int(token) for token in reasoning_end)
     if not end or min(end) < 0:
         raise ValueError(f"reasoning_end must hold at least one token id, none negative, got {list(end)}")
-    ends_both = set(end) & set(eos_token_ids)
+    ends_both = set(end) & set(never)
     if ends_both:
         raise ValueError(
-            f"reasoning_end {list(end)} holds token {min(ends_both)}, which ends a sequence: "
-            f"choose a marker that the ranking can follow"
+            f"reasoning_end {list(end)} holds token {min(ends_both)}, which ends a sequence or is not of the "
+            f"tokenizer: choose a marker that the ranking can follow"
         )
-    return ReasoningRule(end, max_reasoning_tokens, tuple(eos_token_ids))
+    return ReasoningRule(end, max_reasoning_tokens, tuple(never))
 
 
-def eos_token_ids(model: Any) -> tuple[int, ...]:
-    """The tokens at which the model's generate stops, ascending; none that its vocabulary does not have."""
-    ids: set[int] = set()
+def never_tokens(model: Any, num_tokens: int | None = None) -> tuple[int, ...]:
+    """What reasoning never holds, ascending: the tokens at which the model's generate stops, and those of its
+    embedding that lie beyond the tokenizer's ``num_tokens``, with which many are padded; none without an entry.
+
+    Raises:
+        ValueError: a tokenizer with more tokens than the model.
+    """
+    size = model.config.get_text_config().vocab_size
+    if num_tokens is not None and not 0 < num_tokens <= size:
+        raise ValueError(f"num_tokens must be the tokenizer's size, from 1 to the model's {size}, got {num_tokens}")
+    ids: set[int] = set(range(size if num_tokens is None else num_tokens, size))
     for config in (getattr(model, "generation_config", None), model.config):
         found = getattr(config, "eos_token_id", None)
         if found is not None:
             ids |= {found} if isinstance(found, int) else set(found)
-    size = model.config.get_text_config().vocab_size
     return tuple(sorted(token for token in ids if token < size))

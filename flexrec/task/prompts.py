@@ -29,6 +29,8 @@ MAX_RISING = 8
 LIKED, SEEN = "\nLiked before:\n", "Seen before:\n"
 SEARCHED = "\nSearched for:\n"  # of prompts with a query
 RISING, CANDIDATES, RANKING = "Rising now:\n", "Candidates:\n", "Ranking, best first:\n"
+# Where there is room to think, in place of the last.
+THINKING = "Think first, in a few words: what is asked for, and who has it? Then {end} and the ranking, best first.\n"
 # What stands behind a candidate that is scored where it stands.
 QUESTION, YES, NO = " | match?", " yes", " no"
 
@@ -98,9 +100,14 @@ class PromptBuilder:
         described: items are several tokens whose rows are summed (:mod:`flexrec.task.descriptions`), of the embedded
             model's tokenizer. For "item_token" only.
         described_needs: needs by what candidates offer to which they are described, too.
+        one_pass: the model ranks by its first decision (:mod:`flexrec.decoding.one_pass`): said to who asks it.
+        reasoning_end, max_reasoning_tokens: prompts leave room to think, up to this text or so many tokens
+            (:mod:`flexrec.rankings.reasoning`). Where it closes a tag, "</think>", prompts end with what opens it.
 
     Attributes:
         separator, end: token ids between two items of an answer and after the last.
+        reasoning: what :func:`flexrec.decoding.sample_rankings` is to be told of reasoning, by argument; empty where
+            there is none.
 
     Raises:
         ValueError: no eos token, or items described under another encoding or by a tokenizer without the tokens for it.
@@ -137,6 +144,9 @@ class PromptBuilder:
         show_rising: bool = True,
         described: bool = False,
         described_needs: Sequence[Need] = (),
+        one_pass: bool = False,
+        reasoning_end: str | None = None,
+        max_reasoning_tokens: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.encoding = check_choice("encoding", encoding, ENCODINGS)
@@ -146,6 +156,7 @@ class PromptBuilder:
             raise ValueError(f"show must name what a prompt shows, with encoding 'title' also the title, got {show!r}")
         self.max_title_tokens = max_title_tokens
         self.show_rising = show_rising
+        self.one_pass = one_pass
         self.described = described
         if described and encoding != "item_token":
             raise ValueError(f"item tokens are described by others: use encoding 'item_token', got {encoding!r}")
@@ -159,6 +170,20 @@ class PromptBuilder:
         self.end: tuple[int, ...] = ()
         self._labels: list[int] = []
         self._answers = self._yes_and_no() if encoding == "score" else (0, 0)
+        self.reasoning: dict[str, Any] = {}
+        self._asked = self._encode(RANKING)
+        self._thinking: list[int] = []
+        if reasoning_end is not None and max_reasoning_tokens is not None:
+            # As the model's own marker, where it has one.
+            marker = tuple(tokenizer.encode(reasoning_end, add_special_tokens=False))
+            self.reasoning = {
+                "reasoning_end": marker,
+                "max_reasoning_tokens": max_reasoning_tokens,
+                "num_tokens": len(tokenizer),
+            }
+            self._asked = self._encode(THINKING.format(end=reasoning_end))
+            if reasoning_end.startswith("</"):
+                self._thinking = tokenizer.encode("<" + reasoning_end[2:] + "\n", add_special_tokens=False)
         if encoding not in OF_ONE_TOKEN:
             if tokenizer.eos_token_id is None:
                 raise ValueError("the tokenizer has no eos token, which ends an answer of encoding 'index' or 'title'")
@@ -216,7 +241,7 @@ class PromptBuilder:
             ids += [*self._encode(RISING), *self._listing(rising, rises=rises)]
         ids += [*self._encode(CANDIDATES), *self._listing(candidates, named=True, more=marks)]
         if self.encoding != "score":  # whose prompt ends with the last question
-            ids += [*self._encode(RANKING), *after]
+            ids += [*self._asked, *after, *self._thinking]
         return ids, (start, end)
 
     def prompt_of(

@@ -42,6 +42,7 @@ class RankingTrainer(Trainer):
         model: a causal language model.
         train_dataset: of :class:`flexrec.task.Example`; one with a ``set_epoch`` is told when an epoch begins.
         separator, end: token ids between two items of an answer and after the last.
+        one_pass: rankings are decided behind the prompt (:mod:`flexrec.decoding.one_pass`) and spell no answer.
 
     Example:
         >>> from transformers import TrainingArguments
@@ -65,6 +66,7 @@ class RankingTrainer(Trainer):
         *,
         separator: Sequence[int] = (),
         end: Sequence[int] = (),
+        one_pass: bool = False,
         **kwargs: Any,
     ) -> None:
         if args.n_gpu > 1:
@@ -85,6 +87,7 @@ class RankingTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean: the base class divides it among micro-batches
         self.separator = tuple(separator)
         self.end = tuple(end)
+        self.one_pass = one_pass
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
         self._slot = 0
         self._loss_is_finite = True  # of every micro-batch of the update, on every process
@@ -179,6 +182,7 @@ class RankingTrainer(Trainer):
             rankings_per_row=rankings_per_row,
             reasoning=reasoning,
             device=self.args.device,
+            one_pass=self.one_pass,
         )
 
 

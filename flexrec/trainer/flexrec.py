@@ -38,7 +38,7 @@ from flexrec.policy.scores import (
     reasoning_logprobs,
 )
 from flexrec.profiling import span
-from flexrec.rankings.reasoning import eos_token_ids, reasoning_rule
+from flexrec.rankings.reasoning import never_tokens, reasoning_rule
 from flexrec.task.examples import Example, prompts_and_candidates
 from flexrec.trainer.base import EpochOrder, LossAndMetrics, RankingTrainer, pad_rows
 from flexrec.trainer.options import CORRECTED, OF_ALL_ACTIONS, TrainerOptions
@@ -96,6 +96,8 @@ class FlexRecTrainer(RankingTrainer):
         reasoning_end: token ids of the marker between reasoning and ranking, where ``max_reasoning_tokens`` asks for
             reasoning. It is trained by the metric of the ranking that it leads to, against the mean of its prompt's:
             with ``num_generations`` = 1 there is nothing to compare with, and no gradient through it.
+        num_tokens: the tokenizer's size, beyond which many embeddings are padded: reasoning has no token from there.
+            Default: that of ``processing_class``, where it is given.
 
     Example:
         >>> from flexrec.data import simulate
@@ -124,16 +126,22 @@ class FlexRecTrainer(RankingTrainer):
         *,
         reference: Any | None = None,
         reasoning_end: Sequence[int] | None = None,
+        num_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
-        never = () if reasoning_end is None else eos_token_ids(causal_lm(model))
+        if num_tokens is None and (tokenizer := kwargs.get("processing_class")) is not None:
+            num_tokens = len(getattr(tokenizer, "tokenizer", tokenizer))
+        self._num_tokens = num_tokens
+        never = () if reasoning_end is None else never_tokens(causal_lm(model), num_tokens)
         self.reasoning = reasoning_rule(reasoning_end, args.max_reasoning_tokens, never)
+        if self.reasoning is not None and args.mode == "one-pass":
+            raise ValueError("mode='one-pass' decides behind the prompt: leave out max_reasoning_tokens")
         own_reference = args.beta > 0 and reference is None
         if own_reference and not has_adapters(model):
             raise ValueError(
                 f"beta={args.beta} weighs the KL to a reference model: give one as reference=, or train a PEFT model"
             )
-        super().__init__(model, args, train_dataset, **kwargs)
+        super().__init__(model, args, train_dataset, one_pass=args.mode == "one-pass", **kwargs)
         if own_reference:
             keep_reference(model)
         needs_reference = reference is not None and args.beta > 0
@@ -276,6 +284,8 @@ class FlexRecTrainer(RankingTrainer):
                 temperature=self.args.temperature,
                 reasoning_end=None if self.reasoning is None else self.reasoning.end,
                 max_reasoning_tokens=self.args.max_reasoning_tokens,
+                num_tokens=self._num_tokens if self.reasoning else None,
+                one_pass=self.one_pass,
                 generator=torch.Generator(self.args.device).manual_seed(seed),
             )
 

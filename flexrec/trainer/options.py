@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexrec.checks import check_options, option
+from flexrec.decoding.options import MODES
 from flexrec.metrics import BASELINES, CREDITS, IMPORTANCE_LEVELS, OF_TOPICS, SCALES, parse_metric
 
 CORRECTED = "all_actions_corrected"
@@ -55,6 +56,12 @@ class TrainerOptions:
         0.0, "weight of the exact KL to the policy that reinforcement starts from (paper: 0.01)", low=0
     )
     entropy_coef: float = option(0.005, "weight of the entropy bonus (paper: 0.005)", low=0)
+    mode: str = option(
+        "decode",
+        "decode a ranking item by item, or draw all of it from the distribution of its first item, in one pass over "
+        "the prompt",
+        choices=MODES,
+    )
     share_prompts: bool = option(
         True, "train on the rankings of one prompt in rows that hold it once, where the model allows it"
     )
@@ -66,6 +73,8 @@ class TrainerOptions:
                 f"metric={self.metric!r} values a list by its topics, which are those of a need: train a need that has "
                 f"this metric, such as diverse, and give the metric of all other needs, such as 'ndcg@10'"
             )
+        if self.mode == "one-pass" and self.importance_level == "token":
+            raise ValueError("mode='one-pass' spells no tokens: it takes importance_level='item' or 'sequence'")
         if self.shuffle_weights and self.uncertainty == "none":
             raise ValueError("shuffle_weights shuffles the weights of uncertainty='rollout' or 'item', got 'none'")
         if self.baseline == "rank" and self.num_generations == 1:

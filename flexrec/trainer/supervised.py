@@ -12,8 +12,9 @@ from flexrec.checks import check_choice
 from flexrec.ops.ranking_metric import greedy_ranking
 from flexrec.ops.vocabulary_logprobs import vocabulary_logprobs
 from flexrec.policy.batch import RankingBatch
-from flexrec.policy.lm_head import hidden_of_rows, output_layer
+from flexrec.policy.lm_head import hidden_of_rows, output_layer, soft_cap
 from flexrec.policy.scores import decision_states, ranking_scores
+from flexrec.rankings.reasoning import ReasoningTokens
 from flexrec.task.examples import Example
 from flexrec.trainer.base import LossAndMetrics, RankingTrainer, pad_rows
 
@@ -30,6 +31,7 @@ class SupervisedTrainer(RankingTrainer):
             left. Ties are broken at random; candidates without a gain have no order and are not imitated. Of a need
             that values lists as a whole it imitates the greedy order, which takes what adds most.
         num_imitated: "listwise" imitates so many ranks at most; default: all that have a gain.
+        reasoning_end: token ids that stand between a prompt and its ranking, where the policy is to reason there.
 
     Example:
         >>> from transformers import TrainingArguments
@@ -41,12 +43,20 @@ class SupervisedTrainer(RankingTrainer):
         1
     """
 
-    def __init__(self, *args: Any, stage: str, num_imitated: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        stage: str,
+        num_imitated: int | None = None,
+        reasoning_end: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.stage = check_choice("stage", stage, STAGES)
         if num_imitated is not None and num_imitated < 1:
             raise ValueError(f"num_imitated must be at least 1, got {num_imitated}")
         self.num_imitated = num_imitated
+        self.reasoning_end = None if reasoning_end is None else np.array(reasoning_end, dtype=np.int64)
 
     def ranking_loss(self, model: Any, examples: list[Example]) -> LossAndMetrics:
         listwise = self.stage == "listwise"
@@ -54,7 +64,11 @@ class SupervisedTrainer(RankingTrainer):
         # Ranks that are not imitated are not spelled either.
         best = slice(self.num_imitated)
         targets = [_best_first(e, rng)[best] if listwise else rng.permutation(len(e.gains)) for e in examples]
-        batch = self._batch(examples, pad_rows(targets, -1))
+        nothing_said = None
+        if self.reasoning_end is not None:
+            count = len(examples)
+            nothing_said = ReasoningTokens([self.reasoning_end] * count, np.zeros(count, dtype=np.int64))
+        batch = self._batch(examples, pad_rows(targets, -1), reasoning=nothing_said)
         hidden = hidden_of_rows(model, batch.tokens)
         logprobs = ranking_scores(decision_states(model, batch, hidden), batch).logprobs
         placed = batch.rankings >= 0
@@ -82,7 +96,7 @@ class SupervisedTrainer(RankingTrainer):
         predicting = hidden[rows, columns - 1]
         targets = batch.tokens.tokens(rows, columns)
         weight, bias = output_layer(model)
-        logprobs = vocabulary_logprobs(predicting, weight, targets, bias=bias)
+        logprobs = vocabulary_logprobs(predicting, weight, targets, bias=bias, soft_cap=soft_cap(model))
         return -logprobs.sum() * share / len(targets)
 
 

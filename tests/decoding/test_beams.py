@@ -20,7 +20,8 @@ from transformers import (
 
 from flexrec.decoding import sample as rollouts
 from flexrec.decoding.logits_processor import RankingLogitsProcessor
-from flexrec.decoding.sample import Rollout, best_of, sample_rankings, search_rankings
+from flexrec.decoding.rollout import Rollout, best_of
+from flexrec.decoding.sample import sample_rankings, search_rankings
 from flexrec.policy.batch import make_batch
 from flexrec.policy.scores import ranking_scores, ranking_states
 from flexrec.rankings import RankingState

@@ -100,6 +100,7 @@ def test_examples_are_ranked_greedily_as_asked(monkeypatch):
             "end": builder.end,
             "num_ranked": 2,
             "greedy": True,
+            "one_pass": False,
         }
 
 

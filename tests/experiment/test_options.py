@@ -25,13 +25,15 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "dataset": "movielens",
         "data": "/somewhere",
         "model": "some/model",
-        "encoding": "title",
+        "encoding": "label",
         "needs": ("trend", "interest"),
         "needs_file": str(tmp_path / "needs.yaml"),
         "credit": "noncausal",
         "tilt": 0.7,
         "show": ("title", "year"),
         "max_title_tokens": 11,
+        "mode": "one-pass",
+        "reasoning_end": "</thought>",
         "micro_batch": 6,
         "eval_lists": 13,
         "dry_run": True,
@@ -55,12 +57,13 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "beta": 0.375,
         "epsilon_low": 0.15,
         "epsilon_high": 0.35,
-        "importance_level": "token",
+        "importance_level": "sequence",
         "share_prompts": False,
         "temperature": 0.6,
         "num_ranked": 8,
         "baselines": ("sasrec", "listwise"),
         "bf16": True,
+        "gradient_checkpointing": True,
         "lora": 9,
         "lora_alpha": 10,
         "lora_targets": ("q_proj", "v_proj"),
@@ -78,8 +81,9 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
         "seed": 13,
     }
     fields = [field for field in dataclasses.fields(ExperimentConfig) if field.name != "data_options"]
-    assert set(given) == {field.name for field in fields}
-    for field in fields:
+    apart = {"max_reasoning_tokens"}  # has no place in one pass
+    assert set(given) | apart == {field.name for field in fields}
+    for field in (field for field in fields if field.name not in apart):
         assert given[field.name] != field.default, f"{field.name} is to differ from its default"
     arguments = []
     for name, value in given.items():
@@ -98,8 +102,13 @@ def test_every_option_of_the_command_line_reaches_the_configuration(tmp_path, mo
     assert cli.main(["train", *arguments]) == 2
     assert cli.main(["train", "--output", given["output"]]) == 2
     assert cli.main(["train", "--output", "x", "--critic", "--need", "trend", "--need", "explore", "trend"]) == 2
-    full, default, twice = configs
-    assert dataclasses.asdict(full) == {**given, "data_options": all_data_options("movielens", {})}
+    reasons = {"model": "some/model", "encoding": "index", "max_reasoning_tokens": 10}
+    of_reasons = [text for name, value in reasons.items() for text in ("--" + name.replace("_", "-"), str(value))]
+    assert cli.main(["train", "--output", "x", *of_reasons]) == 2
+    full, default, twice, reasoning = configs
+    assert reasoning == ExperimentConfig(output="x", **reasons)
+    of_data = all_data_options("movielens", {})
+    assert dataclasses.asdict(full) == {**given, "max_reasoning_tokens": None, "data_options": of_data}
     assert default == ExperimentConfig(output=given["output"])
     assert twice == ExperimentConfig(output="x", critic=True, needs=("trend", "explore"))
 
@@ -122,7 +131,8 @@ def test_every_option_reaches_the_trainers(tmp_path, recorded):
         "beta": 0.375,
         "epsilon_low": 0.15,
         "epsilon_high": 0.35,
-        "importance_level": "token",
+        "importance_level": "sequence",
+        "mode": "one-pass",
         "share_prompts": False,
         "bf16": True,
         "seed": 13,
@@ -289,3 +299,10 @@ def test_defaults_are_those_of_the_model():
     assert (pretrained.warmup_steps, pretrained.listwise_steps, pretrained.prompts_per_step) == (0, 60, 8)
     assert (embedded.temperature, pretrained.temperature) == (0.3, 1.0)
     assert ExperimentConfig(output="x", model="some/model", steps=3, temperature=0.5).steps == 3
+
+
+def test_checkpointed_layers_are_those_of_every_stage(tmp_path, recorded):
+    recorded.run(tmp_path / "run", gradient_checkpointing=True)
+    for stage in recorded.stages:
+        assert stage.args.gradient_checkpointing
+        assert stage.args.gradient_checkpointing_kwargs == {"use_reentrant": False}

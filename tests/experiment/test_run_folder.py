@@ -119,6 +119,9 @@ def test_the_run_says_how_it_is_to_be_asked(tmp_path, recorded):
         "described": True,
         "show": ["title"],
         "max_title_tokens": None,
+        "mode": "decode",
+        "max_reasoning_tokens": None,
+        "reasoning_end": None,
         "model": "embedded",
         "own_needs": [],
     }

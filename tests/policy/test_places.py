@@ -171,5 +171,5 @@ def test_what_does_not_go_together_is_refused(world):
         search_rankings(model, prompts, candidates, num_beams=2)
     with pytest.raises(ValueError, match="temperature must be positive"):
         sample_rankings(model, prompts, candidates, temperature=0.0)
-    with pytest.raises(ValueError, match="nor reasoning before them"):
+    with pytest.raises(ValueError, match="no answers and no reasoning"):
         make_batch(prompts, candidates, np.full((3, 7), -1), by_token=True)

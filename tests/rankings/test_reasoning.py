@@ -19,7 +19,7 @@ from flexrec.ops.losses import policy_loss
 from flexrec.ops.ranking_metric import ranking_metric
 from flexrec.policy.batch import make_batch
 from flexrec.policy.scores import ranking_scores, ranking_states, reasoning_logprobs
-from flexrec.rankings.reasoning import ReasoningRule, ReasoningTokens, eos_token_ids, reasoning_rule
+from flexrec.rankings.reasoning import ReasoningRule, ReasoningTokens, never_tokens, reasoning_rule
 
 VOCAB, EOS, SEPARATOR = 60, 52, 50
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 1]]
@@ -92,7 +92,7 @@ def test_where_the_marker_is(rows, data):
         (([3, -1], 5, ()), ValueError, "none negative, got"),
         (([5], -1, ()), ValueError, "max_reasoning_tokens must be at least 0, got -1"),
         (([5], 2.0, ()), TypeError, "max_reasoning_tokens must be an int, got float"),
-        (([5, 2], 4, (2,)), ValueError, r"reasoning_end \[5, 2\] holds token 2, which ends a sequence"),
+        (([5, 2], 4, (2,)), ValueError, r"\[5, 2\] holds token 2, which ends a sequence or is not of the tokenizer"),
     ],
 )
 def test_mistakes(arguments, error, message):
@@ -101,12 +101,57 @@ def test_mistakes(arguments, error, message):
 
 
 def test_the_tokens_that_end_a_sequence():
-    assert eos_token_ids(model_of()) == (EOS,)
+    assert never_tokens(model_of()) == (EOS,)
     several = model_of(eos=[EOS, 3])
-    assert eos_token_ids(several) == (3, EOS)
+    assert never_tokens(several) == (3, EOS)
     several.generation_config.eos_token_id = 7
     several.config.eos_token_id = 1000  # beyond the vocabulary
-    assert eos_token_ids(several) == (7,)
+    assert never_tokens(several) == (7,)
+
+
+PADDED = 16  # of the embedding's entries no tokenizer has
+
+
+def test_what_lies_beyond_the_tokenizer_never_comes():
+    """Embeddings are padded to round numbers, with rows that mean nothing and may be probable."""
+    size = VOCAB + PADDED
+    model = favour(model_of(vocab=size), **{f"t{token}": 9.0 for token in range(VOCAB, size)})
+    assert never_tokens(model, VOCAB) == (EOS, *range(VOCAB, size))
+    common = {"num_generations": 8, "reasoning_end": [7], "max_reasoning_tokens": 12, "temperature": 1.0}
+    for more in ({}, {"top_p": 0.8}, {"greedy": True}):
+        generator = torch.Generator().manual_seed(0)
+        told = sample_rankings(model, PROMPTS, SINGLE, num_tokens=VOCAB, generator=generator, **common, **more)
+        assert max(max(row) for row in told.reasoning.tokens) < VOCAB
+        untold = sample_rankings(model, PROMPTS, SINGLE, generator=generator, **common, **more)
+        assert max(max(row) for row in untold.reasoning.tokens) >= VOCAB, "the test would not see it"
+    batch = make_batch(PROMPTS, SINGLE, told.rankings, num_generations=8, reasoning=told.reasoning)
+    scored = reasoning_logprobs(ranking_states(model, batch), batch)
+    np.testing.assert_allclose(scored.detach().numpy(), told.reasoning_logprobs, rtol=1e-3, atol=1e-4)
+    for wrong in (0, size + 1):
+        with pytest.raises(ValueError, match=f"the tokenizer's size, from 1 to the model's {size}, got {wrong}"):
+            never_tokens(model, wrong)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.8}, {"top_k": 5}, {"do_sample": False, "num_beams": 3}])
+def test_the_processor_keeps_to_the_tokenizer(options):
+    model = favour(model_of(vocab=VOCAB + PADDED), **{f"t{token}": 9.0 for token in range(VOCAB, VOCAB + PADDED)})
+    torch.manual_seed(0)
+    processor = RankingLogitsProcessor(
+        SINGLE[:1],
+        end=[EOS],
+        reasoning_end=[7],
+        max_reasoning_tokens=12,
+        num_tokens=VOCAB,
+        num_beams=options.get("num_beams", 1),
+    )
+    sequences = model.generate(
+        torch.tensor(PROMPTS[:1]),
+        logits_processor=[processor],
+        max_new_tokens=processor.max_new_tokens,
+        **{"do_sample": True, "num_return_sequences": 1, **options},
+    )
+    assert sequences.max() < VOCAB
+    assert len(processor.reasoning(sequences).tokens[0]) > 1
 
 
 # -------------------------------------------------------------------------------------------------------- our rollout

@@ -287,6 +287,7 @@ def test_batches_are_encoded_with_the_trainers_spelling(tmp_path, monkeypatch) -
         "rankings_per_row": 2,
         "reasoning": said,
         "device": torch.device("cpu"),
+        "one_pass": False,
     }
 
 

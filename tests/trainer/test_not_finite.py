@@ -100,7 +100,11 @@ def test_outputs_that_are_not_finite_are_not_reported(greedy):
     rollout = sample_rankings(not_a_number(), [example.prompt], [example.candidates], greedy=greedy)
     assert np.isnan(rollout.logprobs).any(), "sampling ends, and says so"
     with pytest.raises(ValueError, match="the model's outputs are not finite"):
-        rank_examples(not_a_number(), [example], type("Builder", (), {"separator": (), "end": ()}))
+        rank_examples(
+            not_a_number(),
+            [example],
+            type("Builder", (), {"separator": (), "end": (), "one_pass": False, "reasoning": {}}),
+        )
 
 
 def test_json_holds_no_nan(tmp_path):

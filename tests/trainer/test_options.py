@@ -61,6 +61,8 @@ def test_rollouts_are_asked_for_with_every_option(tmp_path, monkeypatch):
         "temperature": 0.3,
         "reasoning_end": (MARKER, 6),
         "max_reasoning_tokens": 2,
+        "num_tokens": None,
+        "one_pass": False,
     }
 
 

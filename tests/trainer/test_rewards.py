@@ -197,9 +197,9 @@ def test_rewards_teach_that_the_second_is_to_differ_from_the_first(tmp_path, cre
 def test_supervision_imitates_the_greedy_order(tmp_path, monkeypatch):
     targets = []
 
-    def spy(self, examples, rankings, *args):
+    def spy(self, examples, rankings, *args, **options):
         targets.append(np.array(rankings))
-        return batch(self, examples, rankings, *args)
+        return batch(self, examples, rankings, *args, **options)
 
     batch = SupervisedTrainer._batch
     monkeypatch.setattr(SupervisedTrainer, "_batch", spy)
