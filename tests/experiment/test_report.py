@@ -275,6 +275,42 @@ def test_pictures_of_every_chart(make, tmp_path):
 SAID = [(0.81949, "0.819"), (-0.0001, "0.000"), (-12.34, f"{MINUS}12.3"), (3400.2, "3400"), (float("nan"), NONE)]
 
 
+def test_options_are_whole_on_a_phone(make, browser, tmp_path):
+    """No word is cut by the edge of a table, and none is broken that has room on a line."""
+    needs = ["interest", "0.7 interest + 0.3 explore", "something-that-is-of-my-own"]
+    folders = [
+        make("first", options={"needs": needs, "model": "somebody/Language-Model-0.5B-Instruct"}),
+        make("second-with-sequence-rewards", options={"baselines": ["item-knn", "user-knn", "sequence_grpo"]}),
+    ]
+    write_report(folders, tmp_path / "page.html")
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto((tmp_path / "page.html").as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert page.locator(".wide").count() >= 3
+    assert page.evaluate(CUT) == []
+    assert page.evaluate(BROKEN) == []
+    assert "first" in page.evaluate("document.querySelector('.wide td').dataset.of")
+    shown = page.evaluate("getComputedStyle(document.querySelector('.wide td'), '::before').content")
+    assert shown not in ("none", "normal"), "each value says whose it is"
+    page.close()
+
+
+# Tables of values in words whose box would have to be pushed aside to see all of them.
+CUT = """[...document.querySelectorAll('.wide')].map(one => one.closest('.scroll'))
+  .filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.getAttribute('aria-label'))"""
+
+# Words on more than one line that are no longer than a line.
+BROKEN = """[...document.querySelectorAll('.wide td')].flatMap(cell =>
+  [...cell.querySelectorAll('.word')].filter(word => {
+  const ruler = word.cloneNode(true);
+  Object.assign(ruler.style, {position: 'absolute', whiteSpace: 'nowrap', maxWidth: 'none'});
+  cell.append(ruler);
+  const [width, height] = [ruler.offsetWidth, ruler.offsetHeight];
+  ruler.remove();
+  return word.offsetHeight > height + 2 && width <= cell.clientWidth;
+}).map(word => word.textContent))"""
+
+
 @pytest.mark.parametrize(("value", "said"), SAID)
 def test_numbers_are_short(value, said):
     assert number(value) == said
@@ -349,41 +385,6 @@ def test_the_page_in_a_browser(make, browser, tmp_path, width, scheme):
     assert page.evaluate("document.activeElement.className") == "skip"
     context.close()
 
-
-def test_options_are_whole_on_a_phone(make, browser, tmp_path):
-    """No word is cut by the edge of a table, and none is broken that has room on a line."""
-    needs = ["interest", "0.7 interest + 0.3 explore", "something-that-is-of-my-own"]
-    folders = [
-        make("first", options={"needs": needs, "model": "somebody/Language-Model-0.5B-Instruct"}),
-        make("second-with-sequence-rewards", options={"baselines": ["item-knn", "user-knn", "sequence_grpo"]}),
-    ]
-    write_report(folders, tmp_path / "page.html")
-    page = browser.new_page(viewport={"width": 390, "height": 900})
-    page.goto((tmp_path / "page.html").as_uri())
-    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
-    assert page.locator(".wide").count() >= 3
-    assert page.evaluate(CUT) == []
-    assert page.evaluate(BROKEN) == []
-    assert "first" in page.evaluate("document.querySelector('.wide td').dataset.of")
-    shown = page.evaluate("getComputedStyle(document.querySelector('.wide td'), '::before').content")
-    assert shown not in ("none", "normal"), "each value says whose it is"
-    page.close()
-
-
-# Tables of values in words whose box would have to be pushed aside to see all of them.
-CUT = """[...document.querySelectorAll('.wide')].map(one => one.closest('.scroll'))
-  .filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.getAttribute('aria-label'))"""
-
-# Words on more than one line that are no longer than a line.
-BROKEN = """[...document.querySelectorAll('.wide td')].flatMap(cell =>
-  [...cell.querySelectorAll('.word')].filter(word => {
-  const ruler = word.cloneNode(true);
-  Object.assign(ruler.style, {position: 'absolute', whiteSpace: 'nowrap', maxWidth: 'none'});
-  cell.append(ruler);
-  const [width, height] = [ruler.offsetWidth, ruler.offsetHeight];
-  ruler.remove();
-  return word.offsetHeight > height + 2 && width <= cell.clientWidth;
-}).map(word => word.textContent))"""
 
 # Texts of drawings that stick out of them by more than a pixel or two.
 CLIPPED = """[...document.querySelectorAll('figure svg')].flatMap(svg => {
