@@ -94,7 +94,11 @@ setup(
     packages=[*find_packages(include=["flexrec", "flexrec.*"]), "flexrec.triton_kernels"],
     # A top-level module `triton_kernels` would collide with Triton's own package of that name, which vLLM imports.
     package_dir={"flexrec.triton_kernels": "triton_kernels"},
-    package_data={"flexrec": ["py.typed", "*.pyi"], "flexrec.experiment.report": ["page.html", "page.css"]},
+    package_data={
+        "flexrec": ["py.typed", "*.pyi"],
+        "flexrec.experiment.report": ["page.html", "page.css"],
+        "flexrec.serving": ["page.html"],
+    },
     ext_modules=[CMakeExtension("flexrec._core")],
     cmdclass={"build_ext": CMakeBuild},
 )

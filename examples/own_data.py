@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from flexrec import Ranker
 from flexrec.data import Catalogue, Interactions, build_dataset
 from flexrec.experiment import ExperimentConfig, run_experiment
-from flexrec.ranker import Ranker
 
 SECTIONS = ("politics", "sports", "health", "travel", "music", "science")
 

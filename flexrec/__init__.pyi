@@ -31,5 +31,6 @@ from .rankings.state import encode_rankings as encode_rankings
 from .rankings.state import inverse_permutation as inverse_permutation
 from .rankings.state import parse_rankings as parse_rankings
 from .rankings.state import validate_rankings as validate_rankings
+from .serving.ranker import Ranker as Ranker
 
 __version__: str

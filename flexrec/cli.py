@@ -1,4 +1,4 @@
-"""The ``flexrec`` command: train, evaluate, rank; what is in a data set; studies."""
+"""The ``flexrec`` command: train, evaluate, rank, serve; what is in a data set; studies."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from flexrec.experiment.arguments import add_data_options, add_options, given, g
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.studies.catalogue import STUDIES
 from flexrec.experiment.studies.options import ALL, StudyOptions
+from flexrec.serving.options import ServeOptions
+from flexrec.serving.requests import parse_json
 
 MISTAKES = (ValueError, TypeError, OSError, ImportError)  # a user's: one line, no traceback
 
@@ -68,10 +70,24 @@ By default the most probable item is taken at every rank. A request is one line 
 "history" lists ids (or {"id", "title", "liked": false} for what was seen and not liked, or with "interest" from 0 to 1,
 null where it is not known), oldest first; {"user": "12"} takes a user's history from the run's log;
 "need" is a name (interest, explore, trend), names with weights ("0.7 interest + 0.3 explore") or an instruction in
-words. Items that the run does not know come with "title" and "topics" (a list), or stand in the table of --items. The
-answer on the same line of the output, with a "warning" where the run was not trained on such a need:
-  {"line": 1, "ranking": [{"id": "9", "probability": 0.83}, {"id": "8", "probability": 1.0}]}
+words; with "top_n" the best so many are answered. Items that the run does not know come with "title" and "topics" (a
+list), or stand in the table of --items. The answer on the same line of the output, with a "warning" where the run was
+not trained on such a need:
+  {"line": 1, "ranking": [{"id": "9", "probability": 0.8, "score": 0.8}, {"id": "8", "probability": 1.0, "score": 0.2}]}
+where "probability" is that of the item at its rank, given those above it, and "score" that of being the first of all,
+which can be compared down the list;
 or {"line": 1, "error": "what was wrong"}.
+"""
+
+SERVE_EXAMPLES = """examples:
+  flexrec serve --run runs/first
+  flexrec serve --run runs/first --host 0.0.0.0 --port 8080 --max-batch 64
+  curl http://127.0.0.1:8000/v1/rerank -H "Content-Type: application/json" \\
+      -d '{"query": "interest", "documents": ["Night market 3", "Deep sky comets"], "top_n": 1}'
+
+A page to try it is at /. POST /rank takes what flexrec rank takes, /v1/rerank and /v2/rerank what clients of Cohere,
+Jina and vLLM send; /health and /metrics are for who watches it. Whoever reaches the address may ask: put what checks
+that in front.
 """
 
 
@@ -82,7 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Post-train a language model as a recommender, with a reward for every ranked item.",
     )
     parser.add_argument("--version", action="version", version=f"flexrec {version('flexrec')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,report,rank,data,study}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{train,evaluate,report,rank,serve,data,study}"
+    )
 
     train = _command(commands, "train", "train a model and compare it with its base and with baselines", TRAIN_EXAMPLES)
     train.add_argument(
@@ -125,6 +143,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_options(rank, Decoding)
     rank.add_argument("--seed", type=int, default=0, metavar="S", help="of samples (default: %(default)s)")
     rank.set_defaults(run=_rank)
+
+    serve = _command(commands, "serve", "answer requests over HTTP, with a page to try it", SERVE_EXAMPLES)
+    serve.add_argument(
+        "--run", dest="folder", required=True, metavar="DIR", help="folder of a finished run, or owner/name at the hub"
+    )
+    add_options(serve, ServeOptions)
+    serve.set_defaults(run=_serve)
 
     data = commands.add_parser("data", help="say what is in a data set", description="Say what is in a data set.")
     of_data = data.add_subparsers(dest="of_data", required=True, metavar="{describe}")
@@ -347,7 +372,7 @@ def _rank(arguments: argparse.Namespace) -> int:
     import torch
 
     from flexrec.data.items import read_catalogue
-    from flexrec.ranker import Ranker
+    from flexrec.serving.ranker import Ranker
 
     decoding = Decoding(**given(arguments, Decoding))
     if arguments.input != "-" and not Path(arguments.input).is_file():
@@ -376,6 +401,14 @@ def _rank(arguments: argparse.Namespace) -> int:
             target.write("".join(lines).encode("utf-8", "backslashreplace"))
             target.flush()
     return 1 if failed else 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from flexrec.serving.server import serve
+
+    _silence_bars()
+    serve(arguments.folder, ServeOptions(**given(arguments, ServeOptions)))
+    return 0
 
 
 MAX_LINE = 16 * 2**20  # bytes of a request
@@ -422,18 +455,7 @@ def _request(line: bytes | None) -> dict[str, Any]:
     """The request that a line holds; a ValueError says why it holds none."""
     if line is None:
         raise ValueError(f"a request has at most {MAX_LINE} bytes")
-
-    def no_number(text: str) -> Any:
-        raise ValueError(f"no valid JSON: {text} is no number of JSON's")
-
-    try:
-        request = json.loads(line.decode("utf-8"), parse_constant=no_number)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"no valid UTF-8: byte {line[error.start]:#04x} at {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"no valid JSON: {error}") from error
-    except RecursionError as error:
-        raise ValueError("no valid JSON: it is nested too deeply") from error
+    request = parse_json(line)
     if not isinstance(request, dict):
         raise ValueError(f"a request is a JSON object, got {type(request).__name__}")
     return request

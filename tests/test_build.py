@@ -58,6 +58,7 @@ def test_wheel_holds_every_module_once(wheel: Path, source: Path) -> None:
             assert f"{package}/{path.relative_to(folder).as_posix()}" in names
     assert "flexrec/py.typed" in names
     assert "flexrec/_core.pyi" in names
+    assert {"flexrec/serving/page.html", "flexrec/experiment/report/page.html"} <= set(names)
     assert sum(name.startswith("flexrec/_core.") and name.endswith((".so", ".pyd")) for name in names) == 1
     packages = {name.split("/")[0] for name in names}
     assert packages == {"flexrec", next(p for p in packages if p.endswith(".dist-info"))}

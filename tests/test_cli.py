@@ -14,12 +14,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexrec import ranker
 from flexrec.cli import main
 from flexrec.data import simulate
 from flexrec.experiment import stages as experiment
 from flexrec.experiment.run_folder import RunFolder
 from flexrec.profiling import PARTS
+from flexrec.serving import ranker
 
 SMALL = ["--steps", "4", "--warmup-steps", "3", "--listwise-steps", "2", "--prompts-per-step", "16"]
 METRICS = {"ndcg@5", "ndcg@10", "ndcg@30", "recall@5", "mrr@5"}
@@ -161,7 +161,7 @@ def test_rank_answers_every_line(run, tmp_path, capsys):
     assert sorted(x["id"] for x in by_line[1]["ranking"]) == sorted(c["id"] for c in good["candidates"])
     assert all(0 < x["probability"] <= 1 for x in by_line[1]["ranking"])
     assert by_line[1]["ranking"][-1]["probability"] == 1.0, "the last candidate is certain"
-    assert by_line[4]["ranking"] == [{"id": one[0]["id"], "probability": 1.0}]
+    assert by_line[4]["ranking"] == [{"id": one[0]["id"], "probability": 1.0, "score": 1.0}]
     assert "JSON" in by_line[2]["error"]
     assert "known needs" in by_line[5]["error"]
     assert "ranking" in by_line[6]
@@ -450,3 +450,12 @@ def test_the_module_is_the_command():
         cwd=Path(__file__).parents[1],
     )
     assert (ran.returncode, ran.stdout.split()[0]) == (0, "flexrec")
+
+
+def test_a_run_ends_with_its_card(run):
+    """With the results that metrics.json is going to have."""
+    card = (run / "README.md").read_text(encoding="utf-8")
+    stored = json.loads((run / "metrics.json").read_text())["changes_ndcg@5"]
+    for need, changes in stored.items():
+        assert f"| {need} | **trained** | **{changes['base']['mean_new']:.3f}** | |" in card
+    assert f'Ranker.from_pretrained("{run.name}")' in card

@@ -17,6 +17,10 @@ EXTRAS = (
     "resvg_py",
     "tensorboard",
     "wandb",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
     "flash_attn",
     "ray",
 )

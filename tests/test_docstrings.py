@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import inspect
@@ -15,6 +16,12 @@ import torch
 
 import flexrec
 from flexrec import checks
+from flexrec.data import simulate
+from flexrec.experiment.config import ExperimentConfig
+from flexrec.experiment.run_folder import RunFolder, RunInfo
+from flexrec.policy.small_model import build_model, build_tokenizer
+from flexrec.task.needs import get_need
+from flexrec.task.prompts import PromptBuilder
 
 # Not flexrec.experiment: a run takes minutes, and README shows how to start one.
 FRONTS = (
@@ -67,10 +74,25 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {name: names[name] for name in ("model", "examples")}
 
 
+def make_run(folder: Path) -> None:
+    """The folder of a run that knows items by whole numbers, untrained."""
+    folder.mkdir(parents=True)
+    dataset = simulate(num_users=24, num_items=70, num_topics=4, num_test_users=6, num_candidates=8)
+    catalogue = dataclasses.replace(dataset.catalogue, ids=tuple(map(str, range(70))))
+    dataset = dataclasses.replace(dataset, catalogue=catalogue)
+    tokenizer = build_tokenizer(catalogue, get_need("interest").wordings)
+    builder = PromptBuilder(tokenizer, encoding="item_token")
+    info = RunInfo.of(ExperimentConfig(output=str(folder)), builder, dataset, [get_need("interest")])
+    model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
+    RunFolder(folder).save(model, tokenizer, info, dataset)
+
+
 @pytest.mark.parametrize("name", [name for name in OBJECTS if name != TRAINER])
 def test_example_runs(name: str, world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "flexrec.data.draw_description":
         pytest.importorskip("matplotlib")
+    if name == "flexrec.Ranker":
+        make_run(tmp_path / "runs" / "first")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checks, "_value_checks", checks._value_checks)  # which one of them switches
     run(name, world)

@@ -13,7 +13,7 @@ KERNELS = "triton_kernels"  # a folder of its own, installed as flexrec.triton_k
 # From the top: a file may import from its own room and from the floors below.
 FLOORS = (
     ("cli",),
-    ("ranker",),
+    ("serving",),
     ("experiment", "integrations"),
     ("trainer", "evaluation"),
     ("decoding",),

@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from flexrec import cli
-from flexrec import ranker as module
 from flexrec.data import simulate
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.run_folder import RunFolder, RunInfo
 from flexrec.policy.small_model import build_model, build_tokenizer
-from flexrec.ranker import Ranker
+from flexrec.serving import ranker as module
+from flexrec.serving.ranker import Ranker
 from flexrec.task.needs import get_need
 from flexrec.task.prompts import PromptBuilder
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from flexrec import ranker as module
 from flexrec.data import Catalogue, simulate
 from flexrec.decoding.sample import Rollout
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.run_folder import RunFolder, RunInfo
 from flexrec.policy.small_model import build_model, build_tokenizer
-from flexrec.ranker import Decoding, Ranker
+from flexrec.serving import ranker as module
+from flexrec.serving.ranker import Decoding, Ranker
 from flexrec.task.descriptions import Item
 from flexrec.task.examples import RankingTask
 from flexrec.task.mixtures import find_need
@@ -69,7 +69,11 @@ def decoded(monkeypatch):
     spies = {"sample": Spy(), "search": Spy()}
     monkeypatch.setattr(module, "sample_rankings", spies["sample"])
     monkeypatch.setattr(module, "search_rankings", spies["search"])
+    monkeypatch.setattr(module, "first_choices", lambda model, prompts, candidates, **_: [FIRST] * len(prompts))
     return spies
+
+
+FIRST = np.linspace(0.2, 0.05, 8)
 
 
 def as_request(lst, dataset, need="trend"):
@@ -209,7 +213,11 @@ def test_the_best_of_beams_and_of_samples_is_the_answer(run, dataset, decoded):
         order = np.roll(np.arange(3), row)
         return {
             "ranking": [
-                {"id": ids[of][c], "probability": pytest.approx(p, abs=1e-6)}
+                {
+                    "id": ids[of][c],
+                    "probability": pytest.approx(p, abs=1e-6),
+                    "score": pytest.approx(FIRST[c], abs=1e-6),
+                }
                 for c, p in zip(order, probabilities[row], strict=True)
             ]
         }

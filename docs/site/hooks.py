@@ -245,8 +245,6 @@ def python_pages() -> dict[str, str]:
         for module in modules:
             path = ROOT.joinpath(*f"{room}.{module}".split(".")).with_suffix(".py")
             rooms.setdefault(room, []).extend(f"{room}.{module}.{name}" for name in defined(path))
-    if (ROOT / "flexrec" / "ranker.py").exists():
-        rooms["flexrec.ranker"] = ["flexrec.ranker.Ranker"]
     home: dict[str, str] = {}  # a name is explained on one page, and on others referred to
     for room, names in rooms.items():
         home |= {name: room for name in names if name not in home}

@@ -276,7 +276,7 @@ class RunFolder:
 
     def save_base(self, model: Any, tokenizer: Any, info: RunInfo) -> None:
         """Write the model as it is after the format stage."""
-        _save_model(self.base, model, tokenizer, info)
+        save_model(self.base, model, tokenizer, info)
         self.seal(self.base)
 
     def load_base(self, tokenizer: Any, lora: int | None) -> Any:
@@ -305,7 +305,7 @@ class RunFolder:
 
     def save_reference(self, model: Any, tokenizer: Any, info: RunInfo) -> None:
         """Write the policy that reinforcement starts from, for a resumed run and for other reinforcement."""
-        _save_model(self.reference, model, tokenizer, info)
+        save_model(self.reference, model, tokenizer, info)
         self.seal(self.reference)
 
     def has_reference(self) -> bool:
@@ -348,7 +348,7 @@ class RunFolder:
                 ]
         latest = {user: events[-info.max_history :] for user, events in histories.items() if info.max_history}
         write_json(self.path / "histories.json", latest)
-        _save_model(self.path, model, tokenizer, info)
+        save_model(self.path, model, tokenizer, info)
         settle(self.path, deep=False)
 
     def load(self) -> tuple[RunInfo, Any, PromptBuilder]:
@@ -481,7 +481,7 @@ def load_checkpoint(model: Any, checkpoint: Path) -> None:
         model.load_state_dict(AutoModelForCausalLM.from_pretrained(checkpoint, **OF_A_RUN).state_dict())
 
 
-def _save_model(folder: Path, model: Any, tokenizer: Any, info: RunInfo) -> None:
+def save_model(folder: Path, model: Any, tokenizer: Any, info: RunInfo) -> None:
     if has_adapters(model):
         save_adapters(model, folder)
     else:

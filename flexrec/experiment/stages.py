@@ -33,6 +33,7 @@ from flexrec.evaluation.evaluate import Evaluation
 from flexrec.evaluation.mmr import MMR
 from flexrec.evaluation.neighbours import ItemKNN
 from flexrec.evaluation.statistics import bootstrap_interval
+from flexrec.experiment.card import CARD, card_of
 from flexrec.experiment.config import EMBEDDED, LISTWISE, MADE_IN_PYTHON, ExperimentConfig
 from flexrec.experiment.estimate import estimate
 from flexrec.experiment.files import write_text
@@ -295,8 +296,9 @@ def _run_in(
 
 
 def _report(folder: RunFolder, say: Callable[[str], None], metrics: Mapping[str, Any]) -> None:
-    """Write the page of a run, which will be finished whatever becomes of that."""
+    """Write the card and the page of a run, which will be finished whatever becomes of that."""
     try:
+        write_text(folder.path / CARD, card_of(folder, RunInfo.load(folder.path), metrics))
         write_text(folder.path / PAGE, page_of([Record.read(folder.path, metrics)]))
     except (OSError, ValueError) as error:
         say(f"The run is whole, its report was not written: {error}")

@@ -11,7 +11,7 @@ from flexrec.decoding import Decoding
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.run_folder import RunFolder, RunInfo
 from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, starting_rows
-from flexrec.ranker import Ranker
+from flexrec.serving.ranker import Ranker
 from flexrec.task.examples import RankingTask, TrainingExamples
 from flexrec.task.needs import get_need
 from flexrec.task.prompts import PromptBuilder

@@ -15,7 +15,7 @@ from flexrec.experiment import stages
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.needs import choose_needs, known_needs
 from flexrec.experiment.run_folder import RunInfo
-from flexrec.ranker import Ranker
+from flexrec.serving.ranker import Ranker
 from flexrec.task import InterestTimes, JudgedGains, Need, get_need
 
 sys.path.insert(0, str(Path(__file__).parent))

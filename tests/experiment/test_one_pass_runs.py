@@ -15,7 +15,7 @@ from flexrec.decoding import Decoding
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.stages import run_experiment
 from flexrec.policy.small_model import build_model, build_tokenizer
-from flexrec.ranker import Ranker
+from flexrec.serving.ranker import Ranker
 from flexrec.task.needs import get_need
 from flexrec.trainer.flexrec import FlexRecTrainer
 from flexrec.trainer.supervised import SupervisedTrainer

@@ -1,15 +1,12 @@
 """The report of runs: what stands on the page, that it holds on its own, and how it looks in a browser."""
 
-import base64
 import json
-import os
 import re
-import shutil
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
+from looks import FAINT, colors_of
 
 from flexrec.cli import main
 from flexrec.evaluation.statistics import relative_change
@@ -339,26 +336,6 @@ def test_long_lines_are_averaged():
     assert set(y) <= {0.4, 0.6}
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium, which is Debian's or the user's own; CI sets FLEXREC_REQUIRE_BROWSER, and has one."""
-    if os.environ.get("FLEXREC_REQUIRE_BROWSER"):
-        pass
-    else:
-        pytest.importorskip("playwright.sync_api", reason="the extra 'test'")
-    from playwright.sync_api import sync_playwright
-
-    if CHROMIUM is None and not os.environ.get("FLEXREC_REQUIRE_BROWSER"):
-        pytest.skip("no Chromium on PATH")
-    with sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_the_page_in_a_browser(make, browser, tmp_path, width, scheme):
@@ -394,39 +371,3 @@ CLIPPED = """[...document.querySelectorAll('figure svg')].flatMap(svg => {
     return own.left < box.left - 2 || own.right > box.right + 2 || own.top < box.top - 2 || own.bottom > box.bottom + 2;
   }).map(text => text.textContent);
 })"""
-
-# Texts whose contrast (WCAG 2.1) with the nearest background is below 4.5.
-FAINT = """(() => {
-  const light = color => { const [r, g, b] = color.match(/[\\d.]+/g).map(n => n / 255)
-      .map(n => n <= 0.03928 ? n / 12.92 : ((n + 0.055) / 1.055) ** 2.4); return 0.2126*r + 0.7152*g + 0.0722*b; };
-  const behind = one => { for (; one; one = one.parentElement) {
-      const color = getComputedStyle(one).backgroundColor; if (!/, 0\\)$/.test(color)) return color; }
-    return 'rgb(255, 255, 255)'; };
-  const faint = [];
-  for (const one of document.querySelectorAll('h1, h2, h3, h4, p, li, a, dt, dd, td, th, summary, figcaption, text')) {
-    if (!one.getClientRects().length) continue;
-    const style = getComputedStyle(one);
-    const [a, b] = [light(one.tagName === 'text' ? style.fill : style.color), light(behind(one))];
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < 4.5) faint.push(`${one.textContent.slice(0, 30)} ${ratio.toFixed(2)}`);
-  }
-  return [...new Set(faint)];
-})()"""
-
-
-def colors_of(picture: Path, context):
-    """The colours of a PNG, which the browser reads for us."""
-    source = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
-    blank = context.new_page()
-    try:
-        return blank.evaluate(
-            """async source => { const image = new Image(); image.src = source; await image.decode();
-            const canvas = document.createElement('canvas'); canvas.width = image.width; canvas.height = image.height;
-            const context = canvas.getContext('2d'); context.drawImage(image, 0, 0);
-            const data = context.getImageData(0, 0, image.width, image.height).data, found = new Set();
-            for (let n = 0; n < data.length; n += 4) found.add(data[n] * 65536 + data[n + 1] * 256 + data[n + 2]);
-            return [...found]; }""",
-            source,
-        )
-    finally:
-        blank.close()

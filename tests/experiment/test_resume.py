@@ -70,9 +70,9 @@ def test_resuming_after_the_last_step_takes_the_checkpoints_weights(tmp_path, re
     recorded.stages.clear()
     recorded.evaluated.clear()
     saved = []
-    save = run_folder._save_model
+    save = run_folder.save_model
     monkeypatch.setattr(
-        run_folder, "_save_model", lambda to, model, *rest: saved.append((to, model)) or save(to, model, *rest)
+        run_folder, "save_model", lambda to, model, *rest: saved.append((to, model)) or save(to, model, *rest)
     )
     recorded.run(folder, resume=True, **lora)
     assert recorded.stages == [], "there is nothing left to train"

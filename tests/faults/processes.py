@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LOADED = ["flexrec.cli", "flexrec.experiment.stages", "flexrec.evaluation.summary", "flexrec.ranker", "peft"]
+LOADED = ["flexrec.cli", "flexrec.experiment.stages", "flexrec.evaluation.summary", "flexrec.serving.ranker", "peft"]
 LOADED += ["flexrec.numba_kernels.ranking_logprobs", "flexrec.numba_kernels.swap_rewards", __name__]
 WORLD = {"num_users": 24, "num_items": 70, "num_topics": 4, "num_test_users": 4, "num_candidates": 6}
 WORLD["lists_per_user"] = 1

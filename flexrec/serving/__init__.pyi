@@ -1,0 +1,2 @@
+from .options import ServeOptions as ServeOptions
+from .ranker import Ranker as Ranker
