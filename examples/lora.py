@@ -3,7 +3,7 @@
     python examples/lora.py --output runs/lora              a minute on two CPU cores: a small model made from the data
     python examples/lora.py --model MODEL --prompts 4 --output runs/lora        a causal language model's name or folder
 
-Needs `pip install 'flexrec[peft]'`. The folder of --output gets the adapters, and under "merged" a whole model.
+Needs `.venv/bin/pip install -e '.[peft]'`. The folder of --output gets the adapters, and under "merged" a whole model.
 """
 
 import argparse

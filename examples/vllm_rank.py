@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=2048)
     options = parser.parse_args()
     if find_spec("vllm") is None:
-        parser.exit(1, "This example needs vLLM, which is not installed: pip install 'flexrec[vllm]'\n")
+        parser.exit(1, "This example needs vLLM, which is not installed: .venv/bin/pip install -e '.[vllm]'\n")
 
     # Here, because processes that vLLM starts import this file too, and must not import FlexRec before they are ready.
     from vllm import LLM, SamplingParams

@@ -156,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     describe = _command(of_data, "describe", "count what is in a data set, as training reads it", DESCRIBE_EXAMPLES)
     add_options(describe, ExperimentConfig, ("dataset", "data", "needs", "needs_file", "seed"))
     add_data_options(describe)
-    describe.add_argument("--figure", metavar="FILE", help="draw it here as well, a .png, .pdf or .svg")
+    describe.add_argument("--figure", metavar="FILE", help="draw it here as well, a .png, .pdf or .svg (default: none)")
     describe.set_defaults(run=_describe, command="data describe")
 
     study = _command(commands, "study", "run a study, or what is left of it, and write what it says", STUDY_EXAMPLES)

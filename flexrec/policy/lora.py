@@ -31,10 +31,11 @@ def require_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError(f"LoRA needs the package peft ({error}): run `pip install 'flexrec[peft]'`") from error
+        raise ImportError(f"LoRA needs the package peft ({error}): run `.venv/bin/pip install -e '.[peft]'`") from error
     if Version(peft.__version__) < Version(OLDEST_PEFT):
         raise ImportError(
-            f"LoRA needs peft {OLDEST_PEFT} or newer, got {peft.__version__}: run `pip install -U 'flexrec[peft]'`"
+            f"LoRA needs peft {OLDEST_PEFT} or newer, got {peft.__version__}: "
+            f"run `.venv/bin/pip install -U -e '.[peft]'`"
         )
     return peft
 

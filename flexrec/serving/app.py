@@ -40,7 +40,8 @@ def require_serving() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"flexrec serve needs fastapi, uvicorn and prometheus_client ({error}): run `pip install 'flexrec[serve]'`"
+            f"flexrec serve needs fastapi, uvicorn and prometheus_client ({error}): "
+            f"run `.venv/bin/pip install -e '.[serve]'`"
         ) from error
 
 

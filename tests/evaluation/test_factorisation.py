@@ -157,6 +157,6 @@ def test_without_the_package_it_says_what_to_install(make, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "implicit", None)
     with pytest.raises(
-        ImportError, match=rf"'{make.name}' needs the package implicit: pip install 'flexrec\[baselines\]'"
+        ImportError, match=rf"'{make.name}' needs the package implicit: .venv/bin/pip install -e '.\[baselines\]'"
     ):
         make(clusters())

@@ -164,7 +164,7 @@ def test_adapters_are_no_model_to_start_from(tmp_path, other_model, capsys):
 def test_missing_peft_is_told_with_its_extra(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     assert main(["train", "--output", str(tmp_path / "run"), "--lora", "4", *SMALL]) == 2
-    assert "pip install 'flexrec[peft]'" in capsys.readouterr().err
+    assert ".venv/bin/pip install -e '.[peft]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -214,8 +214,13 @@ def test_runs_are_compared_with_the_first_list_by_list(make, tmp_path):
     )
     assert said in text
     assert "other: other test lists than those of first, so that nothing can be paired" in text
-    assert re.search(r"--credit</th><td>swap</td><td>rank</td><td>swap</td>", text)
-    assert "--output</th><td>" not in text.partition("<h2 id=")[0]
+    of_credit = re.search(r"--credit</th>(.*?)</tr>", text).group(1)
+    assert re.findall(r'data-of="(\w+)"><span class="word">(\w+)</span></td>', of_credit) == [
+        ("first", "swap"),
+        ("second", "rank"),
+        ("other", "swap"),
+    ]
+    assert "--output</th>" not in text.partition("<h2 id=")[0]
     assert len(set(Outline(text).ids)) == len(Outline(text).ids)
 
 
@@ -265,6 +270,42 @@ def test_pictures_of_every_chart(make, tmp_path):
 
 
 SAID = [(0.81949, "0.819"), (-0.0001, "0.000"), (-12.34, f"{MINUS}12.3"), (3400.2, "3400"), (float("nan"), NONE)]
+
+
+def test_options_are_whole_on_a_phone(make, browser, tmp_path):
+    """No word is cut by the edge of a table, and none is broken that has room on a line."""
+    needs = ["interest", "0.7 interest + 0.3 explore", "something-that-is-of-my-own"]
+    folders = [
+        make("first", options={"needs": needs, "model": "somebody/Language-Model-0.5B-Instruct"}),
+        make("second-with-sequence-rewards", options={"baselines": ["item-knn", "user-knn", "sequence_grpo"]}),
+    ]
+    write_report(folders, tmp_path / "page.html")
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto((tmp_path / "page.html").as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert page.locator(".wide").count() >= 3
+    assert page.evaluate(CUT) == []
+    assert page.evaluate(BROKEN) == []
+    assert "first" in page.evaluate("document.querySelector('.wide td').dataset.of")
+    shown = page.evaluate("getComputedStyle(document.querySelector('.wide td'), '::before').content")
+    assert shown not in ("none", "normal"), "each value says whose it is"
+    page.close()
+
+
+# Tables of values in words whose box would have to be pushed aside to see all of them.
+CUT = """[...document.querySelectorAll('.wide')].map(one => one.closest('.scroll'))
+  .filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.getAttribute('aria-label'))"""
+
+# Words on more than one line that are no longer than a line.
+BROKEN = """[...document.querySelectorAll('.wide td')].flatMap(cell =>
+  [...cell.querySelectorAll('.word')].filter(word => {
+  const ruler = word.cloneNode(true);
+  Object.assign(ruler.style, {position: 'absolute', whiteSpace: 'nowrap', maxWidth: 'none'});
+  cell.append(ruler);
+  const [width, height] = [ruler.offsetWidth, ruler.offsetHeight];
+  ruler.remove();
+  return word.offsetHeight > height + 2 && width <= cell.clientWidth;
+}).map(word => word.textContent))"""
 
 
 @pytest.mark.parametrize(("value", "said"), SAID)

@@ -320,7 +320,7 @@ def test_which_baselines_run(tmp_path, recorded, monkeypatch):
     assert ExperimentConfig(output="x", baselines=("none",)).chosen_baselines() == ()
     for asked in (("bpr",), ("all",)):
         with pytest.raises(
-            ImportError, match=r"als|bpr needs the package implicit: pip install 'flexrec\[baselines\]'"
+            ImportError, match=r"als|bpr needs the package implicit: .venv/bin/pip install -e '.\[baselines\]'"
         ):
             ExperimentConfig(output="x", baselines=asked).chosen_baselines()
     monkeypatch.setattr(config, "find_spec", lambda name: name)

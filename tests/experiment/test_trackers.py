@@ -72,7 +72,7 @@ def test_weights_and_biases_itself_writes_a_run_for_each_stage(tmp_path, small, 
 def test_a_tracker_that_is_not_there_is_said_before_anything(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     assert main(["train", "--output", str(tmp_path / "run"), "--report-to", "wandb"]) == 2
-    assert "--report-to wandb needs wandb: pip install 'flexrec[trackers]'" in capsys.readouterr().err
+    assert "--report-to wandb needs wandb: .venv/bin/pip install -e '.[trackers]'" in capsys.readouterr().err
     assert main(["train", "--output", str(tmp_path / "run"), "--report-to", "tensorbord"]) == 2
     assert "unknown tracker 'tensorbord'; --report-to takes tensorboard, wandb" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

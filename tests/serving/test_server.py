@@ -336,7 +336,7 @@ def test_mistakes_are_told_in_a_line(served, monkeypatch, capsys, tmp_path):
     assert "is neither the folder of a run nor a repository's name" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert cli.main(["serve", "--run", str(served)]) == 2
-    assert "pip install 'flexrec[serve]'" in capsys.readouterr().err
+    assert ".venv/bin/pip install -e '.[serve]'" in capsys.readouterr().err
     assert cli.main(["serve", "--run", str(served), "--max-batch", "0"]) == 2
     assert "max_batch must be at least 1, got 0" in capsys.readouterr().err
 

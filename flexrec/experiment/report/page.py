@@ -53,7 +53,7 @@ def write_report(folders: Sequence[Path], output: Path, png: Path | None = None)
         ImportError: pictures, without the package that draws them.
     """
     if png is not None and find_spec("resvg_py") is None:
-        raise ImportError("--png needs resvg: pip install 'flexrec[report]'; the page itself needs nothing")
+        raise ImportError("--png needs resvg: .venv/bin/pip install -e '.[report]'; the page itself needs nothing")
     records = [Record.read(folder) for folder in folders]
     alone = [figures_of(record) for record in records]
     output.parent.mkdir(parents=True, exist_ok=True)
