@@ -147,12 +147,38 @@ def walks() -> dict[str, Any]:
     return {**tokens(), **names, "examples": world()["examples"]}
 
 
+def from_logs() -> dict[str, Any]:
+    """Rankings of the small world that somebody has shown, and how probable each rank was then."""
+    size = len(world()["examples"][0].gains)
+    rankings = [torch.randperm(size).numpy() for _ in world()["examples"]]
+    logprobs = [-torch.arange(size, 0, -1).log().numpy() for _ in rankings]
+    return {"model": small_model(), "examples": world()["examples"], "rankings": rankings, "logprobs": logprobs}
+
+
+def with_replay() -> dict[str, Any]:
+    return {**with_trl(), "reward": lambda completions, **columns: [0.0] * len(completions)}
+
+
+def first_run() -> dict[str, Any]:
+    """A finished run, hardly trained."""
+    from flexrec.experiment import ExperimentConfig, run_experiment
+
+    short = {"warmup_steps": 1, "listwise_steps": 1, "steps": 1, "prompts_per_step": 8, "critic_model": "knn"}
+    data = {"num_candidates": 8, "max_train_lists": 100}
+    options = {"needs": ("interest",), "baselines": ("none",), "data_options": data}
+    run_experiment(ExperimentConfig(output="runs/first", **options, **short), lambda text: None)
+    return {}
+
+
 ASSUMED: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": with_trl,
     "docs/architecture.md": walks,
     "docs/distributed.md": lambda: {**trained_somewhere(), "sample_rankings": sampler()},
+    "docs/long-lists.md": first_run,
+    "docs/off-policy.md": from_logs,
     "docs/peft.md": adapters,
     "docs/plain_loop.md": plain_loop,
+    "docs/replay.md": with_replay,
     "docs/trl.md": with_trl,
     "docs/vllm.md": with_vllm,
     "docs/your-data.md": shop,

@@ -110,8 +110,8 @@ def window_rewards(
     num_ranked: int | torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Swap rewards of a window of a longer list, for a model that puts windows in order: of ranks ``start`` to ``stop``
-    - 1, each exchanged for those below it in the window alone.
+    """Swap rewards of a window of a longer list, for a model that puts windows in order: each rank from ``start`` up
+    to, but not with, ``stop`` is exchanged for those below it in the window alone.
 
     The metric is that of the whole list, so that a window at its end, of whose ranks the metric knows little, earns
     little, and one at its top as much as it changes there. Of the whole list they are ``swap_rewards``.
@@ -119,7 +119,7 @@ def window_rewards(
     Args:
         gains: (N, K) in rank order, of the whole lists as they stand after the window was ordered.
         start, stop: the window, 0 <= start < stop <= K.
-        The others are those of :func:`swap_rewards`.
+        lengths, num_ranked, backend: those of :func:`swap_rewards`.
 
     Returns:
         (N, stop - start) as ``swap_rewards``.
