@@ -18,7 +18,8 @@ INTERACTION_ROLES: dict[str, tuple[str, ...]] = {
         *("item", "itemid", "iid", "product", "productid", "sku", "movie", "movieid", "book", "bookid", "isbn"),
         *("video", "videoid", "news", "newsid", "article", "articleid", "anime", "animeid", "track", "trackid", "song"),
         *("songid", "game", "gameid", "asin", "parentasin", "businessid", "contentid", "content", "show", "showid"),
-        *("listing", "listingid", "recipe", "recipeid", "artist", "artistid", "stockcode", "joke", "jokeid"),
+        *("listing", "listingid", "recipe", "recipeid", "artist", "artistid", "stockcode", "joke", "jokeid", "film"),
+        *("filmid", "course", "courseid", "restaurant", "restaurantid", "place", "placeid", "app", "appid"),
     ),
     "rating": ("rating", "ratings", "stars", "score", "bookrating", "overall", "userrating", "grade"),
     "watch_ratio": ("watchratio", "completion", "completionrate", "playratio", "listenedratio"),
@@ -169,8 +170,8 @@ def require(path: Path, names: Sequence[str], found: Mapping[str, tuple[str, ...
     """Raise a ValueError that lists the table's columns where none is known as ``role``."""
     if role not in found:
         raise ValueError(
-            f"{path}: none of its columns is known as {role}: {_listed(names)}; name it, as in columns='{role}=NAME', "
-            f"or, where the file has no line of names, by its number, as in columns='{role}=1'"
+            f"{path}: none of its columns is known as {role}: {_listed(names)}; name it, as in --columns {role}=NAME "
+            f"(in Python columns='{role}=NAME'), or, where the file has no line of names, by its number, {role}=1"
         )
 
 

@@ -87,7 +87,7 @@ HOSTILE = {
     "no gzip": ("interactions.csv.gz", b"user,item\n1,2\n", "cannot be read: Not a gzipped file"),
     "other columns": ("interactions.csv", b"a,b\n1,2\n", r"none of its columns is known as user: 'a', 'b'; name it"),
     "no items": ("interactions.csv", b"user,b\n1,2\n", r"none of its columns is known as item: 'user', 'b'"),
-    "no names": ("interactions.csv", b"1,2\n3,4\n", "by its number, as in columns='user=1'"),
+    "no names": ("interactions.csv", b"1,2\n3,4\n", "by its number, user=1"),
     "unknown events": (
         "events.csv",
         b"user,item,event\n1,2,zap\n2,2,zap\n",
