@@ -35,8 +35,8 @@ LLM := runs/llm-$(shell date +%Y%m%d-%H%M%S)
 llm: $(BIN)/flexrec $(VENV)/smollm2
 	test -d "$(ESCI)" || { echo "make llm needs ESCI=DIR, a folder with the ESCI data or an excerpt: docs/data.md"; exit 2; }
 	$(BIN)/flexrec train --dataset esci --data "$(ESCI)" --need search --candidates 15 --metric ndcg@5 --model smollm2-135m \
-		$$(grep -qs avx512_bf16 /proc/cpuinfo && echo --bf16) --micro-batch 2 --listwise-steps 40 --steps 30 --eval-lists 100 \
-		--baselines minilm listwise --output $(LLM)
+		$$(grep -qs avx512_bf16 /proc/cpuinfo && echo --bf16) --micro-batch 1 --eval-lists 100 \
+		--baselines minilm --output $(LLM)
 
 # What the extras gguf and search are, whose names would build the core anew.
 $(VENV)/smollm2: | $(BIN)/flexrec

@@ -297,7 +297,7 @@ def test_defaults_are_those_of_the_model():
     embedded, pretrained = (ExperimentConfig(output="x", model=model) for model in ("embedded", "some/model"))
     assert (embedded.encoding, pretrained.encoding) == ("item_token", "score")
     assert (embedded.warmup_steps, embedded.listwise_steps, embedded.prompts_per_step) == (6, 150, 192)
-    assert (pretrained.warmup_steps, pretrained.listwise_steps, pretrained.prompts_per_step) == (0, 60, 8)
+    assert (pretrained.warmup_steps, pretrained.listwise_steps, pretrained.prompts_per_step) == (0, 100, 8)
     assert (embedded.temperature, pretrained.temperature) == (0.3, 1.0)
     assert ExperimentConfig(output="x", model="some/model", steps=3, temperature=0.5).steps == 3
 
