@@ -268,6 +268,9 @@ def _train(arguments: argparse.Namespace) -> int:
         console.print(f"Look at {page} in a browser. What to do next:", soft_wrap=True)
         console.print(f"  flexrec rank --run {config.output} --input requests.jsonl", soft_wrap=True, highlight=False)
         console.print(
+            f"  flexrec serve --run {config.output}  # over HTTP, and a page to try it", soft_wrap=True, highlight=False
+        )
+        console.print(
             f"  flexrec report {config.output} ANOTHER_RUN  # beside each other", soft_wrap=True, highlight=False
         )
     return 0
