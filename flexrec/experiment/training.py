@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -99,6 +100,7 @@ class Training:
         # As many rankings in a step as reinforcement has, each of another prompt.
         rankings = config.prompts_per_step * config.num_generations
         cutoffs = (config.num_ranked, parse_metric(config.metric).cutoff)
+        gc.collect()  # the last stage's trainer, whose optimiser cycles of references would keep: twice the model
         with self.clock.stage(name, steps, after) as stage:
             trainer = SupervisedTrainer(
                 _to_train(model),
@@ -120,6 +122,7 @@ class Training:
     ) -> None:
         step, saved = checkpoint or (0, None)
         after = WARM_UP if config.warmup == "listwise" else FORMAT
+        gc.collect()
         with self.clock.stage(name, config.steps, after) as stage:
             if saved is not None and step >= config.steps:  # interrupted after the last step
                 load_checkpoint(model, saved)

@@ -1,12 +1,15 @@
 """What the stages of an experiment learn from, in which order they come, and what is measured after each."""
 
 import dataclasses
+import gc
 import json
 import re
 
 import numpy as np
 import pytest
+import torch
 
+from flexrec.data import simulate
 from flexrec.data.cold import hold_out_items, lists_of_new_items, new_items
 from flexrec.data.options import all_data_options
 from flexrec.evaluation.baselines import BASELINES
@@ -429,3 +432,26 @@ def test_a_need_of_whole_lists_has_its_metric_and_mmr_beside_the_others(tmp_path
 
 def test_without_a_need_of_whole_lists_there_is_no_mmr(tmp_path, recorded):
     assert "mmr" not in recorded.run(tmp_path / "run").per_list
+
+
+def test_a_stage_begins_without_the_last_ones_optimiser(tmp_path, monkeypatch):
+    """Which holds twice the model, in cycles of references that nobody would collect for a while."""
+    alive = []
+    train = training._train
+
+    def counted(trainer, *arguments):
+        alive.append(sum(isinstance(one, torch.optim.Optimizer) for one in gc.get_objects()))
+        train(trainer, *arguments)
+
+    monkeypatch.setattr(training, "_train", counted)
+    short = {"warmup_steps": 1, "listwise_steps": 1, "steps": 1, "prompts_per_step": 8, "critic_model": "knn"}
+    config = ExperimentConfig(output=str(tmp_path / "run"), needs=("interest",), baselines=("listwise",), **short)
+    gc.collect()
+    gc.disable()
+    try:
+        dataset = simulate(num_users=24, num_items=70, num_topics=4, num_test_users=6, num_candidates=8)
+        stages.run_experiment(config, lambda text: None, dataset=dataset)
+    finally:
+        gc.enable()
+    assert len(alive) == 4
+    assert max(alive) == alive[0], "an optimiser outlived its stage"
