@@ -205,8 +205,7 @@ def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, lear
         "weight_decay": 0.01,
         "max_grad_norm": 1.0,
         "bf16": config.bf16,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
+        **(_recomputed() if config.gradient_checkpointing else {}),
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": 1,
         "save_strategy": "no",
@@ -219,6 +218,13 @@ def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, lear
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+
+
+def _recomputed() -> dict[str, Any]:
+    """Activations are computed again; newer versions of transformers warn of the older name."""
+    names = TrainingArguments.__dataclass_fields__
+    name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names)
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _to_train(model: Any) -> Any:
