@@ -184,11 +184,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _program() -> str:
+    """What calls this command again: its path, where a shell would not find it by its name."""
+    called = Path(sys.argv[0])
+    return shlex.quote(str(called)) if called.name == "flexrec" and shutil.which("flexrec") is None else "flexrec"
+
+
 def _kept(arguments: argparse.Namespace) -> str:
     output = getattr(arguments, "output", None)
     again = ""
     if arguments.command == "train" and output is not None:
-        again = f"; to continue: flexrec train --resume --output {shlex.quote(output)}"
+        again = f"; to continue: {_program()} train --resume --output {shlex.quote(output)}"
     elif arguments.command == "study":
         again = "; the same command goes on with it"
     return f"; what was written is kept{again}"
@@ -266,13 +272,12 @@ def _train(arguments: argparse.Namespace) -> int:
     console.print(f"{results.seconds['total']:.0f} seconds in all; model, log and metrics.json are in {config.output}")
     if (page := Path(config.output) / PAGE).is_file():
         console.print(f"Look at {page} in a browser. What to do next:", soft_wrap=True)
-        console.print(f"  flexrec rank --run {config.output} --input requests.jsonl", soft_wrap=True, highlight=False)
-        console.print(
-            f"  flexrec serve --run {config.output}  # over HTTP, and a page to try it", soft_wrap=True, highlight=False
-        )
-        console.print(
-            f"  flexrec report {config.output} ANOTHER_RUN  # beside each other", soft_wrap=True, highlight=False
-        )
+        for line in (
+            f"rank --run {config.output} --input requests.jsonl",
+            f"serve --run {config.output}  # over HTTP, and a page to try it",
+            f"report {config.output} ANOTHER_RUN  # beside each other",
+        ):
+            console.print(f"  {_program()} {line}", soft_wrap=True, highlight=False)
     return 0
 
 

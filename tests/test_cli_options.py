@@ -1,13 +1,18 @@
 """Options of the command line: each arrives where it is meant for, or is refused outside its range."""
 
 import json
+import sys
+import warnings
 
 import numpy as np
 import pytest
 
+from flexrec import cli
 from flexrec.cli import build_parser, main
 from flexrec.experiment import stages as experiment
+from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.results import Results
+from flexrec.experiment.training import reinforcement_arguments
 
 
 def test_every_option_of_evaluate_reaches_the_run(tmp_path, monkeypatch, capsys):
@@ -124,3 +129,34 @@ def test_every_option_shows_its_default(command):
     for action in parser._actions:
         assert action.required or action.dest == "help" or "default" in action.help, action.option_strings
         assert "default: )" not in action.help, action.option_strings
+
+
+@pytest.mark.parametrize(
+    ("called", "path", "shown"),
+    [
+        (".venv/bin/flexrec", "", ".venv/bin/flexrec"),
+        ("of mine/flexrec", "", "'of mine/flexrec'"),
+        (".venv/bin/flexrec", "bin", "flexrec"),
+        ("-c", "", "flexrec"),
+    ],
+)
+def test_advice_names_the_command_so_that_a_shell_finds_it(tmp_path, monkeypatch, capsys, called, path, shown):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "flexrec").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / path))
+    monkeypatch.setattr(sys, "argv", [called])
+    monkeypatch.setattr(cli, "_train", interrupted)
+    assert main(["train", "--output", "run"]) == 130
+    assert f"to continue: {shown} train --resume --output run" in capsys.readouterr().err
+
+
+def interrupted(arguments):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_run_asks_nothing_by_an_old_name(tmp_path, checkpointed):
+    config = ExperimentConfig(output=str(tmp_path), gradient_checkpointing=checkpointed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert reinforcement_arguments(config).gradient_checkpointing == checkpointed
