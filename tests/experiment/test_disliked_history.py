@@ -83,7 +83,7 @@ def test_what_is_served_is_what_was_trained(trained):
     interest[::3] = np.nan
     lst = replace(lst, history_interest=interest)
     example = task.test_example(lst, get_need("interest"))
-    rollout = ranker._decode([example.prompt], [example.candidates], Decoding(), None)
+    rollout = ranker._decode([example.prompt], [example.candidates], Decoding(), None, None)
     request = {
         "need": "interest",
         "history": [
