@@ -96,7 +96,7 @@ test-verl: $(VENV)/installed $(VERL)/installed
 	PYTHONPATH="$(abspath $(VERL))" FLEXREC_REQUIRE_VERL=1 OMP_NUM_THREADS=1 RAY_AUTH_MODE=token \
 		RAY_AUTH_TOKEN=$$($(BIN)/python -c 'import secrets; print(secrets.token_hex(32))') \
 		$(BIN)/python -m pytest tests/integrations/test_verl.py tests/integrations/test_verl_package.py \
-		tests/integrations/test_verl_ray.py
+		tests/integrations/test_verl_ray.py tests/integrations/test_verl_modes.py
 
 $(VERL)/installed: tests/integrations/verl.txt
 	rm -rf $(VERL)

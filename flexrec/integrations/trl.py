@@ -39,6 +39,7 @@ from flexrec.integrations.trl_options import FlexRecGRPOConfig
 from flexrec.integrations.trl_vllm import per_prompt
 from flexrec.metrics import parse_metric
 from flexrec.ops.advantages import item_advantages, uncertainty_weights
+from flexrec.policy.distributed import whole_model
 from flexrec.rankings.state import RankingState, Spelling, encode_rankings
 from flexrec.rankings.text import ScoredCompletions, item_values_to_tokens, score_completions
 from flexrec.trainer.options import CORRECTED, OF_ALL_ACTIONS
@@ -100,8 +101,13 @@ class FlexRecGRPOTrainer(GRPOTrainer):
             raise ValueError("constrained=True is for text models: processing_class must be a tokenizer")
         if tokenizer.eos_token_id is None:
             raise ValueError("processing_class has no eos token, which ends a ranking")
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            raise ValueError("constrained=True reads rows of the output layer, which FSDP and ZeRO-3 shard: use DDP")
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if (self.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2) or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "constrained=True uses the output layer outside of the model's forward pass, which FSDP does not "
+                "allow in its first version, and which was not tried with ZeRO-3: use DDP or FSDP2 (accelerate's "
+                "fsdp_version: 2)"
+            )
         if getattr(self, "aux_loss_enabled", False):
             raise ValueError("constrained=True computes no router loss: set router_aux_loss_coef=0.0")
         if self.use_vllm:
@@ -161,9 +167,11 @@ class FlexRecGRPOTrainer(GRPOTrainer):
         group = self._group_size
         if len(lists) % group or any(lists[n] != lists[n - n % group] for n in range(len(lists))):
             group = 1  # a group spans processes: no prompt is encoded for all of its rollouts at once
-        with self.accelerator.autocast():
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        back = getattr(plugin, "reshard_after_forward", True)
+        with self.accelerator.autocast(), whole_model(self.model_wrapped, reshard_after_forward=back) as model:
             rollout = sample_rankings(
-                self.accelerator.unwrap_model(self.model),
+                model,
                 prompt_ids[::group],
                 self._candidates[::group],
                 separator=self._spelling.separator,

@@ -33,6 +33,7 @@ from tiny_trl import (
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]
 
 ITEMS = [[f"<item:{i + 4 * p}>" for i in range(len(gains))] for p, gains in enumerate(GAINS)]
+TITLES = [["kiwi", "fig", "fa"], ["a", "b", "ca", "cb"], ["ab", "ac", "b", "ca", "cb"]]  # items of several decisions
 VARIANCE = [[0.1 * i / (p + 1) for i in range(len(gains))] for p, gains in enumerate(GAINS)]
 
 
@@ -40,7 +41,7 @@ def item_trainer(tmp_path, size=12, spelling="items", rows=None, **options):
     """A trainer whose candidates are tokens with nothing between them, or labels of several."""
     tokenizer = make_tokenizer(items=16)
     of_items = spelling == "items"
-    rows = {"candidates": ITEMS if of_items else None, **(rows or {})}
+    rows = {"candidates": {"items": ITEMS, "titles": TITLES}.get(spelling), **(rows or {})}
     model = make_model(tokenizer, tied=of_items)
     if options.get("beta"):  # TRL loads the reference from where the model is from
         model.save_pretrained(tmp_path / "model")
@@ -106,6 +107,7 @@ def flexrec_trainers_gradient(tmp_path, monkeypatch, trainer, rollout, **options
         ("items", {"credit": "all_actions", "tilt": 0.1}),
         ("items", {"credit": "all_actions_corrected", "metric": "recall@2"}),
         ("labels", {"credit": "all_actions"}),
+        ("titles", {"credit": "all_actions"}),
         ("labels", {"credit": "all_actions", "tilt": 0.2, "metric": "ndcg@2", "uncertainty": "none"}),
     ],
     ids=str,
@@ -184,7 +186,7 @@ def test_kl_is_trls_and_does_not_follow_the_objective(tmp_path):
     assert my_log == pytest.approx(log, rel=1e-5)
 
 
-@pytest.mark.parametrize("spelling", ["items", "labels"])
+@pytest.mark.parametrize("spelling", ["items", "labels", "titles"])
 def test_what_trl_sees_are_the_logprobs_of_decisions(tmp_path, spelling):
     """Old log-probs, entropies and masks of later steps do not depend on the credit."""
     trainer = item_trainer(tmp_path, 3, spelling, credit="all_actions", num_iterations=2, temperature=0.6)
