@@ -103,13 +103,13 @@ def load_interactions(folder: str | Path, options: InteractionsOptions) -> Ranki
         seed=options.seed,
     )
     window = _trend_window(read.rows.times[read.training], options.trend_days) if read.timed else None
-    of_lists = {**options.of_lists(), "trend_window": window, "time_boundary": read.time_boundary}
     notes = list(read.notes)
     if options.negatives == "impressions":
-        if not read.timed or read.groups is None:
+        if window is None or read.groups is None:
             raise ValueError(f"negatives='impressions' needs times and what was passed over, and {folder} has none")
         shown = Shown(read.rows, read.groups)
-        dataset = build_from_impressions("interactions", read.catalogue, shown, test_rows=read.test, **of_lists)
+        when = {"trend_window": window, "time_boundary": read.time_boundary}
+        dataset = build_from_impressions("interactions", read.catalogue, shown, options, test_rows=read.test, **when)
     else:
         # What was shown in an impression and passed over is no interaction.
         chosen = np.ones(len(read.rows), dtype=bool) if not read.has_impressions else read.rows.interest != 0
@@ -121,7 +121,9 @@ def load_interactions(folder: str | Path, options: InteractionsOptions) -> Ranki
             split="user" if read.time_boundary is None else "time",
             num_positives=options.num_positives,
             negatives=options.negatives,
-            **of_lists,
+            trend_window=window,
+            time_boundary=read.time_boundary,
+            **options.of_lists(),
         )
     if len(dataset.train) < FEW_LISTS:
         num_positives = 1 if options.negatives == "impressions" else options.num_positives

@@ -103,17 +103,15 @@ def wordings(record: Record) -> Figure | None:
         return None
     charts, table = [], []
     for name in found:
+        worth = {asked: values[name] for asked, values in found.items()}
         rows = [
             Row(f"asked: {asked}", v["mean"], v["low"], v["high"], ACCENT if asked == name else QUIET, asked == name)
-            for asked, v in ((asked, values[name]) for asked, values in found.items())
+            for asked, v in worth.items()
         ]
         heading = f"Worth for {name}"
-        charts.append(
-            (heading, interval_chart(rows, label=_listed(heading, rows), reference=found[name][name]["mean"]))
-        )
+        charts.append((heading, interval_chart(rows, label=_listed(heading, rows), reference=worth[name]["mean"])))
         table += [
-            [asked, name, number(v["mean"]), f"{number(v['low'])} to {number(v['high'])}"]
-            for asked, v in ((asked, values[name]) for asked, values in found.items())
+            [asked, name, number(v["mean"]), f"{number(v['low'])} to {number(v['high'])}"] for asked, v in worth.items()
         ]
     return Figure(
         "wordings",
@@ -364,25 +362,17 @@ def seconds(record: Record) -> Figure | None:
     """The median of every part, as the first step loads what later ones have."""
     parts = {part: median(record.series(f"seconds/{part}")[1]) for part in PARTS if record.series(f"seconds/{part}")[0]}
     spent = {name: s for name, s in (record.metrics.get("seconds") or {}).items() if name != "total" and s > 0}
+    total = (record.metrics.get("seconds") or {}).get("total", sum(spent.values()))
+    step = f"A step of reinforcement: {_seconds(sum(parts.values()))}"
+    stages = f"Stages and baselines: {_seconds(total)} in all"
     charts, rows = [], []
-    if parts:
-        ordered = [Row(name, value, color=ACCENT) for name, value in sorted(parts.items(), key=lambda one: -one[1])]
-        label = f"Seconds of a step: {', '.join(f'{row.name} {_seconds(row.value)}' for row in ordered[:3])}"
-        charts.append(
-            (
-                f"A step of reinforcement: {_seconds(sum(parts.values()))}",
-                bar_chart(ordered, label=label, said=_seconds),
-            )
-        )
-        rows += [["step", row.name, _seconds(row.value)] for row in ordered]
-    if spent:
-        ordered = [Row(name, value, color=KINDS[2]) for name, value in sorted(spent.items(), key=lambda one: -one[1])]
-        label = f"Seconds of stages: {', '.join(f'{row.name} {_seconds(row.value)}' for row in ordered[:3])}"
-        total = (record.metrics.get("seconds") or {}).get("total", sum(spent.values()))
-        charts.append(
-            (f"Stages and baselines: {_seconds(total)} in all", bar_chart(ordered, label=label, said=_seconds))
-        )
-        rows += [["stage", row.name, _seconds(row.value)] for row in ordered]
+    for of, heading, known, color in (("step", step, parts, ACCENT), ("stage", stages, spent, KINDS[2])):
+        ordered = [Row(name, value, color=color) for name, value in sorted(known.items(), key=lambda one: -one[1])]
+        if ordered:
+            listed = ", ".join(f"{row.name} {_seconds(row.value)}" for row in ordered[:3])
+            label = f"Seconds of {'a step' if of == 'step' else 'stages'}: {listed}"
+            charts.append((heading, bar_chart(ordered, label=label, said=_seconds)))
+        rows += [[of, row.name, _seconds(row.value)] for row in ordered]
     if not charts:
         return None
     return Figure(
