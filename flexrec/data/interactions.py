@@ -26,6 +26,10 @@ from flexrec.data.values import id_order
 
 DAY = 24 * 60 * 60  # seconds
 FEW_LISTS = 100
+_READ_WITH = (  # options that are arguments of ``read_interactions``
+    *("columns", "log_file", "items_file", "events", "day_first", "strict"),
+    *("split", "test_fraction", "num_test_users", "time_quantile", "seed"),
+)
 
 
 @takes(InteractionsOptions)
@@ -87,28 +91,15 @@ def load_interactions(folder: str | Path, options: InteractionsOptions) -> Ranki
     # Texts have become mappings.
     codes, event_values = cast("dict[float, str]", options.codes), cast("dict[str, float]", options.event_values)
     gain = Gain(options.gain, low, high, options.threshold, codes, event_values)
-    read = read_interactions(
-        folder,
-        columns=options.columns,
-        log_file=options.log_file,
-        items_file=options.items_file,
-        events=options.events,
-        gain=gain,
-        day_first=options.day_first,
-        strict=options.strict,
-        split=options.split,
-        test_fraction=options.test_fraction,
-        num_test_users=options.num_test_users,
-        time_quantile=options.time_quantile,
-        seed=options.seed,
-    )
+    given = {name: getattr(options, name) for name in _READ_WITH}
+    read = read_interactions(folder, gain=gain, **given)
     window = _trend_window(read.rows.times[read.training], options.trend_days) if read.timed else None
     notes = list(read.notes)
     if options.negatives == "impressions":
         if window is None or read.groups is None:
             raise ValueError(f"negatives='impressions' needs times and what was passed over, and {folder} has none")
         shown = Shown(read.rows, read.groups)
-        when = {"trend_window": window, "time_boundary": read.time_boundary}
+        when: dict[str, Any] = {"trend_window": window, "time_boundary": read.time_boundary}
         dataset = build_from_impressions("interactions", read.catalogue, shown, options, test_rows=read.test, **when)
     else:
         # What was shown in an impression and passed over is no interaction.

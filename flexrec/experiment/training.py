@@ -38,6 +38,16 @@ GRPO: dict[str, dict[str, Any]] = {
     "sequence_grpo": {**_GRPO, "credit": "sequence", "importance_level": "token"},
     "rank_grpo": {**_GRPO, "credit": "rank", "importance_level": "item"},
 }
+# Arguments that are the same whatever is trained.
+EVERY_TRAINING: dict[str, Any] = {
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.01,
+    "save_strategy": "no",
+    "report_to": "none",
+    "remove_unused_columns": False,
+    "dataloader_drop_last": True,
+    "disable_tqdm": True,  # the steps' logs go to a file, and ProgressBar draws the bar
+}
 MAX_GROUP = 8  # rankings of a prompt that GRPO compares
 
 
@@ -198,26 +208,20 @@ def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, lear
     if config.micro_batch is not None:  # a supervised step has as many rankings, each of a prompt
         at_once = math.gcd(per_process, config.micro_batch)
     return {
+        **EVERY_TRAINING,
         "output_dir": str(RunFolder(config.output).checkpoints),
         "max_steps": steps,
         "per_device_train_batch_size": at_once,
         "gradient_accumulation_steps": per_process // at_once,
         "learning_rate": learning_rate,
-        "lr_scheduler_type": "cosine",
         "warmup_steps": min(10, steps // 4),
-        "weight_decay": 0.01,
         "max_grad_norm": 1.0,
         "bf16": config.bf16,
         **(_checkpointed_layers() if config.gradient_checkpointing else {}),
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
         "seed": config.seed,
-        "remove_unused_columns": False,
-        "dataloader_drop_last": True,
         "log_level": "error",
-        "disable_tqdm": True,  # the steps' logs go to a file, and ProgressBar draws the bar
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
