@@ -299,6 +299,13 @@ def test_baselines_by_reinforcement_start_where_reinforcement_did(tmp_path, reco
     assert (own.args.credit, own.args.per_device_train_batch_size, own.args.num_generations) == ("all_actions", 12, 2)
 
 
+def test_baselines_by_reinforcement_have_the_groups_that_one_pass_decides():
+    config = ExperimentConfig(output="x", mode="one-pass", prompts_per_step=12, num_generations=6)
+    found = training.grpo_config(config, "rank_grpo")
+    assert (found.prompts_per_step, found.num_generations, found.credit) == (12, 6, "rank")
+    assert training.grpo_config(config, "sequence_grpo").credit == "sequence"
+
+
 def test_baselines_by_reinforcement_need_groups_and_a_kept_start(tmp_path, recorded):
     with pytest.raises(ValueError, match="'rank_grpo' compares rankings of one prompt: it needs an even number"):
         recorded.run(tmp_path / "odd", prompts_per_step=5, baselines=("rank_grpo",))
