@@ -99,7 +99,6 @@ class Training:
         config = self.config
         arguments = _training_arguments(config, steps, config.supervised_lists, config.warmup_learning_rate)
         cutoffs = (config.num_ranked, parse_metric(config.metric).cutoff)
-        gc.collect()  # the last stage's trainer, whose optimiser cycles of references would keep: twice the model
         with self.clock.stage(name, steps, after) as stage:
             trainer = SupervisedTrainer(
                 _to_train(model),
@@ -115,13 +114,14 @@ class Training:
             )
             self._draw_curve(trainer, stage)
             _train(trainer, model)
+        del trainer
+        _free(model)
 
     def _reinforce(
         self, model: Any, config: ExperimentConfig, name: str, checkpoint: tuple[int, Path] | None = None
     ) -> None:
         step, saved = checkpoint or (0, None)
         after = WARM_UP if config.warmup == "listwise" else FORMAT
-        gc.collect()
         with self.clock.stage(name, config.steps, after) as stage:
             if saved is not None and step >= config.steps:  # interrupted after the last step
                 load_checkpoint(model, saved)
@@ -150,6 +150,8 @@ class Training:
             )
             self._draw_curve(trainer, stage)
             _train(trainer, model, saved)
+        del trainer, reference
+        _free(model)
 
     def _tracking(self, name: str) -> list[TrainerCallback]:
         return tracking(self.config.report_to or (), Path(self.config.output), name, asdict(self.config))
@@ -249,6 +251,13 @@ def _train(trainer: RankingTrainer, model: Any, checkpoint: Path | None = None) 
         state = whole_state_dict(trainer.model_wrapped)
         model.load_state_dict({name: state[name] for name in model.state_dict()})
         unset_hf_deepspeed_config()  # which would spread the next model while it is loaded
+
+
+def _free(model: Any) -> None:
+    """Let go of what a stage leaves, before anything is measured: gradients, and the trainer, whose optimiser, twice
+    the model, cycles of references would keep."""
+    model.zero_grad(set_to_none=True)
+    gc.collect()
 
 
 class _Seal(TrainerCallback):
