@@ -174,7 +174,7 @@ def _run_in(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, of which "
         f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f}M are trained"
     )
-    wanted, available = config.prompts_per_step * config.num_generations, len(dataset.train) * len(needs)
+    wanted, available = config.supervised_lists, len(dataset.train) * len(needs)
     if wanted > available:
         raise ValueError(
             f"a step takes {wanted} rankings, and there are {available} training examples: use fewer --prompts-per-step"

@@ -105,6 +105,27 @@ def test_the_user_of_a_list_is_where_the_criterion_of_bpr_is_greatest(liked):
 
 @needs_implicit
 @pytest.mark.parametrize("make", [ALS, BPR])
+def test_the_user_of_a_list_is_found_by_one_thread(make, monkeypatch):
+    """Several wait for one another: a hundred times as long where the machine does something else as well."""
+    from threadpoolctl import threadpool_info
+
+    def threads():
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    dataset, used = clusters(), []
+    model = make(dataset, ALSSettings() if make is ALS else BPRSettings())
+    before = threads()
+    owner, name = (type(model._model), "recalculate_user") if make is ALS else (np.linalg, "solve")
+    inner = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: used.append(threads()) or inner(*args, **kwargs))
+    model.scores(dataset.test[0])
+    assert used
+    assert all(of_call == {1} for of_call in used)
+    assert threads() == before
+
+
+@needs_implicit
+@pytest.mark.parametrize("make", [ALS, BPR])
 def test_unknown_items_come_last_and_unknown_histories_say_nothing(make):
     dataset = clusters()
     unknown = len(dataset.catalogue) - 1
