@@ -88,27 +88,14 @@ CREDIT = Study(
         _of_starts("targets", "target", _TARGETS, ("expectation", "exp(A / 0.1)")),
         _of_starts("group sizes", "group", _GROUP_SIZES, ("all_actions, G 1", "sequence, G 8")),
     ),
-    tables=(
-        Table("credits", "Credits", "credit", ("dataset", "start"), "ndcg@5", "all_actions", where={"part": "credits"}),
-        Table(
-            "credits_early",
-            "Credits, after 12 steps",
-            "credit",
-            ("dataset", "start"),
-            "ndcg@5 early",
-            "all_actions",
-            where={"part": "credits"},
-        ),
-        Table("targets", "Targets", "target", ("dataset", "start"), "ndcg@5", "expectation", where={"part": "targets"}),
-        Table(
-            "group_sizes",
-            "Rankings of a prompt",
-            "group",
-            ("dataset", "start"),
-            "ndcg@5",
-            "all_actions, G 1",
-            where={"part": "group sizes"},
-        ),
+    tables=tuple(
+        Table(name, title, axis, ("dataset", "start"), metric, base, where={"part": part})
+        for part, name, title, axis, metric, base in (
+            ("credits", "credits", "Credits", "credit", "ndcg@5", "all_actions"),
+            ("credits", "credits_early", "Credits, after 12 steps", "credit", "ndcg@5 early", "all_actions"),
+            ("targets", "targets", "Targets", "target", "ndcg@5", "expectation"),
+            ("group sizes", "group_sizes", "Rankings of a prompt", "group", "ndcg@5", "all_actions, G 1"),
+        )
     ),
 )
 
