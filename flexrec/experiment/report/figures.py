@@ -286,10 +286,8 @@ def reliability(record: Record) -> Figure | None:
         return None
     x = [100 * point["level"] for point in levels]
     inside = Line("", x, [100 * point["inside"] for point in levels], dots=True)
-    ideal = Line("", [0, 100], [0, 100], QUIET, dashed=True)
     ends = (0.0, max(1.0, *(point[name] for point in bins for name in ("predicted", "interest"))))
     predicted = Line("", [b["predicted"] for b in bins], [b["interest"] for b in bins], dots=True)
-    right = Line("", ends, ends, QUIET, dashed=True)
     far = max(abs(point["inside"] - point["level"]) for point in levels)
     off = max(abs(point["interest"] - point["predicted"]) for point in bins)
     quality = record.results.critic if record.results is not None else {}
@@ -298,30 +296,10 @@ def reliability(record: Record) -> Figure | None:
         if "rmse" in quality
         else ""
     )
-    charts = [
-        (
-            "Interests inside of intervals, %",
-            line_chart(
-                [ideal, inside],
-                label=f"Shares inside are at most {100 * far:.0f} points from what intervals say",
-                x_label="level of the interval, %",
-                x_range=(0, 100),
-                y_range=(0, 100),
-                height=240,
-            ),
-        ),
-        (
-            "Mean interest by prediction",
-            line_chart(
-                [right, predicted],
-                label=f"Mean interests of tenths are at most {number(off, 2)} from the predictions",
-                x_label="predicted interest",
-                x_range=ends,
-                y_range=ends,
-                height=240,
-            ),
-        ),
-    ]
+    label = f"Shares inside are at most {100 * far:.0f} points from what intervals say"
+    charts = [("Interests inside of intervals, %", _on_diagonal(inside, label, "level of the interval, %", (0, 100)))]
+    label = f"Mean interests of tenths are at most {number(off, 2)} from the predictions"
+    charts.append(("Mean interest by prediction", _on_diagonal(predicted, label, "predicted interest", ends)))
     rows = [["interval", f"{100 * p['level']:g} %", f"{100 * p['inside']:.1f} %", ""] for p in levels]
     rows += [["prediction", number(b["predicted"]), number(b["interest"]), str(b["pairs"])] for b in bins]
     return Figure(
@@ -333,6 +311,12 @@ def reliability(record: Record) -> Figure | None:
         ("of", "said", "found", "pairs"),
         rows,
     )
+
+
+def _on_diagonal(line: Line, label: str, x_label: str, ends: tuple[float, float]) -> str:
+    """A line beside the one that it should be, from one end to the other."""
+    right = Line("", ends, ends, QUIET, dashed=True)
+    return line_chart([right, line], label=label, x_label=x_label, x_range=ends, y_range=ends, height=240)
 
 
 def answers(record: Record) -> Figure | None:
