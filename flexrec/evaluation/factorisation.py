@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +25,6 @@ if TYPE_CHECKING:
 _NEGATIVES = 50  # that a history is compared with
 _NEWTON_STEPS = 6
 _ONE_THREAD: dict[str, Any] = {"limits": 1, "user_api": "blas"}
-
-
-def has_implicit() -> bool:
-    return find_spec("implicit") is not None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ import pytest
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset, RankingList
 from flexrec.evaluation import tuning
 from flexrec.evaluation.baselines import Random
-from flexrec.evaluation.factorisation import ALS, BPR, ALSSettings, BPRSettings, has_implicit
+from flexrec.evaluation.factorisation import ALS, BPR, ALSSettings, BPRSettings
 from flexrec.evaluation.statistics import rank_metrics
 
-needs_implicit = pytest.mark.skipif(not has_implicit(), reason="needs the extra 'baselines'")
+needs_implicit = pytest.mark.skipif(find_spec("implicit") is None, reason="needs the extra 'baselines'")
 
 
 def clusters(seed=0, num_users=120, per_cluster=12, liked_in_log=20):
