@@ -133,6 +133,7 @@ def time_steps(
         return "call"
     if device.type == "cpu":
         benchmark.pedantic(steps[0], rounds=_rounds(seconds))
+        benchmark.extra_info["between_torch"] = between_torch(steps[0], _rounds(seconds))
         return "call"
     seconds = max(_seconds_of(step, 3, device) for step in steps)
     calls = min(MAX_CALLS, max(1, math.ceil(GRAPH_SECONDS / seconds)))
@@ -141,6 +142,22 @@ def time_steps(
     work, how = _launcher(in_a_row, capturable)
     benchmark.pedantic(_Iterations(work, calls), rounds=_rounds(seconds * calls), warmup_rounds=1, iterations=calls)
     return how
+
+
+def between_torch(step: Step, rounds: int) -> float:
+    """Seconds of the fastest call right after a product by torch on all its threads, as calls come in training.
+
+    In a loop of its own an operation finds its threads awake and spinning; here they have to be woken, or wait for a
+    core on which torch's spin.
+    """
+    square = torch.randn(512, 512)
+    times = []
+    for _ in range(rounds):
+        torch.mm(square, square)
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _launcher(steps: Sequence[Step], capturable: bool) -> tuple[Step, str]:

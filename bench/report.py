@@ -73,7 +73,7 @@ def markdown(report: dict[str, Any], plots: dict[str, str]) -> str:
     table = rows(from_json(report))
     overheads = [row.ours for row in table if row.ours.op == OVERHEAD]
     compared = [row for row in table if row.ours.op != OVERHEAD]
-    parts = [machine(report), ratios_table(compared), losses(compared)]
+    parts = [machine(report), between_torch_table(compared), ratios_table(compared), losses(compared)]
     if overheads:
         parts.append(overhead_table(overheads))
     parts.append(memory_table(compared))
@@ -105,6 +105,32 @@ def table_of(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     header = list(header)
     text = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in text)
+
+
+def between_torch_table(table: list[Row]) -> str:
+    """Where calls were timed in a loop and between torch's operations: the latter first, it is how a trainer calls."""
+    lines = []
+    for row in table:
+        peers = [r for r in row.peers if r.extra.get("between_torch") and not r.extra.get("other_distribution")]
+        ours = row.ours.extra.get("between_torch")
+        if not ours or not peers:
+            continue
+        best = min(peers, key=lambda r: r.extra["between_torch"])
+        ratio, alone = best.extra["between_torch"] / ours, row.ratio(row.peers[0])
+        lines.append(
+            (
+                row.ours.op,
+                row.ours.shape,
+                show_seconds(ours),
+                f"{show_method(best)} {ratio:.3g}x",
+                show_seconds(row.ours.seconds),
+                f"{show_method(row.peers[0])} {alone:.3g}x",
+            )
+        )
+    if not lines:
+        return ""
+    header = ("operation", "shape", "ours between torch operations", "best peer there", "ours in a loop", "best peer")
+    return "Each call after a matrix product by torch on all its threads, as in training:\n\n" + table_of(header, lines)
 
 
 def ratios_table(table: list[Row]) -> str:

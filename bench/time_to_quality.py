@@ -36,8 +36,9 @@ from flexrec.task.examples import RankingTask, TrainingExamples
 from flexrec.task.needs import get_need
 from flexrec.task.prompts import PromptBuilder
 
-# What TRL's policy samples. TRL itself samples free text; the base, which saw its candidates in no prompt, then hardly
-# ever names one, so that most of a ranking is the repair of what it left out.
+# What TRL's policy samples. TRL itself samples free text, of the whole vocabulary. The base's prompts name the
+# candidates, as item tokens, but it learnt rankings by log-probs among the candidates alone, which say nothing about
+# other tokens: it hardly ever names a candidate, so that most of a ranking is the repair of what it left out.
 ANSWERS = {"constrained": "rankings only", "free": "free text"}
 
 

@@ -48,6 +48,22 @@ EXAMPLE = results(
 )
 
 
+def test_times_between_torch_operations_come_first_where_there_are_any():
+    assert "between torch" not in report.markdown(EXAMPLE, {})
+    found = report.markdown(
+        results(
+            benchmark("ours", 1e-3, between_torch=2e-3),
+            benchmark("pairwise", 40e-3, between_torch=44e-3),
+            benchmark("suffix_sums", 50e-3, between_torch=42e-3),
+            benchmark("log_softmax", 1.0, between_torch=1e-3, other_distribution=True),
+        ),
+        {},
+    )
+    line = "| swap rewards, ndcg | 64 x 100 | 2 ms | suffix sums 21x | 1 ms | pairwise 40x |"
+    assert line in found
+    assert found.index(line) < found.index("of floor")
+
+
 def test_rows_compare_within_operation_and_shape():
     table = rows(from_json(EXAMPLE))
     assert [(row.ours.op, row.ours.shape) for row in table] == [

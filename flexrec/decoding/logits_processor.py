@@ -23,7 +23,6 @@ beams are then compared by the log-prob of both together, and ``processor.reason
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,9 +59,10 @@ class RankingLogitsProcessor(LogitsProcessor):
         num_tokens: ``len(tokenizer)``: what an embedding is padded with beyond it never comes. None: it is not padded.
         num_beams: as given to generate. With more than one a beam of probability 0 (there are some when few beams are
             open) may hold a token that was not allowed; otherwise such a token is an error.
-        reuse_scores: return the same tensor at every call, overwritten by the next, in which only what changes is
-            written: no pass over the vocabulary. Not together with ``output_scores=True`` of generate, nor with
-            processors that write to scores in place.
+        reuse_scores: return the same tensor at every call, overwritten by the next, whoever holds it or has written to
+            it. Not together with ``output_scores=True`` of generate, nor with processors that write to scores in place.
+            It saves memory, not time: by default the memory of scores that nobody holds any more is written again,
+            and there, too, only what changes.
 
     Raises:
         ValueError, TypeError: as `flexrec.rankings.RankingState`; no token to go on with after a finished ranking.
@@ -114,7 +114,7 @@ class RankingLogitsProcessor(LogitsProcessor):
         self.reuse_scores = reuse_scores
         self._rule = reasoning_rule(reasoning_end, max_reasoning_tokens, eos_token_ids)
         self._largest_token = max(*eos_token_ids, *(() if self._rule is None else self._rule.end), 0)
-        self._reused: _Reused | None = None
+        self._sheets: list[_Sheet] = []  # two at most
         self._follow(self._new_state(len(self.tries) * num_beams))
 
     @property
@@ -164,10 +164,8 @@ class RankingLogitsProcessor(LogitsProcessor):
                 f"row {row}, step {self._tokens.shape[1]}: {found}, of which no distribution can be made: "
                 f"another logits processor forbids them, or the model returns NaN or infinity"
             )
-        result = self._write(scores, ids, (allowed - normaliser).to(scores.dtype), free)
-        if free is not None:
-            result[free] = (whole - normaliser[free]).to(scores.dtype)
-        return result
+        of_whole = None if free is None else (whole - normaliser[free]).to(scores.dtype)
+        return self._write(scores, ids, (allowed - normaliser).to(scores.dtype), free, of_whole)
 
     def rankings(self, sequences: torch.Tensor) -> NDArray[np.int32]:
         """(N, T) candidate index by rank of what generate returned, -1 where a row was stopped before and beyond T.
@@ -267,30 +265,60 @@ class RankingLogitsProcessor(LogitsProcessor):
         return allowed, last + 1, thinking
 
     def _write(
-        self, scores: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, free: torch.Tensor | None
+        self,
+        scores: torch.Tensor,
+        ids: torch.Tensor,
+        values: torch.Tensor,
+        free: torch.Tensor | None,
+        whole: torch.Tensor | None,
     ) -> torch.Tensor:
-        """(N, V) like ``scores``: ``values`` (N, A) at ``ids`` (N, A), -inf elsewhere.
-
-        Rows ``free`` (N,) are the caller's to fill.
-        """
-        if not self.reuse_scores:
-            return torch.full_like(scores, -torch.inf).scatter_(1, ids, values)
-        if self._reused is not None and _alike(self._reused.scores, scores):
-            self._reused.scores.scatter_(1, self._reused.ids, -torch.inf)
-            if self._reused.free is not None:
-                self._reused.scores[self._reused.free] = -torch.inf
-        else:
-            self._reused = _Reused(torch.full_like(scores, -torch.inf), ids, free)
-        self._reused = self._reused._replace(ids=ids, free=free)
-        return self._reused.scores.scatter_(1, ids, values)
+        """(N, V) like ``scores``: ``values`` (N, A) at ``ids`` (N, A), rows ``free`` (N,) ``whole``, -inf elsewhere."""
+        mine = (one for one in self._sheets if _alike(one.scores, scores) and (self.reuse_scores or one.is_free()))
+        sheet = next(mine, None)
+        if sheet is None:  # two, since generate holds what it got last until it has got the next
+            sheet = _Sheet(scores)
+            self._sheets = [*self._sheets[-1:], sheet]
+        sheet.write(ids, values, free, whole)
+        return sheet.scores if self.reuse_scores else sheet.scores.detach()
 
 
-class _Reused(NamedTuple):
-    """Scores that are written again and again, and where they are not -inf."""
+class _Sheet:
+    """Scores (N, V) that are written again once nobody has the last ones: there only what changes is written.
 
-    scores: torch.Tensor  # (N, V)
-    ids: torch.Tensor  # (N, A)
-    free: torch.Tensor | None  # (N,) rows that are not -inf anywhere
+    A pass over the vocabulary, N V numbers, takes longer than all else that a step's constraint needs.
+    """
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.scores = torch.full_like(like, -torch.inf)
+        self._ids: torch.Tensor | None = None  # (N, A) where they are not -inf
+        self._free: torch.Tensor | None = None  # (N,) rows that are not -inf anywhere
+        self._holders, self._version = _holders(self.scores), 0
+
+    def is_free(self) -> bool:
+        """Whether nobody else holds these scores, or a view of them, and nobody has written to them."""
+        if self._holders is None or self.scores.is_inference():  # which do not count what is written
+            return False
+        return _holders(self.scores) == self._holders and self.scores._version == self._version
+
+    def write(
+        self, ids: torch.Tensor, values: torch.Tensor, free: torch.Tensor | None, whole: torch.Tensor | None
+    ) -> None:
+        if self._ids is not None:
+            self.scores.scatter_(1, self._ids, -torch.inf)
+        if self._free is not None:
+            self.scores[self._free] = -torch.inf
+        self.scores.scatter_(1, ids, values)
+        if free is not None and whole is not None:
+            self.scores[free] = whole
+        self._ids, self._free = ids, free
+        if not self.scores.is_inference():
+            self._version = self.scores._version
+
+
+def _holders(tensor: torch.Tensor) -> int | None:
+    """How many tensors and others hold this one's memory; None where this torch does not tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return None if count is None else int(count(tensor.untyped_storage()._cdata))
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -117,25 +117,44 @@ def _dots(hidden: Array, rows: Array, index: Array, steps: int, length: int, log
             logits[t3, k], logits[t3, k1] = z30, z31
 
 
+@njit(cache=True, nogil=True, fastmath=False)
+def _logits_of_ranking(
+    hidden: Array, rows: Array, index: Array, length: int, bias: Array, temperature: float, logits: Array
+) -> None:
+    """:func:`triangle_logits` of one ranking: (T, D), (R, D), (K,) and (T, K)."""
+    divisor, zero = logits.dtype.type(temperature), logits.dtype.type(0)
+    steps = min(len(hidden), length)
+    _dots(hidden, rows, index, steps, length, logits)
+    for t in range(steps):
+        for k in range(t, length):
+            own = bias[index[k]] if len(bias) else zero
+            logits[t, k] = logit_of(logits[t, k], own, divisor)
+
+
 @njit(cache=True, nogil=True, parallel=True, fastmath=False)
-def triangle_logits(
+def _triangle_logits_in_parallel(
     hidden: Array, rows: Array, index: Array, lengths: Array, bias: Array, temperature: float, logits: Array
+) -> None:
+    for n in prange(len(hidden)):
+        _logits_of_ranking(hidden[n], rows, index[n], lengths[n], bias, temperature, logits[n])
+
+
+@njit(cache=True, nogil=True, fastmath=False)
+def triangle_logits(
+    hidden: Array, rows: Array, index: Array, lengths: Array, bias: Array, temperature: float, parts: int, logits: Array
 ) -> None:
     """logits[n, t, k] = (hidden[n, t] . row + bias) / temperature of the candidate at rank k, for t <= k < length.
 
     Args:
         hidden: (N, T, D), rows: (R, D), bias: (R,) or (0,), logits: (N, T, K), all of one dtype.
         index: (N, K) int64, the row of the candidate at each rank; lengths: (N,) int64.
+        parts: 1 for this thread alone.
     """
-    divisor, zero = logits.dtype.type(temperature), logits.dtype.type(0)
-    for n in prange(len(hidden)):
-        length = lengths[n]
-        steps = min(hidden.shape[1], length)
-        _dots(hidden[n], rows, index[n], steps, length, logits[n])
-        for t in range(steps):
-            for k in range(t, length):
-                own = bias[index[n, k]] if len(bias) else zero
-                logits[n, t, k] = logit_of(logits[n, t, k], own, divisor)
+    if parts == 1:  # wakes nobody
+        for n in range(len(hidden)):
+            _logits_of_ranking(hidden[n], rows, index[n], lengths[n], bias, temperature, logits[n])
+    else:
+        _triangle_logits_in_parallel(hidden, rows, index, lengths, bias, temperature, logits)
 
 
 @njit(cache=True, nogil=True, parallel=True, fastmath=False)
@@ -168,19 +187,38 @@ def _gradient_of_candidate(
     return bias_grad
 
 
+@njit(cache=True, nogil=True, fastmath=False)
+def _gradients_of_entry(
+    entry: int, dlogits: Array, hidden: Array, position: Array, row_grads: Array, bias_grads: Array
+) -> None:
+    k_max, group = bias_grads.shape[1], len(hidden) // max(len(bias_grads), 1)
+    p, candidate = entry // k_max, entry % k_max
+    bias_grads[p, candidate] = _gradient_of_candidate(
+        dlogits, hidden, position, p * group, (p + 1) * group, candidate, row_grads[p, candidate]
+    )
+
+
 @njit(cache=True, nogil=True, parallel=True, fastmath=False)
-def candidate_gradients(dlogits: Array, hidden: Array, position: Array, row_grads: Array, bias_grads: Array) -> None:
+def _candidate_gradients_in_parallel(
+    dlogits: Array, hidden: Array, position: Array, row_grads: Array, bias_grads: Array
+) -> None:
+    for entry in prange(bias_grads.size):
+        _gradients_of_entry(entry, dlogits, hidden, position, row_grads, bias_grads)
+
+
+@njit(cache=True, nogil=True, fastmath=False)
+def candidate_gradients(
+    dlogits: Array, hidden: Array, position: Array, parts: int, row_grads: Array, bias_grads: Array
+) -> None:
     """Gradients of every candidate's row (P, K, D) and bias (P, K): sums over the rankings and steps of its list.
 
     The rows are left out where their D is 0. Candidates share no output: no order of threads changes a bit.
     """
-    k_max = bias_grads.shape[1]
-    group = len(hidden) // max(len(bias_grads), 1)
-    for entry in prange(bias_grads.size):
-        p, candidate = entry // k_max, entry % k_max
-        bias_grads[p, candidate] = _gradient_of_candidate(
-            dlogits, hidden, position, p * group, (p + 1) * group, candidate, row_grads[p, candidate]
-        )
+    if parts == 1:
+        for entry in range(bias_grads.size):
+            _gradients_of_entry(entry, dlogits, hidden, position, row_grads, bias_grads)
+    else:
+        _candidate_gradients_in_parallel(dlogits, hidden, position, row_grads, bias_grads)
 
 
 @njit(cache=True, fastmath=False)
@@ -198,17 +236,17 @@ def _flat_entries(x: Entries) -> Entries:
 
 
 @njit(cache=True, nogil=True, fastmath=False)
-def _logits_in_rank_order(x: Operands, position: Array, temperature: float, logits: Array) -> Sets:
+def _logits_in_rank_order(x: Operands, position: Array, temperature: float, parts: int, logits: Array) -> Sets:
     """Fill ``logits`` (N, T, K); which of them are the steps' entries."""
     order, lengths, sets = _in_rank_order(position, x.row_of, x.hidden.shape[1])
-    triangle_logits(x.hidden, x.rows, order, lengths, x.bias, temperature, logits)
+    triangle_logits(x.hidden, x.rows, order, lengths, x.bias, temperature, parts, logits)
     return sets
 
 
 @njit(cache=True, nogil=True, fastmath=False)
 def _forward(x: Operands, position: Array, temperature: float, parts: int, entries: Entries, out: Results) -> None:
     """Fill the logits of the entries, and ``out`` with all that follows from them."""
-    sets = _logits_in_rank_order(x, position, temperature, entries.logits)
+    sets = _logits_in_rank_order(x, position, temperature, parts, entries.logits)
     softmax(sets, _flat_entries(entries), parts, _flat(out))
 
 
@@ -235,7 +273,7 @@ def _backward(
         out = hidden_grad.reshape((len(sets.begin), hidden_grad.shape[2]))  # (N T, D)
         sum_rows(sets.begin, sets.end, sets.values, flat, order.reshape(-1), x.rows, sets.target[:0], 1, parts, out)
     if bias_grads.size:
-        candidate_gradients(dlogits, x.hidden, position, row_grads, bias_grads)
+        candidate_gradients(dlogits, x.hidden, position, parts, row_grads, bias_grads)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -250,6 +288,7 @@ def ranking_logprobs_forward(
     values: Tensor | None,
     temperature: float,
     reference: tuple[Tensor, Tensor, Tensor | None] | Tensor | None = None,
+    keep: bool = True,
 ) -> tuple[Tensor | None, ...]:
     """Run the forward kernels.
 
@@ -258,6 +297,7 @@ def ranking_logprobs_forward(
         candidates: (P, K) int64 token ids, position: (N, K) int32, values: (N, K, C) in rank order or None.
         reference: hidden (N, T, D'), weight (V', D') and bias of the reference, or its logits (N, T, K) by candidate,
             divided by the temperature.
+        keep: return what a backward pass needs, too, not only the first four.
 
     Returns:
         log-probs (N, T), entropy (N, T), expectations (N, T, C), kl (N, T), logits (N, T, K) in rank order,
@@ -272,15 +312,21 @@ def ranking_logprobs_forward(
     out = new_results((n, t), 0 if values is None else values.shape[2], has_reference, kind)
     if logits.size:
         places, entries = position.numpy(), Entries(logits, _flat_values(values, dtype), ref_logits)
+        parts = parts_for((64 + d) * logits.size)
         if isinstance(reference, Tensor):
             logits_in_rank_order(array_of(reference, dtype, 3), places, ref_logits)
         elif reference is not None:
-            _logits_in_rank_order(operands_of(*reference, candidates, dtype), places, temperature, ref_logits)
-        operands, parts = operands_of(hidden, weight, bias, candidates, dtype), parts_for((64 + d) * logits.size)
+            of_reference = operands_of(*reference, candidates, dtype)
+            _logits_in_rank_order(of_reference, places, temperature, parts, ref_logits)
+        operands = operands_of(hidden, weight, bias, candidates, dtype)
         _forward(operands, places, temperature, parts, entries, out)
-    logprobs, entropy, expectations, kl, norm = (torch.from_numpy(x) for x in out)
-    results = logprobs, entropy, expectations, kl if has_reference else None
-    return *results, torch.from_numpy(logits), norm, torch.from_numpy(ref_logits) if has_reference else None, None
+    of_kl = torch.from_numpy(out.kl) if has_reference else None
+    expectations = None if values is None and not keep else torch.from_numpy(out.expectations)
+    results = torch.from_numpy(out.logprobs), torch.from_numpy(out.entropy), expectations, of_kl
+    if not keep:
+        return results
+    kept = torch.from_numpy(logits), torch.from_numpy(out.norm)
+    return *results, *kept, torch.from_numpy(ref_logits) if has_reference else None, None
 
 
 def ranking_logprobs_backward(

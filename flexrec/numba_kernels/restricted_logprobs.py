@@ -61,10 +61,14 @@ def check_entries(ids: Array, offsets: Array, targets: Array, vocab_size: int) -
     for m in range(rows):
         if offsets[m + 1] < offsets[m]:
             return DESCENDING, m, 0
+    last_row = np.empty(vocab_size, np.int64)  # the last row that had the token; written where it will be read only
     for e in range(len(ids)):
         if ids[e] < 0 or ids[e] >= vocab_size:
             return OUTSIDE, e, ids[e]
-    last_row = np.full(vocab_size, -1, np.int64)  # the last row that had the token
+        last_row[ids[e]] = -1
+    for target in targets:
+        if 0 <= target < vocab_size:
+            last_row[target] = -1
     for m in range(rows):
         for e in range(offsets[m], offsets[m + 1]):
             if last_row[ids[e]] == m:
@@ -93,31 +97,45 @@ def _target_entries(ids: Array, offsets: Array, targets: Array) -> Array:
     return entries
 
 
-@njit(cache=True, nogil=True, parallel=True, fastmath=REORDER)
-def _logits(x: Operands, offsets: Array, temperature: float, parts: int, logits: Array) -> None:
-    """logits[e] = (hidden[m] . rows[index[e]] + bias[index[e]]) / temperature, four entries of a row at a time."""
+@njit(cache=True, nogil=True, fastmath=REORDER)
+def _logits_of_part(x: Operands, offsets: Array, temperature: float, part: int, parts: int, logits: Array) -> None:
+    """:func:`_logits` of the rows that begin in a part of all entries."""
     hidden, rows, bias, ids = x
     divisor, zero = logits.dtype.type(temperature), logits.dtype.type(0)
+    low, high = share(offsets[:-1], len(ids), part, parts)
+    for m in range(low, high):
+        begin, end = offsets[m], offsets[m + 1]
+        if end - begin == 1:
+            logits[begin] = 0.0
+            continue
+        h, last = hidden[m], end - 1
+        for e in range(begin, end, 4):
+            e1, e2, e3 = min(e + 1, last), min(e + 2, last), min(e + 3, last)
+            w0, w1, w2, w3 = rows[ids[e]], rows[ids[e1]], rows[ids[e2]], rows[ids[e3]]
+            z0 = z1 = z2 = z3 = logits.dtype.type(0)
+            for d in range(len(h)):
+                z0 += h[d] * w0[d]
+                z1 += h[d] * w1[d]
+                z2 += h[d] * w2[d]
+                z3 += h[d] * w3[d]
+            logits[e], logits[e1], logits[e2], logits[e3] = z0, z1, z2, z3
+        for e in range(begin, end):
+            logits[e] = logit_of(logits[e], bias[ids[e]] if len(bias) else zero, divisor)
+
+
+@njit(cache=True, nogil=True, parallel=True, fastmath=REORDER)
+def _logits_in_parallel(x: Operands, offsets: Array, temperature: float, parts: int, logits: Array) -> None:
     for part in prange(parts):
-        low, high = share(offsets[:-1], len(ids), part, parts)
-        for m in range(low, high):
-            begin, end = offsets[m], offsets[m + 1]
-            if end - begin == 1:
-                logits[begin] = 0.0
-                continue
-            h, last = hidden[m], end - 1
-            for e in range(begin, end, 4):
-                e1, e2, e3 = min(e + 1, last), min(e + 2, last), min(e + 3, last)
-                w0, w1, w2, w3 = rows[ids[e]], rows[ids[e1]], rows[ids[e2]], rows[ids[e3]]
-                z0 = z1 = z2 = z3 = logits.dtype.type(0)
-                for d in range(len(h)):
-                    z0 += h[d] * w0[d]
-                    z1 += h[d] * w1[d]
-                    z2 += h[d] * w2[d]
-                    z3 += h[d] * w3[d]
-                logits[e], logits[e1], logits[e2], logits[e3] = z0, z1, z2, z3
-            for e in range(begin, end):
-                logits[e] = logit_of(logits[e], bias[ids[e]] if len(bias) else zero, divisor)
+        _logits_of_part(x, offsets, temperature, part, parts, logits)
+
+
+@njit(cache=True, nogil=True, fastmath=REORDER)
+def _logits(x: Operands, offsets: Array, temperature: float, parts: int, logits: Array) -> None:
+    """logits[e] = (hidden[m] . rows[index[e]] + bias[index[e]]) / temperature, four entries of a row at a time."""
+    if parts == 1:
+        _logits_of_part(x, offsets, temperature, 0, 1, logits)
+    else:
+        _logits_in_parallel(x, offsets, temperature, parts, logits)
 
 
 @njit(cache=True, nogil=True, fastmath=False)
@@ -194,6 +212,7 @@ def restricted_logprobs_forward(
     values: Tensor | None,
     reference: tuple[Tensor, Tensor, Tensor | None] | Tensor | None,
     temperature: float,
+    keep: bool = True,
 ) -> tuple[Tensor | None, ...]:
     """What follows from the logits of every entry, in float32 or, if an operand is, float64.
 
@@ -202,6 +221,7 @@ def restricted_logprobs_forward(
         ids: (nnz,), offsets: (M + 1,), targets: (M,) or None; int64, contiguous.
         values: (nnz, C) floating or None.
         reference: its hidden states (M, D'), weight (V, D') and bias, or its logits (nnz,) up to a constant per row.
+        keep: return what a backward pass needs, too, not only the first four.
 
     Returns:
         log-probs (M,), NaN where the target is not allowed and 0 without targets; entropy (M,); expectations (M, C);
@@ -220,9 +240,13 @@ def restricted_logprobs_forward(
     entries = Entries(logits, array_of(values, dtype, 2), ref_logits)
     operands, target_ids = operands_of(hidden, weight, bias, ids, dtype), array_of(targets, torch.int64, 1)
     _forward(ids.numpy(), bounds, target_ids, operands, temperature, parts, row, entries, out)
-    logprobs, entropy, expectations, kl, norm, *kept = (torch.from_numpy(x) for x in (*out, logits, row))
-    results = logprobs, entropy, expectations, kl if has_reference else None
-    return *results, norm, *kept, None if made is None else torch.from_numpy(made)
+    of_kl = torch.from_numpy(out.kl) if has_reference else None
+    expectations = None if values is None and not keep else torch.from_numpy(out.expectations)
+    results = torch.from_numpy(out.logprobs), torch.from_numpy(out.entropy), expectations, of_kl
+    if not keep:
+        return results
+    kept = (torch.from_numpy(x) for x in (out.norm, logits, row))
+    return *results, *kept, None if made is None else torch.from_numpy(made)
 
 
 def set_softmax_backward(
@@ -263,7 +287,7 @@ def hidden_gradient(
     rows, _, index = embedding_rows(weight, None, ids, dlogits.dtype)
     grad, begin = torch.zeros(hidden.shape, dtype=dlogits.dtype), offsets.numpy()[:-1]
     parts = parts_for(grad.numel() + len(ids) * hidden.shape[1])
-    sum_rows(begin, offsets.numpy()[1:], begin, dlogits.numpy(), index, rows, _NOWHERE, 2, parts, grad.numpy())
+    sum_rows(begin, offsets.numpy()[1:], begin, dlogits.numpy(), index, rows, NOWHERE, 2, parts, grad.numpy())
     return grad.to(hidden.dtype)
 
 
@@ -299,8 +323,8 @@ def _sum_by_token(
     tokens, begin, end = tokens[:used], starts[:used], starts[1 : used + 1]
     out = torch.zeros((used, hidden.shape[1]), dtype=dlogits.dtype) if into is None else into
     states, parts = array_of(hidden, out.dtype, 2), parts_for(len(ids) * hidden.shape[1])
-    sum_rows(begin, end, begin, grads, rows, states, _NOWHERE if into is None else tokens, 1, parts, out.numpy())
+    sum_rows(begin, end, begin, grads, rows, states, NOWHERE if into is None else tokens, 1, parts, out.numpy())
     return torch.from_numpy(tokens), out
 
 
-_NOWHERE = np.empty(0, np.int64)
+NOWHERE = np.empty(0, np.int64)

@@ -46,7 +46,47 @@ def share(begin: Array, entries: int, part: int, parts: int) -> tuple:
     return low, high
 
 
+@njit(cache=True, nogil=True, fastmath=REORDER)
+def _sum_rows_of_part(
+    begin: Array,
+    end: Array,
+    first: Array,
+    coefficients: Array,
+    index: Array,
+    table: Array,
+    place: Array,
+    least: int,
+    part: int,
+    parts: int,
+    out: Array,
+) -> None:
+    """:func:`sum_rows` of the segments that begin in a part of all entries."""
+    low, high = share(begin, len(coefficients), part, parts)
+    for s in range(low, high):
+        size = end[s] - begin[s]
+        if size >= least:
+            total = out[place[s] if len(place) else s]
+            add_rows(total, table, index[first[s] :], coefficients[begin[s] : end[s]], 0, size)
+
+
 @njit(cache=True, nogil=True, parallel=True, fastmath=REORDER)
+def _sum_rows_in_parallel(
+    begin: Array,
+    end: Array,
+    first: Array,
+    coefficients: Array,
+    index: Array,
+    table: Array,
+    place: Array,
+    least: int,
+    parts: int,
+    out: Array,
+) -> None:
+    for part in prange(parts):
+        _sum_rows_of_part(begin, end, first, coefficients, index, table, place, least, part, parts, out)
+
+
+@njit(cache=True, nogil=True, fastmath=REORDER)
 def sum_rows(
     begin: Array,
     end: Array,
@@ -63,13 +103,10 @@ def sum_rows(
 
     ``place`` may be of size 0: segment s goes to row s. Segments of fewer than ``least`` entries read nothing.
     """
-    for part in prange(parts):
-        low, high = share(begin, len(coefficients), part, parts)
-        for s in range(low, high):
-            size = end[s] - begin[s]
-            if size >= least:
-                total = out[place[s] if len(place) else s]
-                add_rows(total, table, index[first[s] :], coefficients[begin[s] : end[s]], 0, size)
+    if parts == 1:  # wakes nobody
+        _sum_rows_of_part(begin, end, first, coefficients, index, table, place, least, 0, 1, out)
+    else:
+        _sum_rows_in_parallel(begin, end, first, coefficients, index, table, place, least, parts, out)
 
 
 @njit(cache=True, nogil=True, parallel=True, fastmath=False)

@@ -40,7 +40,7 @@ NORMALISERS = {"one": ONE, "ideal": IDEAL, "relevant": RELEVANT, "cutoff": CUTOF
 SWAP, NONCAUSAL, INDEPENDENT, RANK, SEQUENCE = 0, 1, 2, 3, 4
 CREDITS = {"swap": SWAP, "noncausal": NONCAUSAL, "independent": INDEPENDENT, "rank": RANK, "sequence": SEQUENCE}
 NO_CUTOFF = 2**62
-FEW = 2**14  # gains: they are rewarded before other threads are awake
+FEW = 2**16  # gains: they are rewarded before other threads are awake, in 0.1 ms (see threads.FEW)
 PIECES_PER_THREAD = 4
 
 

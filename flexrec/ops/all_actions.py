@@ -68,7 +68,7 @@ from torch import Tensor
 from flexrec.checks import MIN_TILT, check_choice, check_number, check_range, check_tensor
 from flexrec.metrics import FAMILIES, Metric
 from flexrec.numba_kernels import FLOOR
-from flexrec.ops.library import BACKENDS, accumulation_dtype
+from flexrec.ops.library import BACKENDS, accumulation_dtype, numba_reads
 from flexrec.ops.rank_order import in_rank_order, lengths_per_ranking
 from flexrec.ops.ranking_logprobs import (
     RankedLists,
@@ -78,7 +78,7 @@ from flexrec.ops.ranking_logprobs import (
     from_distribution,
     step_log_probs,
 )
-from flexrec.ops.ranking_metric import Topics, check_topics, ingredients, metric_of
+from flexrec.ops.ranking_metric import Topics, check_topics, ingredients, metric_of, read_by_numba
 from flexrec.ops.ranking_metric import check_lists as check_gains
 from flexrec.ops.restricted_logprobs import Results
 from flexrec.ops.swap_rewards import swap_scores
@@ -246,7 +246,7 @@ def _evaluate(
     n, k = lists.position.shape
     t = lists.hidden.shape[1]
     check_tensor("gains", gains, (n, k))
-    shown = _check_num_ranked(num_ranked, n, t, gains.device)
+    shown = _check_num_ranked(num_ranked, n, t)
     per_ranking = None if lengths is None else lengths_per_ranking(lengths, n, len(lists.candidates), k)
     _check_tilt(tilt)
     _check_foresight(foresight, metric, tilt)
@@ -268,14 +268,20 @@ def _evaluate(
         )
         return _over_distribution(lists, -scores[:, :t], tilt)
 
-    ranked = check_gains(gains, metric, per_ranking, shown)
+    by_numba = foresight is None and numba_reads(gains)
+    ranked = check_gains(gains, metric, per_ranking, shown, values=not by_numba)
     check_topics(topics, metric, ranked)  # linear metrics take none
+    dtype = accumulation_dtype(lists.hidden, lists.weight)
+    if by_numba:
+        values, factors, own = read_by_numba("linear_values", ranked, metric, num_steps=t, dtype=dtype)
+        result = evaluate_lists(lists, values, weight_grad=weight_grad, backend=backend)
+        assert result.expectations is not None
+        return (result.expectations * factors).sum(-1) - own, result
     parts = ingredients(ranked, metric)
     if foresight is not None:
         return _foreseen(lists, parts.weight * parts.inverse_norm, parts.discount, foresight)
     mean = parts.weight.sum(-1, keepdim=True) / parts.length.clamp(min=1)
     centred = torch.where(parts.inside, parts.weight - mean, 0.0) * parts.inverse_norm
-    dtype = accumulation_dtype(lists.hidden, lists.weight)
     g, d = centred.to(dtype), parts.discount.to(dtype)  # (N, K)
     both = g * d
     values = torch.stack((g, d, both), dim=-1)
@@ -440,8 +446,8 @@ def _check_tilt(tilt: float | None) -> None:
         )
 
 
-def _check_num_ranked(num_ranked: int | Tensor | None, n: int, t: int, device: torch.device) -> Tensor:
-    """(N,) int64: how many ranks are shown, at most T."""
+def _check_num_ranked(num_ranked: int | Tensor | None, n: int, t: int) -> int | Tensor:
+    """How many ranks are shown, at most T: of all, or (N,) int64."""
     if num_ranked is None:
         num_ranked = t
     if isinstance(num_ranked, Tensor):
@@ -452,4 +458,4 @@ def _check_num_ranked(num_ranked: int | Tensor | None, n: int, t: int, device: t
         raise TypeError(f"num_ranked must be an int or an integer tensor (N,), got {type(num_ranked).__name__}")
     if not 0 <= num_ranked <= t:
         raise ValueError(f"num_ranked must lie in [0, T] = [0, {t}], got {num_ranked}")
-    return torch.full((n,), num_ranked, dtype=torch.int64, device=device)
+    return num_ranked

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from flexrec.checks import check_choice, is_transformed
+from flexrec.checks import check_choice, is_transformed, values_are_checked
 from flexrec.metrics import Metric
 from flexrec.numba_kernels import FLOOR
 
@@ -109,6 +109,11 @@ def choose_backend(backend: str, name: str, tensor: Tensor, obstacle: Exception 
                 f"got {name} on {device}"
             )
     return backend
+
+
+def numba_reads(tensor: Tensor) -> bool:
+    """Whether numba's kernels may read a tensor where no backend is asked for: on a CPU, with values of its own."""
+    return not _threads_stayed_behind and tensor.is_cpu and values_are_checked(tensor) and not is_traced(tensor)
 
 
 def choose_kernels(backend: str, hidden: Tensor, weight: Tensor) -> str:
@@ -312,6 +317,8 @@ def _present(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ..
 
 def accumulation_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """float64 where an operand is, else float32: half precision is accumulated and returned in float32."""
+    if hidden.dtype == weight.dtype == torch.float32:
+        return torch.float32
     return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexrec import checks
 from flexrec.checks import check_bias, check_finite, check_range, check_temperature, check_tensor
 from flexrec.ops.library import (
     LogprobsOperation,
@@ -288,11 +289,14 @@ def check_lists(
     check_temperature(temperature)
     candidates, ranking = candidates.long(), ranking.long()
     vocab = weight.shape[0]
+    if lengths is not None:
+        lengths = lengths_per_ranking(lengths, n, p, k)
+        if checks.values_are_checked(lengths) and checks.lies_within(lengths, k, k):
+            lengths = None  # the usual case: all lists are full
     if lengths is None:
         position = checked_positions(candidates, vocab, ranking, None)
         return RankedLists(hidden, weight, bias, candidates, position, temperature=float(temperature))
 
-    lengths = lengths_per_ranking(lengths, n, p, k)
     position = checked_positions(candidates, vocab, ranking, lengths)
     # A list's tail is never read: its tokens give way to the list's first, or to token 0 where the list is empty.
     longest = lengths.view(p, -1).amax(1, keepdim=True) if n else lengths.view(0, 1)  # (P, 1)
@@ -395,7 +399,7 @@ def _forward(x: RankedLists, with_grad: bool) -> Sequence[Tensor | None]:
     """The results; for the backward pass logits and norm, and those of the reference, in the backend's own layout."""
     module = kernels(x.backend, "ranking_logprobs")
     if x.backend == "numba":
-        return module.ranking_logprobs_forward(*x.operands, x.values, x.temperature, x.reference)
+        return module.ranking_logprobs_forward(*x.operands, x.values, x.temperature, x.reference, with_grad)
     kept = with_grad and module.keeps_logits(x.candidates.shape[1], x.hidden.shape[2])
     options = {"reference": x.reference, "save_logits": kept}
     with without_autocast(x.hidden):

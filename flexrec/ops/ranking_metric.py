@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from flexrec import metrics
@@ -28,7 +27,8 @@ from flexrec.metrics import (
     largest_gain,
     tie_weights,
 )
-from flexrec.ops.library import kernels
+from flexrec.numba_kernels import OutOfRange
+from flexrec.ops.library import kernels, numba_reads
 
 
 def metric_of(name: str | Metric) -> Metric:
@@ -73,10 +73,15 @@ def ranking_metric(
         tensor([0.8066, 0.8066])
     """
     metric = metric_of(metric)
-    lists = check_lists(gains, metric, lengths, num_ranked)
+    by_numba = metric.definition.form not in ("custom", "topics") and isinstance(gains, torch.Tensor)
+    by_numba = by_numba and numba_reads(gains)
+    lists = check_lists(gains, metric, lengths, num_ranked, values=not by_numba)
     about = check_topics(topics, metric, lists)
+    if by_numba and lists.gains.shape[1]:
+        rewards = read_by_numba("swap_rewards", lists, metric, "sequence")[0]  # each is the value of the list
+        return as_result(rewards[:, 0].contiguous(), lists.gains)
     if metric.definition.form == "custom":
-        value = custom_prefix_values(lists, metric)[:, -1]
+        value = of_registered("custom_prefix_values", lists, metric)[:, -1]
         check_finite(f"the value of metric {metric}", value)
     else:
         value = metric_terms(ingredients(lists, metric, topics=about), metric).sum(-1)
@@ -197,6 +202,16 @@ def check_gain_values(lists: Lists, metric: Metric) -> None:
     inside = torch.arange(gains.shape[1], device=gains.device) < lists.real_lengths[:, None]
     check_finite("gains", gains, inside)
     check_range("gains", gains, 0, high, inside)
+
+
+def read_by_numba(name: str, lists: Lists, metric: Metric, *arguments: Any, **options: Any) -> Any:
+    """The function ``name`` of numba's module ``name``, which checks the gains while it reads them."""
+    counts = {"lengths": lists.lengths, "num_ranked": lists.num_ranked, "max_ranked": lists.max_ranked}
+    try:
+        return getattr(kernels("numba", name), name)(lists.gains, metric, *arguments, **counts, **options)
+    except OutOfRange:
+        check_gain_values(lists, metric)  # says where
+        raise
 
 
 # --- topics -----------------------------------------------------------------------------------------------------------
@@ -473,28 +488,13 @@ def as_result(x: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == result_dtype(gains) else x.to(result_dtype(gains))
 
 
-def custom_prefix_values(lists: Lists, metric: Metric) -> torch.Tensor:
-    """(N, K + 1) float64: a registered metric of each list with 0, 1, .. K ranks shown, no more than there are."""
-    return torch.from_numpy(
-        kernels("numba", "custom_metrics").custom_prefix_values(
-            metrics.custom_metrics[metric.family], *_custom_arguments(lists, metric)
-        )
-    )
-
-
-def custom_swap_scores(lists: Lists, metric: Metric) -> torch.Tensor:
-    """(N, K, K) float64: the swap scores of a registered metric."""
-    return torch.from_numpy(
-        kernels("numba", "custom_metrics").custom_swap_scores(
-            metrics.custom_metrics[metric.family], *_custom_arguments(lists, metric)
-        )
-    )
-
-
-def _custom_arguments(lists: Lists, metric: Metric) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gains (N, K) float64, lengths (N,) and shown ranks (N,) of a registered metric, for the numba kernels."""
+def of_registered(name: str, lists: Lists, metric: Metric) -> torch.Tensor:
+    """Of a registered metric, float64: (N, K + 1) "custom_prefix_values", its value with 0, 1, .. K ranks shown, no
+    more than there are; or (N, K, K) "custom_swap_scores"."""
     if lists.gains.device.type != "cpu":
         raise ValueError(f"metric {metric} is a registered one: gains must be on the CPU, got {lists.gains.device}")
     cutoff = lists.gains.shape[1] if metric.cutoff is None else metric.cutoff
-    shown = lists.real_ranked.clamp(max=cutoff)
-    return lists.gains.double().contiguous().numpy(), lists.real_lengths.numpy(), shown.numpy()
+    shown, gains = lists.real_ranked.clamp(max=cutoff), lists.gains.double().contiguous()
+    function = getattr(kernels("numba", "custom_metrics"), name)
+    own = metrics.custom_metrics[metric.family]
+    return torch.from_numpy(function(own, gains.numpy(), lists.real_lengths.numpy(), shown.numpy()))

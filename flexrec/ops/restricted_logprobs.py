@@ -340,8 +340,8 @@ def _check_entries(
 ) -> None:
     """Raise ValueError at the first fault of the sets' tokens, on the CPU wherever they are."""
     numba, (of_ids, of_offsets) = kernels("numba", "restricted_logprobs"), names
-    on_cpu = [torch.empty(0, dtype=torch.int64) if x is None else x.cpu() for x in (ids, offsets, targets)]
-    fault, a, b = numba.check_entries(*(x.numpy() for x in on_cpu), vocab_size)
+    on_cpu = (numba.NOWHERE if x is None else x.cpu().numpy() for x in (ids, offsets, targets))
+    fault, a, b = numba.check_entries(*on_cpu, vocab_size)
     if fault == numba.ENDS:
         raise ValueError(f"{of_offsets} must go from 0 to len({of_ids}) = {len(ids)}, got {a} to {b}")
     if fault == numba.OUTSIDE:
@@ -428,11 +428,12 @@ _SCHEMA = (
 )
 
 
-def _forward(x: AllowedSets, _: bool) -> tuple[Tensor | None, ...]:
+def _forward(x: AllowedSets, with_grad: bool) -> tuple[Tensor | None, ...]:
     """The results; for the backward pass norm, logits and row (nnz,), and the logits of a reference that is a model."""
     module = kernels(x.backend, "restricted_logprobs")
     operands = x.hidden, x.weight, x.bias, x.ids, x.offsets, x.targets, x.values
-    return module.restricted_logprobs_forward(*operands, x.reference, x.temperature)
+    options = {"keep": with_grad} if x.backend == "numba" else {}
+    return module.restricted_logprobs_forward(*operands, x.reference, x.temperature, **options)
 
 
 def _backward(

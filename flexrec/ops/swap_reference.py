@@ -76,10 +76,9 @@ from flexrec.ops.ranking_metric import (
     Ingredients,
     Lists,
     Topics,
-    custom_prefix_values,
-    custom_swap_scores,
     ingredients,
     metric_terms,
+    of_registered,
     reach,
 )
 
@@ -259,10 +258,10 @@ def custom_rewards(lists: Lists, metric: Metric, credit: str, weights: torch.Ten
     """(N, K) float64: the rewards of a registered metric."""
     length = lists.real_lengths[:, None]  # (N, 1)
     if credit in ("independent", "rank", "sequence"):
-        values = custom_prefix_values(lists, metric)  # (N, K + 1)
+        values = of_registered("custom_prefix_values", lists, metric)  # (N, K + 1)
         rewards = _credit_terms(values.diff(dim=-1), values[:, -1:], credit)
     else:
-        scores = custom_swap_scores(lists, metric)  # (N, K, K)
+        scores = of_registered("custom_swap_scores", lists, metric)  # (N, K, K)
         if credit == "policy":
             assert weights is not None
             rewards = _credit_scores(scores, policy_shares(weights, length))

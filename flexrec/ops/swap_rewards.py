@@ -30,9 +30,9 @@ from flexrec.ops.ranking_metric import (
     check_gain_values,
     check_lists,
     check_topics,
-    custom_swap_scores,
     ingredients,
     metric_of,
+    of_registered,
     result_dtype,
     term_gains,
 )
@@ -390,7 +390,7 @@ def _run_scores(
     about = None if topics is None else Topics(topics, items, topic_weights)
     lists, parsed = Lists(gains, lengths, num_ranked, max_ranked), parse_metric(metric)
     if parsed.definition.form == "custom":
-        scores = custom_swap_scores(lists, parsed)
+        scores = of_registered("custom_swap_scores", lists, parsed)
         check_finite(f"the swap scores of metric {parsed}", scores)
     elif backend == "torch":
         scores = scores_of(ingredients(lists, parsed, topics=about), parsed)

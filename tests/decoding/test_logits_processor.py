@@ -309,6 +309,46 @@ def test_reused_scores_are_the_same_tensor() -> None:
     assert processor(torch.tensor([[2]]), torch.zeros(1, VOCAB + 1)).shape == (1, VOCAB + 1)
 
 
+def test_scores_that_somebody_holds_are_not_written_again() -> None:
+    processor = RankingLogitsProcessor(SINGLE, separator=[SEPARATOR], end=[EOS], prompt_length=1)
+    rng = np.random.default_rng(0)
+    rows = [walk(SINGLE[n], 8, rng) for n in range(3)]
+    held = []
+    for steps in range(3):
+        result = processor(torch.tensor([[7, *row[:steps]] for row in rows]), torch.randn(3, VOCAB))
+        held.append((result[:, 1:], result[:, 1:].clone()))  # a view: the tensor itself is gone
+        del result
+    assert all(torch.equal(view, kept) for view, kept in held)
+    assert len({view.data_ptr() for view, _ in held}) == 3
+
+
+def test_scores_that_nobody_holds_are_written_again_where_something_changes() -> None:
+    """Two in turn, as generate holds one until it has the next; what somebody has written to is not used again."""
+    processor = RankingLogitsProcessor([[[1], [2], [3]]], end=[EOS], prompt_length=0)
+    scores, places = torch.zeros(1, VOCAB), []
+    result = None
+    for _ in range(4):
+        result = processor(torch.zeros(1, 0, dtype=torch.int64), scores)
+        places.append(result.data_ptr())
+    assert places[:2] == places[2:]
+    assert result is not None
+    result.fill_(5.0)
+    del result
+    after = processor(torch.tensor([[2]]), scores), processor(torch.tensor([[2]]), scores)
+    for one in after:
+        assert one[0].isfinite().nonzero()[:, 0].tolist() == [1, 3]
+
+
+def test_scores_in_inference_mode() -> None:
+    """Where nothing counts what is written, nothing is used again."""
+    processor = RankingLogitsProcessor([[[1], [2]]], end=[EOS], prompt_length=0)
+    with torch.inference_mode():
+        for _ in range(3):
+            result = processor(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, VOCAB))
+            assert result[0].isfinite().nonzero()[:, 0].tolist() == [1, 2]
+            result.fill_(5.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_scores_keep_their_dtype(dtype: torch.dtype) -> None:
     processor = RankingLogitsProcessor([[[1], [2]]], end=[EOS])
@@ -358,7 +398,7 @@ def test_scores_that_are_no_numbers_raise(bad: float) -> None:
 
 
 def test_a_token_that_was_not_allowed_raises_and_the_processor_recovers() -> None:
-    processor = RankingLogitsProcessor(SINGLE, end=[EOS], prompt_length=1)
+    processor = RankingLogitsProcessor(SINGLE, separator=[SEPARATOR], end=[EOS], prompt_length=1)
     scores = torch.randn(3, VOCAB)
     good = torch.tensor([[1, 10], [1, 20], [1, 30]])
     expected = processor(good, scores)

@@ -195,6 +195,23 @@ def test_num_ranked_stops_early(num_ranked):
     assert (rollout.rankings >= 0).sum(axis=1).tolist() == sizes
 
 
+@pytest.mark.parametrize(("num_ranked", "steps"), [(None, 2), (3, 2), (2, 1), (1, 0)])
+def test_the_model_is_not_asked_for_what_is_certain(monkeypatch, num_ranked, steps):
+    """Of four, the first is drawn behind the prompt and the last is what is left: two steps. Fewer ranks take fewer."""
+    extend, fed = rollouts.SharedDecoder.extend, []
+
+    def counted(self, runs, *others):
+        fed.append(runs.counts.tolist())
+        extend(self, runs, *others)
+
+    monkeypatch.setattr(rollouts.SharedDecoder, "extend", counted)
+    rollout = sample_rankings(make_model("llama"), PROMPTS[:1], SINGLE[:1], num_generations=3, num_ranked=num_ranked)
+    assert fed == [[1, 1, 1]] * steps
+    assert (rollout.rankings >= 0).all()
+    if num_ranked is None:
+        assert (rollout.logprobs[:, -1] == 0).all()
+
+
 def test_the_decoder_is_told_how_many_share_a_row(monkeypatch):
     """Every option that decides on it arrives. Flex attention would compile a mask for every step: it shares none."""
     asked, made = [], []

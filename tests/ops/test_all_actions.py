@@ -225,3 +225,26 @@ def test_divergence_comes_along(metric, tilt, ranked_case, weighted_sum):
     torch.testing.assert_close(tuple(out), (*alone, kl))
     got = torch.autograd.grad(weighted_sum(*out), case.leaves)
     torch.testing.assert_close(got, torch.autograd.grad(weighted_sum(*alone, kl), case.leaves))
+
+
+def test_ranks_beyond_the_cutoff_may_be_left_out():
+    """What is chosen there changes nothing that the ranks before earn: without it the same objective and gradients."""
+    torch.manual_seed(0)
+    n, k, cutoff = 6, 7, 3
+    hidden, weight = torch.randn(n, k, 5, dtype=torch.float64), torch.randn(20, 5, dtype=torch.float64)
+    candidates, ranking = torch.rand(n, 20).argsort(1)[:, :k], torch.rand(n, k).argsort(1)
+    by_candidate = torch.rand(n, k)
+    rest = ranking[:, cutoff:].sort(dim=1).values  # unranked candidates follow by ascending index
+    found = []
+    for steps, order in ((k, ranking), (cutoff, torch.cat([ranking[:, :cutoff], rest], dim=1))):
+        h, w = hidden[:, :steps].clone().requires_grad_(), weight.clone().requires_grad_()
+        gains = by_candidate.gather(1, order)
+        objective = all_actions_objective(h, w, candidates, ranking[:, :steps], gains, f"ndcg@{cutoff}").objective
+        objective.sum().backward()
+        found.append((objective, h.grad, w.grad))
+    (objective, of_hidden, of_weight), (short, short_hidden, short_weight) = found
+    torch.testing.assert_close(objective[:, :cutoff], short)
+    torch.testing.assert_close(of_hidden[:, :cutoff], short_hidden)
+    torch.testing.assert_close(of_weight, short_weight)
+    assert (objective[:, cutoff:] == 0).all()
+    assert (of_hidden[:, cutoff:] == 0).all()

@@ -7,13 +7,16 @@ import sys
 
 import pytest
 
-# Every kernel, over enough work for two threads, and what it returned.
+# Every kernel, on two threads, and what it returned.
 WORK = """
 import multiprocessing, numpy, sys, torch, flexrec
 from torch.utils.data import DataLoader
 
+from flexrec.numba_kernels import threads, tiles
+
 torch.set_num_threads(2)
 torch.manual_seed(0)
+threads.FEW = tiles.FEW = 0
 gains, hidden, weight = torch.rand(600, 60), torch.randn(64, 12, 32), torch.randn(500, 32)
 candidates, ranking = torch.rand(64, 500).argsort(1)[:, :12], torch.rand(64, 12).argsort(1)
 allowed, offsets = candidates.flatten(), torch.arange(0, 64 * 12 + 1, 12)
