@@ -25,6 +25,7 @@ from flexrec.policy.lm_head import last_hidden
 from flexrec.policy.lora import causal_lm
 from flexrec.policy.packing import mask_for
 from flexrec.policy.row_tokens import RowTokens
+from flexrec.policy.shared_prefix import base_attention
 
 
 class Runs(NamedTuple):
@@ -61,7 +62,7 @@ class SharedDecoder:
 
     def __init__(self, model: Any, device: torch.device, num_generations: int, share: int, pad_token_id: int) -> None:
         self.model = model
-        self.implementation = model.config._attn_implementation
+        self.implementation = str(base_attention(model))
         self.dtype = next(model.parameters()).dtype
         self.device = device
         self.num_generations, self.share = num_generations, share
