@@ -21,8 +21,10 @@ backward pass attend once more as the forward pass did. Calls without a layout g
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -31,6 +33,7 @@ import numpy as np
 import torch
 from packaging.version import Version
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -308,8 +311,6 @@ def base_attention(model: Any) -> str | None:
 def can_attend_by_prefix(model: Any) -> bool:
     """Whether a model's attention can be computed here: none that bends, drops or adds to its scores, and kernels."""
     config, parameter = _config(model), next(model.parameters())
-    on_gpu = parameter.device.type == "cuda"
-    half = parameter.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda")
     return (
         base_attention(model) in BASES
         and bool(getattr(_inner(model), "_supports_attention_backend", False))  # passes on what its attention is given
@@ -319,14 +320,66 @@ def can_attend_by_prefix(model: Any) -> bool:
         and not getattr(config, "use_bidirectional_attention", False)
         and not getattr(config, "alibi", False)
         and getattr(config, "v_head_dim", None) is None  # values narrower than keys
-        and (parameter.device.type == "cpu" or (on_gpu and half))
+        and (parameter.device.type == "cpu" or _gpu_attends(parameter, config))
     )
+
+
+def _gpu_attends(parameter: Tensor, config: Any) -> bool:
+    if parameter.device.type != "cuda":
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else parameter.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return kernels_agree(parameter.device, dtype, getattr(config, "num_key_value_heads", None) or heads, size)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def kernels_agree(device: torch.device, dtype: torch.dtype, key_heads: int, size: int) -> bool:
+    """Whether a GPU's kernels are there, and give for some small rows what attention by a mask gives."""
+    lengths = np.array([3, 1, 2, 4])
+    starts = np.array([5, 8, 2, 4])
+    layout = PrefixLayout(
+        (2, 9), np.array([0, 0, 1, 1]), np.zeros(4, np.int64), np.array([5, 5, 2, 2]), starts, lengths, device
+    )
+    seen = torch.ones(9, 9, dtype=torch.bool, device=device).tril().repeat(2, 1, 1)
+    seen[0, 8:, 5:8] = seen[1, 4:, 2:4] = seen[1, :, 8:] = False
+    seen[1, 8] = seen[1, 7]  # padding, which would see nothing
+    real = torch.ones(2, 9, 1, 1, device=device)
+    real[1, 8] = 0
+    noise = torch.Generator().manual_seed(0)
+    shapes = (2, 2 * key_heads, 9, size), *[(2, key_heads, 9, size)] * 2
+    qkv = [torch.randn(shape, generator=noise).to(device, dtype).requires_grad_() for shape in shapes]
+    grad = torch.randn(2, 9, 2 * key_heads, size, generator=noise).to(device)
+    whole = [x.detach().float().requires_grad_() for x in qkv]
+    try:
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            found = shared_prefix_attention(qkv[0], qkv[1], qkv[2], layout, size**-0.5)
+            k, v = (x.repeat_interleave(2, dim=1) for x in whole[1:])
+            expected = scaled_dot_product_attention(whole[0], k, v, attn_mask=seen[:, None]).transpose(1, 2) * real
+            ours = found, *torch.autograd.grad(found, qkv, grad.to(dtype))
+            theirs = expected, *torch.autograd.grad(expected, whole, grad)
+        off = [(a - b).detach().abs().max() / b.detach().abs().max() for a, b in zip(ours, theirs, strict=True)]
+        worst = float(torch.stack(off).max())
+        problem = f"is off by {worst:.0%} of the largest value" if not worst < 0.05 else None  # also where it is NaN
+    except (RuntimeError, TypeError, ValueError) as error:
+        problem = f"fails ({str(error).splitlines()[0]})"
+    if problem is not None:
+        warnings.warn(
+            f"torch's flash attention {problem} on {device} in {dtype} with heads of {size}: rankings that share a "
+            f"prompt attend by a mask",
+            stacklevel=2,
+        )
+    return problem is None
 
 
 def _dropout(config: Any) -> bool:
     """Of attention, whatever the model calls it: attention_dropout, attn_pdrop, attention_probs_dropout_prob .."""
-    values = config.to_dict().items()
-    return any(value for name, value in values if name.startswith(("attn", "attention")) and "drop" in name)
+    return any(
+        value for name, value in vars(config).items() if name.startswith(("attn", "attention")) and "drop" in name
+    )
 
 
 def attend_by_prefix(model: Any, layout: PrefixLayout) -> dict[str, Any]:

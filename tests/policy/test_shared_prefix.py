@@ -189,9 +189,7 @@ def scores_of(query, key, is_causal, scale):
 @pytest.mark.parametrize("seed", range(12))
 def test_attention_and_gradients_equal_a_masked_softmax(monkeypatch, kernel, seed):
     if kernel == "gpu":
-        monkeypatch.setattr(shared_prefix, "_OnCpu", shared_prefix._OnGpu)
-        monkeypatch.setattr(shared_prefix, "_flash", flash)
-        monkeypatch.setattr(shared_prefix, "_flash_backward", flash_backward)
+        assert on_a_gpu(monkeypatch)
     monkeypatch.setattr(shared_prefix, "_CPU_GROUPS", kernel != "cpu without groups")
     rows, seen = random_rows(seed)
     qkv = [x.requires_grad_() for x in states(rows.input_ids.shape)]
@@ -203,6 +201,37 @@ def test_attention_and_gradients_equal_a_masked_softmax(monkeypatch, kernel, see
         ours, theirs = (torch.autograd.grad(x, qkv, grad, retain_graph=True) for x in (found, expected))
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+def on_a_gpu(monkeypatch, forward=flash, backward=flash_backward):
+    monkeypatch.setattr(shared_prefix, "_OnCpu", shared_prefix._OnGpu)
+    monkeypatch.setattr(shared_prefix, "_flash", forward)
+    monkeypatch.setattr(shared_prefix, "_flash_backward", backward)
+    with torch.inference_mode():  # as it may be where the first rows come
+        return shared_prefix.kernels_agree.__wrapped__(torch.device("cpu"), torch.bfloat16, 2, 8)
+
+
+def test_a_gpus_kernels_are_tried_before_they_are_trusted(monkeypatch):
+    def other_sums(*args, **options):
+        out, sums, *rest = flash(*args, **options)
+        return out, sums + 1, *rest
+
+    def of_the_part_alone(*args, **options):
+        dq, dk, dv = flash_backward(*args, **options)
+        return dq, 2 * dk, dv
+
+    def not_compiled(*args, **options):
+        raise RuntimeError("no kernel image is available\nsecond line")
+
+    assert on_a_gpu(monkeypatch)
+    for kernels, problem in (
+        ((other_sums, flash_backward), "is off by"),
+        ((flash, of_the_part_alone), "is off by"),
+        ((flash, lambda *args, **options: [torch.nan * x for x in flash_backward(*args, **options)]), "off by nan"),
+        ((not_compiled, flash_backward), r"fails \(no kernel image is available\)"),
+    ):
+        with pytest.warns(UserWarning, match=f"flash attention .*{problem}.* heads of 8: .* by a mask"):
+            assert not on_a_gpu(monkeypatch, *kernels)
 
 
 def test_scores_that_overflow_an_exponential():
@@ -409,6 +438,33 @@ def test_which_costs_less(monkeypatch):
     # A mask would have it 8 rankings a row at 1,000 tokens, and fewer at 100.
     assert sharing(model, [[1] * 1000], candidates, num_generations=32) == 32
     assert sharing(model, [[1]], candidates, num_generations=8) < 8
+
+
+def test_adapters_and_wrappers_pass_the_layout_on(always):
+    peft = pytest.importorskip("peft")
+    plain = model_of("qwen3")
+    expected = loss_and_gradients(plain, TITLES)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=True)
+    model = peft.get_peft_model(plain, lora).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def of(per_row):
+        rankings = np.stack([np.random.default_rng(n).permutation(4) for n in range(12)])
+        sizes = {"num_generations": 4, "rankings_per_row": per_row}
+        batch = make_batch(PROMPTS, TITLES, rankings, separator=(40, 41), end=(49,), **sizes)
+        scores = ranking_scores(ranking_states(model, batch), batch)
+        return scores.logprobs, torch.autograd.grad(scores.logprobs.square().sum(), trained)
+
+    apart, together = of(1), of(4)
+    assert plain.config._attn_implementation == "flexrec_shared_prefix_sdpa"
+    torch.testing.assert_close(together[0], apart[0], **FLOAT32)
+    for ours, theirs in zip(together[1], apart[1], strict=True):
+        assert (ours - theirs).abs().max() < 2e-6 * theirs.abs().max()
+    assert not torch.equal(apart[0], expected[1].logprobs)
 
 
 def test_states_are_float32_in_float32(always):
