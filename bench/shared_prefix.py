@@ -7,7 +7,7 @@ gradients. Sampling, rewards and the optimiser are the same for all. Methods tak
 the rounds are kept, by the wall and of the processor, and the medians of the rounds' ratios to the method that the
 trainer chooses. Memory is the peak of a second round besides the model. Points that the file holds already are kept.
 The table has the processor's times: milliseconds for what is chosen, and for the others how often as long they take.
-Below it whole steps of the trainer, sampling and optimiser included.
+Below it whole steps of the trainer, sampling and optimiser included, and attention alone (bench/shared_attention.py).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench import shared_attention
 from bench.measure import trial
 from bench.training_task import TrainingTask, one_step
 from flexrec.policy import packing
@@ -58,6 +59,8 @@ POINTS = (  # and the shortest prompt in parts of the longest
     *((*sizes, 1.0) for sizes in SIZES),
     *((prompt, 8, 30, 0.5) for prompt in (50, 150, 500, 1000)),
     (30, 4, 10, 0.5),
+    (200, 2, 10, 1.0),  # where both are reckoned to cost the same
+    (200, 2, 10, 0.5),
 )
 MOST_TOKENS = 34_000  # that a row for each ranking may have; beyond, it is not measured
 # With what numbers the choice is one's own.
@@ -200,6 +203,20 @@ def table(points: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def attention_tables(found: dict[str, Any]) -> str:
+    lines = [
+        "| prompt, rankings, tokens | mask over the row | parts merged | prompt's keys copied to every ranking "
+        "| mask over rankings only | a row each |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for one in found["attention"]:
+        lines.append(f"| {one['shape']} | {' | '.join(f'{1e3 * x:.1f}' for x in one['processor'].values())} |")
+    lines += ["", "| rows, prompt, rankings, tokens so far | mask | in parts |", "| --- | ---: | ---: |"]
+    for one in found["decoding"]:
+        lines.append(f"| {one['shape']} | {' | '.join(f'{1e6 * x:.0f}' for x in one['processor'].values())} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for shared_prefix.json")
@@ -237,9 +254,23 @@ def main() -> None:
         task = TrainingTask(prompts=8, num_generations=generations, candidates=candidates, prompt_length=prompt)
         whole.append({"shape": task.shape, **whole_step(task)})
         path.write_text(json.dumps(found, indent=1) + "\n")
+    alone = (
+        ("attention", shared_attention.training, shared_attention.TRAINING),
+        (
+            "decoding",
+            shared_attention.decoding,
+            shared_attention.DECODING,
+        ),
+    )
+    for name, measure, shapes in alone:
+        times = found.setdefault(name, [])
+        for shape in () if arguments.only else shapes[len(times) :]:
+            times.append({"shape": ", ".join(f"{size:,}" for size in shape), "processor": measure(*shape)})
+            path.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found["points"]))
     for one in whole:
         print(f"{one['shape']}: {one['processor']['prefix']:.2f} s, by a mask {one['ratio']:.2f}x")
+    print(attention_tables(found))
 
 
 if __name__ == "__main__":

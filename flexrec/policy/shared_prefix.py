@@ -46,9 +46,10 @@ _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_on_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _flash = torch.ops.aten._flash_attention_forward
 _flash_backward = torch.ops.aten._flash_attention_backward
-_CPU_GROUPS = Version(torch.__version__) >= Version(
-    "2.13"
-)  # the CPU's kernel takes fewer heads of keys than of queries
+# Whether the CPU's kernel takes fewer heads of keys than of queries.
+_CPU_GROUPS = Version(torch.__version__) >= Version("2.13")
+# What attention may be given that makes it more than a softmax of products: transformers' own names.
+_MORE_THAN_A_SOFTMAX = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
 
 
 class _Block(NamedTuple):
@@ -320,6 +321,7 @@ def can_attend_by_prefix(model: Any) -> bool:
         and not getattr(config, "use_bidirectional_attention", False)
         and not getattr(config, "alibi", False)
         and getattr(config, "v_head_dim", None) is None  # values narrower than keys
+        and not any(name.endswith("sinks") for name, _ in _inner(model).named_parameters())
         and (parameter.device.type == "cpu" or _gpu_attends(parameter, config))
     )
 
@@ -432,17 +434,9 @@ def _attention_for(base: str) -> Callable[..., Any]:
 
 def _check_options(module: Any, options: dict[str, Any], layout: PrefixLayout) -> None:
     window = options.get("sliding_window")
-    unknown = [
-        name
-        for name, value in {
-            "dropout": options.get("dropout") or None,
-            "softcap": options.get("softcap"),
-            "s_aux": options.get("s_aux"),
-            "position_bias": options.get("position_bias"),
-            f"sliding_window={window}": window if window is not None and window < layout.longest else None,
-        }.items()
-        if value is not None
-    ]
+    unknown = [name for name in _MORE_THAN_A_SOFTMAX if options.get(name) is not None]
+    unknown += ["dropout"] if options.get("dropout") else []
+    unknown += [f"sliding_window={window}"] if window is not None and window < layout.longest else []
     if unknown:
         raise ValueError(
             f"{type(module).__name__} attends with {', '.join(unknown)}, which rankings that share a prompt of rows "

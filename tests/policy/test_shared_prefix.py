@@ -13,6 +13,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     Qwen2Config,
     Qwen3Config,
@@ -374,6 +375,10 @@ def test_attention_that_is_more_than_a_softmax_is_not_computed_here(always):
     dropping = model_of("llama", attention_dropout=0.1)
     gpt2 = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=128)  # drops attention by default
     also_dropping = AutoModelForCausalLM.from_config(gpt2, attn_implementation="sdpa").double()
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "layer_types": ["full_attention"] * 2}
+    sinking = AutoModelForCausalLM.from_config(GptOssConfig(**SMALL, **experts), attn_implementation="eager")
+    assert can_pack(sinking)
+    assert not can_attend_by_prefix(sinking)
     for model, name in ((capped, "eager"), (dropping, "sdpa"), (also_dropping, "sdpa")):
         assert not can_attend_by_prefix(model)
         found = loss_and_gradients(model.eval(), SINGLE, per_row=4)  # by a mask
@@ -383,7 +388,13 @@ def test_attention_that_is_more_than_a_softmax_is_not_computed_here(always):
     attention = shared_prefix.ALL_ATTENTION_FUNCTIONS["flexrec_shared_prefix_sdpa"]
     layer = dropping.model.layers[0].self_attn
     qkv = states((1, 4))
-    for option in ({"dropout": 0.1}, {"softcap": 30.0}, {"sliding_window": 2}, {"s_aux": torch.ones(4)}):
+    for option in (
+        {"dropout": 0.1},
+        {"softcap": 30.0},
+        {"sliding_window": 2},
+        {"s_aux": torch.ones(4)},
+        {"indices": 1},
+    ):
         with pytest.raises(ValueError, match=f"LlamaAttention attends with {next(iter(option))}.*rankings_per_row=1"):
             attention(layer, *qkv, None, prefix_layout=layout, **option)
     found, _ = attention(layer, *qkv, None, prefix_layout=layout, dropout=0.0, softcap=None, sliding_window=3)
