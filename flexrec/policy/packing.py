@@ -13,9 +13,11 @@ prompts of P, and L = P + g A, the G rankings of a prompt take
 
 Without a mask (:mod:`flexrec.policy.shared_prefix`) the best g is always G: P (6 D + 1.3 P / 2) is paid once a row, and
 a ranking's own A (6 D + 1.3 (P + A / 2)) does not depend on g. By a mask it may be less, as L^2 grows: that is
-:func:`rankings_per_row`. Two numbers are measured (bench/shared_prefix.py): a product without a mask takes 1.3 times as
-long as one of a long row under a mask, whose blocks are larger; and the calls of a row take, at D = 128, as long as
-20,000 products, which are fewer of wider ones. :func:`sharing` and :func:`attention_inputs` take what costs less.
+:func:`rankings_per_row`. Two numbers are measured (bench/shared_prefix.py). A product without a mask takes
+1.6 (prompts of 500 tokens) to 1.0 times (4,000) as long as one of a long row under a mask, whose blocks are larger; the
+calls of a row take, at D = 128, as long as up to 20,000 products, which are fewer of wider ones, and less where prompts
+of one length share them. :func:`sharing` takes what costs less by the longest prompt and answer, and
+:func:`attention_inputs` what does in the rows as they are, in which a mask costs L^2 however short a prompt is.
 """
 
 from __future__ import annotations
@@ -274,10 +276,12 @@ def attention_inputs(model: Any, rows: TokenRows) -> dict[str, Any]:
 
 
 def _mask_costs_less(rows: TokenRows, hidden_size: int) -> bool:
-    """For the longest prompt, and rankings as they are on average."""
-    rankings = round(len(rows.row) / (int(rows.part_of.max()) + 1) / len(rows.input_ids)) or 1
-    sizes = int(rows.prompt_length.max()), round(float(rows.answer_length.mean())), rankings, hidden_size
-    return _cost_by_mask(*sizes) < _cost_by_prefix(*sizes)
+    """By attention alone, of each prompt and ranking as long as it is: all else of the rows costs the same."""
+    size, width = rows.input_ids.shape
+    prompts = np.unique(rows.row * width + rows.prompt_start, return_index=True)[1]
+    prompt, answer = rows.prompt_length, rows.answer_length
+    products = (prompt[prompts] ** 2).sum() / 2 + (answer * (prompt + answer / 2)).sum()
+    return bool(size * width**2 < _PER_PRODUCT * products + len(prompts) * _PER_ROW / hidden_size)
 
 
 def _text_config(model: Any) -> Any:

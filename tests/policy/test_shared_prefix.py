@@ -445,6 +445,12 @@ def test_which_costs_less(monkeypatch):
         assert len(asked) == expected
     wide = {"hidden_size": 128, "intermediate_size": 384}
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL | wide))
+    asked.clear()
+    answers = [np.arange(10)] * 16
+    for shortest in (200, 100):  # as the longest, where the mask costs a little less; else its rows are padded
+        prompts = [[1] * round(length) for length in np.linspace(200, shortest, 8)]
+        attention_inputs(model, pack_rankings(prompts, answers, num_generations=2, per_row=2))
+        assert len(asked) == (shortest < 200)
     candidates = [[[i] for i in range(20, 30)]]
     # A mask would have it 8 rankings a row at 1,000 tokens, and fewer at 100.
     assert sharing(model, [[1] * 1000], candidates, num_generations=32) == 32
