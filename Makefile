@@ -23,9 +23,10 @@ STEPS := $(if $(QUICK),--warmup-steps 4 --listwise-steps 8 --steps 4)
 # make test-lowest: the core with the lowest versions of transformers, accelerate, NumPy and numba that it allows
 # make test-verl, make test-openrlhf: the adapters inside the real packages, without GPU and engine
 # make test-vllm: the logits processor inside vLLM's server on a CPU
+# make test-sglang: the logit processor with SGLang's own classes
 # make test-lowest-trl: the tests of TRL with the lowest version that pyproject.toml allows
 # make kernels: docs/kernels.md anew                  make gpu-dry-run: bench/gpu.sh as far as a CPU can
-.PHONY: quickstart llm docs test test-mutants test-faults test-lowest test-oldest-triton test-lowest-trl test-verl test-openrlhf test-vllm test-core lint format bench kernels gpu-dry-run clean
+.PHONY: quickstart llm docs test test-mutants test-faults test-lowest test-oldest-triton test-lowest-trl test-verl test-openrlhf test-vllm test-sglang test-core lint format bench kernels gpu-dry-run clean
 
 quickstart: $(BIN)/flexrec
 	$(BIN)/flexrec train --dataset simulated $(STEPS) --output $(RUN)
@@ -95,7 +96,7 @@ test-verl: $(VENV)/installed $(VERL)/installed
 	PYTHONPATH="$(abspath $(VERL))" FLEXREC_REQUIRE_VERL=1 OMP_NUM_THREADS=1 RAY_AUTH_MODE=token \
 		RAY_AUTH_TOKEN=$$($(BIN)/python -c 'import secrets; print(secrets.token_hex(32))') \
 		$(BIN)/python -m pytest tests/integrations/test_verl.py tests/integrations/test_verl_package.py \
-		tests/integrations/test_verl_ray.py
+		tests/integrations/test_verl_ray.py tests/integrations/test_verl_modes.py
 
 $(VERL)/installed: tests/integrations/verl.txt
 	rm -rf $(VERL)
@@ -143,6 +144,18 @@ test-vllm: $(VENV)/installed $(VLLM)/installed
 $(VLLM)/installed: tests/integrations/vllm.txt
 	rm -rf $(VLLM)
 	$(BIN)/python -m pip install --quiet --target $(VLLM) --no-deps -r $<
+	touch $@
+
+# SGLang's Python files lie in front of the installed packages; its engine needs a GPU.
+SGLANG := build/sglang-$(shell sed -n "s/^sglang==//p" tests/integrations/sglang.txt)
+
+test-sglang: $(VENV)/installed $(SGLANG)/installed
+	PYTHONPATH="$(abspath $(SGLANG))" FLEXREC_REQUIRE_SGLANG=1 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/integrations/test_sglang.py
+
+$(SGLANG)/installed: tests/integrations/sglang.txt
+	rm -rf $(SGLANG)
+	$(BIN)/python -m pip install --quiet --target $(SGLANG) --no-deps -r $<
 	touch $@
 
 lint: $(VENV)/installed

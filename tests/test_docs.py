@@ -34,7 +34,7 @@ def test_imports_run(page: Path) -> None:
     """Those of packages that are not installed are left out, by name. CONTRIBUTING.md has a test of its own."""
     for statement in imports_of(page):
         missing = {name for name in packages_of(statement) if importlib.util.find_spec(name) is None}
-        assert missing <= {"openai", "openrlhf", "trl", "verl", "vllm"}, statement
+        assert missing <= {"openai", "openrlhf", "sglang", "trl", "verl", "vllm"}, statement
         if not missing:
             exec(statement, {})
 

@@ -28,7 +28,8 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/notes").glob("*.md"))]
 }
-OTHERS = ("openai", "openrlhf", "peft", "trl", "verl", "vllm")  # blocks that import what is not installed are left out
+# Blocks that import what is not installed are left out.
+OTHERS = ("openai", "openrlhf", "peft", "sglang", "trl", "verl", "vllm")
 ELSEWHERE = ("docs/serving.md",)  # which tests/serving/test_docs.py runs against a server
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^ *```", flags=re.MULTILINE | re.DOTALL)
 
@@ -179,6 +180,7 @@ ASSUMED: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/peft.md": adapters,
     "docs/plain_loop.md": plain_loop,
     "docs/replay.md": with_replay,
+    "docs/sglang.md": with_vllm,
     "docs/trl.md": with_trl,
     "docs/vllm.md": with_vllm,
     "docs/your-data.md": shop,

@@ -105,6 +105,11 @@ class Forward(NamedTuple):
         )
         return self._replace(kl=kl, logits=logits, ref_logits=ref_logits, ref_norm=ref_norm)
 
+    def pointers(self, problem: Problem) -> dict[str, Tensor | None]:
+        """What both passes take of it, by name; a reference that was given as logits has these."""
+        found = {f"{name}_ptr": value for name, value in self._asdict().items() if name != "logprobs"}
+        return found if problem.ref_logits is None else {**found, "ref_logits_ptr": problem.ref_logits}
+
 
 def ranking_logprobs_forward(
     hidden: Tensor,
@@ -159,17 +164,11 @@ def ranking_logprobs_forward(
         ranking_logprobs_forward_kernel,
         (problem.problems, ceil_div(problem.rows, tiles.t)),
         logprobs_ptr=out.logprobs,
-        entropy_ptr=out.entropy,
-        expectations_ptr=out.expectations,
-        kl_ptr=out.kl,
-        logits_ptr=out.logits,
-        norm_ptr=out.norm,
-        ref_logits_ptr=out.ref_logits if problem.ref_logits is None else problem.ref_logits,
-        ref_norm_ptr=out.ref_norm,
         temperature=temperature,
         BLOCK_C=triton.next_power_of_2(max(c, 1)),
         K_TILES=trip_count(k, tiles.k),
         num_warps=tiles.warps,
+        **out.pointers(problem),
         **problem.pointers,
         **problem.sizes,
         **problem.constants,
@@ -267,13 +266,6 @@ def _slopes(
     launch(
         ranking_logprobs_dlogits_kernel,
         (problem.problems, ceil_div(problem.rows, tiles.t), ceil_div(size, tiles.k)),
-        entropy_ptr=saved.entropy,
-        expectations_ptr=saved.expectations,
-        kl_ptr=saved.kl,
-        logits_ptr=saved.logits,
-        norm_ptr=saved.norm,
-        ref_logits_ptr=saved.ref_logits if problem.ref_logits is None else problem.ref_logits,
-        ref_norm_ptr=saved.ref_norm,
         grad_logprobs_ptr=upstream[0].contiguous(),
         grad_entropy_ptr=upstream[1].contiguous(),
         grad_expectations_ptr=upstream[2].contiguous(),
@@ -282,6 +274,7 @@ def _slopes(
         hidden_grad_ptr=hidden_grad if at_once else None,
         temperature=temperature,
         num_warps=tiles.warps,
+        **saved.pointers(problem),
         **problem.pointers,
         **problem.sizes,
         **problem.constants,

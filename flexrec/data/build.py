@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -399,7 +399,7 @@ def build_dataset(
     )
     # A training list is older than the boundary, so that the log alone gives it the same popularity and trend.
     resample = partial(
-        _draw_lists, replace(builder, log=log), cut, lists_per_user=lists_per_user, max_lists=max_train_lists
+        draw_lists, replace(builder, log=log), cut, lists_per_user=lists_per_user, max_lists=max_train_lists
     )
     test = builder.lists(
         events.select(of_test_users),
@@ -471,9 +471,10 @@ def why_few_lists(events: Interactions, min_history: int, num_positives: int) ->
     return text
 
 
-def _draw_lists(
-    builder: ListBuilder, events: Interactions, seed: int, *, lists_per_user: int, max_lists: int | None
+def draw_lists(
+    builder: Any, events: Any, seed: int, *, lists_per_user: int, max_lists: int | None
 ) -> list[RankingList]:
+    """Lists of a ``ListBuilder``, or of an ``ImpressionLists``, and the events that it draws them from."""
     # A module-level function, so that RankingDataset.resample survives pickling into data-loading workers.
     return builder.lists(events, lists_per_user=lists_per_user, max_lists=max_lists, seed=seed)
 

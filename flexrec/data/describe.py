@@ -57,7 +57,7 @@ def describe(dataset: RankingDataset, needs: Iterable[DescribedNeed] = ()) -> li
         Row("items", f"{len(catalogue):,}"),
         Row("items with an interaction", f"{len(items):,}"),
         Row("categories", f"{len(catalogue.topic_names):,}"),
-        Row("items with a category", _share(topics, len(catalogue))),
+        Row("items with a category", f"{topics:,} ({topics / max(1, len(catalogue)):.0%})"),
         Row("columns of the items", ", ".join(catalogue.columns) or "none"),
         Row("users", f"{len(users):,}", f"{len(test_users):,}"),
         Row("interactions", f"{len(log):,}"),
@@ -82,10 +82,6 @@ def describe(dataset: RankingDataset, needs: Iterable[DescribedNeed] = ()) -> li
         else:
             rows.append(Row(f"need {need.name}", *(_examples(need, part, catalogue) for part in both)))
     return rows
-
-
-def _share(count: int, of: int) -> str:
-    return f"{count:,} ({count / max(1, of):.0%})"
 
 
 def _spread(values: Any) -> str:

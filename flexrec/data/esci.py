@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,7 +124,7 @@ def load_esci(folder: str | Path, options: EsciOptions) -> RankingDataset:
         train=parts[0].draw(seed),
         test=parts[1].draw(seed),
         unobserved="zero",
-        resample=partial(_draw, parts[0]),
+        resample=parts[0].draw,
         unsupported=_SEARCH_ONLY,
         user_ids=tuple(query.text for query in (*train, *test)),
         notes=(*notes, *bad.notes()),
@@ -325,8 +324,3 @@ class _Lists:
             f"{len(missing)} of {len(self.queries)} {what} queries have fewer than {self.num_candidates} judged "
             f"products: {sum(missing)} negatives come from other queries"
         )
-
-
-def _draw(lists: _Lists, seed: int) -> list[RankingList]:
-    # A module-level function, so that RankingDataset.resample survives pickling into data-loading workers.
-    return lists.draw(seed)

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flexrec.data.build import choose_test_users, moment_after, moments, unsupported_needs
+from flexrec.data.build import draw_lists, moment_after, moments, unsupported_needs
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset, RankingList
+from flexrec.data.options import ListOptions
 
 
 class Shown(NamedTuple):
@@ -34,16 +35,14 @@ class ImpressionLists:
     Attributes:
         log: what training users chose, sorted by time: for popularity and trend.
         num_items: number of items in the catalogue.
-        min_history, history_length: the least and the most items of a history.
+        trend_window: see ``build.moments``.
+        options: ``min_history`` and ``history_length``, the least and the most items of a history, and others.
     """
 
     log: Interactions
     num_items: int
     trend_window: float
-    trend_smoothing: float = 5.0
-    num_candidates: int = 30
-    history_length: int = 20
-    min_history: int = 1
+    options: ListOptions
 
     def lists(
         self,
@@ -55,7 +54,7 @@ class ImpressionLists:
         max_lists: int | None = None,
     ) -> list[RankingList]:
         """Lists of the impressions in ``shown``, at most ``lists_per_user`` of each user and ``max_lists`` in all."""
-        rows = shown.rows
+        rows, options = shown.rows, self.options
         chosen = rows.select(rows.interest > 0)
         order = np.lexsort((chosen.times, chosen.users))
         before = chosen.select(order)  # sorted by user
@@ -72,7 +71,7 @@ class ImpressionLists:
             if shown.groups[members[0]] < 0 or time < not_before or not np.count_nonzero(worth > 0) > 0:
                 continue
             past = np.unique(_past(before, starts[user], ends[user], time))
-            if len(past) >= self.min_history and len(np.unique(rows.items[members])) > np.count_nonzero(worth > 0):
+            if len(past) >= options.min_history and len(np.unique(rows.items[members])) > np.count_nonzero(worth > 0):
                 by_user.setdefault(user, []).append((time, int(shown.groups[members[0]]), members))
         cuts = []
         for user, own in sorted(by_user.items()):
@@ -86,16 +85,16 @@ class ImpressionLists:
             cuts = [cuts[i] for i in np.sort(kept)]
         drawn: list[RankingList | None] = [None] * len(cuts)
         times = np.array([cut[1] for cut in cuts])
-        window, smoothing = self.trend_window, self.trend_smoothing
+        window, smoothing = self.trend_window, options.trend_smoothing
         for i, moment in moments(self.log, self.num_items, times, trend_window=window, trend_smoothing=smoothing):
             user, time, place, members = cuts[i]
             rng = np.random.default_rng((seed, user, place))
             items, interest = _strongest(rows.items[members], rows.interest[members])
             passed = rng.permutation(np.flatnonzero(interest == 0))
-            taken = np.concatenate([np.flatnonzero(interest > 0)[: self.num_candidates - 1], passed])
-            order = rng.permutation(taken[: self.num_candidates])
+            taken = np.concatenate([np.flatnonzero(interest > 0)[: options.num_candidates - 1], passed])
+            order = rng.permutation(taken[: options.num_candidates])
             candidates = items[order]
-            history = _latest(_past(before, starts[user], ends[user], time), self.history_length)
+            history = _latest(_past(before, starts[user], ends[user], time), options.history_length)
             drawn[i] = RankingList(
                 user=user,
                 time=time,
@@ -131,66 +130,45 @@ def build_from_impressions(
     name: str,
     catalogue: Catalogue,
     shown: Shown,
+    options: ListOptions,
     *,
     trend_window: float,
-    trend_smoothing: float = 5.0,
-    test_rows: np.ndarray | None = None,
-    test_fraction: float = 0.2,
-    num_test_users: int | None = None,
-    num_candidates: int = 30,
-    history_length: int = 20,
-    min_history: int = 1,
-    lists_per_user: int = 32,
-    test_lists_per_user: int = 10,
-    max_train_lists: int | None = None,
-    max_test_lists: int | None = None,
-    time_boundary: float | None = None,
-    seed: int = 0,
+    test_rows: np.ndarray,
+    time_boundary: float | None,
 ) -> RankingDataset:
-    """Training and test lists from impressions; ``build_dataset`` says what the arguments mean.
+    """Training and test lists from impressions; ``build_dataset`` says what the arguments and options mean.
 
     Args:
         time_boundary: training lies before it and testing at or after it.
     """
     rows = shown.rows
-    if test_rows is None:
-        test_rows = choose_test_users(rows.users, test_fraction, num_test_users, seed)[rows.users]
     background = rows.select(~test_rows & (rows.interest > 0))
     training = ~test_rows if time_boundary is None else ~test_rows & (rows.times < time_boundary)
     log = rows.select(training & (rows.interest > 0))
-    builder = partial(
-        ImpressionLists,
-        num_items=len(catalogue),
-        trend_window=trend_window,
-        trend_smoothing=trend_smoothing,
-        num_candidates=num_candidates,
-        history_length=history_length,
-        min_history=min_history,
-    )
-    resample = partial(
-        _draw_lists, builder(log), shown.select(training), lists_per_user=lists_per_user, max_lists=max_train_lists
-    )
+    builder = partial(ImpressionLists, num_items=len(catalogue), trend_window=trend_window, options=options)
+    of_training, most = shown.select(training), options.max_train_lists
+    resample = partial(draw_lists, builder(log), of_training, lists_per_user=options.lists_per_user, max_lists=most)
     of_test_users = np.isin(rows.users, np.unique(rows.users[test_rows]))
     tested = shown.select(of_test_users)
     # Rows of a test user that are not test rows are history, and no list.
     tested = Shown(tested.rows, np.where(test_rows[of_test_users], tested.groups, -1))
     test = builder(background).lists(
         tested,
-        lists_per_user=test_lists_per_user,
-        seed=seed,
+        lists_per_user=options.test_lists_per_user,
+        seed=options.seed,
         not_before=-math.inf if time_boundary is None else time_boundary,
-        max_lists=max_test_lists,
+        max_lists=options.max_test_lists,
     )
-    train = resample(seed)
+    train = resample(options.seed)
     for role, lists, mask in (("train on", train, training), ("test on", test, test_rows)):
         if not lists:
             groups, chosen = np.unique(shown.groups[mask]), np.unique(shown.groups[mask & (rows.interest > 0)])
             raise ValueError(
                 f"no list to {role} in {name}: of {len(groups)} impressions {len(chosen)} have a chosen item, and none "
-                f"of them also an item passed over and a user with min_history={min_history} items chosen before; "
-                f"choose a smaller min_history, or other negatives than those of the impressions"
+                f"of them also an item passed over and a user with min_history={options.min_history} items chosen "
+                f"before; choose a smaller min_history, or other negatives than those of the impressions"
             )
-    last = moment_after(log, len(catalogue), trend_window=trend_window, trend_smoothing=trend_smoothing)
+    last = moment_after(log, len(catalogue), trend_window=trend_window, trend_smoothing=options.trend_smoothing)
     return RankingDataset(
         name=name,
         catalogue=catalogue,
@@ -204,9 +182,3 @@ def build_from_impressions(
         time_boundary=time_boundary,
         unsupported=unsupported_needs(catalogue, last.trend),
     )
-
-
-def _draw_lists(
-    builder: ImpressionLists, shown: Shown, seed: int, *, lists_per_user: int, max_lists: int | None
-) -> list[RankingList]:
-    return builder.lists(shown, lists_per_user=lists_per_user, max_lists=max_lists, seed=seed)

@@ -26,6 +26,10 @@ from flexrec.data.values import id_order
 
 DAY = 24 * 60 * 60  # seconds
 FEW_LISTS = 100
+_READ_WITH = (  # options that are arguments of ``read_interactions``
+    *("columns", "log_file", "items_file", "events", "day_first", "strict"),
+    *("split", "test_fraction", "num_test_users", "time_quantile", "seed"),
+)
 
 
 @takes(InteractionsOptions)
@@ -87,29 +91,16 @@ def load_interactions(folder: str | Path, options: InteractionsOptions) -> Ranki
     # Texts have become mappings.
     codes, event_values = cast("dict[float, str]", options.codes), cast("dict[str, float]", options.event_values)
     gain = Gain(options.gain, low, high, options.threshold, codes, event_values)
-    read = read_interactions(
-        folder,
-        columns=options.columns,
-        log_file=options.log_file,
-        items_file=options.items_file,
-        events=options.events,
-        gain=gain,
-        day_first=options.day_first,
-        strict=options.strict,
-        split=options.split,
-        test_fraction=options.test_fraction,
-        num_test_users=options.num_test_users,
-        time_quantile=options.time_quantile,
-        seed=options.seed,
-    )
+    given = {name: getattr(options, name) for name in _READ_WITH}
+    read = read_interactions(folder, gain=gain, **given)
     window = _trend_window(read.rows.times[read.training], options.trend_days) if read.timed else None
-    of_lists = {**options.of_lists(), "trend_window": window, "time_boundary": read.time_boundary}
     notes = list(read.notes)
     if options.negatives == "impressions":
-        if not read.timed or read.groups is None:
+        if window is None or read.groups is None:
             raise ValueError(f"negatives='impressions' needs times and what was passed over, and {folder} has none")
         shown = Shown(read.rows, read.groups)
-        dataset = build_from_impressions("interactions", read.catalogue, shown, test_rows=read.test, **of_lists)
+        when: dict[str, Any] = {"trend_window": window, "time_boundary": read.time_boundary}
+        dataset = build_from_impressions("interactions", read.catalogue, shown, options, test_rows=read.test, **when)
     else:
         # What was shown in an impression and passed over is no interaction.
         chosen = np.ones(len(read.rows), dtype=bool) if not read.has_impressions else read.rows.interest != 0
@@ -121,7 +112,9 @@ def load_interactions(folder: str | Path, options: InteractionsOptions) -> Ranki
             split="user" if read.time_boundary is None else "time",
             num_positives=options.num_positives,
             negatives=options.negatives,
-            **of_lists,
+            trend_window=window,
+            time_boundary=read.time_boundary,
+            **options.of_lists(),
         )
     if len(dataset.train) < FEW_LISTS:
         num_positives = 1 if options.negatives == "impressions" else options.num_positives

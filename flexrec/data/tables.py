@@ -152,11 +152,10 @@ def find_table(folder: Path, stems: Iterable[str], endings: Sequence[str] = ENDI
     return next((files[name] for name in names if name in files), None)
 
 
-def open_table(path: Path, names: Sequence[str] | None = None, dialect: Dialect | None = None) -> Table:
+def open_table(path: Path, dialect: Dialect | None = None) -> Table:
     """See how a file is written.
 
     Args:
-        names: of the columns, where the file has no line that names them.
         dialect: how it is written, where that is known; else it is found out.
 
     Raises:
@@ -181,8 +180,6 @@ def open_table(path: Path, names: Sequence[str] | None = None, dialect: Dialect 
         header = next(iter_rows(path, dialect, BadRows(strict=True)), None)
     if header is None:
         raise ValueError(f"{path}: no rows in it")
-    if names is not None:
-        return Table(path, tuple(names), dialect, named=False, notes=tuple(notes))
     stripped = tuple(name.strip() for name in header[1])
     # A column without a name (a pandas index) or with another's is known by its number.
     unique = (n if n and n not in stripped[:i] else str(i + 1) for i, n in enumerate(stripped))

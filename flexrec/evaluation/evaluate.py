@@ -103,16 +103,15 @@ class Evaluation:
 
     def __call__(self, model: Any, name: str) -> dict[str, dict[str, np.ndarray]]:
         def rank(examples: Sequence[Example]) -> list[np.ndarray]:
-            with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=self.bf16):
-                return rank_examples(
-                    model,
-                    examples,
-                    self.builder,
-                    num_ranked=self.num_ranked,
-                    description=f"Evaluating {name}, {examples[0].need}" if examples and process_index() == 0 else None,
-                )
+            shown = examples and process_index() == 0
+            return self.rank(model, examples, f"Evaluating {name}, {examples[0].need}" if shown else None)
 
         return self.of_rankings({need: map_over_processes(rank, examples) for need, examples in self.tests.items()})
+
+    def rank(self, model: Any, examples: Sequence[Example], description: str | None = None) -> list[np.ndarray]:
+        """:func:`rank_examples` of this process alone, in the evaluation's precision."""
+        with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=self.bf16):
+            return rank_examples(model, examples, self.builder, num_ranked=self.num_ranked, description=description)
 
     def telling(self, need: str, metric: str) -> bool:
         """Whether a metric depends on the order of any list: where everybody likes everything, recall does not."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
@@ -20,28 +19,33 @@ from flexrec.data.lists import RankingDataset, RankingList
 from flexrec.evaluation.neighbours import WEIGHTINGS, history_weights, interaction_matrix, mean_interest
 from flexrec.evaluation.tuning import best_on_other_users, unknown_last
 
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
+
 _NEGATIVES = 50  # that a history is compared with
 _NEWTON_STEPS = 6
-
-
-def has_implicit() -> bool:
-    return find_spec("implicit") is not None
+_ONE_THREAD: dict[str, Any] = {"limits": 1, "user_api": "blas"}
 
 
 @contextmanager
-def _implicit(name: str) -> Iterator[Any]:
-    """The package, with one thread for BLAS inside, as it asks for: it has threads of its own."""
+def _implicit(name: str) -> Iterator[tuple[Any, ThreadpoolController]]:
+    """The package, with one thread for BLAS inside, as it asks for: it has threads of its own.
+
+    And what limits the threads later: the products of a single user are small, and several threads wait for one
+    another longer than they compute, much longer where a machine does something else as well.
+    """
     try:
         import implicit.cpu.als
         import implicit.cpu.bpr
-        from threadpoolctl import threadpool_limits
+        from threadpoolctl import ThreadpoolController
     except ImportError as error:
         raise ImportError(
             f"the baseline {name!r} needs the package implicit: .venv/bin/pip install -e '.[baselines]', "
             f"or leave it out"
         ) from error
-    with threadpool_limits(1, "blas"):
-        yield implicit.cpu
+    threads = ThreadpoolController()
+    with threads.limit(**_ONE_THREAD):
+        yield implicit.cpu, threads
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class ALS:
         self._mean = mean_interest(dataset.log)
         matrix = interaction_matrix(dataset.log, len(dataset.catalogue), self.settings.weighting)  # (items, users)
         self._known = np.diff(matrix.indptr) > 0  # (items,)
-        with _implicit(self.name) as package:
+        with _implicit(self.name) as (package, self._threads):
             self._model = package.als.AlternatingLeastSquares(
                 factors=self.settings.factors,
                 regularization=self.settings.regularization,
@@ -97,7 +101,8 @@ class ALS:
         items, weights = history_weights(lst, self.settings.weighting, self._mean)
         history = sparse.csr_matrix((weights, (np.zeros(len(items), dtype=int), items)), shape=(1, len(self._known)))
         history.eliminate_zeros()
-        user = self._model.recalculate_user(0, history.astype(np.float32))  # (F,)
+        with self._threads.limit(**_ONE_THREAD):
+            user = self._model.recalculate_user(0, history.astype(np.float32))  # (F,)
         scores = (self._model.item_factors[lst.candidates] @ user).astype(np.float64)
         return unknown_last(scores, self._known[lst.candidates], lst.popularity)
 
@@ -148,7 +153,7 @@ class BPR:
         counts = np.diff(matrix.indptr)
         self._known = counts > 0  # (items,)
         self._drawn_from = np.repeat(np.arange(len(counts)), counts)
-        with _implicit(self.name) as package:
+        with _implicit(self.name) as (package, self._threads):
             model = package.bpr.BayesianPersonalizedRanking(
                 factors=self.settings.factors,
                 learning_rate=0.05,
@@ -165,7 +170,8 @@ class BPR:
         self._factors, self._biases = factors[:, :-1], factors[:, -1]
 
     def scores(self, lst: RankingList) -> np.ndarray:
-        scores = self._factors[lst.candidates] @ self._user(lst) + self._biases[lst.candidates]
+        with self._threads.limit(**_ONE_THREAD):
+            scores = self._factors[lst.candidates] @ self._user(lst) + self._biases[lst.candidates]
         return unknown_last(scores, self._known[lst.candidates], lst.popularity)
 
     def _user(self, lst: RankingList) -> np.ndarray:

@@ -31,8 +31,6 @@ def best_settings(
     lists: Sequence[RankingList],
     unobserved: str,
     scores: Callable[[RankingList], Iterable[np.ndarray]],
-    *,
-    seed: int = 0,
 ) -> Settings | None:
     """The settings with the best mean NDCG@10 of interest on (at most 1000 of) the lists; None if they say nothing.
 
@@ -42,7 +40,7 @@ def best_settings(
         scores: of a list, its scores (K,) by each settings of the grid, in its order.
         unobserved: as ``RankingDataset.unobserved``.
     """
-    chosen = np.random.default_rng(seed).permutation(len(lists))[:_TUNING_LISTS]
+    chosen = np.random.default_rng(0).permutation(len(lists))[:_TUNING_LISTS]
     gains: list[list[np.ndarray]] = [[] for _ in grid]
     for lst in (lists[i] for i in chosen):
         kept = np.ones(len(lst.candidates), dtype=bool)

@@ -43,6 +43,7 @@ BY_MODEL: dict[str, tuple[Any, Any]] = {
     "warmup_learning_rate": (2e-3, 1e-4),
     "learning_rate": (5e-4, 2e-5),
 }
+IN_ONE_PASS = 16  # rankings of a prompt that a language model scores in one pass: they cost next to nothing
 
 
 def _by_model(name: str, what: str) -> str:
@@ -134,6 +135,12 @@ class ExperimentConfig(TrainerOptions):
         metavar="N",
     )
     reasoning_end: str = option("</think>", "what ends the reasoning", metavar="TEXT")
+    num_generations: int = option(
+        None,
+        f"rankings sampled per prompt (default: 1, {IN_ONE_PASS} of a language model that ranks in one pass)",
+        low=1,
+        metavar="G",
+    )
     temperature: float = option(None, _by_model("temperature", "of the policy, in sampling and in log-probs"), above=0)
     warmup: str = option(
         "listwise",
@@ -218,6 +225,8 @@ class ExperimentConfig(TrainerOptions):
         for name, values in BY_MODEL.items():
             if getattr(self, name) is None:
                 setattr(self, name, values[self.model != EMBEDDED])
+        if self.num_generations is None:
+            self.num_generations = IN_ONE_PASS if self.model != EMBEDDED and self.ranks_in_one_pass else 1
         super().__post_init__()
         if self.data is not None:
             self.data = str(Path(self.data).absolute())  # from wherever the run is continued or evaluated
@@ -261,6 +270,16 @@ class ExperimentConfig(TrainerOptions):
                 raise ValueError(f"unknown baseline {name!r}; --baselines takes {', '.join(known)}, all or none")
         if "none" in (self.baselines or ()) and self.baselines != ("none",):
             raise ValueError(f"--baselines none leaves all of them away, got {' '.join(self.baselines or ())}")
+
+    @property
+    def ranks_in_one_pass(self) -> bool:
+        """Whether the prompt's pass decides the whole ranking, so that more of them cost no more."""
+        return self.encoding == "score" or self.mode == "one-pass"
+
+    @property
+    def supervised_lists(self) -> int:
+        """Lists in a supervised step: as many as a step of reinforcement has rankings to pass through the model."""
+        return self.prompts_per_step * (1 if self.ranks_in_one_pass else self.num_generations)
 
     def chosen_baselines(self) -> tuple[str, ...]:
         """Names of the baselines to run, in the order of the table.

@@ -89,15 +89,16 @@ def estimate(
     some = [examples[i] for i in np.linspace(0, len(examples) - 1, SHOWN, dtype=int)]
     prompt, answer = _lengths(some, config, builder)
     test_prompt, test_answer = _lengths(tests[:: max(1, len(tests) // SHOWN)], config, builder)
-    group, prompts = config.num_generations, config.prompts_per_step
-    supervised = prompts * group * (prompt + answer)
-    rollouts = prompts * (prompt + group * answer)  # the prompts of a group are encoded once
+    supervised = config.supervised_lists * (prompt + answer)
+    # The prompts of a group are encoded once, and only once where they decide the rankings.
+    rollouts = config.prompts_per_step * (prompt + config.num_generations * answer)
+    sampling = 0 if config.ranks_in_one_pass else config.steps * rollouts
     once = len(tests) * (test_prompt + test_answer)
     listwise = config.warmup == "listwise"
     stages = [
         StagePlan("format", config.warmup_steps * supervised, learns=True),
         StagePlan("listwise warm start", config.listwise_steps * supervised * listwise, learns=True),
-        StagePlan("rollouts", config.steps * rollouts, learns=False),
+        StagePlan("rollouts", sampling, learns=False),
         StagePlan("reinforcement", config.steps * rollouts, learns=True),
         StagePlan(f"evaluation of {2 + listwise} models", (2 + listwise) * once, learns=False),
     ]

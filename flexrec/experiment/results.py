@@ -137,12 +137,8 @@ class Results:
         }
 
     def _of_wordings(self) -> dict[str, dict[str, dict[str, float]]]:
-        def stated(values: np.ndarray) -> dict[str, float]:
-            low, high = bootstrap_interval(values, clusters=self.users)
-            return {"mean": float(values.mean()), "low": low, "high": high}
-
         return {
-            asked: {name: stated(values) for name, values in of_needs.items()}
+            asked: {name: stated(values, self.users) for name, values in of_needs.items()}
             for asked, of_needs in self.unseen_wordings.items()
         }
 
@@ -152,3 +148,9 @@ class Results:
         if not known or set(self.per_list[BASE]) == {"interest"}:
             return difference
         return f"{difference}. {', '.join(known)}: the interest they estimate x what the need multiplies it by"
+
+
+def stated(values: np.ndarray, users: np.ndarray) -> dict[str, float]:
+    """A metric's mean over lists, with the 95 % interval over users."""
+    low, high = bootstrap_interval(values, clusters=users)
+    return {"mean": float(values.mean()), "low": low, "high": high}

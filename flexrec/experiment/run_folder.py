@@ -51,7 +51,12 @@ LOCK = ".lock"
 FORMAT, WARM_UP, REINFORCEMENT = "format", "listwise warm-up", "reinforcement"  # the stages, in the log and by seconds
 # By --resume.
 CHANGEABLE = {"output", "resume", "save_every", "eval_every", "profile", "baselines", "report_to", "dry_run"}
-
+# What a run's folder says of the builder of its prompts and of its configuration, by the names that they have there.
+_OF_BUILDER = ("encoding", "max_title_tokens", "show_titles", "show_rising", "described", "show")
+_OF_CONFIG = (
+    *("mode", "max_reasoning_tokens", "num_ranked", "temperature"),
+    *("dataset", "data", "data_options", "seed", "model"),
+)
 
 try:
     import fcntl
@@ -88,25 +93,12 @@ class RunInfo:
         cls, config: ExperimentConfig, builder: PromptBuilder, dataset: RankingDataset, needs: Sequence[Need]
     ) -> RunInfo:
         return cls(
-            encoding=builder.encoding,
-            mode=config.mode,
-            max_reasoning_tokens=config.max_reasoning_tokens,
+            **{name: getattr(builder, name) for name in _OF_BUILDER},
+            **{name: getattr(config, name) for name in _OF_CONFIG},
             reasoning_end=None if config.max_reasoning_tokens is None else config.reasoning_end,
-            max_title_tokens=builder.max_title_tokens,
-            show_titles=builder.show_titles,
-            show_rising=builder.show_rising,
             max_history=max(len(lst.history) for lst in dataset.train),
-            num_ranked=config.num_ranked,
-            temperature=config.temperature,
-            dataset=config.dataset,
-            data=config.data,
-            data_options=config.data_options,
             needs=[need.name for need in needs],
             own_needs=definitions_of(needs),
-            seed=config.seed,
-            described=builder.described,
-            show=builder.show,
-            model=config.model,
         )
 
     @classmethod
@@ -366,12 +358,7 @@ class RunFolder:
             model.to("cuda")
         builder = PromptBuilder(
             tokenizer,
-            encoding=info.encoding,
-            max_title_tokens=info.max_title_tokens,
-            show_titles=info.show_titles,
-            show_rising=info.show_rising,
-            described=info.described,
-            show=info.show,
+            **{name: getattr(info, name) for name in _OF_BUILDER},
             described_needs=make_needs(info.own_needs) if info.own_needs else (),
             one_pass=info.mode == "one-pass",
             reasoning_end=info.reasoning_end,

@@ -11,8 +11,8 @@ import torch
 
 from flexrec.data.lists import Catalogue, RankingDataset, RankingList
 from flexrec.evaluation.critic import critic_reliability
-from flexrec.evaluation.evaluate import metrics_of, rank_examples
-from flexrec.evaluation.statistics import HEADLINE, bootstrap_interval, headline_of, rank_metrics
+from flexrec.evaluation.evaluate import Evaluation
+from flexrec.evaluation.statistics import bootstrap_interval, headline_of
 from flexrec.rankings.state import parse_rankings
 from flexrec.task.examples import Example, RankingTask, prompts_and_candidates
 from flexrec.task.prompts import PromptBuilder
@@ -61,14 +61,13 @@ def side_by_side(
     ]
     for need in task.needs:
         examples = [task.test_example(lst, need) for lst in lists]
-        metric = headline_of(metrics_of(examples), HEADLINE)
-        for of_user, lst, example, ranking in zip(
-            found, lists, examples, rank_examples(model, examples, task.builder, num_ranked=num_ranked), strict=True
-        ):
-            order = np.concatenate([ranking, np.setdiff1d(np.arange(len(lst.candidates)), ranking)])
-            topics = None if example.topics is None else example.topics[order][None]
-            gains, best = example.gains[order], np.argsort(-example.gains, kind="stable")
-            value = rank_metrics(gains[None], [metric], num_ranked=len(ranking), topics=topics)[metric][0]
+        evaluation = Evaluation({need.name: examples}, task.builder, num_ranked)
+        rankings = evaluation.rank(model, examples)
+        values = evaluation.of_rankings({need.name: rankings})[need.name]
+        metric = headline_of(values)
+        shown = zip(found, lists, examples, rankings, values[metric], strict=True)
+        for of_user, lst, example, ranking, value in shown:
+            best = np.argsort(-example.gains, kind="stable")
             of_user["needs"][need.name] = {
                 "wording": need.wordings[0],
                 "metric": metric,

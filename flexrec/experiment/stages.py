@@ -32,7 +32,6 @@ from flexrec.evaluation.critic import critic_quality
 from flexrec.evaluation.evaluate import Evaluation
 from flexrec.evaluation.mmr import MMR
 from flexrec.evaluation.neighbours import ItemKNN
-from flexrec.evaluation.statistics import bootstrap_interval
 from flexrec.experiment.card import CARD, card_of
 from flexrec.experiment.config import EMBEDDED, LISTWISE, MADE_IN_PYTHON, ExperimentConfig
 from flexrec.experiment.estimate import estimate
@@ -41,7 +40,7 @@ from flexrec.experiment.model import make_model
 from flexrec.experiment.needs import check_answerable, choose_needs, known_needs, renamed, unseen_columns, untrained
 from flexrec.experiment.report.page import PAGE, page_of
 from flexrec.experiment.report.read import Record
-from flexrec.experiment.results import BASE, CRITIC, TRAINED, WARM_START, Results
+from flexrec.experiment.results import BASE, CRITIC, TRAINED, WARM_START, Results, stated
 from flexrec.experiment.run_folder import FORMAT, REINFORCEMENT, WARM_UP, RunFolder, RunInfo
 from flexrec.experiment.shown import intervals_of, shown_of_run
 from flexrec.experiment.trackers import require_trackers
@@ -175,7 +174,7 @@ def _run_in(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, of which "
         f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f}M are trained"
     )
-    wanted, available = config.prompts_per_step * config.num_generations, len(dataset.train) * len(needs)
+    wanted, available = config.supervised_lists, len(dataset.train) * len(needs)
     if wanted > available:
         raise ValueError(
             f"a step takes {wanted} rankings, and there are {available} training examples: use fewer --prompts-per-step"
@@ -444,10 +443,5 @@ def evaluate_run(
             one = _Measured(task, lists, trained_with.num_ranked)
             for need, metrics in one.evaluate(model, str(folder)).items():
                 told = {name: v for name, v in metrics.items() if one.evaluate.telling(need, name)}
-                scores[need + suffix] = {name: _summary(v, one.results.users) for name, v in told.items()}
+                scores[need + suffix] = {name: stated(v, one.results.users) for name, v in told.items()}
     return scores
-
-
-def _summary(values: np.ndarray, users: np.ndarray) -> dict[str, float]:
-    low, high = bootstrap_interval(values, clusters=users)
-    return {"mean": float(values.mean()), "low": low, "high": high}

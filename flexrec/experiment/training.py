@@ -38,6 +38,16 @@ GRPO: dict[str, dict[str, Any]] = {
     "sequence_grpo": {**_GRPO, "credit": "sequence", "importance_level": "token"},
     "rank_grpo": {**_GRPO, "credit": "rank", "importance_level": "item"},
 }
+# Arguments that are the same whatever is trained.
+EVERY_TRAINING: dict[str, Any] = {
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.01,
+    "save_strategy": "no",
+    "report_to": "none",
+    "remove_unused_columns": False,
+    "dataloader_drop_last": True,
+    "disable_tqdm": True,  # the steps' logs go to a file, and ProgressBar draws the bar
+}
 MAX_GROUP = 8  # rankings of a prompt that GRPO compares
 
 
@@ -97,14 +107,12 @@ class Training:
 
     def _supervise(self, model: Any, kind: str, steps: int, name: str, after: str | None) -> None:
         config = self.config
-        # As many rankings in a step as reinforcement has, each of another prompt.
-        rankings = config.prompts_per_step * config.num_generations
+        arguments = _training_arguments(config, steps, config.supervised_lists, config.warmup_learning_rate)
         cutoffs = (config.num_ranked, parse_metric(config.metric).cutoff)
-        gc.collect()  # the last stage's trainer, whose optimiser cycles of references would keep: twice the model
         with self.clock.stage(name, steps, after) as stage:
             trainer = SupervisedTrainer(
                 _to_train(model),
-                TrainingArguments(**_training_arguments(config, steps, rankings, config.warmup_learning_rate)),
+                TrainingArguments(**arguments),
                 self.examples,
                 stage=kind,
                 num_imitated=min((n for n in cutoffs if n), default=None),
@@ -116,13 +124,14 @@ class Training:
             )
             self._draw_curve(trainer, stage)
             _train(trainer, model)
+        del trainer
+        _free(model)
 
     def _reinforce(
         self, model: Any, config: ExperimentConfig, name: str, checkpoint: tuple[int, Path] | None = None
     ) -> None:
         step, saved = checkpoint or (0, None)
         after = WARM_UP if config.warmup == "listwise" else FORMAT
-        gc.collect()
         with self.clock.stage(name, config.steps, after) as stage:
             if saved is not None and step >= config.steps:  # interrupted after the last step
                 load_checkpoint(model, saved)
@@ -151,6 +160,8 @@ class Training:
             )
             self._draw_curve(trainer, stage)
             _train(trainer, model, saved)
+        del trainer, reference
+        _free(model)
 
     def _tracking(self, name: str) -> list[TrainerCallback]:
         return tracking(self.config.report_to or (), Path(self.config.output), name, asdict(self.config))
@@ -167,7 +178,15 @@ class Training:
 
 
 def grpo_config(config: ExperimentConfig, name: str) -> ExperimentConfig:
-    """The options of a baseline by reinforcement: as many rankings in a step as ``config`` has, in groups."""
+    """The options of a baseline by reinforcement: as many rankings in a step as ``config`` has, in groups.
+
+    Where one pass decides the rankings, however many, also from as many prompts.
+    """
+    more: dict[str, Any] = {"save_every": 0, **GRPO[name]}
+    if config.mode == "one-pass":
+        more["importance_level"] = "item"  # which is its only token
+    if config.ranks_in_one_pass and config.num_generations > 1:
+        return replace(config, **more)
     rankings = config.prompts_per_step * config.num_generations
     group = math.gcd(MAX_GROUP, rankings // num_processes())
     if group == 1:
@@ -175,8 +194,7 @@ def grpo_config(config: ExperimentConfig, name: str) -> ExperimentConfig:
             f"the baseline {name!r} compares rankings of one prompt: it needs an even number of rankings in a step and "
             f"process, got {rankings} by --prompts-per-step and --num-generations, in {num_processes()} processes"
         )
-    more: dict[str, Any] = {"num_generations": group, "prompts_per_step": rankings // group, "save_every": 0}
-    return replace(config, **more, **GRPO[name])
+    return replace(config, **more, num_generations=group, prompts_per_step=rankings // group)
 
 
 def reinforcement_arguments(config: ExperimentConfig) -> FlexRecConfig:
@@ -195,29 +213,23 @@ def _training_arguments(config: ExperimentConfig, steps: int, prompts: int, lear
             f"--prompts-per-step {config.prompts_per_step} cannot be split evenly among {num_processes()} processes"
         )
     at_once = per_process
-    if config.micro_batch is not None:  # a supervised step has as many rankings, each of a prompt
+    if config.micro_batch is not None:
         at_once = math.gcd(per_process, config.micro_batch)
     return {
+        **EVERY_TRAINING,
         "output_dir": str(RunFolder(config.output).checkpoints),
         "max_steps": steps,
         "per_device_train_batch_size": at_once,
         "gradient_accumulation_steps": per_process // at_once,
         "learning_rate": learning_rate,
-        "lr_scheduler_type": "cosine",
         "warmup_steps": min(10, steps // 4),
-        "weight_decay": 0.01,
         "max_grad_norm": 1.0,
         "bf16": config.bf16,
         **(_checkpointed_layers() if config.gradient_checkpointing else {}),
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
         "seed": config.seed,
-        "remove_unused_columns": False,
-        "dataloader_drop_last": True,
         "log_level": "error",
-        "disable_tqdm": True,  # the steps' logs go to a file, and ProgressBar draws the bar
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
@@ -243,6 +255,13 @@ def _train(trainer: RankingTrainer, model: Any, checkpoint: Path | None = None) 
         state = whole_state_dict(trainer.model_wrapped)
         model.load_state_dict({name: state[name] for name in model.state_dict()})
         unset_hf_deepspeed_config()  # which would spread the next model while it is loaded
+
+
+def _free(model: Any) -> None:
+    """Let go of what a stage leaves, before anything is measured: gradients, and the trainer, whose optimiser, twice
+    the model, cycles of references would keep."""
+    model.zero_grad(set_to_none=True)
+    gc.collect()
 
 
 class _Seal(TrainerCallback):

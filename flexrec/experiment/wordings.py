@@ -7,12 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from flexrec.data.lists import RankingList
-from flexrec.evaluation.evaluate import metrics_of, rank_examples
-from flexrec.evaluation.statistics import HEADLINE, headline_of, rank_metrics
-from flexrec.task.examples import Example, RankingTask
+from flexrec.evaluation.evaluate import Evaluation
+from flexrec.evaluation.statistics import headline_of
+from flexrec.task.examples import RankingTask
 from flexrec.task.needs import Need
 
 
@@ -55,31 +54,15 @@ def measure_unseen(
         described: say how far that is on standard error.
     """
     needs = [need for need in task.needs if need.metric is None]
-    examples = {need.name: [task.test_example(lst, need) for lst in lists] for need in needs}
+    tests = {need.name: [task.test_example(lst, need) for lst in lists] for need in needs}
+    evaluation = Evaluation(tests, task.builder, num_ranked, bf16=bf16)
     found: dict[str, dict[str, np.ndarray]] = {}
     for need in needs:
         if need.name not in wordings:
             continue
         own = [replace(need, wordings=(wording,)) for wording in wordings[need.name]]
         asked = [task.test_example(lst, own[n % len(own)]) for n, lst in enumerate(lists)]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            rankings = rank_examples(
-                model,
-                asked,
-                task.builder,
-                num_ranked=num_ranked,
-                description=f"Asking {need.name} in other words" if described else None,
-            )
-        found[need.name] = {name: _values(of_need, rankings) for name, of_need in examples.items()}
+        rankings = evaluation.rank(model, asked, f"Asking {need.name} in other words" if described else None)
+        values = evaluation.of_rankings(dict.fromkeys(tests, rankings))
+        found[need.name] = {name: of_need[headline_of(of_need)] for name, of_need in values.items()}
     return found
-
-
-def _values(examples: Sequence[Example], rankings: Sequence[np.ndarray]) -> np.ndarray:
-    """(L,) what the needs of ``examples`` are compared by, of rankings of the same lists."""
-    metric = headline_of(metrics_of(examples), HEADLINE)
-    values = []
-    for example, ranking in zip(examples, rankings, strict=True):
-        order = np.concatenate([ranking, np.setdiff1d(np.arange(len(example.gains)), ranking)])
-        values.append(rank_metrics(example.gains[order][None], [metric], num_ranked=len(ranking))[metric][0])
-    return np.array(values)

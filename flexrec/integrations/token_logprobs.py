@@ -7,14 +7,21 @@ candidates allow, and forced tokens, whose log-prob is 0. Only the states before
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexrec.policy.batch import make_batch
-from flexrec.policy.scores import decision_scores, ranking_states
+from flexrec.ops.ranking_logprobs import ranking_probs
+from flexrec.policy.batch import RankingBatch, make_batch
+from flexrec.policy.scores import (
+    all_actions,
+    completed_rankings,
+    decision_scores,
+    output_rows,
+    ranking_states,
+)
 from flexrec.rankings.state import Candidates, Spelling, encode_rankings, parse_rankings
 
 
@@ -78,13 +85,145 @@ def restricted_token_logprobs(
         prompts, candidates, rankings, separator=spelling.separator, end=spelling.end, device=device, by_token=True
     )
     found = decision_scores(ranking_states(model, batch), batch, temperature=temperature)
-    decisions = batch.encoded.decision_rows, batch.encoded.decision_positions
-    rows, positions = (torch.from_numpy(array).to(device).long() for array in decisions)
+    rows, positions, _ = _decisions(batch)
 
     def at_tokens(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(len(completions), width).index_put((rows, positions), values).float()
 
     return at_tokens(found.logprobs), at_tokens(found.entropy)
+
+
+class ActionTokens(NamedTuple):
+    """Of N completions, (N, width) float32 each: at decisions, and exactly 0 at every other token."""
+
+    objective: torch.Tensor
+    """That of all actions of an item, at the last of its decisions."""
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+
+
+def all_action_tokens(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    candidates: Candidates,
+    spelling: Spelling,
+    gains: torch.Tensor,
+    metric: str,
+    *,
+    width: int,
+    temperature: float = 1.0,
+    tilt: float | None = None,
+    foresight: float | str | None = None,
+    device: torch.device | str = "cpu",
+) -> ActionTokens:
+    """:func:`restricted_token_logprobs`, and in the same pass what all candidates that remained were worth.
+
+    Args:
+        gains: (N, K) in rank order, K at least the longest list; beyond a list's length they are not read.
+        metric, tilt, foresight: of :func:`flexrec.policy.scores.all_actions`.
+
+    Raises:
+        ValueError: as :func:`restricted_token_logprobs`; ``foresight`` for candidates of several tokens.
+    """
+    batch = _whole_items(prompts, completions, candidates, spelling, device)
+    states = ranking_states(model, batch)
+    found = all_actions(
+        states,
+        batch,
+        gains[:, : int(batch.lengths.max())],
+        metric,
+        temperature=temperature,
+        num_ranked=batch.shape[1],
+        tilt=tilt,
+        foresight=foresight,
+    )
+    rows, positions, ranks = _decisions(batch)
+    last = torch.ones_like(rows, dtype=torch.bool)  # decisions are in the order of a completion's tokens
+    last[:-1] = (rows[1:] != rows[:-1]) | (ranks[1:] != ranks[:-1])
+    if batch.candidate_ids is None:
+        scored = decision_scores(states, batch, temperature=temperature)
+        logprobs, entropy = scored.logprobs, scored.entropy
+    else:
+        logprobs, entropy = found.logprobs[rows, ranks], found.entropy[rows, ranks]
+
+    def at_tokens(values: torch.Tensor, chosen: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        return values.new_zeros(len(completions), width).index_put((rows[chosen], positions[chosen]), values).float()
+
+    return ActionTokens(
+        at_tokens(found.objective[rows[last], ranks[last]], last), at_tokens(logprobs), at_tokens(entropy)
+    )
+
+
+@torch.no_grad()
+def item_probabilities(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    candidates: Candidates,
+    spelling: Spelling,
+    *,
+    width: int,
+    temperature: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """(N, width, width) the policy's probability, at each rank, of every candidate in rank order.
+
+    Args:
+        width: at least the longest list. What lies beyond a list, or beyond its ranks, is 0.
+
+    Raises:
+        ValueError: as :func:`restricted_token_logprobs`; what :func:`check_single_tokens` says.
+    """
+    check_single_tokens(candidates, spelling)
+    batch = _whole_items(prompts, completions, candidates, spelling, device)
+    states = ranking_states(model, batch)
+    rows = output_rows(states, batch)
+    probs = ranking_probs(
+        states.hidden,
+        rows.weight,
+        rows.candidates,
+        completed_rankings(batch),
+        bias=rows.bias,
+        temperature=temperature,
+        lengths=batch.lengths,
+    )
+    missing = [width - size for size in probs.shape[1:]]
+    return torch.nn.functional.pad(probs, (0, missing[1], 0, missing[0]))
+
+
+def check_single_tokens(candidates: Candidates, spelling: Spelling) -> None:
+    """Whether the distribution of a token is that of whole items.
+
+    Raises:
+        ValueError: a candidate of several tokens, or a separator.
+    """
+    longest = max((len(name) for names in candidates for name in names), default=1)
+    if longest > 1 or spelling.separator:
+        raise ValueError(
+            f"credits 'policy' and 'all_actions_corrected' need the probability of whole items: name each candidate by "
+            f"one token, and rank with separator=''; got candidates of up to {longest} tokens and a separator of "
+            f"{len(spelling.separator)}"
+        )
+
+
+def _whole_items(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    candidates: Candidates,
+    spelling: Spelling,
+    device: torch.device | str,
+) -> RankingBatch:
+    rankings = read_rankings(completions, candidates, spelling)
+    return make_batch(prompts, candidates, rankings, separator=spelling.separator, end=spelling.end, device=device)
+
+
+def _decisions(batch: RankingBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(M,) int64 each, of every decision: its completion, its token's column, the rank it decides on."""
+    encoded, device = batch.encoded, batch.lengths.device
+    arrays = (encoded.decision_rows, encoded.decision_positions, encoded.decision_ranks)
+    rows, positions, ranks = (torch.from_numpy(array).to(device).long() for array in arrays)
+    return rows, positions, ranks
 
 
 def token_item_ids(tokenizer: Any, completions: Sequence[Sequence[int]], item_ids: NDArray[np.int32]) -> torch.Tensor:

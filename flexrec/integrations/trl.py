@@ -8,21 +8,16 @@ numbers, where the gains are uncertain. See docs/trl.md.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
-import trl
-from packaging.version import Version
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
-from flexrec.checks import check_choice
 from flexrec.decoding.sample import sample_rankings
 from flexrec.integrations.ranking_reward import (
-    COMPLETION_CREDITS,
     RankingReward,
     at_most,
     column,
@@ -30,93 +25,29 @@ from flexrec.integrations.ranking_reward import (
     ranking_statistics,
 )
 from flexrec.integrations.token_logprobs import (
+    ActionTokens,
+    all_action_tokens,
+    check_single_tokens,
     decision_ranks,
     decoded,
+    item_probabilities,
     restricted_token_logprobs,
     token_item_ids,
     without_end,
 )
+from flexrec.integrations.trl_options import FlexRecGRPOConfig
 from flexrec.integrations.trl_vllm import per_prompt
 from flexrec.metrics import parse_metric
-from flexrec.ops.advantages import BASELINES, SCALES, item_advantages, uncertainty_weights
+from flexrec.ops.advantages import item_advantages, uncertainty_weights
+from flexrec.policy.distributed import whole_model
 from flexrec.rankings.state import RankingState, Spelling, encode_rankings
 from flexrec.rankings.text import ScoredCompletions, item_values_to_tokens, score_completions
-from flexrec.trainer.options import OF_ALL_ACTIONS
+from flexrec.trainer.options import CORRECTED, OF_ALL_ACTIONS
 
 __all__ = ["FlexRecGRPOConfig", "FlexRecGRPOTrainer", "RankingReward"]
 
 # TRL returns the log-probs and entropies of tokens, and later versions the router's loss too.
 _NUM_RETURNED = 3 if "compute_aux_loss" in signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters else 2
-
-
-@dataclass
-class FlexRecGRPOConfig(GRPOConfig):
-    """Arguments of :class:`FlexRecGRPOTrainer` beyond those of TRL; names and defaults as in ``FlexRecConfig``."""
-
-    metric: str = field(default="ndcg", metadata={"help": "The ranking metric that is maximised."})
-    credit: str = field(default="swap", metadata={"help": f"One of {', '.join(COMPLETION_CREDITS)}."})
-    num_ranked: int | None = field(
-        default=None,
-        metadata={"help": "Rank only so many candidates; if constrained, never more than the metric's cutoff."},
-    )
-    baseline: str = field(default="none", metadata={"help": f"One of {', '.join(BASELINES)}."})
-    scale: str = field(default="batch", metadata={"help": f"One of {', '.join(SCALES)}."})
-    uncertainty: str = field(default="rollout", metadata={"help": "Weight by certainty per rollout, item, or none."})
-    constrained: bool = field(
-        default=True,
-        metadata={"help": "Sample rankings only, with log-probs over what the remaining candidates allow."},
-    )
-    separator: str = field(default=" > ", metadata={"help": "What stands between two items of a ranking."})
-    reasoning_end: str | None = field(
-        default=None, metadata={"help": "Unconstrained: what ends the reasoning before a ranking, say '</think>'."}
-    )
-    candidates_column: str = field(default="candidates", metadata={"help": "Column of the candidates' names."})
-    gains_column: str = field(default="gains", metadata={"help": "Column of the candidates' gains."})
-    variance_column: str = field(default="gain_variance", metadata={"help": "Column of the gains' variances."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        parse_metric(self.metric)
-        if self.credit in ("policy", *OF_ALL_ACTIONS):
-            raise ValueError(
-                f"credit={self.credit!r} needs the policy's probability of every candidate at every rank, which TRL's "
-                f"loss does not give: use flexrec.trainer.FlexRecTrainer, or one of {', '.join(COMPLETION_CREDITS)}"
-            )
-        check_choice("credit", self.credit, COMPLETION_CREDITS)
-        check_choice("baseline", self.baseline, BASELINES)
-        check_choice("scale", self.scale, SCALES)
-        check_choice("uncertainty", self.uncertainty, ("none", "rollout", "item"))
-        if self.baseline == "rank" and self.num_generations_eval == 1:
-            raise ValueError("baseline='rank' compares the rollouts of one prompt: it needs num_generations_eval > 1")
-        if self.use_liger_kernel:
-            raise ValueError("use_liger_kernel=True: Liger's loss takes one advantage per completion, not per token")
-        if self.constrained:
-            self._check_constrained()
-
-    def _check_constrained(self) -> None:
-        """What would sample from, or score, another distribution than the one over the remaining candidates."""
-        fixed = {
-            "top_p": (1.0,),
-            "top_k": (0, None, -1),
-            "min_p": (None, 0.0),
-            "repetition_penalty": (1.0,),
-            "cast_lm_head_to_fp32": (False,),  # log-probs are accumulated in float32 in any case
-            "use_transformers_paged": (False,),
-            "use_transformers_continuous_batching": (False,),
-            "vllm_structured_outputs_regex": (None,),
-            "reasoning_end": (None,),
-        }
-        if not self.use_vllm:
-            fixed["generation_kwargs"] = (None,)
-        for name, allowed in fixed.items():
-            value = getattr(self, name, allowed[0])  # an option that this version of TRL lacks is not in the way
-            if value not in allowed:
-                raise ValueError(f"constrained=True needs {name}={allowed[0]!r}, got {value!r}")
-        if self.use_vllm and self.vllm_mode == "server" and Version(trl.__version__) < Version("1.11"):
-            raise ValueError(
-                f"constrained=True with vllm_mode='server' needs TRL 1.11 or newer, got {trl.__version__}: the server "
-                f"that this version starts itself takes no logits processor"
-            )
 
 
 class FlexRecGRPOTrainer(GRPOTrainer):
@@ -126,6 +57,9 @@ class FlexRecGRPOTrainer(GRPOTrainer):
     those over what the remaining candidates allow, so that an unmoved policy has ratio 1; the loss counts decisions
     only, tokens that had an alternative. Unconstrained, completions are TRL's and so are log-probs; tokens that spell
     an item carry its advantage. Generation options that would sample from another distribution are refused.
+
+    With the credits "all_actions" and "all_actions_corrected" the gradient is that of the objective of all candidates
+    that remained, in place of the log-prob of the sampled one; advantages are then its weights, and nothing is clipped.
 
     Args:
         reward_funcs: further reward functions of whole completions. Their advantage, TRL's, is added at every token.
@@ -146,7 +80,14 @@ class FlexRecGRPOTrainer(GRPOTrainer):
         for name in ("tools", "rollout_func", "environment_factory"):
             if args.constrained and kwargs.get(name):
                 raise ValueError(f"constrained=True generates nothing but rankings: leave out {name}=")
+        if args.credit in OF_ALL_ACTIONS and reward_funcs is not None:
+            raise ValueError(
+                f"credit={args.credit!r} compares no completions, as rewards of whole completions are: leave out "
+                f"reward_funcs, or use credit='policy' or 'swap'"
+            )
         self._items_alone = reward_funcs is None
+        self._valued: torch.Tensor | None = None  # (B, K) gains in rank order, while the loss is of all actions
+        self._found: list[ActionTokens] = []
         self._candidates: list[list[list[int]]] = []  # token ids, of the rows that are generated, scored or trained on
         self._encoded: dict[str, list[int]] = {}
         super().__init__(model, self.ranking_metric if reward_funcs is None else reward_funcs, args, **kwargs)
@@ -160,8 +101,13 @@ class FlexRecGRPOTrainer(GRPOTrainer):
             raise ValueError("constrained=True is for text models: processing_class must be a tokenizer")
         if tokenizer.eos_token_id is None:
             raise ValueError("processing_class has no eos token, which ends a ranking")
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            raise ValueError("constrained=True reads rows of the output layer, which FSDP and ZeRO-3 shard: use DDP")
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if (self.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2) or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "constrained=True uses the output layer outside of the model's forward pass, which FSDP does not "
+                "allow in its first version, and which was not tried with ZeRO-3: use DDP or FSDP2 (accelerate's "
+                "fsdp_version: 2)"
+            )
         if getattr(self, "aux_loss_enabled", False):
             raise ValueError("constrained=True computes no router loss: set router_aux_loss_coef=0.0")
         if self.use_vllm:
@@ -186,9 +132,15 @@ class FlexRecGRPOTrainer(GRPOTrainer):
             names = names_of(columns.get(self.args.candidates_column), gains)
             self._candidates = [[self._encode(name) for name in row] for row in names]
             self._check_lengths()
+            if self.args.credit in ("policy", CORRECTED):
+                check_single_tokens(self._candidates, self._spelling)
         output = super()._generate_and_score_completions(inputs)
         completion_ids, completion_mask = output["completion_ids"], output["completion_mask"]
-        scored, token_ranks = self._score(_rows(completion_ids, completion_mask), columns)
+        completions = _rows(completion_ids, completion_mask)
+        weights = None
+        if self.args.credit == "policy":
+            weights = self._probabilities(_rows(output["prompt_ids"], output["prompt_mask"]), completions)
+        scored, token_ranks = self._score(completions, columns, weights)
         padding = completion_ids.shape[1] - token_ranks.shape[1]
         token_ranks = torch.nn.functional.pad(token_ranks, (0, padding), value=-1).to(completion_ids.device)  # (B, T)
         advantages = item_values_to_tokens(self._item_advantages(scored), token_ranks)  # (B, T)
@@ -200,6 +152,8 @@ class FlexRecGRPOTrainer(GRPOTrainer):
             output["tool_mask"] = (token_ranks >= 0).to(completion_mask.dtype)
             output["num_items_in_batch"] = self.accelerator.gather(output["tool_mask"].sum()).sum()
             output["candidates"] = self._candidates
+        if self.args.credit in OF_ALL_ACTIONS:
+            output["item_gains"] = scored.gains.to(completion_ids.device)
         self._log_rankings(scored)
         return output
 
@@ -213,9 +167,11 @@ class FlexRecGRPOTrainer(GRPOTrainer):
         group = self._group_size
         if len(lists) % group or any(lists[n] != lists[n - n % group] for n in range(len(lists))):
             group = 1  # a group spans processes: no prompt is encoded for all of its rollouts at once
-        with self.accelerator.autocast():
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        back = getattr(plugin, "reshard_after_forward", True)
+        with self.accelerator.autocast(), whole_model(self.model_wrapped, reshard_after_forward=back) as model:
             rollout = sample_rankings(
-                self.accelerator.unwrap_model(self.model),
+                model,
                 prompt_ids[::group],
                 self._candidates[::group],
                 separator=self._spelling.separator,
@@ -229,13 +185,38 @@ class FlexRecGRPOTrainer(GRPOTrainer):
         )
         return [tokens.tolist() for tokens in np.split(encoded.tokens, encoded.offsets[1:-1])], None
 
+    def _probabilities(self, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
+        """(B, K, K) of every candidate at every rank, in rank order, under the policy as it is."""
+        size, width = self.args.per_device_train_batch_size, max(map(len, self._candidates))
+        parts = []
+        for start in range(0, len(prompts), size):
+            rows = slice(start, start + size)
+            parts.append(
+                item_probabilities(
+                    self.model,
+                    prompts[rows],
+                    completions[rows],
+                    self._candidates[rows],
+                    self._spelling,
+                    width=width,
+                    temperature=self.temperature,
+                    device=self.accelerator.device,
+                )
+            )
+        return torch.cat(parts).float().cpu()
+
     def _score(
-        self, completions: Sequence[Sequence[int]], columns: Mapping[str, Any]
+        self,
+        completions: Sequence[Sequence[int]],
+        columns: Mapping[str, Any],
+        weights: torch.Tensor | None = None,
     ) -> tuple[ScoredCompletions, torch.Tensor]:
         """Rewards of the items, and (B, longest) the rank whose advantage each token carries, -1 for none."""
         args, tokenizer = self.args, self._text_tokenizer
         gains = column(columns, args.gains_column)
-        options: dict[str, Any] = {"credit": args.credit}
+        # All actions are scaled and weighted by the rewards of the swaps they average.
+        plain = args.credit in OF_ALL_ACTIONS or (args.credit == "policy" and weights is None)
+        options: dict[str, Any] = {"credit": "swap" if plain else args.credit, "weights": weights}
         if args.uncertainty != "none":
             options["variance"] = columns.get(args.variance_column)
         if args.constrained:
@@ -270,14 +251,17 @@ class FlexRecGRPOTrainer(GRPOTrainer):
                 rewards=rewards,
                 item_mask=item_mask,
             )
-        advantages = item_advantages(
-            rewards,
-            self._group_size,
-            baseline=args.baseline,
-            scale=args.scale,
-            item_mask=item_mask,
-            weights=weights,
-        )
+        if args.credit in OF_ALL_ACTIONS:
+            advantages = _weights_of_all_actions(rewards, item_mask, args.scale, weights)
+        else:
+            advantages = item_advantages(
+                rewards,
+                self._group_size,
+                baseline=args.baseline,
+                scale=args.scale,
+                item_mask=item_mask,
+                weights=weights,
+            )
         return advantages.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
 
     def _gathered(self, values: torch.Tensor) -> torch.Tensor:
@@ -312,7 +296,36 @@ class FlexRecGRPOTrainer(GRPOTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self._candidates = inputs.get("candidates", [])
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if self.args.credit not in OF_ALL_ACTIONS:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        # Where "log-probs" move by the objective's gradient, TRL's ratio to older ones and its KL have no meaning.
+        beta: float = self.args.beta
+        self.beta = 0.0
+        self._valued, self._found = inputs["item_gains"], []
+        try:
+            loss = super().compute_loss(model, {**inputs, "old_per_token_logps": None}, *args, **kwargs)
+        finally:
+            self.beta, self._valued = beta, None
+        mode = "train" if self.model.training else "eval"
+        objective, logps = (torch.cat(values) for values in list(zip(*self._found, strict=True))[:2])
+        told = self.accelerator.gather(objective.detach().sum(1)).mean().item()
+        self._metrics[mode][f"{self.args.metric}/objective"].append(told)
+        if beta == 0.0:
+            return loss
+        kl, mask = self._kl(logps, inputs), inputs["tool_mask"]
+        total = self.accelerator.reduce(torch.stack([(kl.detach() * mask).sum(), mask.sum().float()]), reduction="sum")
+        self._metrics[mode]["kl"].append((total[0] / total[1].clamp(min=1.0)).item())
+        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+        return loss + beta * (kl * mask).sum() / mask.sum().clamp(min=1) / steps
+
+    def _kl(self, logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """(B, T) as TRL estimates it at sampled tokens."""
+        left = inputs["ref_per_token_logps"] - logps
+        kl = left.exp() - left - 1
+        if not getattr(self.args, "use_bias_correction_kl", False):
+            return kl
+        old = inputs.get("old_per_token_logps")
+        return kl * (logps - (logps.detach() if old is None else old)).exp()
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -323,7 +336,10 @@ class FlexRecGRPOTrainer(GRPOTrainer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Where TRL takes log-probs of policy, old and reference from: (B, logits_to_keep) log-probs and entropies."""
+        """Where TRL takes log-probs of policy, old and reference from: (B, logits_to_keep) log-probs and entropies.
+
+        In a loss of all actions the log-probs have the objective's gradient.
+        """
         if not self.args.constrained:
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
@@ -331,21 +347,35 @@ class FlexRecGRPOTrainer(GRPOTrainer):
         prompts = _rows(input_ids[:, :-logits_to_keep], attention_mask[:, :-logits_to_keep])
         completions = _rows(input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:])
         size = (args[0] if args else kwargs.get("batch_size")) or len(prompts)
-        parts = [
-            restricted_token_logprobs(
-                model,
-                prompts[start : start + size],
-                completions[start : start + size],
-                self._candidates[start : start + size],
-                self._spelling,
-                width=logits_to_keep,
-                temperature=self.temperature,
-                device=input_ids.device,
+        parts = []
+        for start in range(0, len(prompts), size):
+            rows = slice(start, start + size)
+            rankings = (model, prompts[rows], completions[rows], self._candidates[rows], self._spelling)
+            options: dict[str, Any] = {
+                "width": logits_to_keep,
+                "temperature": self.temperature,
+                "device": input_ids.device,
+            }
+            if self._valued is None:
+                parts.append(restricted_token_logprobs(*rankings, **options))
+                continue
+            foresight = "auto" if self.args.credit == CORRECTED else None
+            found = all_action_tokens(
+                *rankings, self._valued[rows], self.args.metric, tilt=self.args.tilt, foresight=foresight, **options
             )
-            for start in range(0, len(prompts), size)
-        ]
+            self._found.append(found)
+            parts.append((found.logprobs.detach() + found.objective - found.objective.detach(), found.entropy))
         logps, entropies = (torch.cat(values) for values in zip(*parts, strict=True))
         return (logps, entropies, None)[:_NUM_RETURNED]
+
+
+def _weights_of_all_actions(
+    rewards: torch.Tensor, item_mask: torch.Tensor, scale: str, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """(N, K) what the objective of each rank is multiplied by, from the rewards (N, K) of swaps."""
+    unit = rewards[item_mask].double().square().mean().sqrt() if scale == "batch" and bool(item_mask.any()) else 1.0
+    found = item_mask.to(rewards.dtype) if weights is None else item_mask * weights.to(rewards.dtype)
+    return found / unit if unit > 0 else found
 
 
 def _rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:

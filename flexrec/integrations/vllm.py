@@ -7,8 +7,6 @@ ranking of their candidates and nothing else; others are not touched. See docs/v
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -17,15 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flexrec.integrations.engine_rows import RankingRow, check_stops, constrain
 from flexrec.integrations.vllm_request import ARGUMENT, RankingRequest
-from flexrec.rankings.state import step_states
 
 __all__ = ["RankingLogitsProcessor", "RankingRequest"]
 
 _V1 = "vllm.v1.sample.logits_processor"
 _V2 = "vllm.v1.worker.gpu.sample.logits_processor"  # of model runner V2, since vLLM 0.31
-
-_logger = logging.getLogger(__name__)
 
 
 def _base_classes() -> tuple[type, ...]:
@@ -67,7 +63,7 @@ class RankingLogitsProcessor(*_base_classes()):  # type: ignore[misc]
                 "or without flexrec.integrations.vllm:RankingLogitsProcessor"
             )
         self._vocab_size: int = vllm_config.model_config.get_vocab_size()
-        self._rows: dict[int, _Row] = {}  # by index in the batch (V1) or slot (V2)
+        self._rows: dict[int, RankingRow] = {}  # by index in the batch (V1) or slot (V2)
         self._fetched: _Fetched | None = None
         if is_pin_memory is None:
             self._states, self._device = device, device.device
@@ -96,7 +92,7 @@ class RankingLogitsProcessor(*_base_classes()):  # type: ignore[misc]
                 f"max_tokens must be at least {request.max_tokens}, which the longest answer to {ARGUMENT} takes; "
                 f"got {sampling_params.max_tokens}"
             )
-        _check_stops(request, sampling_params.stop_token_ids or [])
+        check_stops(request, sampling_params.stop_token_ids or [])
 
     def is_argmax_invariant(self) -> bool:
         """False: the most probable token may not be allowed."""
@@ -146,7 +142,7 @@ class RankingLogitsProcessor(*_base_classes()):  # type: ignore[misc]
         if not self._rows:
             return logits
         if ctx is None:
-            self._constrain(logits, np.array(list(self._rows)), list(self._rows.values()))
+            constrain(logits, np.array(list(self._rows)), list(self._rows.values()), self._upload)
             return logits
         slots = ctx.idx_mapping_np
         if len(logits) != len(slots):
@@ -155,10 +151,10 @@ class RankingLogitsProcessor(*_base_classes()):  # type: ignore[misc]
         if len(index) > 0:
             rows = [self._rows[slot] for slot in slots[index].tolist()]
             self._take_fetched()
-            self._constrain(logits, index, rows)
+            constrain(logits, index, rows, self._upload)
         return logits
 
-    def _row_of(self, params: Any, output: list[int]) -> _Row | None:
+    def _row_of(self, params: Any, output: list[int]) -> RankingRow | None:
         """A request that enters the batch with what it has generated before; None where it asks for no ranking."""
         if not params.extra_args or params.extra_args.get(ARGUMENT) is None:
             return None
@@ -168,16 +164,16 @@ class RankingLogitsProcessor(*_base_classes()):  # type: ignore[misc]
             assert request is not None
             if request.max_token >= self._vocab_size:
                 raise ValueError(f"it uses token {request.max_token}, but the model has {self._vocab_size} tokens")
-            _check_stops(request, stops)
-            return _Row(request, stops, output)
+            check_stops(request, stops)
+            return RankingRow(request, stops, output)
         except ValueError as error:
             # Most of these were refused by `validate_params`, which does not know the model. Here an error would stop
             # the engine and everybody's requests.
-            row = _Row(RankingRequest([[0]]), stops, output)
+            row = RankingRow(RankingRequest([[0]]), stops, output)
             row.fail(str(error))
             return row
 
-    def _place(self, index: int, row: _Row | None) -> None:
+    def _place(self, index: int, row: RankingRow | None) -> None:
         if row is None:
             self._rows.pop(index, None)
         else:
@@ -201,50 +197,6 @@ class RankingLogitsProcessor(*_base_classes()):  # type: ignore[misc]
             else:
                 row.fail(f"{total - first} tokens came at once, where {len(tokens)} were expected")
 
-    def _constrain(self, logits: torch.Tensor, index: NDArray[np.int64], rows: list[_Row]) -> None:
-        """Bring the states of ``rows`` to their last tokens, and set to -inf what may not follow.
-
-        Args: index (rows,), which of the logits are theirs.
-        """
-        tokens: list[int] = []
-        offsets = [0]
-        for row in rows:
-            tokens += row.take_ranking_tokens()
-            offsets.append(len(tokens))
-        ids, bounds, done = step_states([row.state for row in rows], tokens, offsets)
-
-        starts, counts = bounds[:-1].copy(), np.diff(bounds)
-        aside = np.array([row.reasons or row.failure != "" for row in rows])
-        more: list[int] = []
-        for i in np.flatnonzero(aside | (counts == 0)).tolist():
-            allowed = rows[i].allowed_aside(done[i])
-            starts[i], counts[i] = len(ids) + len(more), len(allowed)
-            more += allowed
-        ids = np.append(ids, np.array(more, dtype=np.int32))
-
-        bound = counts > 0
-        if bound.any():
-            last = counts[bound, None] - 1
-            columns = starts[bound, None] + np.minimum(np.arange(last.max() + 1), last)
-            self._let_through(logits, index[bound], ids[columns])
-        never = [rows[i].stops for i in np.flatnonzero(~bound).tolist()]
-        if any(never):
-            at = np.repeat(index[~bound], [len(stops) for stops in never])
-            where = self._upload(np.stack([at, np.array([token for stops in never for token in stops])]))
-            logits[where[0], where[1]] = -torch.inf
-        for i in np.flatnonzero(~bound).tolist():
-            logits[index[i], rows[i].num_tokens or logits.shape[1] :] = -torch.inf
-
-    def _let_through(self, logits: torch.Tensor, index: NDArray[np.int64], ids: NDArray[np.int32]) -> None:
-        """Keep the logits of ``ids`` (rows, A), where ids may be repeated, and no others in the rows ``index``."""
-        where = self._upload(np.column_stack([index, ids]))
-        at, columns = where[:, :1], where[:, 1:]  # (rows, 1), (rows, A)
-        kept = logits[at, columns]
-        # Where another processor has forbidden all of them, one of them is taken all the same.
-        kept = kept.masked_fill((kept == -torch.inf).all(dim=1, keepdim=True), 0.0)
-        logits.index_fill_(0, at[:, 0], -torch.inf)
-        logits[at, columns] = kept
-
     def _upload(self, values: NDArray[np.int64]) -> torch.Tensor:
         host = torch.from_numpy(values)
         return (host.pin_memory() if self._pin else host).to(self._device, non_blocking=True)
@@ -267,17 +219,6 @@ def _check_tokens_are_known(vllm_config: Any) -> None:
         )
 
 
-def _check_stops(request: RankingRequest, stops: Sequence[int]) -> None:
-    """The tokens that stop a request must not stop it within its answer."""
-    request.reasoning_rule(stops)
-    within = set(request.separator).union(request.end[:-1], *request.candidates) & set(stops)
-    if within:
-        raise ValueError(
-            f"token {min(within)} is one of candidates, separator or end and would stop the request before its ranking "
-            f"is finished: take it out of stop_token_ids, or spell the candidates without it"
-        )
-
-
 class _Fetched(NamedTuple):
     """Tokens on their way from the device."""
 
@@ -285,62 +226,3 @@ class _Fetched(NamedTuple):
     first: NDArray[np.int64]  # (R,) tokens known before, those of the prompt included
     values: torch.Tensor  # (R, 1 + width) how many tokens there are, and those from `first` on
     event: Any  # after which `values` are there; None where they are already
-
-
-class _Row:
-    """A request in progress: what it has generated and what may come next.
-
-    ``output`` is the list of its tokens: under V1 vLLM's own, which grows; under V2 the processor's.
-    ``stops`` are the tokens that end it.
-    """
-
-    def __init__(self, request: RankingRequest, stops: list[int], output: list[int]) -> None:
-        self.stops, self.output = stops, output
-        self.rule = request.reasoning_rule(stops)
-        self.num_tokens = request.num_tokens
-        self.state = request.state()
-        # What is allowed after the ranking. Where nothing is known to end the request it repeats a token.
-        self.closing = stops or list(request.end[-1:]) or [0]
-        self.failure = ""
-        self.num_read = 0
-        self.reasons = self.rule is not None
-
-    def take_ranking_tokens(self) -> list[int]:
-        """The tokens that came since the last call, without those of reasoning."""
-        if len(self.output) < self.num_read:  # vLLM takes tokens back when it could not load their keys and values
-            self.state.restart()
-            self.num_read, self.reasons = 0, self.rule is not None
-        begin, self.num_read = self.num_read, len(self.output)
-        if -1 in self.output[begin:]:
-            self.fail("vLLM did not say which token it sampled")
-        if self.reasons:
-            begin = self._end_of_reasoning(begin)
-        return self.output[begin:]
-
-    def _end_of_reasoning(self, begin: int) -> int:
-        """Where the ranking begins in what came from ``begin`` on; the end of the output while it does not."""
-        assert self.rule is not None
-        size = len(self.rule.end)
-        for end in range(max(begin + 1, size), len(self.output) + 1):
-            if tuple(self.output[end - size : end]) == self.rule.end:
-                self.reasons = False
-                return end
-        return len(self.output)
-
-    def allowed_aside(self, done: bool) -> list[int]:
-        """The tokens that may come where the ranking does not say; empty where all but ``stops`` may."""
-        if self.reasons and not self.failure:
-            assert self.rule is not None
-            if self.num_read < self.rule.max_tokens:
-                return []
-            tail = np.array([self.output[-len(self.rule.end) :]], dtype=np.int64)
-            return [self.rule.end[int(self.rule.matched(tail)[0])]]
-        if not done:
-            self.fail("it generated a token that its ranking does not allow")
-        return self.closing
-
-    def fail(self, reason: str) -> None:
-        """End the request; says why, once."""
-        if not self.failure:
-            self.failure = reason
-            _logger.error("A request for a ranking is ended: %s.", reason)

@@ -179,20 +179,11 @@ def ranking_kl(
         >>> flexrec.ranking_kl(*models, torch.tensor([[5, 6, 7]]), torch.tensor([[2, 0, 1]]))  # alike to both
         tensor([[0., 0., 0.]])
     """
-    return ranking_logprobs_with_kl(
-        hidden,
-        weight,
-        candidates,
-        ranking,
-        ref_hidden=ref_hidden,
-        ref_weight=ref_weight,
-        ref_bias=ref_bias,
-        bias=bias,
-        temperature=temperature,
-        lengths=lengths,
-        weight_grad=weight_grad,
-        backend=backend,
-    ).kl
+    lists = check_lists(hidden, weight, candidates, ranking, bias=bias, temperature=temperature, lengths=lengths)
+    lists = add_reference(lists, ref_hidden, ref_weight, ref_bias, None)
+    kl = evaluate_lists(lists, weight_grad=weight_grad, backend=backend).kl
+    assert kl is not None
+    return kl
 
 
 def ranking_probs(

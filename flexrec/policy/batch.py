@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,20 +146,37 @@ def _of_prompts(
     nothing = [np.zeros(0, dtype=np.int64)] * len(prompts)
     return RankingBatch(
         tokens=pack_rankings(prompts, nothing, table=table, pad_token_id=pad_token_id, device=device),  # type: ignore[arg-type]
-        rankings=torch.as_tensor(np.asarray(rankings), dtype=torch.int64).to(device),
-        lengths=sizes.repeat_interleave(num_generations).to(device),
-        encoded=encode_rankings(
-            [[[k] for k in range(len(lst))] for lst in candidates],
+        **_ranked(sizes, rankings, num_generations, device),
+        candidate_ids=ids.to(device),
+        places=places,
+        one_pass=places is None,
+    )
+
+
+def with_rankings(batch: RankingBatch, rankings: np.ndarray, num_generations: int = 1) -> RankingBatch:
+    """A batch whose rows are prompts alone, with other ``rankings`` (P * num_generations, T) of the same lists."""
+    if batch.places is None and not batch.one_pass:
+        raise ValueError("the rows of this batch spell its rankings, others need rows of their own: use make_batch")
+    sizes = batch.lengths[:: batch.num_generations].cpu()
+    return replace(batch, **_ranked(sizes, rankings, num_generations, batch.rankings.device))
+
+
+def _ranked(
+    sizes: torch.Tensor, rankings: np.ndarray, num_generations: int, device: torch.device | str
+) -> dict[str, Any]:
+    """What a batch of prompts alone says of its rankings; ``sizes`` (P,) are the numbers of candidates."""
+    return {
+        "rankings": torch.as_tensor(np.asarray(rankings), dtype=torch.int64).to(device),
+        "lengths": sizes.repeat_interleave(num_generations).to(device),
+        "encoded": encode_rankings(
+            [[[k] for k in range(size)] for size in sizes.tolist()],
             rankings,
             num_ranked=(np.asarray(rankings) >= 0).sum(axis=1),
             num_generations=num_generations,
             with_allowed=False,
         ),
-        candidate_ids=ids.to(device),
-        num_generations=num_generations,
-        places=places,
-        one_pass=places is None,
-    )
+        "num_generations": num_generations,
+    }
 
 
 def numbers_of(sizes: torch.Tensor) -> torch.Tensor:

@@ -32,18 +32,9 @@ class RankingStates(NamedTuple):
     hidden: torch.Tensor  # (N, T, D) for single-token candidates, else (M, D): the state before each decision
     weight: torch.Tensor  # (V, D)
     bias: torch.Tensor | None  # (V,)
-    reasoning: ReasoningStates | None = None
+    reasoning: RankingStates | None = None  # (M, D) and so on, before each sampled token of the reasoning
     candidates: torch.Tensor | None = None  # (P, K) int64 rows of the weight, where they are not the batch's tokens
-    cap: float | None = None  # of decisions of several tokens, whose logits are still to be bent
-
-
-class ReasoningStates(NamedTuple):
-    """What the distributions of the reasoning's sampled tokens are made of."""
-
-    hidden: torch.Tensor  # (M, D) the state before each
-    weight: torch.Tensor  # (V, D)
-    bias: torch.Tensor | None  # (V,)
-    cap: float | None
+    cap: float | None = None  # of decisions of several tokens, and of the reasoning: logits are still to be bent
 
 
 class RankingScores(NamedTuple):
@@ -86,7 +77,7 @@ def decision_states(model: Any, batch: RankingBatch, hidden: torch.Tensor) -> Ra
     if batch.reasoning is not None:
         start = batch.reasoning.lengths
         before = _states_before(batch, hidden, *batch.reasoning_mask.cpu().numpy().nonzero())
-        of_reasoning = ReasoningStates(before, *output, cap)
+        of_reasoning = RankingStates(before, *output, cap=cap)
     if batch.candidate_ids is not None:
         n, t = batch.shape
         rankings, steps = np.repeat(np.arange(n), t), np.tile(np.arange(t), n)
@@ -142,17 +133,17 @@ def reasoning_logprobs(states: RankingStates, batch: RankingBatch, *, temperatur
     """
     if batch.reasoning is None or states.reasoning is None:
         raise ValueError("the batch holds no reasoning: give make_batch that of the rollout")
-    hidden, weight, bias, cap = states.reasoning
+    before = states.reasoning
     mask = batch.reasoning_mask
     sampled = [row[:count] for row, count in zip(batch.reasoning.tokens, batch.reasoning.num_sampled, strict=True)]
     targets = torch.from_numpy(np.concatenate(sampled).astype(np.int64)).to(mask.device)
     logprobs = vocabulary_logprobs(
-        hidden,
-        weight,
+        before.hidden,
+        before.weight,
         targets,
-        bias=bias,
+        bias=before.bias,
         temperature=temperature,
-        soft_cap=cap,
+        soft_cap=before.cap,
         never=batch.reasoning.never,
     )
     return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)

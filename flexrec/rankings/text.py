@@ -188,6 +188,7 @@ def score_completions(
     *,
     credit: str = "swap",
     variance: Sequence[Sequence[float]] | None = None,
+    weights: torch.Tensor | None = None,
     separator: str | TokenIds = (),
     end: str | TokenIds = (),
     num_ranked: int | None = None,
@@ -202,9 +203,9 @@ def score_completions(
         candidates: P lists of K names, texts or token ids as the completions are; N = P * num_generations. None: the
             labels "[1]", "[2]", .. of texts.
         gains: P lists of K numbers >= 0, what each candidate is worth, in the order of ``candidates``.
-        metric, credit: of :func:`flexrec.swap_rewards`; credit "policy" needs the policy's probabilities and is none
-            of these.
+        metric, credit: of :func:`flexrec.swap_rewards`.
         variance: P lists of K numbers >= 0, the variance of the gains.
+        weights: (N, K, K) the policy's probabilities in rank order, K the longest list; with credit "policy" only.
         separator, end: between items and after the last, texts or token ids as the completions are.
         num_ranked: only so many ranks count, and are expected in a completion; None: all.
         after: what ends the reasoning before a ranking, as of :func:`parse_ranking_texts`.
@@ -221,8 +222,10 @@ def score_completions(
         if not as_text:
             raise ValueError("candidates may be left out for texts only, which name them [1], [2], ..")
         candidates = [index_labels(len(row)) for row in gains]
-    if credit == "policy":
-        raise ValueError("credit='policy' weighs swaps by the policy's probabilities, which completions do not carry")
+    if credit == "policy" and weights is None:
+        raise ValueError(
+            "credit='policy' weighs swaps by the policy's probabilities, which completions do not carry: give weights="
+        )
     lengths = _check_lists(candidates, "gains", gains)
     if variance is not None:
         _check_lists(candidates, "variance", variance)
@@ -253,10 +256,10 @@ def score_completions(
     ranked_gains = in_rank_order(gains)
     shown: dict[str, Any] = {"lengths": counts, "num_ranked": ranked}
     if variance is None:
-        rewards, spread = swap_rewards(ranked_gains, metric, credit=credit, **shown), None
+        rewards, spread = swap_rewards(ranked_gains, metric, credit=credit, weights=weights, **shown), None
     else:
         rewards, spread = swap_rewards_with_variance(
-            ranked_gains, in_rank_order(variance), metric, credit=credit, **shown
+            ranked_gains, in_rank_order(variance), metric, credit=credit, weights=weights, **shown
         )
     value = ranking_metric(ranked_gains, metric, **shown)
     return ScoredCompletions(parsed, ranked_gains, counts, ranked, value, rewards, spread)

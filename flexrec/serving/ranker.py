@@ -301,7 +301,7 @@ class Ranker:
             for one, ranking, logprobs, first in zip(part, rollout.rankings, rollout.logprobs, firsts, strict=True):
                 answers[one.position] = {
                     "ranking": [
-                        {"id": one.ids[c], "probability": _rounded(np.exp(lp)), "score": _short(first[c])}
+                        {"id": one.ids[c], "probability": round(float(np.exp(lp)), 6), "score": _short(first[c])}
                         for c, lp in zip(ranking, logprobs, strict=True)
                         if c >= 0
                     ][: one.top_n],
@@ -479,10 +479,6 @@ def _together(read: Sequence[_Readable | dict[str, Any]], copies: int) -> Iterat
         part.append(request._replace(position=position))
     if part:
         yield part
-
-
-def _rounded(probability: Any) -> float:
-    return round(float(probability), 6)
 
 
 def _short(score: Any) -> float:

@@ -7,9 +7,9 @@ size, with a fixed weight, the two that predict best what is held out of those u
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -46,8 +46,7 @@ class _Items(NamedTuple):
         return interest.double() - self.mean - self.offset[items]
 
 
-@dataclass(frozen=True)
-class _Chosen:
+class _Chosen(NamedTuple):
     """What an interaction of unknown interest counts as."""
 
     surprise: float = 0.0
@@ -93,7 +92,35 @@ def _in_range(items: _Items, mean: torch.Tensor, variance: torch.Tensor) -> tupl
     return kept.float().numpy(), scaled.float().numpy()
 
 
-class Factorization:
+_Model = TypeVar("_Model", bound="_Linear")
+
+
+@dataclass(eq=False)
+class _Linear:
+    """What both models keep.
+
+    Attributes:
+        items: means and features of the items.
+        chosen: what unknown interest counts as.
+    """
+
+    items: _Items
+    chosen: _Chosen = field(default=_Chosen(), kw_only=True)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        others = {one.name: np.asarray(getattr(self, one.name)) for one in fields(self) if one.name != "items"}
+        return {**{name: value.numpy() for name, value in self.items._asdict().items()}, **others}
+
+    @classmethod
+    def from_arrays(cls: type[_Model], arrays: dict[str, np.ndarray], catalogue: Catalogue) -> _Model:
+        items = _Items(*(torch.from_numpy(arrays[name]) for name in _Items._fields))
+        own = {one.name: arrays[one.name] for one in fields(cls) if one.name not in ("items", "chosen")}
+        others = {name: torch.from_numpy(array) if array.ndim else float(array) for name, array in own.items()}
+        return cls(items, chosen=_Chosen(*arrays["chosen"].tolist()), **others)
+
+
+@dataclass(eq=False)
+class Factorization(_Linear):
     """Matrix factorisation whose last layer, the users' weights of the items' features, is Bayesian.
 
     A surprise is w_u f_i + noise, f_i being 1, the item's topics and factors that are learnt from the log by
@@ -102,11 +129,9 @@ class Factorization:
     A :class:`flexrec.task.critic_pairs.CriticModel`.
     """
 
-    def __init__(
-        self, items: _Items, prior_mean: torch.Tensor, prior: torch.Tensor, noise: float, chosen: _Chosen | None = None
-    ) -> None:
-        self.items, self.prior_mean, self.prior, self.noise = items, prior_mean, prior, noise
-        self.chosen = chosen or _Chosen()
+    prior_mean: torch.Tensor
+    prior: torch.Tensor
+    noise: float
 
     @classmethod
     def fit(cls, evidence: Evidence, seed: int) -> Factorization:
@@ -170,24 +195,9 @@ class Factorization:
         expected = items.mean + items.offset[pairs.target_items] + expected
         return _in_range(items, expected, doubt + items.offset_variance[pairs.target_items] + self.noise)
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        return {
-            **{name: value.numpy() for name, value in self.items._asdict().items()},
-            "prior_mean": self.prior_mean.numpy(),
-            "prior": self.prior.numpy(),
-            "noise": np.array(self.noise),
-            "chosen": np.array([self.chosen.surprise, self.chosen.weight]),
-        }
 
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray], catalogue: Catalogue) -> Factorization:
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        items = _Items(*(tensors[name] for name in _Items._fields))
-        chosen = _Chosen(*arrays["chosen"].tolist())
-        return cls(items, tensors["prior_mean"], tensors["prior"], float(arrays["noise"]), chosen)
-
-
-class Neighbours:
+@dataclass(eq=False)
+class Neighbours(_Linear):
     """Item neighbours: the mean surprise of the user's items that are like the candidate, and their variance about it.
 
     Items are alike by their topics and by who liked them (directions of the log's surprises, by a truncated singular
@@ -196,9 +206,7 @@ class Neighbours:
     A :class:`flexrec.task.critic_pairs.CriticModel`.
     """
 
-    def __init__(self, items: _Items, variance: float, chosen: _Chosen | None = None) -> None:
-        self.items, self.variance = items, variance
-        self.chosen = chosen or _Chosen()
+    variance: float
 
     @classmethod
     def fit(cls, evidence: Evidence, seed: int) -> Neighbours:
@@ -244,15 +252,3 @@ class Neighbours:
         mean = items.mean + items.offset[pairs.target_items] + expected
         variance = spread + self.variance / similarity + items.offset_variance[pairs.target_items]
         return _in_range(items, mean, variance)
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        return {
-            **{name: value.numpy() for name, value in self.items._asdict().items()},
-            "variance": np.array(self.variance),
-            "chosen": np.array([self.chosen.surprise, self.chosen.weight]),
-        }
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray], catalogue: Catalogue) -> Neighbours:
-        items = _Items(*(torch.from_numpy(arrays[name]) for name in _Items._fields))
-        return cls(items, float(arrays["variance"]), _Chosen(*arrays["chosen"].tolist()))

@@ -10,6 +10,7 @@ import ast
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -91,19 +92,15 @@ def _power(x: Number, n: float) -> Number:
     return Number(np.power(x.value, n), _chain(x.slope, rate))
 
 
-def _least(*numbers: Number) -> Number:
-    least = numbers[0]
+def _furthest(beyond: Callable[[Any, Any], Any], *numbers: Number) -> Number:
+    """The one that is ``beyond`` all others, of equal ones the first."""
+    found = numbers[0]
     for other in numbers[1:]:
-        least = _choose(np.less_equal(least.value, other.value), least, other)
-    return least
+        found = _choose(beyond(found.value, other.value), found, other)
+    return found
 
 
-def _most(*numbers: Number) -> Number:
-    most = numbers[0]
-    for other in numbers[1:]:
-        most = _choose(np.greater_equal(most.value, other.value), most, other)
-    return most
-
+_least, _most = partial(_furthest, np.less_equal), partial(_furthest, np.greater_equal)
 
 _OPERATORS: dict[type, Callable[[Number, Number], Number]] = {
     ast.Add: lambda a, b: Number(a.value + b.value, a.slope + b.slope),

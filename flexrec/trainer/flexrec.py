@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from flexrec.checks import option
+from flexrec.decoding.one_pass import draw_from_states
 from flexrec.decoding.sample import Rollout, sample_rankings
 from flexrec.metrics import parse_metric
 from flexrec.ops.advantages import item_advantages, uncertainty_weights
@@ -26,6 +27,7 @@ from flexrec.policy.batch import RankingBatch
 from flexrec.policy.distributed import place_reference
 from flexrec.policy.lora import causal_lm, has_adapters, keep_reference, reference_policy
 from flexrec.policy.packing import sharing
+from flexrec.policy.places import are_places
 from flexrec.policy.scores import (
     ActionScores,
     RankingStates,
@@ -43,10 +45,19 @@ from flexrec.task.examples import Example, prompts_and_candidates
 from flexrec.trainer.base import EpochOrder, LossAndMetrics, RankingTrainer, pad_rows
 from flexrec.trainer.logged import importance_weights, logged_rankings
 from flexrec.trainer.options import CORRECTED, OF_ALL_ACTIONS, TrainerOptions
-from flexrec.trainer.rewards import Part, have_variance, parts_of, rewards_of, scores_of, values_of
+from flexrec.trainer.rewards import (
+    Part,
+    gains_of,
+    have_variance,
+    parts_of,
+    rewards_of,
+    scores_of,
+    shuffled,
+    spread_of,
+    values_of,
+)
 
 RANKS_TOLD = 10  # in the log; all further ones would be long lines that say little
-MAX_SORTED = 1 << 24  # as many as torch's quantile takes
 
 
 @dataclass
@@ -172,13 +183,15 @@ class FlexRecTrainer(RankingTrainer):
     def ranking_loss(self, model: Any, examples: list[Example]) -> LossAndMetrics:
         args = self.args
         slot = self._slot
+        states = None
         if self.state.global_step % args.num_iterations == 0 or slot not in self._kept:
-            self._kept[slot] = self._sample(examples)
+            self._kept[slot], states = self._sample(model, examples)
         batch, gains, variance, parts, old_logprobs, ref_states, _, logged = self._kept[slot]
 
         shown = batch.shape[1]
         item_mask = torch.arange(shown, device=gains.device) < batch.lengths[:, None]  # (N, T)
-        states = ranking_states(model, batch)
+        if states is None:
+            states = ranking_states(model, batch)
         weights = None
         with span("rewards"):
             rewards, reward_variance = self._rewards(states, batch, gains, variance, parts)  # (N, T) both
@@ -264,48 +277,57 @@ class FlexRecTrainer(RankingTrainer):
             told |= spread_of(self._everybodys(weights.expand_as(item_mask)[item_mask]))  # a rollout has one
         return loss * share, told
 
-    def _sample(self, examples: list[Example]) -> _Sampled:
+    def _sample(self, model: Any, examples: list[Example]) -> tuple[_Sampled, RankingStates | None]:
+        """Rankings to learn from, and their states where sampling them has found these out already."""
         args = self.args
-        reasoning = logged = None
-        if args.logged_clip is None:
-            rollout = self._rollout(examples)
-            rankings, reasoning = rollout.rankings, rollout.reasoning
+        states = reasoning = logged = None
+        if args.logged_clip is None and (self.one_pass or are_places(prompts_and_candidates(examples)[1])):
+            batch, states = self._in_one_pass(model, examples)
         else:
-            rankings, said = logged_rankings(examples, self._num_ranked)
-            logged = torch.from_numpy(said).to(args.device)
-        with span("bookkeeping"):
-            per_row = self._rankings_per_row(examples)
-            batch = self._batch(examples, rankings, args.num_generations, per_row, reasoning)
-            width = max(len(example.gains) for example in examples)
-            order = rank_order(batch.rankings, batch.lengths, width)
+            if args.logged_clip is None:
+                rollout = self._rollout(examples)
+                rankings, reasoning = rollout.rankings, rollout.reasoning
+            else:
+                rankings, said = logged_rankings(examples, self._num_ranked)
+                logged = torch.from_numpy(said).to(args.device)
+            with span("bookkeeping"):
+                per_row = self._rankings_per_row(examples)
+                batch = self._batch(examples, rankings, args.num_generations, per_row, reasoning)
+        order = rank_order(batch.rankings, batch.lengths, max(len(example.gains) for example in examples))
 
         def in_rank_order(rows: list[np.ndarray]) -> torch.Tensor:
             by_candidate = torch.as_tensor(pad_rows(rows, 0.0), dtype=torch.float32, device=args.device)
             return by_candidate.repeat_interleave(args.num_generations, dim=0).gather(1, order)
 
+        rng = np.random.default_rng(self._randomness().spawn(1)[0]) if args.sample_gains else None
         variance = in_rank_order([example.variance for example in examples])
         uncertain = self.accelerator.reduce((variance > 0).any().float()) > 0
-        return _Sampled(
+        sampled = _Sampled(
             batch,
-            in_rank_order(self._gains(examples)),
+            in_rank_order(gains_of(examples, pessimism=args.pessimism, rng=rng)),
             variance if uncertain else None,
             parts_of(examples, args.metric, order, args.num_generations),
             None,
             self._reference_states(batch) if args.beta > 0 else None,
             logged=logged,
         )
+        return sampled, states
 
-    def _gains(self, examples: Sequence[Example]) -> list[np.ndarray]:
-        """What the candidates of each example count as."""
-        gains = [example.gains for example in examples]
-        if self.args.sample_gains:
-            rng = np.random.default_rng(self._randomness().spawn(1)[0])
-            gains = [drawn_gains(example, rng) for example in examples]
-        doubts = [np.float32(self.args.pessimism) * np.sqrt(example.variance) for example in examples]
-        return [np.maximum(gain - doubt, np.float32(0.0)) for gain, doubt in zip(gains, doubts, strict=True)]
+    def _in_one_pass(self, model: Any, examples: Sequence[Example]) -> tuple[RankingBatch, RankingStates]:
+        """Rankings that one pass over the prompts decides, which is that of their update as well."""
+        with span("bookkeeping"):
+            whole = [np.arange(len(example.gains)) for example in examples]
+            batch = self._batch(examples, pad_rows(whole, -1))
+        return draw_from_states(
+            ranking_states(model, batch),
+            batch,
+            num_generations=self.args.num_generations,
+            num_ranked=self._num_ranked,
+            temperature=self.args.temperature,
+            generator=self._noise(),
+        )
 
     def _rollout(self, examples: Sequence[Example]) -> Rollout:
-        seed = int(self._randomness().generate_state(1)[0])
         with self.whole_model() as model:
             return sample_rankings(
                 model,
@@ -318,9 +340,12 @@ class FlexRecTrainer(RankingTrainer):
                 reasoning_end=None if self.reasoning is None else self.reasoning.end,
                 max_reasoning_tokens=self.args.max_reasoning_tokens,
                 num_tokens=self._num_tokens if self.reasoning else None,
-                one_pass=self.one_pass,
-                generator=torch.Generator(self.args.device).manual_seed(seed),
+                generator=self._noise(),
             )
+
+    def _noise(self) -> torch.Generator:
+        seed = int(self._randomness().generate_state(1)[0])
+        return torch.Generator(self.args.device).manual_seed(seed)
 
     def _reference_states(self, batch: RankingBatch) -> RankingStates:
         if self.reference is not None:
@@ -471,28 +496,3 @@ class FlexRecTrainer(RankingTrainer):
             per_update=per_process * self.accelerator.num_processes,
             repeats=self.args.num_iterations,
         )
-
-
-def spread_of(weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Below which value a tenth, a half and nine tenths of the weights (M,) lie."""
-    levels = torch.tensor([0.1, 0.5, 0.9], device=weights.device)
-    found = torch.quantile(weights.detach().float()[:MAX_SORTED], levels)
-    return {f"weight/p{name}": value for name, value in zip((10, 50, 90), found, strict=True)}
-
-
-def drawn_gains(example: Example, rng: np.random.Generator) -> np.ndarray:
-    """(K,) float32: gains drawn from the gamma distributions of their means and variances, which are never negative."""
-    mean, variance = example.gains.astype(np.float64), example.variance.astype(np.float64)
-    uncertain = (variance > 0) & (mean > 0)
-    scale = np.where(uncertain, variance, 1.0) / np.where(uncertain, mean, 1.0)
-    drawn = rng.gamma(np.where(uncertain, mean, 1.0) / scale, scale)
-    return np.where(uncertain, drawn, mean).astype(np.float32)
-
-
-def shuffled(weights: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """``weights``, those that are not 0 changed about by chance."""
-    positive = weights > 0
-    order = rng.permutation(int(positive.sum()))
-    result = weights.clone()
-    result[positive] = weights[positive][torch.from_numpy(order).to(weights.device)]
-    return result

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from flexrec.metrics import Metric, parse_metric
 from flexrec.ops.ranking_metric import Topics, ranking_metric
 from flexrec.ops.swap_rewards import WITH_VARIANCE, swap_rewards, swap_rewards_with_variance, swap_scores
 from flexrec.task.examples import Example
+
+MAX_SORTED = 1 << 24  # as many as torch's quantile takes
 
 
 class Part(NamedTuple):
@@ -107,6 +110,39 @@ def have_variance(parts: Sequence[Part], like: Tensor) -> Tensor:
     """(N,) bool: whose rewards are weighted by how sure they are; on the device of ``like`` (N, ..)."""
     mask = torch.zeros(len(like), dtype=torch.bool, device=like.device)
     return _joined(parts, mask, lambda part: torch.full_like(part.rows, part.has_variance, dtype=torch.bool))
+
+
+def gains_of(examples: Sequence[Example], *, pessimism: float, rng: np.random.Generator | None) -> list[np.ndarray]:
+    """What the candidates of each example count as: their gains, or, by ``rng``, ones drawn from what these may be;
+    less ``pessimism`` standard deviations, and never less than 0."""
+    gains = [example.gains if rng is None else drawn_gains(example, rng) for example in examples]
+    doubts = [np.float32(pessimism) * np.sqrt(example.variance) for example in examples]
+    return [np.maximum(gain - doubt, np.float32(0.0)) for gain, doubt in zip(gains, doubts, strict=True)]
+
+
+def drawn_gains(example: Example, rng: np.random.Generator) -> np.ndarray:
+    """(K,) float32: gains drawn from the gamma distributions of their means and variances, which are never negative."""
+    mean, variance = example.gains.astype(np.float64), example.variance.astype(np.float64)
+    uncertain = (variance > 0) & (mean > 0)
+    scale = np.where(uncertain, variance, 1.0) / np.where(uncertain, mean, 1.0)
+    drawn = rng.gamma(np.where(uncertain, mean, 1.0) / scale, scale)
+    return np.where(uncertain, drawn, mean).astype(np.float32)
+
+
+def spread_of(weights: Tensor) -> dict[str, Tensor]:
+    """Below which value a tenth, a half and nine tenths of the weights (M,) lie."""
+    levels = torch.tensor([0.1, 0.5, 0.9], device=weights.device)
+    found = torch.quantile(weights.detach().float()[:MAX_SORTED], levels)
+    return {f"weight/p{name}": value for name, value in zip((10, 50, 90), found, strict=True)}
+
+
+def shuffled(weights: Tensor, rng: np.random.Generator) -> Tensor:
+    """``weights``, those that are not 0 changed about by chance."""
+    positive = weights > 0
+    order = rng.permutation(int(positive.sum()))
+    result = weights.clone()
+    result[positive] = weights[positive][torch.from_numpy(order).to(weights.device)]
+    return result
 
 
 def _joined(parts: Sequence[Part], out: Tensor, of_part: Callable[[Part], Tensor], dim: int = 0) -> Tensor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset, RankingList
 from flexrec.evaluation import tuning as module
 from flexrec.evaluation.baselines import BASELINES, Popularity, Random, Trend, order_for
-from flexrec.evaluation.factorisation import ALS, BPR, has_implicit
+from flexrec.evaluation.factorisation import ALS, BPR
 from flexrec.evaluation.neighbours import ItemKNN, KNNSettings, UserKNN
 from flexrec.evaluation.sequential import SASRec
 from flexrec.evaluation.statistics import rank_metrics
@@ -46,7 +47,7 @@ def make_dataset(log, num_items, train=(), test=(), unobserved="zero"):
 # What can be fitted in a moment; als and bpr where implicit is installed.
 AVAILABLE = {
     **{name: make for name, make in BASELINES.items() if name not in ("als", "bpr", "sasrec", "bm25", "minilm")},
-    **({"als": ALS, "bpr": BPR} if has_implicit() else {}),
+    **({"als": ALS, "bpr": BPR} if find_spec("implicit") else {}),
     "sasrec": partial(SASRec, hidden_size=16, max_epochs=2),
 }
 

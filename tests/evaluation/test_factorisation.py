@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ import pytest
 from flexrec.data.lists import Catalogue, Interactions, RankingDataset, RankingList
 from flexrec.evaluation import tuning
 from flexrec.evaluation.baselines import Random
-from flexrec.evaluation.factorisation import ALS, BPR, ALSSettings, BPRSettings, has_implicit
+from flexrec.evaluation.factorisation import ALS, BPR, ALSSettings, BPRSettings
 from flexrec.evaluation.statistics import rank_metrics
 
-needs_implicit = pytest.mark.skipif(not has_implicit(), reason="needs the extra 'baselines'")
+needs_implicit = pytest.mark.skipif(find_spec("implicit") is None, reason="needs the extra 'baselines'")
 
 
 def clusters(seed=0, num_users=120, per_cluster=12, liked_in_log=20):
@@ -101,6 +102,27 @@ def test_the_user_of_a_list_is_where_the_criterion_of_bpr_is_greatest(liked):
         assert criterion(found) > criterion(found + rng.normal(0, 0.02, 4))
     expected = bpr._factors[lst.candidates] @ found + bpr._biases[lst.candidates]
     np.testing.assert_allclose(bpr.scores(lst), expected, rtol=1e-6)
+
+
+@needs_implicit
+@pytest.mark.parametrize("make", [ALS, BPR])
+def test_the_user_of_a_list_is_found_by_one_thread(make, monkeypatch):
+    """Several wait for one another: a hundred times as long where the machine does something else as well."""
+    from threadpoolctl import threadpool_info
+
+    def threads():
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    dataset, used = clusters(), []
+    model = make(dataset, ALSSettings() if make is ALS else BPRSettings())
+    before = threads()
+    owner, name = (type(model._model), "recalculate_user") if make is ALS else (np.linalg, "solve")
+    inner = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: used.append(threads()) or inner(*args, **kwargs))
+    model.scores(dataset.test[0])
+    assert used
+    assert all(of_call == {1} for of_call in used)
+    assert threads() == before
 
 
 @needs_implicit

@@ -54,6 +54,15 @@ def test_tokens_are_those_of_the_stages(world):
     assert found.minutes(by_name["format"]) == by_name["format"].tokens / found.step / 60
 
 
+def test_what_one_pass_decides_is_not_sampled_apart(world):
+    config, model, examples, tests, builder = world(mode="one-pass", prompts_per_step=6, num_generations=2, steps=5)
+    found = estimate(config, model, examples, tests, builder)
+    by_name = {stage.name: stage.tokens for stage in found.stages}
+    assert "rollouts" not in by_name
+    assert by_name["reinforcement"] == pytest.approx(5 * 6 * found.prompt_tokens)
+    assert by_name["listwise warm start"] == pytest.approx(config.listwise_steps * 6 * found.prompt_tokens)
+
+
 def test_what_does_not_happen_is_not_counted(world):
     config, model, examples, tests, builder = world(warmup="format", steps=1)
     names = [stage.name for stage in estimate(config, model, examples, tests, builder).stages]

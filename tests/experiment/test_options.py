@@ -150,8 +150,8 @@ def test_every_option_reaches_the_trainers(tmp_path, recorded):
     assert args.output_dir == str(tmp_path / "run" / "checkpoints")
     for stage, steps in ((format_stage, 3), (listwise, 2)):
         args = stage.args
-        # As many rankings as reinforcement's 4 prompts with 3 generations each.
-        assert (args.max_steps, args.per_device_train_batch_size, args.learning_rate) == (steps, 12, 0.25)
+        # As many lists as reinforcement's prompts, whose passes decide all of their rankings.
+        assert (args.max_steps, args.per_device_train_batch_size, args.learning_rate) == (steps, 4, 0.25)
         assert (args.bf16, args.seed, args.save_strategy) == (True, 13, "no")
     for stage in recorded.stages:
         assert (stage.args.weight_decay, stage.args.max_grad_norm, stage.args.logging_steps) == (0.01, 1.0, 1)
@@ -272,6 +272,20 @@ def test_micro_batches_add_up_to_a_step(tmp_path, recorded):
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps == rankings
     with pytest.raises(ValueError, match="--micro-batch 5 must divide --prompts-per-step 12"):
         ExperimentConfig(output="x", prompts_per_step=12, micro_batch=5)
+
+
+def test_a_language_model_draws_many_rankings_where_they_cost_nothing():
+    def of(**options):
+        config = ExperimentConfig(output="x", prompts_per_step=6, **options)
+        return config.num_generations, config.supervised_lists
+
+    assert of() == (1, 6)
+    assert of(mode="one-pass") == (1, 6)
+    assert of(model="some/model") == (16, 6)
+    assert of(model="some/model", encoding="label", mode="one-pass") == (16, 6)
+    assert of(model="some/model", encoding="label") == (1, 6)
+    assert of(model="some/model", num_generations=2) == (2, 6)
+    assert of(model="some/model", encoding="label", num_generations=2) == (2, 12)
 
 
 def test_no_format_stage_where_it_has_no_steps(tmp_path, recorded):

@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from flexrec.data import simulate
-from flexrec.experiment import wordings
+from flexrec.evaluation import evaluate
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.stages import run_experiment
 from flexrec.experiment.wordings import kept_from_training, measure_unseen
@@ -98,7 +98,7 @@ def test_what_is_measured_is_the_worth_of_the_ranking_for_each_need(dataset, mon
         asked = zip(lists, examples, strict=True)
         return [np.argsort(-task.test_example(lst, get_need(example.need)).gains)[:5] for lst, example in asked]
 
-    monkeypatch.setattr(wordings, "rank_examples", best_of_the_need)
+    monkeypatch.setattr(evaluate, "rank_examples", best_of_the_need)
     found = measure_unseen("model", task, lists, unseen, num_ranked=5)
     for asked in unseen:
         worth_something = [bool((task.test_example(lst, get_need(asked)).gains > 0).any()) for lst in lists]

@@ -168,9 +168,9 @@ def test_several_updates_see_the_same_examples(tmp_path, monkeypatch) -> None:
     """With two micro-batches in an update and three updates with a batch of rankings; sampled once for each."""
     sampled = []
 
-    def spy(self: Any, examples: list[Example]) -> Any:
+    def spy(self: Any, model: Any, examples: list[Example]) -> Any:
         sampled.append((self.state.global_step, self._slot, [example.user for example in examples]))
-        return sample(self, examples)
+        return sample(self, model, examples)
 
     def spy_on_states(model: Any, batch: Any) -> Any:
         used.append([prompt_end - 3 for prompt_end in batch.tokens.input_ids[:, 2].tolist()])

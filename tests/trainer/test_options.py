@@ -62,7 +62,6 @@ def test_rollouts_are_asked_for_with_every_option(tmp_path, monkeypatch):
         "reasoning_end": (MARKER, 6),
         "max_reasoning_tokens": 2,
         "num_tokens": None,
-        "one_pass": False,
     }
 
 

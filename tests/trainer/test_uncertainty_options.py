@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from flexrec.trainer import flexrec as module
-from flexrec.trainer.flexrec import FlexRecConfig, drawn_gains, shuffled
+from flexrec.trainer.flexrec import FlexRecConfig
+from flexrec.trainer.rewards import drawn_gains, shuffled
 
 sys.path.insert(0, str(Path(__file__).parent))
 

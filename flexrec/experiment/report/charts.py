@@ -71,7 +71,6 @@ def line_chart(
     *,
     label: str,
     x_label: str,
-    y_label: str = "",
     marks: Sequence[tuple[float, str]] = (),
     y_range: tuple[float, float] | None = None,
     x_range: tuple[float, float] | None = None,
@@ -89,10 +88,10 @@ def line_chart(
     y_ticks = _ticks(y_low, y_high, 4)
     widest = max(len(_tick(tick, y_ticks)) for tick in y_ticks)
     left, right = 8 + widest * LETTER, WIDTH - 12 - max(len(line.name) for line in lines) * BOLD
-    top, bottom = 26.0 if marks or y_label else 10.0, height - 36.0
+    top, bottom = 26.0 if marks else 10.0, height - 36.0
     at_x = _scale(x_low, x_high, left, right)
     at_y = _scale(y_low, y_high, bottom, top)
-    parts = [_text(0, 11, y_label, QUIET)] if y_label else []
+    parts = []
     for tick in y_ticks:
         parts.append(_rule(left, at_y(tick), right, at_y(tick)))
         parts.append(_text(left - 6, at_y(tick) + 4, _tick(tick, y_ticks), QUIET, "end"))

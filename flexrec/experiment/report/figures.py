@@ -103,17 +103,15 @@ def wordings(record: Record) -> Figure | None:
         return None
     charts, table = [], []
     for name in found:
+        worth = {asked: values[name] for asked, values in found.items()}
         rows = [
             Row(f"asked: {asked}", v["mean"], v["low"], v["high"], ACCENT if asked == name else QUIET, asked == name)
-            for asked, v in ((asked, values[name]) for asked, values in found.items())
+            for asked, v in worth.items()
         ]
         heading = f"Worth for {name}"
-        charts.append(
-            (heading, interval_chart(rows, label=_listed(heading, rows), reference=found[name][name]["mean"]))
-        )
+        charts.append((heading, interval_chart(rows, label=_listed(heading, rows), reference=worth[name]["mean"])))
         table += [
-            [asked, name, number(v["mean"]), f"{number(v['low'])} to {number(v['high'])}"]
-            for asked, v in ((asked, values[name]) for asked, values in found.items())
+            [asked, name, number(v["mean"]), f"{number(v['low'])} to {number(v['high'])}"] for asked, v in worth.items()
         ]
     return Figure(
         "wordings",
@@ -288,10 +286,8 @@ def reliability(record: Record) -> Figure | None:
         return None
     x = [100 * point["level"] for point in levels]
     inside = Line("", x, [100 * point["inside"] for point in levels], dots=True)
-    ideal = Line("", [0, 100], [0, 100], QUIET, dashed=True)
     ends = (0.0, max(1.0, *(point[name] for point in bins for name in ("predicted", "interest"))))
     predicted = Line("", [b["predicted"] for b in bins], [b["interest"] for b in bins], dots=True)
-    right = Line("", ends, ends, QUIET, dashed=True)
     far = max(abs(point["inside"] - point["level"]) for point in levels)
     off = max(abs(point["interest"] - point["predicted"]) for point in bins)
     quality = record.results.critic if record.results is not None else {}
@@ -300,30 +296,10 @@ def reliability(record: Record) -> Figure | None:
         if "rmse" in quality
         else ""
     )
-    charts = [
-        (
-            "Interests inside of intervals, %",
-            line_chart(
-                [ideal, inside],
-                label=f"Shares inside are at most {100 * far:.0f} points from what intervals say",
-                x_label="level of the interval, %",
-                x_range=(0, 100),
-                y_range=(0, 100),
-                height=240,
-            ),
-        ),
-        (
-            "Mean interest by prediction",
-            line_chart(
-                [right, predicted],
-                label=f"Mean interests of tenths are at most {number(off, 2)} from the predictions",
-                x_label="predicted interest",
-                x_range=ends,
-                y_range=ends,
-                height=240,
-            ),
-        ),
-    ]
+    label = f"Shares inside are at most {100 * far:.0f} points from what intervals say"
+    charts = [("Interests inside of intervals, %", _on_diagonal(inside, label, "level of the interval, %", (0, 100)))]
+    label = f"Mean interests of tenths are at most {number(off, 2)} from the predictions"
+    charts.append(("Mean interest by prediction", _on_diagonal(predicted, label, "predicted interest", ends)))
     rows = [["interval", f"{100 * p['level']:g} %", f"{100 * p['inside']:.1f} %", ""] for p in levels]
     rows += [["prediction", number(b["predicted"]), number(b["interest"]), str(b["pairs"])] for b in bins]
     return Figure(
@@ -335,6 +311,12 @@ def reliability(record: Record) -> Figure | None:
         ("of", "said", "found", "pairs"),
         rows,
     )
+
+
+def _on_diagonal(line: Line, label: str, x_label: str, ends: tuple[float, float]) -> str:
+    """A line beside the one that it should be, from one end to the other."""
+    right = Line("", ends, ends, QUIET, dashed=True)
+    return line_chart([right, line], label=label, x_label=x_label, x_range=ends, y_range=ends, height=240)
 
 
 def answers(record: Record) -> Figure | None:
@@ -364,25 +346,17 @@ def seconds(record: Record) -> Figure | None:
     """The median of every part, as the first step loads what later ones have."""
     parts = {part: median(record.series(f"seconds/{part}")[1]) for part in PARTS if record.series(f"seconds/{part}")[0]}
     spent = {name: s for name, s in (record.metrics.get("seconds") or {}).items() if name != "total" and s > 0}
+    total = (record.metrics.get("seconds") or {}).get("total", sum(spent.values()))
+    step = f"A step of reinforcement: {_seconds(sum(parts.values()))}"
+    stages = f"Stages and baselines: {_seconds(total)} in all"
     charts, rows = [], []
-    if parts:
-        ordered = [Row(name, value, color=ACCENT) for name, value in sorted(parts.items(), key=lambda one: -one[1])]
-        label = f"Seconds of a step: {', '.join(f'{row.name} {_seconds(row.value)}' for row in ordered[:3])}"
-        charts.append(
-            (
-                f"A step of reinforcement: {_seconds(sum(parts.values()))}",
-                bar_chart(ordered, label=label, said=_seconds),
-            )
-        )
-        rows += [["step", row.name, _seconds(row.value)] for row in ordered]
-    if spent:
-        ordered = [Row(name, value, color=KINDS[2]) for name, value in sorted(spent.items(), key=lambda one: -one[1])]
-        label = f"Seconds of stages: {', '.join(f'{row.name} {_seconds(row.value)}' for row in ordered[:3])}"
-        total = (record.metrics.get("seconds") or {}).get("total", sum(spent.values()))
-        charts.append(
-            (f"Stages and baselines: {_seconds(total)} in all", bar_chart(ordered, label=label, said=_seconds))
-        )
-        rows += [["stage", row.name, _seconds(row.value)] for row in ordered]
+    for of, heading, known, color in (("step", step, parts, ACCENT), ("stage", stages, spent, KINDS[2])):
+        ordered = [Row(name, value, color=color) for name, value in sorted(known.items(), key=lambda one: -one[1])]
+        if ordered:
+            listed = ", ".join(f"{row.name} {_seconds(row.value)}" for row in ordered[:3])
+            label = f"Seconds of {'a step' if of == 'step' else 'stages'}: {listed}"
+            charts.append((heading, bar_chart(ordered, label=label, said=_seconds)))
+        rows += [[of, row.name, _seconds(row.value)] for row in ordered]
     if not charts:
         return None
     return Figure(

@@ -23,6 +23,12 @@ _SHORT_RUN: Options = {
     "baselines": ["random", "popularity"],
 }
 
+
+def _trained(name: str, title: str, by: str, metric: str, items: str = "all") -> Table:
+    """The trained policy minus every other ranker, of each data set and ``by`` what else."""
+    return Table(name, title, "ranker", ("dataset", by), metric, "trained", turned=True, where={"items": items})
+
+
 # --- main -------------------------------------------------------------------------------------------------------------
 
 MAIN = Study(
@@ -41,16 +47,7 @@ MAIN = Study(
         ),
     ),
     tables=tuple(
-        Table(
-            name=metric.replace("@", "_at_"),
-            title=f"{metric}, trained against the others",
-            rows="ranker",
-            columns=("dataset", "need"),
-            metric=metric,
-            base="trained",
-            turned=True,
-            where={"items": "all"},
-        )
+        _trained(metric.replace("@", "_at_"), f"{metric}, trained against the others", "need", metric)
         for metric in ("ndcg@5", "recall@5")
     ),
 )
@@ -93,25 +90,17 @@ TRANSFER = Study(
             },
         ),
     ),
-    tables=(
+    tables=tuple(
         Table(
-            "simulated",
-            "Simulator: trained on, and asked",
+            data,
+            f"{said}: trained on, and asked",
             "trained on",
             ("asked",),
             "ndcg@5",
             "all three",
-            where={"dataset": "simulated"},
-        ),
-        Table(
-            "movielens",
-            "MovieLens: trained on, and asked",
-            "trained on",
-            ("asked",),
-            "ndcg@5",
-            "all three",
-            where={"dataset": "movielens"},
-        ),
+            where={"dataset": data},
+        )
+        for data, said in (("simulated", "Simulator"), ("movielens", "MovieLens"))
     ),
 )
 
@@ -136,21 +125,10 @@ DIVERSE = Study(
             start={"needs": ["diverse"], "warmup_steps": 6},
             short_axes={"training": ("rewards alone",)},
             short_start={**_SHORT_RUN, "needs": ["diverse"]},
-            short_options={},
         ),
     ),
     tables=tuple(
-        Table(
-            metric.replace("@", "_at_"),
-            metric,
-            "ranker",
-            ("dataset", "training"),
-            metric,
-            "trained",
-            turned=True,
-            where={"items": "all"},
-        )
-        for metric in ("alpha_ndcg@5", "ndcg@5")
+        _trained(metric.replace("@", "_at_"), metric, "training", metric) for metric in ("alpha_ndcg@5", "ndcg@5")
     ),
 )
 
@@ -175,16 +153,7 @@ COLD = Study(
         ),
     ),
     tables=tuple(
-        Table(
-            f"{items}_items",
-            title,
-            "ranker",
-            ("dataset", "history"),
-            "ndcg@5",
-            "trained",
-            turned=True,
-            where={"items": items},
-        )
+        _trained(f"{items}_items", title, "history", "ndcg@5", items)
         for items, title in (("new", "New items among each other"), ("all", "All candidates"))
     ),
 )

@@ -88,27 +88,14 @@ CREDIT = Study(
         _of_starts("targets", "target", _TARGETS, ("expectation", "exp(A / 0.1)")),
         _of_starts("group sizes", "group", _GROUP_SIZES, ("all_actions, G 1", "sequence, G 8")),
     ),
-    tables=(
-        Table("credits", "Credits", "credit", ("dataset", "start"), "ndcg@5", "all_actions", where={"part": "credits"}),
-        Table(
-            "credits_early",
-            "Credits, after 12 steps",
-            "credit",
-            ("dataset", "start"),
-            "ndcg@5 early",
-            "all_actions",
-            where={"part": "credits"},
-        ),
-        Table("targets", "Targets", "target", ("dataset", "start"), "ndcg@5", "expectation", where={"part": "targets"}),
-        Table(
-            "group_sizes",
-            "Rankings of a prompt",
-            "group",
-            ("dataset", "start"),
-            "ndcg@5",
-            "all_actions, G 1",
-            where={"part": "group sizes"},
-        ),
+    tables=tuple(
+        Table(name, title, axis, ("dataset", "start"), metric, base, where={"part": part})
+        for part, name, title, axis, metric, base in (
+            ("credits", "credits", "Credits", "credit", "ndcg@5", "all_actions"),
+            ("credits", "credits_early", "Credits, after 12 steps", "credit", "ndcg@5 early", "all_actions"),
+            ("targets", "targets", "Targets", "target", "ndcg@5", "expectation"),
+            ("group sizes", "group_sizes", "Rankings of a prompt", "group", "ndcg@5", "all_actions, G 1"),
+        )
     ),
 )
 
@@ -134,27 +121,22 @@ UNCERTAINTY = Study(
     "which each variant is reinforced for 40 steps of 64 prompts ([what the variants are](../notes/uncertainty.md)). "
     "With all of the feedback what is left to know is its noise.",
     parts=(
-        Part(
-            "reinforcement",
-            "format stage",
-            axes={"missing": _MISSING, "feedback": _RATES, "variant": _VARIANTS},
-            shared=("missing", "feedback"),
-            start=_WORLD,
-            options=_UNCERTAIN,
-            short_axes={"missing": ("random",), "feedback": ("10 %",), "variant": _SHORT_VARIANTS},
-            short_start=_SHORT_START,
-            short_options={"steps": 2, "early": 1},
-        ),
-        Part(
-            "reinforcement",
-            "warm start",
-            axes={"missing": _MISSING, "feedback": {"10 %": _RATES["10 %"]}, "variant": _VARIANTS},
-            shared=("missing", "feedback"),
-            start={**_WORLD, "listwise_steps": 40},
-            options=_UNCERTAIN,
-            short_axes={"missing": ("exposure",), "variant": _SHORT_VARIANTS},
-            short_start={**_SHORT_START, "listwise_steps": 2},
-            short_options={"steps": 2, "early": 1},
+        *(
+            Part(
+                "reinforcement",
+                name,
+                axes={"missing": _MISSING, "feedback": feedback, "variant": _VARIANTS},
+                shared=("missing", "feedback"),
+                start={**_WORLD, **warmed},
+                options=_UNCERTAIN,
+                short_axes={"missing": (short,), "feedback": ("10 %",), "variant": _SHORT_VARIANTS},
+                short_start={**_SHORT_START, **dict.fromkeys(warmed, 2)},
+                short_options={"steps": 2, "early": 1},
+            )
+            for name, feedback, warmed, short in (
+                ("format stage", _RATES, {}, "random"),
+                ("warm start", {"10 %": _RATES["10 %"]}, _STARTS["warm start"], "exposure"),
+            )
         ),
         Part(
             "reinforcement",

@@ -10,10 +10,11 @@ import numpy as np
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from flexrec.evaluation.critic import critic_quality
-from flexrec.evaluation.evaluate import Evaluation, rank_examples
+from flexrec.evaluation.evaluate import Evaluation
 from flexrec.experiment.stages import load_dataset
 from flexrec.experiment.studies.design import Setting, split_options
 from flexrec.experiment.studies.results import of_lists
+from flexrec.experiment.training import EVERY_TRAINING
 from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, starting_rows
 from flexrec.task.critic import Critic
 from flexrec.task.examples import RankingTask, TrainingExamples, answerable
@@ -119,26 +120,20 @@ class Reinforcements:
         trainer.train()
 
     def _measure(self, model: Any) -> np.ndarray:
-        rankings = rank_examples(model, self.tests, self.builder, num_ranked=self.num_ranked)
+        rankings = self.evaluate.rank(model, self.tests)
         return self.evaluate.of_rankings({self.need.name: rankings})[self.need.name][self._metric]
 
     def _arguments(self, steps: int, prompts: int) -> dict[str, Any]:
         return {
+            **EVERY_TRAINING,
             "output_dir": str(Path(self.setting.folder) / "nothing"),  # which is not made
             "max_steps": steps,
             "per_device_train_batch_size": prompts,
             "learning_rate": self.start["learning_rate"],
-            "lr_scheduler_type": "cosine",
             "warmup_steps": min(5, steps // 4),
-            "weight_decay": 0.01,
             "use_cpu": True,
-            "save_strategy": "no",
-            "report_to": "none",
             "logging_strategy": "no",
-            "disable_tqdm": True,
             "seed": self.setting.seed,
-            "remove_unused_columns": False,
-            "dataloader_drop_last": True,
             "dataloader_pin_memory": False,
         }
 

@@ -16,6 +16,7 @@ from flexrec.experiment.stages import load_dataset
 from flexrec.experiment.studies.design import Setting
 from flexrec.experiment.studies.experiments import Experiments, cost, folder_of
 from flexrec.experiment.studies.results import of_lists
+from flexrec.experiment.wordings import kept_from_training
 from flexrec.policy.lora import OF_A_RUN, load_model
 from flexrec.task.examples import RankingTask, answerable
 from flexrec.task.mixtures import find_need
@@ -42,7 +43,8 @@ class Transfers:
         trained, asked = options.pop("needs"), options.pop("asked")
         with_base, examples = options.pop("base", False), options.pop("examples", False)
         setting = self.setting
-        config, _ = Experiments(setting).trained(name, options, [_seen(NEEDS[need]) for need in trained])
+        seen, _ = kept_from_training([NEEDS[need] for need in trained], UNSEEN_WORDINGS)
+        config, _ = Experiments(setting).trained(name, options, seen)
         dataset = load_dataset(setting.dataset, setting.data, setting.seed, config.data_options)
         folder = RunFolder(folder_of(setting, name))
         info, model, builder = folder.load()
@@ -66,10 +68,6 @@ class Transfers:
         if examples:
             line["examples"] = _side_by_side(model, [need for need in needs if need.name in NEEDS], dataset, builder)
         return line
-
-
-def _seen(need: Need) -> Need:
-    return replace(need, wordings=need.wordings[:-UNSEEN_WORDINGS])
 
 
 def _asked(name: str) -> list[Need]:
