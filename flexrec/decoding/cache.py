@@ -3,6 +3,11 @@
 A prompt is encoded once. Its rollouts attend to the one copy of its keys and values, each behind a mask that hides the
 others' tokens, as training packs them (:mod:`flexrec.policy.packing`).
 
+Training attends without a mask (:mod:`flexrec.policy.shared_prefix`); decoding still takes one. What it would save is
+attention between rollouts: nothing at 8 rollouts of 30 tokens, and some 4 % of a training step with 32 of them or with
+answers of 150 tokens (docs/performance.md). But it needs the rollouts' keys in rows of their own, apart from the
+prompt's, and a cache that turns those over for beams.
+
 What is kept of a prompt, keys, values and its last state, is valid for as long as the weights are the same, and saves
 time where the same prompt would be encoded again. Nothing here does that: samples, beams and the reasoning before them
 are all decoded from one prefill, and have their log-probs from it. Elsewhere it is not valid. A training step does
@@ -25,6 +30,7 @@ from flexrec.policy.lm_head import last_hidden
 from flexrec.policy.lora import causal_lm
 from flexrec.policy.packing import mask_for
 from flexrec.policy.row_tokens import RowTokens
+from flexrec.policy.shared_prefix import base_attention
 
 
 class Runs(NamedTuple):
@@ -61,7 +67,7 @@ class SharedDecoder:
 
     def __init__(self, model: Any, device: torch.device, num_generations: int, share: int, pad_token_id: int) -> None:
         self.model = model
-        self.implementation = model.config._attn_implementation
+        self.implementation = str(base_attention(model))
         self.dtype = next(model.parameters()).dtype
         self.device = device
         self.num_generations, self.share = num_generations, share

@@ -22,6 +22,7 @@ from flexrec.policy.lora import causal_lm
 from flexrec.policy.packing import sharing
 from flexrec.policy.places import are_places
 from flexrec.policy.row_tokens import CandidateLists, Numbered, Prompts, RowTokens, numbered
+from flexrec.policy.shared_prefix import base_attention
 from flexrec.profiling import span
 from flexrec.rankings.reasoning import ReasoningRule, ReasoningTokens, never_tokens, reasoning_rule
 from flexrec.rankings.state import RankingState, Spelling
@@ -228,7 +229,7 @@ def _begun(
         raise ValueError("every prompt needs at least one token")
     options = spelling.of(candidates)
     share = 1
-    if model.config._attn_implementation != "flex_attention":  # which would compile a mask for every step
+    if base_attention(model) != "flex_attention":  # which would compile a mask for every step
         share = sharing(
             model,
             prompts,
@@ -237,6 +238,7 @@ def _begun(
             num_ranked=options["num_ranked"],
             num_generations=num_generations,
             reasoning_length=reasoning_length,
+            decoding=True,
         )
     if beams and share > 1:
         share = num_generations

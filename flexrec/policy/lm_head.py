@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flexrec.policy.distributed import gather_layer
 from flexrec.policy.lora import causal_lm
-from flexrec.policy.packing import TokenRows, attention_mask
+from flexrec.policy.packing import TokenRows, attention_inputs
 from flexrec.policy.row_tokens import RowTokens, summed_inputs
 from flexrec.profiling import span
 
@@ -60,13 +60,9 @@ def last_hidden(model: Any, *, table: RowTokens | None = None, **inputs: Any) ->
 
 def hidden_of_rows(model: Any, rows: TokenRows) -> Tensor:
     """(B, L, D) states of ``rows``, which may hold several rankings each; differentiable."""
-    config = getattr(model, "module", model).config
-    mask = attention_mask(rows, config._attn_implementation, next(model.parameters()).dtype)
-    positions = {"position_ids": rows.position_ids} if rows.shared else {}
+    inputs = attention_inputs(model, rows)
     with span("forward"):
-        return last_hidden(
-            model, table=rows.table, input_ids=rows.input_ids, attention_mask=mask, use_cache=False, **positions
-        )
+        return last_hidden(model, table=rows.table, input_ids=rows.input_ids, use_cache=False, **inputs)
 
 
 def output_layer(model: Any) -> tuple[Tensor, Tensor | None]:

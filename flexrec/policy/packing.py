@@ -2,13 +2,22 @@
 
 A row is [prompt][ranking 1]..[ranking g], and may go on with another prompt where the batch has room. Every ranking's
 positions continue its prompt's, and a token sees what came before it of its own prompt and its own ranking, so the
-states are those of one row per ranking: only the prompt is not computed g times. What is saved is in the layers'
-products; what is paid is attention, which is computed for the whole row. With answers of A tokens, prompts of P, and
-L = P + g A, the G rankings of a prompt cost about
+states are those of one row per ranking: only the prompt is not computed g times.
 
-    G / g (24 D^2 L + 4 D L^2)  per layer of width D,
+What a layer of width D costs, in products of a query with a key and a weight with a value, 4 D FLOPs: a token's linear
+maps are 24 D^2 FLOPs, twice the parameters of a transformer's layer, which are 6 D products. With answers of A tokens,
+prompts of P, and L = P + g A, the G rankings of a prompt take
 
-24 D^2 being twice the parameters of a transformer layer: that choice of g is :func:`rankings_per_row`.
+    by a mask        G / g L (6 D + L), as attention is computed for the whole row;
+    without one      (P + G A) 6 D + 1.3 (P^2 / 2 + G A (P + A / 2)) + 2,500,000 / D.
+
+Without a mask (:mod:`flexrec.policy.shared_prefix`) the best g is always G: P (6 D + 1.3 P / 2) is paid once a row, and
+a ranking's own A (6 D + 1.3 (P + A / 2)) does not depend on g. By a mask it may be less, as L^2 grows: that is
+:func:`rankings_per_row`. Two numbers are measured (bench/shared_prefix.py). A product without a mask takes
+1.6 (prompts of 500 tokens) to 1.0 times (4,000) as long as one of a long row under a mask, whose blocks are larger; the
+calls of a row take, at D = 128, as long as up to 20,000 products, which are fewer of wider ones, and less where prompts
+of one length share them. :func:`sharing` takes what costs less by the longest prompt and answer, and
+:func:`attention_inputs` what does in the rows as they are, in which a mask costs L^2 however short a prompt is.
 """
 
 from __future__ import annotations
@@ -22,8 +31,11 @@ import torch
 from torch import Tensor
 
 from flexrec.policy.row_tokens import CandidateLists, Prompts, RowTokens
+from flexrec.policy.shared_prefix import PrefixLayout, attend_by_prefix, base_attention, can_attend_by_prefix
 
 PACKING_ATTENTION = ("sdpa", "eager", "flex_attention")  # implementations that take a mask of one's own
+# Of attention without a mask: what a product costs, in products under a mask, and the calls of a row of width 1.
+_PER_PRODUCT, _PER_ROW = 1.3, 2_500_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class TokenRows:
         table: what the input_ids number; None where they are tokens.
         part_of: (B, L) int64, which part of the row a token belongs to, one prompt and its rankings; -1 at padding.
         ranking_of: (B, L) int64, which ranking; -1 in prompts and at padding.
-        row, prompt_start, prompt_length, answer_start: (N,) int64, where each ranking lies.
+        row, prompt_start, prompt_length, answer_start, answer_length: (N,) int64, where each ranking lies.
         shared: whether any row holds more than one ranking.
     """
 
@@ -47,6 +59,7 @@ class TokenRows:
     prompt_start: np.ndarray
     prompt_length: np.ndarray
     answer_start: np.ndarray
+    answer_length: np.ndarray
     shared: bool
     table: RowTokens | None = None
 
@@ -59,6 +72,12 @@ class TokenRows:
         """Columns of the prompt's tokens at ``positions``, in the rows of ``rankings``."""
         return self.prompt_start[rankings] + positions
 
+    def layout(self) -> PrefixLayout:
+        """Where prompts and rankings lie, for attention without a mask."""
+        where = self.row, self.prompt_start, self.prompt_length, self.answer_start, self.answer_length
+        size, width = self.input_ids.shape
+        return PrefixLayout((size, width), *where, device=self.input_ids.device)
+
     def predicting_columns(self, rankings: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Columns of the states that predict the answers' tokens at ``positions``, in the rows of ``rankings``."""
         last_of_prompt = self.prompt_start[rankings] + self.prompt_length[rankings] - 1
@@ -66,13 +85,26 @@ class TokenRows:
 
 
 def rankings_per_row(prompt_length: int, answer_length: int, num_generations: int, hidden_size: int) -> int:
-    """How many of a prompt's rankings one row should hold, by the cost at the top of this file; a divisor of all."""
+    """How many of a prompt's rankings one row should hold, by the cost at the top of this file; a divisor of all.
 
-    def cost(g: int) -> float:
-        length = prompt_length + g * answer_length
-        return num_generations // g * length * (6 * hidden_size + length)
+    This is for attention by a mask. Without one it is all of them, or none: see :func:`sharing`.
+    """
+    sizes = prompt_length, answer_length
+    divisors = (g for g in range(1, num_generations + 1) if num_generations % g == 0)
+    return min(divisors, key=lambda g: num_generations // g * _cost_by_mask(*sizes, g, hidden_size))
 
-    return min((g for g in range(1, num_generations + 1) if num_generations % g == 0), key=cost)
+
+def _cost_by_mask(prompt_length: int, answer_length: int, rankings: int, hidden_size: int) -> float:
+    """Of a row's layer, in products of a query and a key."""
+    length = prompt_length + rankings * answer_length
+    return length * (6 * hidden_size + length)
+
+
+def _cost_by_prefix(prompt_length: int, answer_length: int, rankings: int, hidden_size: int) -> float:
+    """The same without a mask."""
+    answers = rankings * answer_length
+    products = prompt_length**2 / 2 + answers * (prompt_length + answer_length / 2)
+    return (prompt_length + answers) * 6 * hidden_size + _PER_PRODUCT * products + _PER_ROW / hidden_size
 
 
 def sharing(
@@ -84,26 +116,51 @@ def sharing(
     num_ranked: int | None = None,
     num_generations: int = 1,
     reasoning_length: int = 0,
+    decoding: bool = False,
 ) -> int:
-    """:func:`rankings_per_row` for a batch, by its longest prompt and answer; 1 where the model cannot pack."""
-    if num_generations == 1 or not can_pack(model):
+    """How many rankings of a prompt should share a row, by the batch's longest prompt and answer; 1 where the model
+    cannot pack.
+
+    Args:
+        decoding: of rows that grow token by token, which attend by a mask.
+    """
+    if num_generations == 1:
         return 1
     ranks = num_ranked or max(len(lst) for lst in candidates)
     longest = max(len(sequence) for lst in candidates for sequence in lst)
     answer = reasoning_length + ranks * (longest + len(separator))
-    config = getattr(model, "module", model).config
-    return rankings_per_row(max(map(len, prompts)), answer, num_generations, config.hidden_size)
+    prompt = max(map(len, prompts))
+    if not can_pack(model, None if decoding else prompt + answer):
+        return 1
+    sizes = prompt, answer
+    width = _text_config(model).hidden_size
+    masked = rankings_per_row(*sizes, num_generations, width) if can_mask(model) else 1
+    if decoding or not can_attend_by_prefix(model):
+        return masked
+    by_mask = num_generations // masked * _cost_by_mask(*sizes, masked, width)
+    return num_generations if _cost_by_prefix(*sizes, num_generations, width) < by_mask else masked
 
 
-def can_pack(model: Any) -> bool:
-    """Whether the model's layers all attend by a mask that may be given: not recurrent, windowed or flash layers."""
-    config = getattr(model, "module", model).config
-    layers = getattr(config, "layer_types", None) or ["full_attention"]
-    return (
-        getattr(config, "_attn_implementation", None) in PACKING_ATTENTION
-        and set(layers) == {"full_attention"}
-        and not (getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None)
-    )
+def can_mask(model: Any) -> bool:
+    """Whether the model's attention takes a mask of one's own."""
+    return base_attention(model) in PACKING_ATTENTION
+
+
+def can_pack(model: Any, longest: int | None = None) -> bool:
+    """Whether rankings can share a row of the model: its layers attend, by a mask that may be given or as
+    :mod:`flexrec.policy.shared_prefix` does, and see all of a prompt and its ranking.
+
+    Args:
+        longest: tokens of a prompt and its ranking, for which a sliding window is wide enough or not. Where it is None
+            no window is.
+    """
+    config = _text_config(model)
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in layers or (window and getattr(config, "layer_types", None) is None)
+    sees_all = not slides or (window and longest is not None and longest <= window)
+    known = layers <= {"full_attention", "sliding_attention"}
+    return bool(known and sees_all and (can_mask(model) or (longest is not None and can_attend_by_prefix(model))))
 
 
 def pack_rankings(
@@ -168,6 +225,7 @@ def pack_rankings(
         prompt_start=prompt_start,
         prompt_length=prompt_length,
         answer_start=answer_start,
+        answer_length=np.array([len(answer) for answer in answers], dtype=np.int64),
         shared=len(rows) < len(answers),
         table=table,
     )
@@ -186,6 +244,48 @@ def _fit(sizes: Sequence[int], width: int) -> list[list[int]]:
             rows.append([u])
             room = np.append(room, width - sizes[u])
     return rows
+
+
+def attention_inputs(model: Any, rows: TokenRows) -> dict[str, Any]:
+    """What the forward pass of a model of transformers needs beside the tokens of ``rows``: mask, positions, layout.
+
+    Rows that share a prompt attend without a mask where that is possible, and costs less.
+
+    Raises:
+        ValueError: shared rows for a model whose layers cannot attend to all of a prompt and its ranking.
+    """
+    if not rows.shared:
+        return {"attention_mask": attention_mask(rows, "", torch.float32)}
+    longest = int((rows.prompt_length + rows.answer_length).max())
+    base = str(base_attention(model))
+    if (can_mask(model) or can_attend_by_prefix(model)) and not can_pack(model, longest):
+        config = _text_config(model)
+        window = getattr(config, "sliding_window", None)
+        layers = ", ".join(sorted(set(getattr(config, "layer_types", None) or ["sliding_attention"])))
+        raise ValueError(
+            f"{type(config).__name__} has layers of {layers} with a window of {window} "
+            f"tokens, and a prompt with its ranking up to {longest}, so that rankings cannot share a row: give every "
+            f"ranking its row"
+        )
+    inputs = {"position_ids": rows.position_ids}
+    if can_attend_by_prefix(model) and not (
+        can_mask(model) and _mask_costs_less(rows, _text_config(model).hidden_size)
+    ):
+        return inputs | attend_by_prefix(model, rows.layout())
+    return inputs | {"attention_mask": attention_mask(rows, base, next(model.parameters()).dtype)}
+
+
+def _mask_costs_less(rows: TokenRows, hidden_size: int) -> bool:
+    """By attention alone, of each prompt and ranking as long as it is: all else of the rows costs the same."""
+    size, width = rows.input_ids.shape
+    prompts = np.unique(rows.row * width + rows.prompt_start, return_index=True)[1]
+    prompt, answer = rows.prompt_length, rows.answer_length
+    products = (prompt[prompts] ** 2).sum() / 2 + (answer * (prompt + answer / 2)).sum()
+    return bool(size * width**2 < _PER_PRODUCT * products + len(prompts) * _PER_ROW / hidden_size)
+
+
+def _text_config(model: Any) -> Any:
+    return getattr(model, "module", model).config.get_text_config()
 
 
 def attention_mask(rows: TokenRows, implementation: str, dtype: torch.dtype) -> Any:

@@ -26,7 +26,7 @@ from flexrec.ops.ranking_logprobs import ranking_probs
 from flexrec.policy.batch import RankingBatch
 from flexrec.policy.distributed import place_reference
 from flexrec.policy.lora import causal_lm, has_adapters, keep_reference, reference_policy
-from flexrec.policy.packing import can_pack, sharing
+from flexrec.policy.packing import sharing
 from flexrec.policy.places import are_places
 from flexrec.policy.scores import (
     ActionScores,
@@ -357,16 +357,20 @@ class FlexRecTrainer(RankingTrainer):
 
     def _rankings_per_row(self, examples: Sequence[Example]) -> int:
         """How many rankings of a prompt share its row: what costs least, if the models can attend so."""
-        if not self.args.share_prompts or (self.reference is not None and not can_pack(self.reference)):
+        if not self.args.share_prompts:
             return 1
-        return sharing(
-            self.model,
-            *prompts_and_candidates(examples),
-            separator=self.separator,
-            num_ranked=self._num_ranked,
-            num_generations=self.args.num_generations,
-            reasoning_length=0 if self.reasoning is None else self.reasoning.max_length,
-        )
+
+        def best_for(model: Any) -> int:
+            return sharing(
+                model,
+                *prompts_and_candidates(examples),
+                separator=self.separator,
+                num_ranked=self._num_ranked,
+                num_generations=self.args.num_generations,
+                reasoning_length=0 if self.reasoning is None else self.reasoning.max_length,
+            )
+
+        return 1 if self.reference is not None and best_for(self.reference) == 1 else best_for(self.model)
 
     def _rewards(
         self,

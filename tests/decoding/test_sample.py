@@ -235,7 +235,7 @@ def test_the_decoder_is_told_how_many_share_a_row(monkeypatch):
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(Made):
         sample_rankings(model, PROMPTS, TITLES, num_generations=4, **spelling)
-    options = {"separator": (50, 51), "num_ranked": 3}
+    options = {"separator": (50, 51), "num_ranked": 3, "decoding": True}
     assert asked == [
         ((model, PROMPTS, TITLES), options | {"num_generations": 4, "reasoning_length": 22}),
         ((model, PROMPTS, TITLES), options | {"num_generations": 6, "reasoning_length": 0}),

@@ -113,8 +113,9 @@ def test_prompts_are_shared_by_as_many_rankings_as_costs_least(tmp_path, monkeyp
 
     def spy(*args, **kwargs):
         asked.append((args, kwargs))
-        return 2
+        return shared
 
+    shared = 2
     monkeypatch.setattr(module, "sharing", spy)
     trainer = trainer_of(tmp_path, reasoning_end=[MARKER, 6], max_reasoning_tokens=3, num_ranked=3)
     trainer.ranking_loss(trainer.model, EXAMPLES)
@@ -127,11 +128,18 @@ def test_prompts_are_shared_by_as_many_rankings_as_costs_least(tmp_path, monkeyp
     trainer = trainer_of(tmp_path, share_prompts=False)
     trainer.ranking_loss(trainer.model, EXAMPLES)
     assert len(trainer._kept[0].batch.tokens.input_ids) == 4, "a row for each ranking"
-    monkeypatch.setattr(module, "can_pack", lambda model: model is trainer.model)
+    assert asked == []
+    trainer = trainer_of(tmp_path, model_of(1), beta=0.1)
+    trainer.ranking_loss(trainer.model, EXAMPLES)
+    assert len(trainer._kept[0].batch.tokens.input_ids) == 2
+    assert [args[0] for args, _ in asked] == [trainer.reference, trainer.model]
+    assert asked[0][0][1:] == asked[1][0][1:]
+    assert asked[0][1] == asked[1][1]
+    shared = 1  # for the reference, which is asked first
     trainer = trainer_of(tmp_path, model_of(1), beta=0.1)
     trainer.ranking_loss(trainer.model, EXAMPLES)
     assert len(trainer._kept[0].batch.tokens.input_ids) == 4
-    assert asked == []
+    assert len(asked) == 3
 
 
 def test_metrics_without_a_variance_are_for_gains_that_are_certain(tmp_path):
