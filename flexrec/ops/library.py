@@ -112,8 +112,13 @@ def choose_backend(backend: str, name: str, tensor: Tensor, obstacle: Exception 
 
 
 def numba_reads(tensor: Tensor) -> bool:
-    """Whether numba's kernels may read a tensor where no backend is asked for: on a CPU, with values of its own."""
-    return not _threads_stayed_behind and tensor.is_cpu and values_are_checked(tensor) and not is_traced(tensor)
+    """Whether numba's kernels may read a tensor where no backend is asked for: on a CPU, with values of its own.
+
+    Within a function that torch.func transforms, what is made of a constant has none either.
+    """
+    if _threads_stayed_behind or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return tensor.is_cpu and values_are_checked(tensor) and not is_traced(tensor)
 
 
 def choose_kernels(backend: str, hidden: Tensor, weight: Tensor) -> str:

@@ -398,7 +398,7 @@ def test_scores_that_are_no_numbers_raise(bad: float) -> None:
 
 
 def test_a_token_that_was_not_allowed_raises_and_the_processor_recovers() -> None:
-    processor = RankingLogitsProcessor(SINGLE, separator=[SEPARATOR], end=[EOS], prompt_length=1)
+    processor = RankingLogitsProcessor(SINGLE, end=[EOS], prompt_length=1)
     scores = torch.randn(3, VOCAB)
     good = torch.tensor([[1, 10], [1, 20], [1, 30]])
     expected = processor(good, scores)

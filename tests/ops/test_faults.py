@@ -232,6 +232,16 @@ def test_tensors_without_plain_values_are_named(convert, message, name):
         function(convert(tensor))
 
 
+@pytest.mark.parametrize("metric", ["ndcg@3", "mrr"])
+def test_a_metric_of_constants_within_a_transform(metric):
+    gains = torch.rand(3, 5)
+    value = flexrec.ranking_metric(gains, metric)
+    found = torch.func.grad(lambda x: (flexrec.ranking_metric(gains, metric) * x).sum())(torch.ones(3))
+    torch.testing.assert_close(found, value)
+    many = torch.func.vmap(lambda x: flexrec.ranking_metric(gains, metric) * x)(torch.ones(2, 3))
+    torch.testing.assert_close(many, value.expand(2, 3))
+
+
 @pytest.mark.parametrize("name", ["swap_rewards", "swap_scores", "ranking_logprobs", "restricted", "all_actions"])
 def test_transforms_of_kernels_are_refused_by_name(name):
     function, tensor = calls()[name]
