@@ -41,7 +41,7 @@ BY_MODEL: dict[str, tuple[Any, Any]] = {
     "steps": (10, 10),
     "prompts_per_step": (192, 8),
     "warmup_learning_rate": (2e-3, 1e-4),
-    "learning_rate": (5e-4, 2e-5),
+    "learning_rate": (5e-4, 5e-5),
 }
 IN_ONE_PASS = 16  # rankings of a prompt that a language model scores in one pass: they cost next to nothing
 
