@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from flexrec.data import simulate
@@ -41,7 +42,11 @@ def trained(tmp_path_factory):
         remove_unused_columns=False,
     )
     examples = TrainingExamples(RankingTask(data.catalogue, [need], builder), data.train)
+    # At this rate roundings grow into another model, and two threads round otherwise.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     SupervisedTrainer(model, args, examples, stage="listwise", num_imitated=5).train()
+    torch.set_num_threads(threads)
     config = ExperimentConfig(output=str(folder), needs=("interest",))
     RunFolder(folder).save(model, tokenizer, RunInfo.of(config, builder, data, [need]), data)
     return data, folder
