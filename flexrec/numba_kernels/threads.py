@@ -28,8 +28,10 @@ def follow_torch_threads() -> None:
 
 def parts_for(work: int) -> int:
     """How many shares to cut some multiplications into: one where threads would cost more than they save, see FEW."""
+    # Also where one thread will do: compiled code refers to numba's pool, and where none was started old versions of
+    # numba (0.60) end the process when they load that code from their cache.
+    follow_torch_threads()
     threads = torch.get_num_threads()
     if threads == 1 or work < FEW:
-        return 1  # by the thread that asks, and no pool of threads knows of it
-    follow_torch_threads()
+        return 1  # by the thread that asks, and none of the pool is woken
     return _PARTS * threads

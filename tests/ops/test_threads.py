@@ -35,3 +35,17 @@ def test_threads_change_no_bit() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}
     found = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+
+
+def test_the_pool_is_there_where_one_thread_will_do() -> None:
+    """Compiled code refers to it: without it numba 0.60 ends the process when it loads such code from its cache."""
+    program = """
+import numba, torch
+from flexrec.numba_kernels.threads import parts_for
+
+torch.set_num_threads(1)
+assert parts_for(1) == 1
+numba.threading_layer()  # raises where there is none
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
