@@ -18,22 +18,33 @@ FSDP2 += ["--mixed_precision", "no", "--main_process_port", "0"]
 DDP = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def train(engine, launcher, folder, credit):
+CREDITS = ["swap", "all_actions"]
+
+
+def train(engine, launcher, folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    script = [str(Path(__file__).with_name("tiny_trl.py")), str(folder), engine, credit]
+    script = [str(Path(__file__).with_name("tiny_trl.py")), str(folder), engine, *CREDITS]
     command = [sys.executable, "-m", *launcher, *script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"{engine}-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize("credit", ["swap", "all_actions"])
-def test_shards_learn_what_whole_models_do(tmp_path, credit):
-    """The same rankings, losses and parameters, with a reference and with several updates of a generation."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The model before, and what two processes found with the whole of it and with half of it each."""
+    folder = tmp_path_factory.mktemp("fsdp")
     model = make_model(make_tokenizer(items=16))
-    model.save_pretrained(tmp_path / "model")
-    whole, parts = train("ddp", DDP, tmp_path, credit), train("fsdp2", FSDP2, tmp_path, credit)
+    model.save_pretrained(folder / "model")
+    return model, train("ddp", DDP, folder), train("fsdp2", FSDP2, folder)
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+def test_shards_learn_what_whole_models_do(trained, credit):
+    """The same rankings, losses and parameters, with a reference and with several updates of a generation."""
+    model, *found = trained
+    whole, parts = ([of_process[credit] for of_process in processes] for processes in found)
     size = sum(p.numel() for p in model.parameters())
     assert sum(found["held"] for found in parts) < 1.1 * size < 2 * size == sum(found["held"] for found in whole)
     for found, expected in zip(parts, whole, strict=True):

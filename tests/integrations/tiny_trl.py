@@ -1,6 +1,6 @@
 """What the tests of TRL share: a tiny model that trains on three short lists.
 
-Run as a script, ``tiny_trl.py FOLDER [ENGINE CREDIT]``, this file is one of two processes that train together.
+Run as a script, ``tiny_trl.py FOLDER [ENGINE CREDIT ..]``, this file is one of two processes that train together.
 """
 
 import sys
@@ -147,14 +147,12 @@ def process_options():
     return make_rows(gain_variance=variance), options
 
 
-def as_shard(folder, engine, credit):
-    """One of two processes with a part of the parameters each ("fsdp2"), or all ("ddp"): saves what it learnt."""
+def as_shard(folder, engine, *credits):
+    """One of two processes with half of the parameters ("fsdp2") or all ("ddp"): saves what each credit taught."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
     from flexrec.policy.distributed import whole_state_dict
-
-    seen = []
 
     class Recorder(FlexRecGRPOTrainer):
         def _generate_and_score_completions(self, inputs):
@@ -164,21 +162,25 @@ def as_shard(folder, engine, credit):
 
     tokenizer = make_tokenizer(items=16)
     names = [[f"<item:{i + 4 * p}>" for i in range(len(gains))] for p, gains in enumerate(GAINS)]
-    options = {"credit": credit, "beta": 0.1, "num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
-    options |= {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 1e9, "ddp_backend": "gloo"}
-    args = make_args(folder, separator="", per_device_train_batch_size=6, **options)
-    if engine == "fsdp2":
-        # accelerate leaves FSDP to GPUs, and would fall back to DDP here: FSDP2 itself has nothing against CPUs.
-        assert args.device.type == "cpu"
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    rows = make_rows(candidates=names)
-    trainer = Recorder(f"{folder}/model", args=args, train_dataset=rows, processing_class=tokenizer)
-    assert trainer.accelerator.num_processes == 2
-    assert trainer.accelerator.is_fsdp2 == (engine == "fsdp2")
-    trainer.train()
-    wrapped = trainer.model_wrapped
-    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in wrapped.parameters())
-    found = {"seen": seen, "log": trainer.state.log_history, "state": whole_state_dict(wrapped), "held": held}
+    found = {}
+    for credit in credits:
+        seen = []
+        options = {"credit": credit, "beta": 0.1, "num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+        options |= {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 1e9, "ddp_backend": "gloo"}
+        args = make_args(folder, separator="", per_device_train_batch_size=6, **options)
+        if engine == "fsdp2":
+            # accelerate leaves FSDP to GPUs, and would fall back to DDP here: FSDP2 itself has nothing against CPUs.
+            assert args.device.type == "cpu"
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        rows = make_rows(candidates=names)
+        trainer = Recorder(f"{folder}/model", args=args, train_dataset=rows, processing_class=tokenizer)
+        assert trainer.accelerator.num_processes == 2
+        assert trainer.accelerator.is_fsdp2 == (engine == "fsdp2")
+        trainer.train()
+        whole = trainer.model_wrapped
+        held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in whole.parameters())
+        log = trainer.state.log_history
+        found[credit] = {"seen": seen, "log": log, "state": whole_state_dict(whole), "held": held}
     torch.save(found, f"{folder}/{engine}-{trainer.accelerator.process_index}.pt")
 
 
