@@ -13,7 +13,7 @@ from flexrec.checks import MIN_TILT, check_choice
 from flexrec.integrations.ranking_reward import COMPLETION_CREDITS
 from flexrec.metrics import parse_metric
 from flexrec.ops.advantages import BASELINES, SCALES
-from flexrec.trainer.options import CORRECTED, OF_ALL_ACTIONS, TRAINER_CREDITS
+from flexrec.trainer.options import CORRECTED, OF_ALL_ACTIONS, TRAINER_CREDITS, check_sum_over_items
 
 
 @dataclass
@@ -95,11 +95,7 @@ class FlexRecGRPOConfig(GRPOConfig):
                 f"tilt and one update of each generation, got tilt={self.tilt}, num_iterations={self.num_iterations}, "
                 f"steps_per_generation={self.steps_per_generation} with {self.gradient_accumulation_steps} to an update"
             )
-        if (definition := parse_metric(self.metric).definition).form != "linear":
-            raise ValueError(
-                f"credit={CORRECTED!r} needs a metric that is a sum over items, such as ndcg@10 or recall@5, got "
-                f"{self.metric!r}, whose form is {definition.form}"
-            )
+        check_sum_over_items(self.metric)
 
     def _check_constrained(self) -> None:
         """What would sample from, or score, another distribution than the one over the remaining candidates."""

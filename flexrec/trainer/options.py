@@ -85,13 +85,18 @@ class TrainerOptions:
                     f"credit={CORRECTED!r} is the gradient of the expected value where rankings were sampled: it takes "
                     f"num_iterations=1 and no tilt, got num_iterations={self.num_iterations}, tilt={self.tilt}"
                 )
-            if (definition := parse_metric(self.metric).definition).form != "linear":
-                raise ValueError(
-                    f"credit={CORRECTED!r} needs a metric that is a sum over items, such as ndcg@10 or recall@5, got "
-                    f"{self.metric!r}, whose form is {definition.form}"
-                )
+            check_sum_over_items(self.metric)
         if self.credit in OF_ALL_ACTIONS and (self.baseline != "none" or self.scale not in ("batch", "none")):
             raise ValueError(
                 f"credit={self.credit!r} is its own baseline: it takes baseline='none' and scale='batch' or 'none', "
                 f"got baseline={self.baseline!r}, scale={self.scale!r}"
             )
+
+
+def check_sum_over_items(metric: str) -> None:
+    """Raise a ValueError if the corrected all-actions credit is not of ``metric``."""
+    if (definition := parse_metric(metric).definition).form != "linear":
+        raise ValueError(
+            f"credit={CORRECTED!r} needs a metric that is a sum over items, such as ndcg@10 or recall@5, got "
+            f"{metric!r}, whose form is {definition.form}"
+        )
