@@ -93,7 +93,7 @@ if phase build 120 "$PYTHON" -m pip install --no-build-isolation --no-deps --no-
     tests+=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
   fi
   phase tests 150 env -u TRITON_INTERPRET "$PYTHON" -m pytest --continue-on-collection-errors "${tests[@]}" tests || status=1
-  phase bench $(($(left) - 120)) "$PYTHON" -m pytest --continue-on-collection-errors -q bench \
+  phase bench $(($(left) - 120)) "$PYTHON" -m pytest --continue-on-collection-errors -q --durations=15 bench \
     --benchmark-json "$results/bench.json" || status=1
   phase models 100 "$PYTHON" bench/language_model.py --output "$results" --rounds 1 || status=1
   phase report 30 bash -c '"$1" bench/report.py "$2/bench.json" >"$2/report.md"' - "$PYTHON" "$results" || status=1

@@ -61,7 +61,7 @@ def segment_sum_kernel(
     pieces_ptr,  # (S + 1,) int64: pieces of every segment
     owner_ptr,  # (pieces,) int32: segment of every piece
     out_ptr,  # (S, D)
-    partial_ptr,  # (2 * number of PIECEs in nnz, D) float32
+    partial_ptr,  # (2 * number of PIECEs in nnz, D) float32, or None where nnz <= PIECE
     table_rows,
     segments,  # S
     D,
@@ -101,7 +101,7 @@ def segment_sum_kernel(
             if ACCUMULATE:
                 total += tl.load(place, mask=d_ok, other=0.0).to(tl.float32)
             tl.store(place, total.to(out_ptr.dtype.element_ty), mask=d_ok)
-        else:
+        elif partial_ptr is not None:  # without it, no segment has several pieces
             slot = 2 * (start // PIECE) + (piece == first_piece).to(tl.int64)
             tl.store(partial_ptr + slot * D + d, total, mask=d_ok)
 
