@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flexrec.triton_kernels.examples import examples
 from flexrec.triton_kernels.launch import FP_FUSION, Launch, recorded
@@ -101,6 +101,32 @@ def _name(launch: Launch, label: str) -> str:
 def compile_launch(launch: Launch, target: str) -> Resources:
     """Compile for one of TARGETS; the caller must not have Triton's interpreter on."""
     import triton
+
+    source, gpu, options = _to_compile(launch, target)
+    compiled = triton.compile(source, target=gpu, options=options)
+    if target.startswith("sm_"):
+        return _nvidia_resources(compiled.asm["cubin"], compiled.metadata.shared, products="mma" in compiled.asm["ptx"])
+    return _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
+
+
+def read_launch(launch: Launch, target: str) -> None:
+    """Let Triton read the kernel's code as this launch has it, which takes hundredths of a second, and go no further.
+
+    What is None, and every flag, is decided here: the branches that remain are code of their own. The caller must not
+    have Triton's interpreter on; what cannot be compiled raises Triton's own error.
+    """
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
+    source, gpu, named = _to_compile(launch, target)
+    backend, context = make_backend(gpu), ir.context()
+    options = backend.parse_options(named)
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source.make_ir(gpu, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+
+
+def _to_compile(launch: Launch, target: str) -> tuple[Any, Any, dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -112,13 +138,8 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         {(names.index(name),): value for name, value in launch.constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name, kind in launch.types.items() if ":16" in kind},
     )
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": FP_FUSION}
-    cuda = target.startswith("sm_")
-    gpu = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
-    compiled = triton.compile(source, target=gpu, options=options)
-    if cuda:
-        return _nvidia_resources(compiled.asm["cubin"], compiled.metadata.shared, products="mma" in compiled.asm["ptx"])
-    return _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+    return source, gpu, {"num_warps": launch.num_warps, "enable_fp_fusion": FP_FUSION}
 
 
 def _nvidia_resources(cubin: bytes, shared: int, *, products: bool) -> Resources:

@@ -1,7 +1,7 @@
 """The one place where kernels are launched: on the GPU of their tensors, or on record where somebody wants to know.
 
-A record (:func:`recorded`) notes what Triton would compile and runs nothing, so that any shape costs nothing and no
-GPU is needed. The ahead-of-time compiler (``aot``) compiles such records, tests compare them.
+A record (:func:`recorded`) notes what Triton would compile and runs nothing unless it is told to, so that any shape
+costs nothing and no GPU is needed. The ahead-of-time compiler (``aot``) compiles such records, tests compare them.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Launch:
 
 
 _record: list[Launch] | None = None
+_runs = True  # what is noted, too
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -65,6 +66,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, num_warps: in
     """
     if _record is not None:
         _record.append(_noted(kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | named, num_warps))
+    if not _runs:
         return
     with _on_gpu_of(*arguments, *named.values()):
         kernel[grid](*arguments, **named, num_warps=num_warps, enable_fp_fusion=FP_FUSION)
@@ -79,14 +81,16 @@ def _on_gpu_of(*arguments: object) -> contextlib.AbstractContextManager[object]:
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Launches inside are noted in the list and do not happen: what they would have written is left as it was."""
-    global _record
-    before, _record = _record, []
+def recorded(*, runs: bool = False) -> Iterator[list[Launch]]:
+    """Launches inside are noted in the list and do not happen, unless ``runs``: what they write is left as it was."""
+    global _record, _runs
+    before = _record, _runs
+    noted: list[Launch] = []
+    _record, _runs = noted, runs
     try:
-        yield _record
+        yield noted
     finally:
-        _record = before
+        _record, _runs = before
 
 
 def _noted(kernel: Any, given: dict[str, object], num_warps: int) -> Launch:

@@ -1,13 +1,14 @@
 """Triton kernel of the metrics that are linear in the term gain: dcg, ndcg, recall, precision, rbp; with variance.
 
 Derivation. R = sum d_k w_k / Z (d the discount, w the term gain, Z the normaliser), so S[k, j] = (d_k - d_j)(w_k - w_j)
-/ Z feels no constant added to w or to d. With x and e the two less their value at the list's last rank, and sums over
-the pool and k itself, m items (j >= k for causal swaps, all j for non-causal ones; j = k adds 0),
+/ Z feels no constant added to w or to d. With x the term gain less that of the list's last rank, e the discount less
+that of the last rank shown, and sums over the pool and k itself, m items (j >= k for causal swaps, all j for non-causal
+ones; j = k adds 0),
 
     r_k = [ e_k (m x_k - sum x_j) - (x_k sum e_j - sum e_j x_j) ] / ((m - 1) Z).
 
 Centring is what lets float32 serve: gains of 1e4 + noise would leave three digits of the noise in the sums, and the
-discounts of a list's end differ by little. The centre is one of the list's own values, so that ties give exactly 0, and
+discounts of a list's end differ by little. The centres are the list's own values, so that ties give exactly 0, and
 binary gains with equal discounts exact sums. The scans run from the end of the list, so that their error at rank k is
 relative to what lies behind k and is divided by m - 1 with it.
 
@@ -17,8 +18,13 @@ Variance, for independent variances v_k of the term gains and Z held fixed (exac
 
     Var[r_k] = [ (m e_k - sum e_j)^2 v_k + e_k^2 sum v_j - 2 e_k sum e_j v_j + sum e_j^2 v_j ] / ((m - 1) Z)^2.
 
+The last three terms are sum (e_k - e_j)^2 v_j, and what they lose of its digits grows with e_k, which is of use at
+shown ranks alone: hence the last of these is the centre. Where all shown ranks weigh the same (recall, precision) it
+makes e_k 0 there and the sum one of positive numbers; the discount of what is not shown, 0, would make it a difference
+of sums over the whole list.
+
 Where all lists have one length and no variance is asked for, e, its sums and 1 / (m - 1) of causal swaps are a table,
-made in float64.
+made in float64 (and e centred at the list's last rank).
 
 Bytes per gain: its own size read, 4 written (float64: 8); 8 more with variance. For each list 8 for ``lengths`` and
 for ``num_ranked`` where given. A second look at a list (largest gain, normaliser, totals) comes from the cache.
@@ -137,7 +143,7 @@ def swap_linear(
     if is_one_of(CREDIT, SWAP, NONCAUSAL):
         last_w = term_gains(load_item(lists, lists.gains_ptr, lists.stride, length - 1, length), terms, GAIN_KIND)
         if table_ptr is None:
-            last_d = load_item(lists, lists.discounts_ptr, 0, length - 1, lists.shown)
+            last_d = load_item(lists, lists.discounts_ptr, 0, lists.shown - 1, lists.shown)
 
     sums = Sums(zero, zero, zero, zero, zero, zero)
     if is_one_of(CREDIT, NONCAUSAL, SEQUENCE):  # the pool is the list: its totals first

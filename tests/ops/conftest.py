@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from front_end import front_end
 from torch import Tensor
 
 
@@ -159,6 +161,22 @@ def weighted_sum() -> Callable[..., Tensor]:
         return torch.stack(terms).sum()
 
     return total
+
+
+@pytest.fixture(autouse=True)
+def launches_compile(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every form of a kernel that a test runs in the interpreter can be compiled, too: where the whole folder is run.
+
+    The compiler takes some seconds to start, which is too long for a test alone.
+    """
+    if not any(item.path.name == "test_triton_launches.py" for item in request.session.items):
+        yield
+        return
+    launch = sys.modules["flexrec.triton_kernels.launch"]
+    with launch.recorded(runs=True) as launches:
+        yield
+    complaints = front_end().complaints(launches) if launch.INTERPRETED and launches else []
+    assert not complaints, "\n\n".join(complaints)
 
 
 @pytest.fixture

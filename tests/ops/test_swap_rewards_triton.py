@@ -129,10 +129,11 @@ def test_list_lengths(size, device):
         ("dcg", "rank"),
     ],
 )
-def test_lists_of_several_tiles(metric, credit, device, monkeypatch):
+def test_lists_of_several_tiles(metric, credit, device, monkeypatch, request):
     """Tiles of 64 ranks in place of 256: four of them, two levels of merges."""
     monkeypatch.setattr(lists, "WIDTHS", (32, 64, 64))
     lists.tiles_of.cache_clear()
+    request.addfinalizer(lists.tiles_of.cache_clear)
     size = 150
     gains, counts = make_gains(3, size, 3), make_counts(3, size)
     gains[:, :100] *= torch.rand(100, generator=torch.Generator().manual_seed(0)) < 0.02  # matters behind, too
@@ -142,7 +143,6 @@ def test_lists_of_several_tiles(metric, credit, device, monkeypatch):
             continue
         rewards = swap_rewards(gains.to(device, dtype), metric, credit=credit, backend="triton", **on(device, counts))
         assert (rewards.cpu() - exact).abs().max() <= tolerance * exact.abs().max()
-    lists.tiles_of.cache_clear()
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -154,11 +154,45 @@ def test_long_lists(metric, size, device):
     assert (rewards - exact).abs().max() <= 10 * ULP * exact.abs().max()
 
 
+def amplification(metric, credit, gains, variance, counts):
+    """(N, K) the sum of the magnitudes that a variance is added up from, over the variance: 1 where all are positive.
+
+    With discounts d less that of the last shown rank, as e, and sums over the pool and the item itself, a variance is
+    proportional to (m e - sum e)^2 v + e^2 sum v - 2 e sum e v + sum e^2 v (``flexrec.triton_kernels.swap_linear``).
+    """
+    if credit not in ("swap", "noncausal"):
+        return torch.ones_like(gains)
+    parsed, (rows, size) = parse_metric(metric), gains.shape
+    length, shown = counts["lengths"][:, None], torch.minimum(counts["lengths"], counts["num_ranked"])[:, None]
+    k = torch.arange(size).expand(rows, size)
+    inside = k < length
+    d = torch.from_numpy(metrics.discount_table(parsed, size)).expand(rows, size)
+    d = d.masked_fill((k >= shown) | (k >= (parsed.cutoff or size)), 0.0)
+    e = (d - d.gather(1, (shown - 1).clamp(min=0))).masked_fill(~inside, 0.0)
+    slope = 2.0**gains if "burges" in metric else torch.ones_like(gains)
+    v = (variance * slope.square()).masked_fill(~inside, 0.0)
+
+    def pool(x):
+        return x.flip(1).cumsum(1).flip(1) if credit == "swap" else x.sum(1, keepdim=True).expand_as(x)
+
+    m, sum_e, sum_v, sum_ev, sum_eev = (pool(x) for x in (inside.double(), e, v, e * v, e * e * v))
+    own = m * e - sum_e
+    exact = own.square() * v + e.square() * sum_v - 2 * e * sum_ev + sum_eev
+    added = own.abs() * (m * e).abs() + own.abs() * pool(e.abs())
+    added = added * v + e.square() * sum_v + 2 * e.abs() * pool((e * v).abs()) + sum_eev
+    return torch.where((k < shown) & (exact > 0), added / exact, 1.0)
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("credit", CREDITS)
 @pytest.mark.parametrize("metric", ["ndcg@7", "recall", "ndcg_burges", "dcg_burges"])
 def test_variance(metric, credit, device):
-    """In the same launch; exact for linear term gains, first order for 2^g - 1, as the reference."""
+    """In the same launch; exact for linear term gains, first order for 2^g - 1, as the reference.
+
+    The bound of a list's variances: each of the numbers they are added up from has gone through some 60 roundings of
+    half an ULP (the slope of 2^g and its square 13, e and e^2 v 7, sums of 32 numbers 5, products and sums of sums 8,
+    the square of 1 / (m - 1) Z 28), which add up as their root, 4 ULP, of the largest of them and not of what is left.
+    """
     generator = torch.Generator().manual_seed(0)
     rows, size = 3, 30
     gains, variance = make_gains(rows, size) / 3, torch.rand(rows, size, generator=generator, dtype=torch.float64)
@@ -168,8 +202,23 @@ def test_variance(metric, credit, device):
     for dtype, tolerance in ((torch.float32, 5 * ULP), (torch.float64, 1e-14)):
         inputs = [x.masked_fill(outside, math.nan).to(device, dtype) for x in (gains, variance)]
         found = swap_rewards_with_variance(*inputs, metric, credit=credit, backend="triton", **on(device, counts))
-        for x, expected in zip(found, exact, strict=True):
-            assert (x.cpu() - expected).abs().max() <= tolerance * expected.abs().max()
+        rewards, spread = (x.cpu().double() for x in found)
+        assert (rewards - exact[0]).abs().max() <= tolerance * exact[0].abs().max()
+        added = amplification(metric, credit, gains, variance, counts) * exact[1]
+        assert ((spread - exact[1]).abs().amax(1) <= tolerance * added.amax(1)).all()
+
+
+@pytest.mark.parametrize("credit", ["swap", "noncausal"])
+def test_variance_of_what_differs_from_few(credit, device):
+    """All shown ranks weigh the same and an item of them is certain: what is left are the few that are not shown."""
+    variance = torch.ones(1, 100)
+    variance[0, 3], variance[0, 98:] = 0.0, 1e-6
+    options = {"metric": "recall", "credit": credit, "num_ranked": 98}
+    _, exact = swap_rewards_with_variance(variance.double(), variance.double(), backend="torch", **options)
+    inputs = variance.to(device), variance.to(device)
+    found = swap_rewards_with_variance(*inputs, backend="triton", **options)[1].cpu()
+    assert exact[0, 3] < 1e-6 * exact.max()
+    assert ((found - exact).abs() <= 5 * ULP * exact).all()
 
 
 @pytest.mark.parametrize("credit", CREDITS)

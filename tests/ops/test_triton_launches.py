@@ -1,5 +1,8 @@
 """What is launched is among what is compiled ahead of time: tile sizes, warps, stages and element types.
 
+What is None and what flags there are makes other code, which need not be among it: that Triton can read it in every
+such form is seen here and, of what other tests of this folder launch, by ``conftest.py`` where all of it is run.
+
 The launchers run for many shapes with kernels that only note how they are called, so any size costs nothing.
 """
 
@@ -13,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from front_end import front_end
 
 pytest.importorskip("triton")
 
@@ -21,6 +25,7 @@ from flexrec.ops.ranking_logprobs import ranking_logprobs, ranking_logprobs_with
 from flexrec.ops.restricted_logprobs import restricted_logprobs, restricted_logprobs_with_kl
 from flexrec.ops.swap_rewards import swap_rewards, swap_scores
 from flexrec.triton_kernels import aot
+from flexrec.triton_kernels import launch as launching
 from flexrec.triton_kernels import swap_rewards as swap_kernels
 from flexrec.triton_kernels.launch import Launch, launch, recorded
 
@@ -50,7 +55,7 @@ def launches() -> Iterator[list[Launch]]:
 
 
 def check(launches: list[Launch]) -> None:
-    """Each launch is compiled in all but its flags, which examples may take in their heaviest form."""
+    """Each launch is compiled in all but its flags, which examples may take in their heaviest form, and can be read."""
     assert launches, "nothing was launched"
     for found in launches:
         alike = [compiled for compiled in COMPILED if configuration(compiled) == configuration(found)]
@@ -60,6 +65,8 @@ def check(launches: list[Launch]) -> None:
                 compiled = {other.types[name] for other in alike if name in other.types}
                 message = f"{found.kernel.__name__}: {name} is {kind}, compiled is {compiled} for {found.constants}"
                 assert not compiled or any(covers(other, kind) for other in compiled), message
+    complaints = front_end().complaints(launches)
+    assert not complaints, "\n\n".join(complaints)
 
 
 def operand(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -198,6 +205,7 @@ def test_kernels_are_launched_on_the_gpu_of_their_tensors(current, made_current,
         yield
         happened.append("back")
 
+    monkeypatch.setattr(launching, "_record", None)  # a kernel that is none cannot be noted
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "device", device)
     launch(Kernel(), (3,), None, torch.zeros(2).as_subclass(OnSecondGpu), 2, BLOCK=8, num_warps=8)
