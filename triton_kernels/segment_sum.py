@@ -241,6 +241,27 @@ def sum_by_place(
     segment_sum(coefficient[order], index[order], table, place, offsets, out, accumulate=accumulate)
 
 
+def sum_by_token(tokens: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each token with the sum of its rows, without waiting for the GPU, and thus in as many rows as there were.
+
+    Args:
+        tokens: (M,) integer, rows: (M, D) floating.
+        dtype: of the sums, which are rounded once.
+
+    Returns:
+        (M,) ascending tokens and (M, D) their sums; what is left over at the end are rows of 0, of the last token.
+    """
+    sums = rows.new_zeros(rows.shape, dtype=dtype)
+    if len(tokens) == 0:
+        return tokens, sums
+    tokens, order = tokens.sort(stable=True)
+    segment = torch.zeros_like(tokens)
+    torch.cumsum(tokens[1:] != tokens[:-1], 0, out=segment[1:])
+    offsets = torch.searchsorted(segment, torch.arange(len(tokens) + 1, device=tokens.device))  # M: no such segment
+    segment_sum(rows.new_ones(len(tokens), dtype=torch.float32), order, rows.contiguous(), segment, offsets, sums)
+    return tokens[offsets[:-1].clamp(max=len(tokens) - 1)], sums
+
+
 def scatter_add(coefficient: Tensor, index: Tensor, table: Tensor, place: Tensor, out: Tensor) -> None:
     """Add coefficient[e] * table[index[e]] to row place[e] of ``out`` (any, D) float32, in no particular order.
 
