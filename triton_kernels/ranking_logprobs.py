@@ -59,7 +59,7 @@ from flexrec.triton_kernels.ranking_logprobs_problem import (
     trip_count,
     weight_grad_by_matmul,
 )
-from flexrec.triton_kernels.segment_sum import sum_by_place
+from flexrec.triton_kernels.segment_sum import add_by_token
 
 __all__ = [
     "INTERPRETED",
@@ -308,11 +308,9 @@ def _weight_grads(
     if not as_rows and (by_matmul or any(x is not None and x.dtype != torch.float32 for x in targets)):
         rows = _new_like(targets, count, zeros=False)
         _weight_grads(problem, dlogits, norm, rows, True, ragged)
-        ones, order = dlogits.new_ones(count, dtype=torch.float32), torch.arange(count, device=dlogits.device)
         for target, row in zip(targets, rows, strict=True):
             if target is not None and row is not None:  # a token's rows are added up before they are rounded
-                table, out = row.view(count, -1), target.view(len(target), -1)
-                sum_by_place(ones, order, table, candidates.flatten(), out, accumulate=True)
+                add_by_token(candidates.flatten(), row.view(count, -1), target.view(len(target), -1))
     elif by_matmul and targets[0] is not None:
         slopes = dlogits[..., : problem.sizes["K"]]  # (P, G T, K)
         grad = torch.bmm(slopes.transpose(1, 2), hidden.view(*slopes.shape[:2], width))  # (P, K, D)
@@ -343,7 +341,7 @@ def _new_like(wanted: WeightAndBias, rows: int, *, zeros: bool, rounded: bool = 
 
     A gradient (V, D) in half precision of M = P K rows takes, in bytes per column,
         4 V zeroed + 8 M added by atomics + 4 V read and 2 V written to round it,         in float32 first;
-        2 V zeroed + 4 M rows written and read + 4 M read and written where they belong,  by rows, each rounded once,
+        2 V zeroed + 8 M rows written and read + 4 M read and written where they belong,  by rows, each rounded once,
     and 6 V or 2 V + 4 M of memory: less by rows up to M = V, and the same to the last bit every time.
     """
     new = torch.zeros if zeros else torch.empty

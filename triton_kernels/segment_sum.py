@@ -2,6 +2,7 @@
 
     out[s] (+)= sum over the entries e of segment s of coefficient[e] * table[index[e]]                 segment_sum
     out[place[e]] += coefficient[e] * table[index[e]]                                                   scatter_add
+    out[token] += sum over the entries e of a token of table[e]                                         add_by_token
 
 Segment s has the entries offsets[s] .. offsets[s + 1] of nnz. Both take equal shares of the entries to a program,
 however long the segments are: ``segment_sum`` cuts long ones into pieces of PIECE entries, whose sums are added up in
@@ -61,7 +62,7 @@ def segment_sum_kernel(
     pieces_ptr,  # (S + 1,) int64: pieces of every segment
     owner_ptr,  # (pieces,) int32: segment of every piece
     out_ptr,  # (S, D)
-    partial_ptr,  # (2 * number of PIECEs in nnz, D) float32
+    partial_ptr,  # (2 * number of PIECEs in nnz, D) float32, or None where nnz <= PIECE
     table_rows,
     segments,  # S
     D,
@@ -101,7 +102,7 @@ def segment_sum_kernel(
             if ACCUMULATE:
                 total += tl.load(place, mask=d_ok, other=0.0).to(tl.float32)
             tl.store(place, total.to(out_ptr.dtype.element_ty), mask=d_ok)
-        else:
+        elif partial_ptr is not None:  # without it, no segment has several pieces
             slot = 2 * (start // PIECE) + (piece == first_piece).to(tl.int64)
             tl.store(partial_ptr + slot * D + d, total, mask=d_ok)
 
@@ -148,6 +149,50 @@ def segment_join_kernel(
         if ACCUMULATE:
             total += tl.load(place, mask=d_ok, other=0.0).to(tl.float32)
         tl.store(place, total.to(out_ptr.dtype.element_ty), mask=d_ok)
+
+
+@kernel
+def runs_kernel(
+    token_ptr,  # (entries,) integer, ascending
+    order_ptr,  # (entries,) integer: which row each entry has
+    rows_ptr,  # (entries, D)
+    out_ptr,  # (V, D) added to at a token's place if TABLE, else (entries, D) written
+    entries,
+    V,
+    D,
+    TABLE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_D columns of the sum of a token's rows, by its first entry; the others have 0, if anything.
+
+    Nothing but the order is needed, no segments and no waiting. A token has a row for each list, and thus few.
+    """
+    first = tl.program_id(0).to(tl.int64)
+    token = tl.load(token_ptr + first).to(tl.int64)
+    before = tl.load(token_ptr + first - 1, mask=first > 0, other=0).to(tl.int64)
+    is_first = (first == 0) | (token != before)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
+    d_ok = d < D
+    sums = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+    at = tl.where(is_first, first, entries)
+    while at < entries:
+        entry = at + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
+        ok = entry < entries
+        ok = ok & (tl.load(token_ptr + entry, mask=ok, other=-1).to(tl.int64) == token)
+        row = tl.load(order_ptr + entry, mask=ok, other=0).to(tl.int64)
+        rows = tl.load(rows_ptr + row[:, None] * D + d[None, :], mask=ok[:, None] & d_ok[None, :], other=0.0)
+        sums += rows.to(tl.float32)
+        at = tl.where(tl.sum(ok.to(tl.int32)) == BLOCK_E, at + BLOCK_E, entries)
+    total = tl.sum(sums, axis=0)  # (BLOCK_D,)
+    if TABLE:
+        ok = d < tl.where(is_first & (token >= 0) & (token < V), D, 0)
+        place = out_ptr + token * D + d
+        total += tl.load(place, mask=ok, other=0.0).to(tl.float32)
+    else:
+        ok = d_ok
+        place = out_ptr + first * D + d
+    tl.store(place, total.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 @kernel
@@ -245,21 +290,33 @@ def sum_by_token(tokens: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tens
     """Each token with the sum of its rows, without waiting for the GPU, and thus in as many rows as there were.
 
     Args:
-        tokens: (M,) integer, rows: (M, D) floating.
-        dtype: of the sums, which are rounded once.
+        tokens: (M,) integer, rows: (M, D) floating, contiguous.
+        dtype: of the sums, which are float32 inside and rounded once.
 
     Returns:
-        (M,) ascending tokens and (M, D) their sums; what is left over at the end are rows of 0, of the last token.
+        (M,) ascending tokens and (M, D) their sums, with rows of 0 where a token comes again.
     """
-    sums = rows.new_zeros(rows.shape, dtype=dtype)
-    if len(tokens) == 0:
-        return tokens, sums
     tokens, order = tokens.sort(stable=True)
-    segment = torch.zeros_like(tokens)
-    torch.cumsum(tokens[1:] != tokens[:-1], 0, out=segment[1:])
-    offsets = torch.searchsorted(segment, torch.arange(len(tokens) + 1, device=tokens.device))  # M: no such segment
-    segment_sum(rows.new_ones(len(tokens), dtype=torch.float32), order, rows.contiguous(), segment, offsets, sums)
-    return tokens[offsets[:-1].clamp(max=len(tokens) - 1)], sums
+    sums = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    _sum_runs(tokens, order, rows, sums, table=False)
+    return tokens, sums
+
+
+def add_by_token(tokens: Tensor, rows: Tensor, out: Tensor) -> None:
+    """out[token] += the sum of the token's rows, each entry of ``out`` (V, D) rounded once; bitwise repeatable.
+
+    Arguments as of :func:`sum_by_token`; tokens that ``out`` does not have are skipped.
+    """
+    _sum_runs(*tokens.sort(stable=True), rows, out, table=True)
+
+
+def _sum_runs(tokens: Tensor, order: Tensor, rows: Tensor, out: Tensor, *, table: bool) -> None:
+    entries, d = rows.shape
+    if entries and d:
+        block_e, block_d = tile(d)
+        grid = entries, ceil_div(d, block_d)
+        blocks = {"TABLE": table, "BLOCK_E": block_e, "BLOCK_D": block_d}
+        launch(runs_kernel, grid, tokens, order, rows, out, entries, len(out), d, **blocks)
 
 
 def scatter_add(coefficient: Tensor, index: Tensor, table: Tensor, place: Tensor, out: Tensor) -> None:

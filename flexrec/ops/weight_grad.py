@@ -66,10 +66,10 @@ def add_rows_(buffer: Tensor, tokens: Tensor, rows: Tensor) -> None:
 def sum_by_token(tokens: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The tokens in ascending order and the sums of their rows, rounded to ``dtype`` once.
 
-    Each once; by Triton's kernels, which do not wait for the number of them, the last may come again with rows of 0.
+    Each once; by Triton's kernels, which do not wait for the number of them, again and again with rows of 0.
     """
-    if choose_backend("auto", "segment_sum", rows) == "triton":
-        return kernels("triton", "segment_sum").sum_by_token(tokens, rows, dtype)
+    if choose_backend("auto", "rows", rows) == "triton":
+        return kernels("triton", "segment_sum").sum_by_token(tokens, rows.contiguous(), dtype)
     used, place = tokens.unique(return_inverse=True)
     sums = rows.new_zeros(len(used), rows.shape[1])
     add_rows_(sums, place, rows)

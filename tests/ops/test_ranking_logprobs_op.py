@@ -23,15 +23,22 @@ def case(ranked_case):
     return ranked_case(1, lists=4, group=2, steps=5, size=6, dim=16, vocab=7, dtype=torch.float32)
 
 
+def home(backend, device):
+    """Where tensors lie: Triton's on the GPU if there is one, everybody else's on the CPU."""
+    return device if backend == "triton" else torch.device("cpu")
+
+
 def total(outputs):
-    return sum((x * torch.linspace(-1, 2, x.numel()).view(x.shape)).sum() for x in outputs if x is not None)
+    return sum(
+        (x * torch.linspace(-1, 2, x.numel(), device=x.device).view(x.shape)).sum() for x in outputs if x is not None
+    )
 
 
 def inputs_of(case, *, reference=False, backend="numba"):
     """Arguments of the registered operation; any order of the candidates will do."""
     generator = torch.Generator().manual_seed(0)
     n, k = len(case.hidden), case.candidates.shape[1]
-    position = torch.stack([torch.randperm(k, generator=generator) for _ in range(n)]).int()
+    position = torch.stack([torch.randperm(k, generator=generator) for _ in range(n)]).int().to(case.hidden.device)
     ref = (case.hidden.detach() + 1, case.weight.detach(), None) if reference else (None, None, None)
     tensors = case.hidden, case.weight, case.bias, case.candidates, position, case.values
     return RankedLists(*tensors, *ref, None, 0.7, False, backend)
@@ -42,8 +49,8 @@ def inputs_of(case, *, reference=False, backend="numba"):
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_the_dense_gradient(backend, dtype, case):
-    case = case.to(dtype)
+def test_rows_are_the_dense_gradient(backend, dtype, case, device):
+    case = case.to(dtype, home(backend, device))
     dense = torch.autograd.grad(total(ranking_logprobs(*case.positional, backend=backend, **case.options)), case.leaves)
     out = ranking_logprobs(*case.positional, backend=backend, weight_grad="rows", **case.options)
     hidden, rows, bias = torch.autograd.grad(total(out), case.leaves)
@@ -72,16 +79,17 @@ def test_rows_reach_an_optimizer_that_takes_them(case):
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("buffer", ["grad", "nothing", "main_grad"])
-def test_accumulates(buffer, backend, case):
+def test_accumulates(buffer, backend, case, device):
+    case = case.to(device=home(backend, device))
     options = {"backend": backend, **case.options}
     dense = torch.autograd.grad(total(ranking_logprobs(*case.positional, **options)), case.leaves)
-    case = case.to(torch.float32 if buffer != "main_grad" else torch.bfloat16)
+    case = case.to(torch.float32 if buffer != "main_grad" else torch.bfloat16, home(backend, device))
     expected = dense[1].clone()
     if buffer == "grad":
         case.weight.grad = torch.ones_like(case.weight)
         expected += 1
     elif buffer == "main_grad":
-        case.weight.main_grad = torch.ones(case.weight.shape)
+        case.weight.main_grad = torch.ones_like(case.weight, dtype=torch.float32)
         expected += 1
     before = case.weight.grad
     total(ranking_logprobs(*case.positional, weight_grad="accumulate", **options | {"bias": case.bias})).backward()
@@ -119,8 +127,10 @@ def test_all_actions_pass_the_mode_on(case):
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_deterministic_mode_repeats_every_bit(backend, ranked_case):
+def test_deterministic_mode_repeats_every_bit(backend, ranked_case, device, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses a library's products on a GPU
     case = ranked_case(2, lists=16, group=2, steps=4, size=8, dim=16, vocab=5, dtype=torch.float32)
+    case = case.to(device=home(backend, device))
     torch.use_deterministic_algorithms(True)
     try:
         grads = [
@@ -156,7 +166,8 @@ def test_only_requested_gradients_are_computed(case):
 
 @pytest.mark.parametrize("backend", ["numba", "triton"])
 @pytest.mark.parametrize("reference", [False, True])
-def test_operations_are_registered_correctly(reference, backend, case):
+def test_operations_are_registered_correctly(reference, backend, case, device):
+    case = case.to(device=home(backend, device))
     torch.library.opcheck(
         torch.ops.flexrec.ranking_logprobs.default, inputs_of(case, reference=reference, backend=backend)
     )
@@ -218,13 +229,14 @@ def test_other_weight_gradients_need_eager_mode(case):
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
-def test_autocast_changes_nothing_inside(backend, ranked_case):
+def test_autocast_changes_nothing_inside(backend, ranked_case, device):
     """Operands are taken as they are: half-precision states with a float32 embedding give float32 results."""
     case = ranked_case(4, lists=2, group=2, steps=4, size=8, dim=32, dtype=torch.float32)
+    case = case.to(device=home(backend, device))
     hidden = case.hidden.detach().bfloat16().requires_grad_()
     want = ranking_logprobs(hidden.float(), *case.positional[1:], values=case.values, backend="torch", **case.options)
     wanted = torch.autograd.grad(total(want), (hidden, case.weight))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(case.hidden.device.type, dtype=torch.bfloat16):
         got = ranking_logprobs(hidden, *case.positional[1:], values=case.values, backend=backend, **case.options)
         grads = torch.autograd.grad(total(got), (hidden, case.weight))
         probs = ranking_probs(hidden, *case.positional[1:], **case.options)

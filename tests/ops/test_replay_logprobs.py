@@ -68,16 +68,18 @@ def test_values_and_gradients_are_those_of_masked_logits(counts, backend, bias):
         torch.testing.assert_close(ours, plain)
 
 
-def test_triton_agrees_in_float32():
-    tensors, ids, offsets, targets, pools = problem(MIXES["mixed"], torch.float32)
-    hidden, weight, bias = tensors
-    found = replay_logprobs(hidden, weight, ids, offsets, targets, bias=bias, temperature=1.3, backend="triton")
-    expected = by_masked_logits(tensors, targets, pools, 1.3)
-    for ours, plain in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, plain.float(), rtol=1e-4, atol=1e-5)
-    ours = torch.autograd.grad(found.logprobs.sum(), tensors)
+def test_triton_agrees_in_float32(device):
+    tensors, *lists, pools = problem(MIXES["mixed"], torch.float32)
+    expected = by_masked_logits(tensors, lists[-1], pools, 1.3)
     plain = torch.autograd.grad(expected[0].sum(), tensors)
-    torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
+    tensors = [x.detach().to(device).requires_grad_() for x in tensors]
+    hidden, weight, bias = tensors
+    lists = [x.to(device) for x in lists]
+    found = replay_logprobs(hidden, weight, *lists, bias=bias, temperature=1.3, backend="triton")
+    for ours, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), other.float(), rtol=1e-4, atol=1e-5)
+    ours = [x.cpu() for x in torch.autograd.grad(found.logprobs.sum(), tensors)]
+    torch.testing.assert_close(ours, list(plain), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("weight_grad", ["rows", "accumulate"])

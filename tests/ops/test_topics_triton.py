@@ -83,9 +83,8 @@ def test_topics_given_list_by_list_are_read_as_they_lie(device):
 
 def test_what_is_too_large_is_refused_by_name(device):
     for size, columns in ((topic_swaps.MAX_SIZE + 1, 2), (3, topic_swaps.WIDTHS[-1] + 1)):
+        gains, topics = torch.ones(1, size, device=device), torch.ones(1, size, columns, device=device)
         with pytest.raises(ValueError, match="K <= 1024 candidates and C <= 256 topics"):
-            swap_rewards(
-                torch.ones(1, size), "err_ia", topics=torch.ones(1, size, columns).to(device), backend="triton"
-            )
+            swap_rewards(gains, "err_ia", topics=topics, backend="triton")
     assert module.MAX_TRITON_SIZE_OF_TOPICS == topic_swaps.MAX_SIZE
     assert topic_swaps.WIDTHS[-1] == module.MAX_TRITON_TOPICS
