@@ -6,8 +6,8 @@
 # Needs Python with torch, triton, transformers, numba, pytest, pytest-benchmark, hypothesis, pybind11, cmake and ninja;
 # downloads nothing. PYTHON chooses the interpreter (python3).
 #
-#   RESULTS    environment.txt, bench.json, language-model.json, report.md and log.txt go to RESULTS/<name of the GPU>/
-#              (default: bench/results)
+#   RESULTS    environment.txt, kernel-times.md, bench.json, language-model.json, report.md and log.txt go to
+#              RESULTS/<name of the GPU>/ (default: bench/results)
 #   --wheels   a folder of pure-Python wheels of peers (liger-kernel, cut-cross-entropy, trl), put in front of what is
 #              installed, for this run only
 #   --dry-run  every phase in small form on a CPU
@@ -42,7 +42,7 @@ elif [[ -z $gpu ]]; then
 fi
 results=$root/$(tr -cs '[:alnum:]._\n' - <<<"${gpu,,}")
 mkdir -p "$results"
-rm -f "$results"/{environment.txt,bench.json,language-model.json,report.md,log.txt} # an earlier run's must not pass for this one's
+rm -f "$results"/{environment.txt,kernel-times.md,bench.json,language-model.json,report.md,log.txt} # an earlier run's must not pass for this one's
 summary=''
 
 left() { echo $((TOTAL - SECONDS)); }
@@ -90,12 +90,13 @@ if phase build 120 "$PYTHON" -m pip install --no-build-isolation --no-deps --no-
   if [[ $dry_run ]]; then
     tests=(-q -k '(triton or gpu) and empty' --ignore tests/ops/test_triton_compile.py)
   elif "$PYTHON" -c 'import xdist' 2>/dev/null; then
-    tests+=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+    tests+=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
   fi
-  phase tests 150 env -u TRITON_INTERPRET "$PYTHON" -m pytest --continue-on-collection-errors "${tests[@]}" tests || status=1
-  phase bench $(($(left) - 120)) "$PYTHON" -m pytest --continue-on-collection-errors -q --durations=15 bench \
+  phase tests 140 env -u TRITON_INTERPRET "$PYTHON" -m pytest --continue-on-collection-errors "${tests[@]}" tests || status=1
+  phase kernels 30 "$PYTHON" bench/kernel_times.py --output "$results" || status=1
+  phase bench $(($(left) - 130)) "$PYTHON" -m pytest --continue-on-collection-errors -q --durations=15 bench \
     --benchmark-json "$results/bench.json" || status=1
-  phase models 100 "$PYTHON" bench/language_model.py --output "$results" --rounds 1 || status=1
+  phase models 120 "$PYTHON" bench/language_model.py --output "$results" --rounds 1 || status=1
   phase report 30 bash -c '"$1" bench/report.py "$2/bench.json" >"$2/report.md"' - "$PYTHON" "$results" || status=1
 else
   status=1

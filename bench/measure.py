@@ -167,7 +167,10 @@ def _launcher(steps: Sequence[Step], capturable: bool) -> tuple[Step, str]:
             return _capture(steps).replay, "graph"
         except RuntimeError as error:
             torch.cuda.synchronize()
-            return lambda: [step() for step in steps], f"stream, as capturing failed: {str(error).splitlines()[0]}"
+            cause: BaseException = error  # which the end of the capture, failing in turn, covers up
+            while cause.__context__ is not None:
+                cause = cause.__context__
+            return lambda: [step() for step in steps], f"stream, as capturing failed: {str(cause).splitlines()[0]}"
     return lambda: [step() for step in steps], "stream"
 
 

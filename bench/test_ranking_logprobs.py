@@ -168,7 +168,7 @@ def is_chosen(size: Rankings, method: str) -> bool:
     if method in VOCABULARY and size != VOCABULARY_SHAPE:
         return method == "log_softmax" and size == MAIN
     if method.endswith("compiled"):
-        return not SMALL and (GPU or size in SHAPES or method in VOCABULARY)
+        return not SMALL and (size in SHAPES or method in VOCABULARY)
     return True
 
 

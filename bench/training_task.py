@@ -133,7 +133,8 @@ class TrainingTask:
     def model(self) -> Any:
         torch.manual_seed(0)
         config = copy.deepcopy(self.config)  # trainers write into it: transformers' switches the cache off
-        return AutoModelForCausalLM.from_config(config, dtype=self.dtype).to(DEVICE)
+        with DEVICE:  # where 3B random weights take a moment; one core would take minutes
+            return AutoModelForCausalLM.from_config(config, dtype=self.dtype)
 
     def _candidates(self, rng: np.random.Generator) -> list[list[int]]:
         vocabulary = self.config.vocab_size

@@ -42,6 +42,7 @@ class Resources:
         scalar_spills: scalar registers kept in lanes of vector registers (AMD only): moves, no memory.
         shared_bytes: shared memory.
         instruction: the tensor-core instruction used most, or "" for none.
+        lanes_apart: reductions that some version of Triton gets wrong, see :func:`reductions_of_lanes_apart`.
     """
 
     registers: int
@@ -49,6 +50,7 @@ class Resources:
     scalar_spills: int
     shared_bytes: int
     instruction: str
+    lanes_apart: int
 
 
 class Variant(NamedTuple):
@@ -104,9 +106,11 @@ def compile_launch(launch: Launch, target: str) -> Resources:
 
     source, gpu, options = _to_compile(launch, target)
     compiled = triton.compile(source, target=gpu, options=options)
+    apart = reductions_of_lanes_apart(compiled.asm["ttgir"])
     if target.startswith("sm_"):
-        return _nvidia_resources(compiled.asm["cubin"], compiled.metadata.shared, products="mma" in compiled.asm["ptx"])
-    return _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
+        products = "mma" in compiled.asm["ptx"]
+        return _nvidia_resources(compiled.asm["cubin"], compiled.metadata.shared, apart, products=products)
+    return _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared, apart)
 
 
 def read_launch(launch: Launch, target: str) -> None:
@@ -142,7 +146,34 @@ def _to_compile(launch: Launch, target: str) -> tuple[Any, Any, dict[str, Any]]:
     return source, gpu, {"num_warps": launch.num_warps, "enable_fp_fusion": FP_FUSION}
 
 
-def _nvidia_resources(cubin: bytes, shared: int, *, products: bool) -> Resources:
+def reductions_of_lanes_apart(ttgir: str) -> int:
+    """Reductions along an axis that lies in lanes of a warp with others, or copies, between them.
+
+    Triton 3.6 takes the first of the lanes and goes on with its neighbours, whatever these hold (seen on an H200: the
+    best order's value was twice the sum of every other rank). ``scans.sum_of_rows`` does without.
+
+    Args:
+        ttgir: a kernel in the form in which Triton has chosen layouts, whose linear ones say what each bit of the lane
+            adds to every coordinate. Those of other layouts are neighbours.
+    """
+    lanes = {
+        name: json.loads(bases)
+        for name, bases in re.findall(r"^#(\w+) = #ttg\.linear<.*?lane = (\[.*?\]\])", ttgir, re.M)
+    }
+    count = 0
+    for axis, layout in re.findall(
+        r'"tt\.reduce"\(.*?<\{axis = (\d+) .*?\}\) : \(tensor<[^#]*, (.*?)>\) ->', ttgir, re.S
+    ):
+        sliced = [int(axis) for axis in reversed(re.findall(r"#ttg\.slice<\{dim = (\d+)", layout))]
+        bases = lanes.get(re.findall(r"#(\w+)", layout)[-1], [])
+        for dropped in sliced:
+            bases = [base[:dropped] + base[dropped + 1 :] for base in bases]
+        along = "".join("x" if base[int(axis)] else " " for base in bases)
+        count += " " in along.strip()
+    return count
+
+
+def _nvidia_resources(cubin: bytes, shared: int, apart: int, *, products: bool) -> Resources:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -157,10 +188,11 @@ def _nvidia_resources(cubin: bytes, shared: int, *, products: bool) -> Resources
         scalar_spills=0,
         shared_bytes=shared,
         instruction=_most_common(r"\b[A-Z]G?MMA\.[\w.]+", code),
+        lanes_apart=apart,
     )
 
 
-def _amd_resources(assembly: str, shared: int) -> Resources:
+def _amd_resources(assembly: str, shared: int, apart: int) -> Resources:
     return Resources(
         registers=_number(r"\.vgpr_count:\s+(\d+)", assembly),
         # The private segment holds what is spilled to memory, whether from vector or from scalar registers.
@@ -171,6 +203,7 @@ def _amd_resources(assembly: str, shared: int) -> Resources:
         scalar_spills=_number(r"\.sgpr_spill_count:\s+(\d+)", assembly),
         shared_bytes=shared,
         instruction=_most_common(r"\bv_mfma_\w+", assembly),
+        lanes_apart=apart,
     )
 
 

@@ -59,7 +59,7 @@ from flexrec.triton_kernels.ranking_logprobs_problem import (
     trip_count,
     weight_grad_by_matmul,
 )
-from flexrec.triton_kernels.segment_sum import sum_by_place
+from flexrec.triton_kernels.segment_sum import add_by_token
 
 __all__ = [
     "INTERPRETED",
@@ -199,10 +199,10 @@ def ranking_logprobs_backward(
     Args:
         upstream: gradients of log-probs (N, T), entropy (N, T), expectations (N, T, C); of KL (N, T) with a reference.
         saved: of the forward pass; a tensor without entries counts as None.
-        weight_mode: "dense": weight (V, D) and bias (V,) in the dtype of what they belong to, summed in float32 by
-            atomics, in no fixed order. "rows": weight (P K, D) and bias (P K,) float32, entry p K + k for token
-            candidates[p, k]; no atomics, nothing zeroed first, bitwise repeatable. "accumulate": added to ``into``,
-            and None is returned.
+        weight_mode: "dense": weight (V, D) and bias (V,) in the dtype of what they belong to, summed in float32: by
+            atomics, in no fixed order, or through rows where these are fewer bytes (:func:`_new_like`). "rows": weight
+            (P K, D) and bias (P K,) float32, entry p K + k for token candidates[p, k]; no atomics, nothing zeroed
+            first, bitwise repeatable. "accumulate": added to ``into``, and None is returned.
         into: for "accumulate", the (V, D) and (V,) tensors to add to; by atomics if float32, else through rows, which
             are added up by token in float32 first.
         reference, order: as given to the forward launcher.
@@ -220,7 +220,8 @@ def ranking_logprobs_backward(
         raise ValueError(f"weight_mode must be one of {', '.join(WEIGHT_MODES)}, got {weight_mode!r}")
     wanted = weight if needs_grad[1] else None, bias if needs_grad[2] else None
     by_rows = weight_mode == "rows" or any(x is not None and x.dtype != torch.float32 for x in into)
-    if by_rows and order == "chosen" and len(hidden) > len(candidates):
+    shared = order == "chosen" and len(hidden) > len(candidates)  # a list's rows have several writers
+    if by_rows and shared:
         raise ValueError(
             f"weight_mode={weight_mode!r} needs order='canonical' where rankings share a list, got 'chosen'"
         )
@@ -229,7 +230,8 @@ def ranking_logprobs_backward(
         targets = _checked_into(into, wanted)
     else:
         rows = weight.shape[0] if weight_mode == "dense" else candidates.numel()
-        targets = _new_like(wanted, rows, zeros=weight_mode == "dense" or empty)
+        rounded = weight_mode == "dense" and not shared and candidates.numel() <= rows
+        targets = _new_like(wanted, rows, zeros=weight_mode == "dense" or empty, rounded=rounded)
     hidden_grad = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_grad[0] else None
 
     if empty and hidden_grad is not None:
@@ -306,11 +308,9 @@ def _weight_grads(
     if not as_rows and (by_matmul or any(x is not None and x.dtype != torch.float32 for x in targets)):
         rows = _new_like(targets, count, zeros=False)
         _weight_grads(problem, dlogits, norm, rows, True, ragged)
-        ones, order = dlogits.new_ones(count, dtype=torch.float32), torch.arange(count, device=dlogits.device)
         for target, row in zip(targets, rows, strict=True):
             if target is not None and row is not None:  # a token's rows are added up before they are rounded
-                table, out = row.view(count, -1), target.view(len(target), -1)
-                sum_by_place(ones, order, table, candidates.flatten(), out, accumulate=True)
+                add_by_token(candidates.flatten(), row.view(count, -1), target.view(len(target), -1))
     elif by_matmul and targets[0] is not None:
         slopes = dlogits[..., : problem.sizes["K"]]  # (P, G T, K)
         grad = torch.bmm(slopes.transpose(1, 2), hidden.view(*slopes.shape[:2], width))  # (P, K, D)
@@ -336,11 +336,18 @@ def _weight_grads(
         )
 
 
-def _new_like(wanted: WeightAndBias, rows: int, *, zeros: bool) -> WeightAndBias:
-    """float32 (rows, D) and (rows,) for those that are wanted."""
+def _new_like(wanted: WeightAndBias, rows: int, *, zeros: bool, rounded: bool = False) -> WeightAndBias:
+    """(rows, D) and (rows,) for those that are wanted: float32, or ``rounded`` in their own dtype.
+
+    A gradient (V, D) in half precision of M = P K rows takes, in bytes per column,
+        4 V zeroed + 8 M added by atomics + 4 V read and 2 V written to round it,         in float32 first;
+        2 V zeroed + 8 M rows written and read + 4 M read and written where they belong,  by rows, each rounded once,
+    and 6 V or 2 V + 4 M of memory: less by rows up to M = V, and the same to the last bit every time.
+    """
     new = torch.zeros if zeros else torch.empty
     weight, bias = (
-        None if x is None else new((rows, *x.shape[1:]), dtype=torch.float32, device=x.device) for x in wanted
+        None if x is None else new((rows, *x.shape[1:]), dtype=x.dtype if rounded else torch.float32, device=x.device)
+        for x in wanted
     )
     return weight, bias
 

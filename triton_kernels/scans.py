@@ -35,6 +35,18 @@ def partner(x, BIT: tl.constexpr):
 
 
 @triton.jit
+def sum_of_rows(x):
+    """(R, 1) the sum of each row (R, C), a bit of the column at a time.
+
+    For what has been halved often: its layout can keep a row in lanes of a warp that are not neighbours, with copies in
+    those between, and Triton 3.6 reduces over neighbours all the same. Over one bit it finds the right lane.
+    """
+    for _ in tl.static_range(log2(x.shape[1])):
+        x = tl.sum(x.reshape(x.shape[0], x.shape[1] // 2, 2), axis=2)
+    return x
+
+
+@triton.jit
 def _sums_beyond(x, LATER: tl.constexpr):
     """``sums_beyond`` by pairs, fours, eights .. : log2(C) additions per element."""
     column = tl.arange(0, x.shape[1])[None, :]  # (1, C)

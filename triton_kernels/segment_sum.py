@@ -2,6 +2,7 @@
 
     out[s] (+)= sum over the entries e of segment s of coefficient[e] * table[index[e]]                 segment_sum
     out[place[e]] += coefficient[e] * table[index[e]]                                                   scatter_add
+    out[token] += sum over the entries e of a token of table[e]                                         add_by_token
 
 Segment s has the entries offsets[s] .. offsets[s + 1] of nnz. Both take equal shares of the entries to a program,
 however long the segments are: ``segment_sum`` cuts long ones into pieces of PIECE entries, whose sums are added up in
@@ -151,6 +152,50 @@ def segment_join_kernel(
 
 
 @kernel
+def runs_kernel(
+    token_ptr,  # (entries,) integer, ascending
+    order_ptr,  # (entries,) integer: which row each entry has
+    rows_ptr,  # (entries, D)
+    out_ptr,  # (V, D) added to at a token's place if TABLE, else (entries, D) written
+    entries,
+    V,
+    D,
+    TABLE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_D columns of the sum of a token's rows, by its first entry; the others have 0, if anything.
+
+    Nothing but the order is needed, no segments and no waiting. A token has a row for each list, and thus few.
+    """
+    first = tl.program_id(0).to(tl.int64)
+    token = tl.load(token_ptr + first).to(tl.int64)
+    before = tl.load(token_ptr + first - 1, mask=first > 0, other=0).to(tl.int64)
+    is_first = (first == 0) | (token != before)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # (BLOCK_D,)
+    d_ok = d < D
+    sums = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+    at = tl.where(is_first, first, entries)
+    while at < entries:
+        entry = at + tl.arange(0, BLOCK_E)  # (BLOCK_E,)
+        ok = entry < entries
+        ok = ok & (tl.load(token_ptr + entry, mask=ok, other=-1).to(tl.int64) == token)
+        row = tl.load(order_ptr + entry, mask=ok, other=0).to(tl.int64)
+        rows = tl.load(rows_ptr + row[:, None] * D + d[None, :], mask=ok[:, None] & d_ok[None, :], other=0.0)
+        sums += rows.to(tl.float32)
+        at = tl.where(tl.sum(ok.to(tl.int32)) == BLOCK_E, at + BLOCK_E, entries)
+    total = tl.sum(sums, axis=0)  # (BLOCK_D,)
+    if TABLE:
+        ok = d < tl.where(is_first & (token >= 0) & (token < V), D, 0)
+        place = out_ptr + token * D + d
+        total += tl.load(place, mask=ok, other=0.0).to(tl.float32)
+    else:
+        ok = d_ok
+        place = out_ptr + first * D + d
+    tl.store(place, total.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@kernel
 def scatter_kernel(
     coefficient_ptr,  # (nnz,) float32
     index_ptr,  # (nnz,) int32
@@ -239,6 +284,39 @@ def sum_by_place(
     place, order = place.sort(stable=True)
     offsets = torch.searchsorted(place, torch.arange(len(out) + 1, device=place.device, dtype=place.dtype))
     segment_sum(coefficient[order], index[order], table, place, offsets, out, accumulate=accumulate)
+
+
+def sum_by_token(tokens: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each token with the sum of its rows, without waiting for the GPU, and thus in as many rows as there were.
+
+    Args:
+        tokens: (M,) integer, rows: (M, D) floating, contiguous.
+        dtype: of the sums, which are float32 inside and rounded once.
+
+    Returns:
+        (M,) ascending tokens and (M, D) their sums, with rows of 0 where a token comes again.
+    """
+    tokens, order = tokens.sort(stable=True)
+    sums = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    _sum_runs(tokens, order, rows, sums, table=False)
+    return tokens, sums
+
+
+def add_by_token(tokens: Tensor, rows: Tensor, out: Tensor) -> None:
+    """out[token] += the sum of the token's rows, each entry of ``out`` (V, D) rounded once; bitwise repeatable.
+
+    Arguments as of :func:`sum_by_token`; tokens that ``out`` does not have are skipped.
+    """
+    _sum_runs(*tokens.sort(stable=True), rows, out, table=True)
+
+
+def _sum_runs(tokens: Tensor, order: Tensor, rows: Tensor, out: Tensor, *, table: bool) -> None:
+    entries, d = rows.shape
+    if entries and d:
+        block_e, block_d = tile(d)
+        grid = entries, ceil_div(d, block_d)
+        blocks = {"TABLE": table, "BLOCK_E": block_e, "BLOCK_D": block_d}
+        launch(runs_kernel, grid, tokens, order, rows, out, entries, len(out), d, **blocks)
 
 
 def scatter_add(coefficient: Tensor, index: Tensor, table: Tensor, place: Tensor, out: Tensor) -> None:

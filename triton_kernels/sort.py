@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from flexrec.triton_kernels.lists import CUTOFF, IDEAL, RELEVANT, gains_of, load_tile, term_gains
-from flexrec.triton_kernels.scans import log2, partner
+from flexrec.triton_kernels.scans import log2, partner, sum_of_rows
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def _dcg(lists, ordered, start, terms, GAIN_KIND: tl.constexpr):
     """(R, 1) discounted sum of sorted gains (R, C), given as integers, the first of them at rank ``start``."""
     k = start + tl.arange(0, ordered.shape[1])[None, :]  # (1, C)
     w = term_gains(ordered.to(lists.zero.dtype, bitcast=True), terms, GAIN_KIND)  # (R, C)
-    return tl.sum(w * tl.load(lists.discounts_ptr + k, mask=k < lists.size, other=0.0), axis=1, keep_dims=True)
+    return sum_of_rows(w * tl.load(lists.discounts_ptr + k, mask=k < lists.size, other=0.0))
 
 
 @triton.jit

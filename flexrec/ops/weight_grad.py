@@ -56,28 +56,32 @@ def add_rows_(buffer: Tensor, tokens: Tensor, rows: Tensor) -> None:
     repeatable on a CPU, and on a GPU under ``torch.use_deterministic_algorithms``.
     """
     if rows.dtype != buffer.dtype:
-        tokens, rows = sum_by_token(tokens, rows)
-        buffer.index_add_(0, tokens, rows.to(buffer.dtype))
+        buffer.index_add_(0, *sum_by_token(tokens, rows, buffer.dtype))
     elif choose_backend("auto", "rows", rows) == "numba" and buffer.is_contiguous() and rows.is_contiguous():
         kernels("numba", "rows").add_at_tokens(buffer, tokens, rows)
     else:
         buffer.index_add_(0, tokens, rows)
 
 
-def sum_by_token(tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens in ascending order, each once, and the sums of their rows."""
+def sum_by_token(tokens: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The tokens in ascending order and the sums of their rows, rounded to ``dtype`` once.
+
+    Each once; by Triton's kernels, which do not wait for the number of them, again and again with rows of 0.
+    """
+    if choose_backend("auto", "rows", rows) == "triton":
+        return kernels("triton", "segment_sum").sum_by_token(tokens, rows.contiguous(), dtype)
     used, place = tokens.unique(return_inverse=True)
     sums = rows.new_zeros(len(used), rows.shape[1])
     add_rows_(sums, place, rows)
-    return used, sums
+    return used, sums.to(dtype)
 
 
 def deliver(weight_grad: str, weight: Tensor, tokens: Tensor, rows: Tensor) -> Tensor | None:
     """What autograd gets for ``weight`` (V, D) whose tokens (M,) have the gradients rows (M, D)."""
     if weight_grad == "rows":
         if rows.dtype != weight.dtype:  # round the sum, not what is summed
-            tokens, rows = sum_by_token(tokens, rows)
-        return torch.sparse_coo_tensor(tokens[None], rows.to(weight.dtype), weight.shape, check_invariants=False)
+            tokens, rows = sum_by_token(tokens, rows, weight.dtype)
+        return torch.sparse_coo_tensor(tokens[None], rows, weight.shape, check_invariants=False)
     if weight_grad == "accumulate":
         add_rows_(accumulated_grad(weight), tokens, rows)
         return None

@@ -303,6 +303,31 @@ def test_a_token_of_many_lists_is_added_up_before_it_is_rounded(device):
 
 
 @pytest.mark.parametrize("order", ["canonical", "chosen"])
+@pytest.mark.parametrize("group", [1, 3])
+def test_a_dense_gradient_in_half_precision_goes_through_rows(group, order, device, monkeypatch):
+    """No float32 buffer of the vocabulary's size, and the same bits again; but for rows that several rankings write."""
+    x = make(4, group, 3, 9, 16, 60, dtype=torch.bfloat16, device=device)
+    out = ranking_logprobs_forward(*x.inputs, order=order)
+    arguments = upstream_of(results(out)), out, *x.inputs, [False, True, True]
+    made, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: made.append(k.get("dtype")) or zeros(*a, **k))
+    _, *found = ranking_logprobs_backward(*arguments, order=order)
+    shared = order == "chosen" and group > 1
+    assert {dtype for dtype in made if dtype != torch.int32} == {torch.float32 if shared else torch.bfloat16}
+    if shared:
+        out = ranking_logprobs_forward(*x.inputs, order="canonical")
+    by_rows = {"weight_mode": "rows", "order": "canonical" if shared else order}
+    _, *rows = ranking_logprobs_backward(arguments[0], out, *arguments[2:], **by_rows)
+    for grad, each in zip(found, rows, strict=True):
+        total = zeros(grad.shape, device=device).index_add_(0, x.candidates.flatten(), each)
+        assert grad.dtype == torch.bfloat16
+        assert (grad.float() - total).abs().max() <= 2**-7 * total.abs().max()
+    if not shared:
+        again = ranking_logprobs_backward(*arguments, order=order)[1:]
+        assert all(torch.equal(first, second) for first, second in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("order", ["canonical", "chosen"])
 @pytest.mark.parametrize("mode", ["dense", "accumulate", "rows"])
 def test_tokens_out_of_range_are_neither_read_nor_written(mode, order, device):
     """Where value checks are off: NaN for steps that may choose them, and what lies beside the buffers stays."""

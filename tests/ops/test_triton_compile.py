@@ -54,6 +54,38 @@ def test_no_register_is_spilled(rows):
     assert not spilling, "smaller tiles or more warps:\n" + "\n".join(spilling)
 
 
+def test_no_reduction_goes_over_lanes_that_lie_apart(rows):
+    apart = [f"{row.variant}, {row.target}" for row in rows if row.resources.lanes_apart]
+    assert not apart, "Triton 3.6 takes their neighbours; see scans.sum_of_rows:\n" + "\n".join(apart)
+
+
+def test_lanes_that_lie_apart_are_seen():
+    """A row in lanes 0, 1 and 3 (copies in 2), as Triton 3.6 laid out the largest gains of lists; and neighbours."""
+    layouts = """
+#blocked = #ttg.blocked<{sizePerThread = [1, 4], threadsPerWarp = [2, 16], warpsPerCTA = [4, 1], order = [1, 0]}>
+#linear = #ttg.linear<{register = [[8, 0]], lane = [[0, 8], [0, 16], [0, 0], [0, 1], [1, 0]], warp = [], block = []}>
+#linear1 = #ttg.linear<{register = [], lane = [[0, 8, 0], [0, 0, 1], [0, 16, 0], [1, 0, 0]], warp = [], block = []}>
+"""
+
+    def reduction(axis: int, layout: str) -> str:
+        return f"""
+    %a = "tt.reduce"(%b) <{{axis = {axis} : i32}}> ({{
+    ^bb0(%c: f32 loc(#loc), %d: f32 loc(#loc)):
+      tt.reduce.return %e : f32 loc(#loc)
+    }}) : (tensor<16x32xf32, {layout}>) -> tensor<16xf32, #ttg.slice<{{dim = {axis}, parent = {layout}}}>> loc(#loc)"""
+
+    for expected, axis, layout in (
+        (0, 1, "#blocked"),
+        (1, 1, "#linear"),
+        (0, 0, "#linear"),
+        (1, 1, "#linear1"),
+        (0, 0, "#linear1"),
+        (1, 1, "#ttg.slice<{dim = 2, parent = #linear1}>"),
+        (0, 1, "#ttg.slice<{dim = 1, parent = #linear1}>"),
+    ):
+        assert aot.reductions_of_lanes_apart(layouts + 2 * reduction(axis, layout)) == 2 * expected, (axis, layout)
+
+
 def test_shared_memory_fits(rows):
     excess = [
         f"{row.variant}, {row.target}: {row.resources.shared_bytes} of {aot.SHARED_LIMIT[row.target]} bytes"
