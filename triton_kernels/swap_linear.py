@@ -18,10 +18,10 @@ Variance, for independent variances v_k of the term gains and Z held fixed (exac
 
     Var[r_k] = [ (m e_k - sum e_j)^2 v_k + e_k^2 sum v_j - 2 e_k sum e_j v_j + sum e_j^2 v_j ] / ((m - 1) Z)^2.
 
-The last three terms are sum (e_k - e_j)^2 v_j, and what they lose of its digits grows with e_k, which is of use at
-shown ranks alone: hence the last of these is the centre. Where all shown ranks weigh the same (recall, precision) it
-makes e_k 0 there and the sum one of positive numbers; the discount of what is not shown, 0, would make it a difference
-of sums over the whole list.
+Both are sums of e_k - e_j and its square that have been multiplied out, and what they lose of their digits grows with
+e_k, which is of use at shown ranks alone: hence the last of these is the centre. Where all shown ranks weigh the same
+(recall, precision) it makes e_k 0 there, and what is left is a sum over what is not shown; centred at the discount of
+what is not shown, 0, it would be a difference of sums over the whole list.
 
 Where all lists have one length and no variance is asked for, e, its sums and 1 / (m - 1) of causal swaps are a table,
 made in float64 (and e centred at the list's last rank).

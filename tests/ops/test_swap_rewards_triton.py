@@ -210,15 +210,21 @@ def test_variance(metric, credit, device):
 
 @pytest.mark.parametrize("credit", ["swap", "noncausal"])
 def test_variance_of_what_differs_from_few(credit, device):
-    """All shown ranks weigh the same and an item of them is certain: what is left are the few that are not shown."""
+    """All shown ranks weigh the same and an item of them is certain: what is left are the few that are not shown.
+
+    No number is a difference of sums over the whole list, so each is good to its own last places: a reward has gone
+    through some 20 roundings of half an ULP (sums of 128 numbers 7 each, of which the normaliser is one), a variance
+    through 35, which add up as their root, 2 and 3 ULP.
+    """
     variance = torch.ones(1, 100)
     variance[0, 3], variance[0, 98:] = 0.0, 1e-6
     options = {"metric": "recall", "credit": credit, "num_ranked": 98}
-    _, exact = swap_rewards_with_variance(variance.double(), variance.double(), backend="torch", **options)
+    exact = swap_rewards_with_variance(variance.double(), variance.double(), backend="torch", **options)
     inputs = variance.to(device), variance.to(device)
-    found = swap_rewards_with_variance(*inputs, backend="triton", **options)[1].cpu()
-    assert exact[0, 3] < 1e-6 * exact.max()
-    assert ((found - exact).abs() <= 5 * ULP * exact).all()
+    found = swap_rewards_with_variance(*inputs, backend="triton", **options)
+    assert exact[1][0, 3] < 1e-6 * exact[1].max()
+    for x, expected in zip(found, exact, strict=True):
+        assert ((x.cpu() - expected).abs() <= 5 * ULP * expected.abs()).all()
 
 
 @pytest.mark.parametrize("credit", CREDITS)
