@@ -94,9 +94,9 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
     panels[0, 0].set_ylabel("rankings per second")
     panels[1, 0].set_ylabel("times TRL's")
     panels[2, 0].set_ylabel("peak memory, MiB")
-    panels[0, 0].legend()
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=len(METHODS))
     figure.suptitle(f"A training step: {BASE.shape}, one size changed at a time")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -101,9 +101,9 @@ def measured(model: str, prompts: int, generations: int, candidates: int, length
         for method in METHODS:
             task = base.varied(encoding=method.encoding)
             with ExitStack() as stack:
+                profile = stack.enter_context(profile_steps())
                 step = stack.enter_context(one_step(method.trainer, task))
                 peak = trial(step, DEVICE).peak_memory  # warms up
-                profile = stack.enter_context(profile_steps())
                 before_step = dict(profile.seconds)
                 start, processor = time.perf_counter(), time.process_time()
                 step()

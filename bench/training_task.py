@@ -7,8 +7,10 @@ number of generations and dtype.
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +25,7 @@ from transformers import (
     PretrainedConfig,
     PrinterCallback,
     Qwen2Config,
+    TrainerCallback,
 )
 
 from bench import peers_rankings
@@ -261,15 +264,62 @@ def trl_trainer(task: TrainingTask, folder: str, constrained: bool = False) -> A
     return trainer
 
 
+MANY = 10**6  # steps, more than anybody asks for
 TRAINERS = {"ours": our_trainer, "trl_grpo": trl_trainer}
 IN_ONE_PASS = {"ours_one_pass": partial(our_trainer, mode="one-pass")}  # of candidates of a token each
+
+
+class _OneByOne(TrainerCallback):
+    """Has a trainer's steps wait to be asked for: what comes before the first of them and after the last, a fifth of a
+    second that makes optimisers and loaders, is no part of a step."""
+
+    def __init__(self) -> None:
+        self.asked, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.stopped = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.asked.acquire()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise AssertionError("a step in several parts is not measured here")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = self.stopped
+        self.done.release()
 
 
 @contextmanager
 def one_step(method: str, task: TrainingTask) -> Iterator[Callable[[], Any]]:
     """A whole training step of a method (sampling, rewards, forward, backward, optimiser), to be called repeatedly."""
+    steps, failure = _OneByOne(), []
     with tempfile.TemporaryDirectory() as folder:
-        yield {**TRAINERS, **IN_ONE_PASS}[method](task, folder).train
+        trainer = {**TRAINERS, **IN_ONE_PASS}[method](task, folder)
+        trainer.args.max_steps = MANY
+        trainer.add_callback(steps)
+
+        def train() -> None:
+            try:
+                trainer.train()
+            except BaseException as error:  # for the thread that asks
+                failure.append(error)
+            steps.done.release()
+
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(train,))  # where a profile may be
+        thread.start()
+
+        def step() -> None:
+            steps.asked.release()
+            steps.done.acquire()
+            if failure:
+                raise failure[0]
+
+        try:
+            yield step
+        finally:
+            steps.stopped = True
+            while thread.is_alive():  # by a last step
+                steps.asked.release()
+                thread.join(0.1)
 
 
 if SMALL:

@@ -24,6 +24,7 @@ from flexrec.numba_kernels.rows import (
     Operands,
     array_of,
     embedding_rows,
+    fresh_zeros,
     operands_of,
     share,
     sum_rows,
@@ -295,7 +296,7 @@ def weight_gradient(
     dlogits: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor, row: Tensor, into: Tensor | None = None
 ) -> Tensor:
     """(V, D): the gradient in the dtype of ``weight``, or ``into``, a contiguous (V, D) floating tensor, added to."""
-    out = torch.zeros_like(weight, memory_format=torch.contiguous_format) if into is None else into
+    out = fresh_zeros(weight) if into is None else into
     if out.dtype == dlogits.dtype:
         _sum_by_token(dlogits, hidden, ids, row, len(weight), out)
     else:

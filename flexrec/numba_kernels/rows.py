@@ -20,6 +20,16 @@ Array = np.ndarray
 REORDER = {"reassoc", "contract", "nsz"}  # sums may be reordered, products fused; infinities and NaN keep their meaning
 
 
+def fresh_zeros(like: Tensor) -> Tensor:
+    """(V, D) contiguous zeros as fresh pages of the system, which are 0 before anybody has written them.
+
+    ``torch.zeros`` writes them all: at V = 32,000 and D = 256 that takes as long again as adding 640 rows does. An
+    optimiser that then reads the whole gradient saves a tenth.
+    """
+    same_size = {8: "i8", 4: "i4", 2: "i2", 1: "i1"}[like.element_size()]  # NumPy has no bfloat16
+    return torch.from_numpy(np.zeros(like.shape, dtype=same_size)).view(like.dtype)
+
+
 @njit(cache=True, fastmath=REORDER)
 def add_rows(out: Array, rows: Array, index: Array, coefficients: Array, start: int, stop: int) -> None:
     """out (D,) += the sum of coefficients[i] * rows[index[i]] over start <= i < stop, eight rows at a time."""

@@ -85,6 +85,9 @@ def deliver(weight_grad: str, weight: Tensor, tokens: Tensor, rows: Tensor) -> T
     if weight_grad == "accumulate":
         add_rows_(accumulated_grad(weight), tokens, rows)
         return None
-    grad = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+    if weight.device.type == "cpu":
+        grad = kernels("numba", "rows").fresh_zeros(weight)
+    else:
+        grad = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
     add_rows_(grad, tokens, rows)
     return grad
