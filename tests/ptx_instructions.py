@@ -32,11 +32,21 @@ def _from_bf16(bits: Array) -> Array:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def _numbers(m: Any, names: list[str], word: str) -> list[Array]:
-    """Operands of the kind that a word of an instruction says, bf16 as float32."""
-    if word == "bf16":
-        return [_from_bf16(m.get(name, np.uint16)) for name in names]
-    return [m.get(name, KINDS[word]) for name in names]
+def _numbers(m: Any, names: list[str], word: str, half: int = 0) -> list[Array]:
+    """Operands of the kind that an instruction says, bf16 as float32; of two in a register the lower or the upper."""
+    if word in ("bf16x2", "f16x2"):
+        bits = [(m.get(name, np.uint32) >> np.uint32(16 * half)).astype(np.uint16) for name in names]
+    elif word == "bf16":
+        bits = [m.get(name, np.uint16) for name in names]
+    else:
+        return [m.get(name, KINDS[word]) for name in names]
+    return [x.view(np.float16) if word == "f16x2" else _from_bf16(x) for x in bits]
+
+
+def _pair(low: Array, high: Array, kind: str) -> Array:
+    """Two numbers of 16 bits in one register."""
+    low, high = (_converted(x, kind, []).view(np.uint16).astype(np.uint32) for x in (low, high))
+    return high << np.uint32(16) | low
 
 
 def _converted(x: Array, into: str, words: list[str]) -> Array:
@@ -99,8 +109,9 @@ def _plain(m: Any, step: Any, mask: Array | None) -> None:
         function = {"min": np.minimum, "max": np.maximum}[step.name]
     target, *names = step.operands
     flush = _flushed if "ftz" in step.words else lambda x: x
-    result = flush(function(*map(flush, _numbers(m, names, step.words[-1]))))
-    m.put(target, _converted(result, step.words[-1], []), mask)
+    word = step.words[-1]
+    results = [flush(function(*map(flush, _numbers(m, names, word, half)))) for half in range(1 + word.endswith("x2"))]
+    m.put(target, _converted(results[0], word, []) if len(results) == 1 else _pair(*results, word[:-2]), mask)
 
 
 def _multiply(m: Any, step: Any, mask: Array | None) -> None:
@@ -138,16 +149,19 @@ COMPARISONS |= {"gt": np.greater, "ge": np.greater_equal}
 
 def _setp(m: Any, step: Any, mask: Array | None) -> None:
     target, *names = step.operands
-    x, y = _numbers(m, names, step.words[-1])
-    how = step.words[0]
-    unordered = np.isnan(x) | np.isnan(y) if x.dtype.kind == "f" else np.zeros(1, np.bool_)
-    if how in ("nan", "num"):
-        result = unordered == (how == "nan")
-    elif how in COMPARISONS:
-        result = COMPARISONS[how](x, y) & ~unordered
-    else:  # "ltu": or one is no number
-        result = COMPARISONS[how[:-1]](x, y) | unordered
-    m.put(target, result, mask)
+    how, word = step.words[0], step.words[-1]
+    for half, predicate in enumerate(target.split("|")):  # the second is that of the upper half
+        if half and not word.endswith("x2"):
+            raise EmulationError("this form of it is not emulated")
+        x, y = _numbers(m, names, word, half)
+        unordered = np.isnan(x) | np.isnan(y) if x.dtype.kind == "f" else np.zeros(1, np.bool_)
+        if how in ("nan", "num"):
+            result = unordered == (how == "nan")
+        elif how in COMPARISONS:
+            result = COMPARISONS[how](x, y) & ~unordered
+        else:  # "ltu": or one is no number
+            result = COMPARISONS[how[:-1]](x, y) | unordered
+        m.put(predicate, result, mask)
 
 
 def _selp(m: Any, step: Any, mask: Array | None) -> None:
@@ -185,8 +199,7 @@ def _cvt(m: Any, step: Any, mask: Array | None) -> None:
     if "ftz" in step.words:
         values = [_flushed(x) for x in values]
     if into in ("bf16x2", "f16x2"):  # the first is the upper half
-        upper, lower = (_converted(x, into[:-2], step.words).view(np.uint16).astype(np.uint32) for x in values)
-        m.put(target, upper << np.uint32(16) | lower, mask)
+        m.put(target, _pair(values[1], values[0], into[:-2]), mask)
     else:
         m.put(target, _converted(values[0], into, step.words), mask)
 

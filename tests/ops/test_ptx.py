@@ -83,6 +83,9 @@ def test_integers(code, expected):
     assert torch.equal(threads(code, given).long(), signed(expected(given.long())))
 
 
+PAIR = "cvt.rn.bf16x2.f32 %r2, %r1, 0fBF800000;"  # the number above, -1 below
+
+
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
@@ -94,6 +97,8 @@ def test_integers(code, expected):
         ("cvt.rn.bf16.f32 %rs1, %r1; cvt.f32.bf16 %r9, %rs1;", lambda x: x.bfloat16().float()),
         ("cvt.rn.bf16x2.f32 %r9, %r1, 0f00000000; and.b32 %r9, %r9, 0xFFFF0000;", lambda x: x.bfloat16().float()),
         ("cvt.rn.f16.f32 %rs1, %r1; cvt.f32.f16 %r9, %rs1;", lambda x: x.half().float()),
+        (f"{PAIR} setp.gt.bf16x2 %p1|%p2, %r2, 0; selp.f32 %r9, %r1, 0f00000000, %p2;", torch.relu),
+        (f"{PAIR} mul.bf16x2 %r9, %r2, 0xC0000000; and.b32 %r9, %r9, 0xFFFF0000;", lambda x: -2 * x.bfloat16().float()),
         ("max.f32 %r9, %r1, 0f7FC00000;", lambda x: x),
         ("max.NaN.f32 %r9, %r1, 0f7FC00000;", lambda x: x + torch.nan),
         ("mul.ftz.f32 %r9, %r1, 0f00800000;", lambda x: torch.where(x.abs() < 1, x * 0, x * 2.0**-126)),
