@@ -1,6 +1,6 @@
 # make quickstart: train the embedded default on the simulator and show what it learnt
 # make llm ESCI=DIR: a pretrained language model learns to search products (docs/language-models.md says where data and model
-#                  come from); 36 minutes on one core, less on two
+#                  come from); half an hour on two cores, three quarters where they have other work
 # make test:       all tests          make lint: format, lint and types
 # make docs:       the documentation as a site, in build/site
 # Each makes a virtual environment in .venv where there is none, the first two with what a user needs and no more;

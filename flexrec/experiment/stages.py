@@ -44,7 +44,7 @@ from flexrec.experiment.results import BASE, CRITIC, TRAINED, WARM_START, Result
 from flexrec.experiment.run_folder import FORMAT, REINFORCEMENT, WARM_UP, RunFolder, RunInfo
 from flexrec.experiment.shown import intervals_of, shown_of_run
 from flexrec.experiment.trackers import require_trackers
-from flexrec.experiment.training import GRPO, Training, grpo_config, reinforcement_arguments
+from flexrec.experiment.training import GRPO, Training, grpo_config, keep_few_kernels, reinforcement_arguments
 from flexrec.experiment.wordings import kept_from_training, measure_unseen
 from flexrec.metrics import parse_metric
 from flexrec.ops.ranking_metric import greedy_ranking
@@ -160,6 +160,8 @@ def _run_in(
     notes = [*renamed(config.needs or (), known), *check_answerable(needs, dataset)]
     given = dataset
     on_main_process(lambda: folder.check_data(given))
+    if config.bf16:
+        keep_few_kernels()
     model, tokenizer, builder = make_model(config, dataset, needs, say)
     dataset = answerable(dataset, builder, config.num_ranked)
     if config.eval_lists is not None and config.eval_lists < len(dataset.test):

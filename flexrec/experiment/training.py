@@ -6,6 +6,7 @@ import copy
 import ctypes
 import gc
 import math
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -31,6 +32,8 @@ from flexrec.trainer.base import RankingTrainer
 from flexrec.trainer.callbacks import Clock, Curve, ProgressBar, SaveInTime, Stage, StepLog
 from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
 from flexrec.trainer.supervised import SupervisedTrainer
+
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # of oneDNN, of torch in front of it
 
 # How others credit rankings: in groups, whose means are subtracted and whose spreads are divided by, rank by rank
 # (GRPO, arXiv 2402.03300). Rec-R1 (arXiv 2503.24289) has one reward for a list and ratios of tokens, Rank-GRPO
@@ -275,6 +278,17 @@ def trim_memory() -> None:
     """Give the system back what is free, where the C library is glibc, which keeps it otherwise."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
+
+
+def keep_few_kernels() -> None:
+    """Have oneDNN, which multiplies bfloat16 on a CPU, and torch's way to it keep 64 kernels each, not 1,024.
+
+    One is made for every shape, 0.3 MB, and prompts have hundreds of lengths, each with the shapes of all products of a
+    layer: within 30 steps they took 0.6 GB. To make one again takes less time than can be measured. Read at the first
+    product, so to be called before; what a user has set in the environment stands.
+    """
+    for cache in KERNEL_CACHES:
+        os.environ.setdefault(cache, "64")
 
 
 class _TrimMemory(TrainerCallback):

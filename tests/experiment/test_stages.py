@@ -4,13 +4,10 @@ import dataclasses
 import gc
 import json
 import re
-import sys
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from flexrec.data import simulate
 from flexrec.data.cold import hold_out_items, lists_of_new_items, new_items
@@ -22,7 +19,7 @@ from flexrec.experiment import config, stages, training
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.results import Results
 from flexrec.experiment.run_folder import RunFolder
-from flexrec.trainer.callbacks import Clock, Curve, ProgressBar, Stage, StepLog
+from flexrec.trainer.callbacks import Curve
 
 
 def test_every_stage_learns_from_what_the_critic_filled(tmp_path, recorded, dataset):
@@ -443,33 +440,6 @@ def test_a_need_of_whole_lists_has_its_metric_and_mmr_beside_the_others(tmp_path
 
 def test_without_a_need_of_whole_lists_there_is_no_mmr(tmp_path, recorded):
     assert "mmr" not in recorded.run(tmp_path / "run").per_list
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what the process takes, and glibc to give it back")
-def test_memory_between_what_is_kept_is_given_back():
-    def taken():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-    states = [torch.ones(16_384) for _ in range(4096)]  # 64 KiB each, 256 MiB
-    kept = states[::64]
-    del states
-    before = taken()
-    training.trim_memory()
-    assert taken() < before - 2**27
-    assert all(bool((state == 1).all()) for state in kept)
-
-
-@pytest.mark.parametrize(("model", "times"), [("some/model", 1), ("embedded", 0)])
-def test_a_language_model_gives_memory_back_after_every_step(tmp_path, monkeypatch, model, times):
-    calls = []
-    monkeypatch.setattr(training, "trim_memory", lambda: calls.append(1))
-    config = ExperimentConfig(output=str(tmp_path), model=model)
-    log = StepLog(tmp_path / "log.jsonl", append=False)
-    run = training.Training(config, examples=None, builder=None, log=log, clock=Clock(), evaluate=None)
-    for listener in run._listeners("a stage", Stage("a stage")):
-        if not isinstance(listener, ProgressBar):
-            listener.on_step_end(None, None, None)
-    assert len(calls) == times
 
 
 def test_a_stage_leaves_no_optimiser_and_no_gradients(tmp_path, monkeypatch):

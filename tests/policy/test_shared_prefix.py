@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from prefix_rows import by_hand, random_rows, states
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
@@ -102,34 +101,6 @@ def assert_same(model, found, expected):
 
 
 # --- the attention itself ---------------------------------------------------------------------------------------------
-
-
-def random_rows(seed: int):
-    """Rows of one or more prompts, of rankings of unequal lengths, some of them empty."""
-    rng = np.random.default_rng(seed)
-    generations = int(rng.integers(1, 5))
-    prompts = [rng.integers(1, 9, rng.integers(1, 8)).tolist() for _ in range(rng.integers(1, 5))]
-    same = int(rng.integers(0, 6))
-    lengths = [same] * (len(prompts) * generations) if seed % 3 == 0 else rng.integers(0, 6, len(prompts) * generations)
-    answers = [rng.integers(1, 9, length) for length in lengths]
-    rows = pack_rankings(prompts, answers, num_generations=generations, per_row=int(rng.integers(1, 5)))
-    part, ranking = rows.part_of, rows.ranking_of
-    index = torch.arange(part.shape[1])
-    seen = (part[:, :, None] == part[:, None, :]) & (index[:, None] >= index) & (part >= 0)[:, :, None]
-    return rows, seen & ((ranking[:, None, :] < 0) | (ranking[:, :, None] == ranking[:, None, :]))
-
-
-def by_hand(query, key, value, seen, scale):
-    """(B, L, H, D): a softmax over what ``seen`` says, and 0 where that is nothing."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = (scale * query @ key.transpose(2, 3)).masked_fill(~seen[:, None], -1e300)
-    return (scores.softmax(-1) * seen[:, None] @ value).transpose(1, 2)
-
-
-def states(shape, heads=4, key_heads=2, size=8, dtype=torch.float64):
-    torch.manual_seed(1)
-    return [torch.randn(shape[0], h, shape[1], size, dtype=dtype).mul(3) for h in (heads, key_heads, key_heads)]
 
 
 def flash(query, key, value, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale):
@@ -235,29 +206,6 @@ def test_a_gpus_kernels_are_tried_before_they_are_trusted(monkeypatch):
     ):
         with pytest.warns(UserWarning, match=f"flash attention .*{problem}.* heads of 8: .* by a mask"):
             assert not on_a_gpu(monkeypatch, *kernels)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("key_heads", "size"), [(2, 64), (2, 128), (3, 80)])
-def test_this_gpus_own_kernels(dtype, key_heads, size):
-    device = torch.device("cuda")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert shared_prefix.kernels_agree.__wrapped__(device, dtype, key_heads, size)
-    for seed in range(6):
-        rows, seen = random_rows(seed)
-        exact = states(rows.input_ids.shape, heads=2 * key_heads, key_heads=key_heads, size=size)
-        exact = [x.to(dtype).double().requires_grad_() for x in exact]
-        half = [x.detach().to(device, dtype).requires_grad_() for x in exact]
-        expected = by_hand(*exact, seen, size**-0.5)
-        on_gpu = replace(rows, input_ids=rows.input_ids.to(device))
-        found = shared_prefix_attention(*half, on_gpu.layout(), size**-0.5)
-        grad = torch.randn_like(expected) * (rows.part_of >= 0)[:, :, None, None]
-        ours = found, *torch.autograd.grad(found, half, grad.to(device, dtype))
-        theirs = expected, *torch.autograd.grad(expected, exact, grad)
-        for a, b in zip(ours, theirs, strict=True):
-            assert (a.cpu().double() - b).abs().max() <= 0.03 * b.abs().max()
 
 
 def test_scores_that_overflow_an_exponential():
