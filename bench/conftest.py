@@ -51,7 +51,7 @@ def ceilings(device: torch.device, pytestconfig: pytest.Config) -> Ceilings:
 @pytest.fixture(autouse=True)
 def fresh_start() -> Iterator[None]:
     """Forget what was compiled: beyond a few shapes of one function torch.compile silently runs it eagerly. And give
-    back the GPU's memory: that of a captured graph serves no other one, and 30 benchmarks had taken 130 GiB of it."""
+    back the GPU's memory: that of a captured graph serves no other one, and 20 benchmarks had taken 130 GiB of it."""
     yield
     torch._dynamo.reset()
     if torch.cuda.is_available():

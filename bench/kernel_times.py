@@ -34,29 +34,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CALLS = 10  # that a time is the mean of
 SHOWN = 16  # lines of a table
 
-# Steps, candidates and columns of a tile, warps, stages of the pipeline.
-SOFTMAX_TILES = [(64, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 128, 64, 8, 4), (64, 64, 64, 4, 3), (64, 64, 64, 4, 4)]
-SOFTMAX_TILES += [
-    (64, 64, 128, 4, 3),
-    (128, 64, 64, 4, 3),
-    (128, 128, 64, 8, 3),
-    (64, 32, 64, 4, 4),
-    (32, 32, 128, 4, 4),
-]
-PRODUCT_TILES = [
-    (64, 64, 128, 8, 3),
-    (64, 64, 128, 4, 3),
-    (64, 64, 128, 4, 4),
-    (64, 128, 128, 8, 3),
-    (64, 128, 64, 4, 3),
-]
-PRODUCT_TILES += [
-    (128, 64, 128, 8, 3),
-    (64, 64, 256, 8, 3),
-    (32, 32, 64, 4, 3),
-    (32, 32, 128, 4, 3),
-    (64, 32, 128, 4, 3),
-]
+# Steps, candidates and columns of a tile, warps, stages of the pipeline: of kernels with a softmax, and of others.
+TILES = {
+    "softmax_tiles": """64 128 64 8 3, 64 128 64 4 3, 64 128 64 8 4, 64 64 64 4 3, 64 64 64 4 4,
+        64 64 128 4 3, 128 64 64 4 3, 128 128 64 8 3, 64 32 64 4 4, 32 32 128 4 4""",
+    "product_tiles": """64 64 128 8 3, 64 64 128 4 3, 64 64 128 4 4, 64 128 128 8 3, 64 128 64 4 3,
+        128 64 128 8 3, 64 64 256 8 3, 32 32 64 4 3, 32 32 128 4 3, 64 32 128 4 3""",
+}
 
 
 def calls() -> Iterator[tuple[str, Step]]:
@@ -146,14 +130,15 @@ def tile_tables() -> Iterator[str]:
 
     for size in rankings.SHAPES:
         inputs = ranking_inputs(size, DEVICE, rankings.DTYPE)[0]
-        for name, choices in (("softmax_tiles", SOFTMAX_TILES), ("product_tiles", PRODUCT_TILES)):
+        for name, choices in TILES.items():
             lines = [
                 f"## {name}, {size}",
                 "",
                 "| T x K x D | warps | stages | us, its kernels first |",
                 "|---|---:|---:|---|",
             ]
-            for *tiles, warps, stages in choices:
+            for choice in choices.split(","):
+                *tiles, warps, stages = map(int, choice.split())
                 chosen = problem.Tiles(*tiles, warps)
 
                 def launch(kernel: Any, grid: Any, *arguments: Any, stages: int = stages, **named: Any) -> None:
