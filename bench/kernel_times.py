@@ -120,23 +120,18 @@ def table(name: str, call: Step) -> str:
         "|---:|---:|---|",
     ]
     text += [f"| {spent:.1f} | {often:g} | `{kernel[:100]}` |" for kernel, often, spent in lines[:SHOWN]]
-    return "\n".join(text) + "\n"
+    return "\n".join(["", *text])
 
 
 def tile_tables() -> Iterator[str]:
-    """Microseconds of the kernels of ranking_logprobs with each set of tiles; what does not compile says why."""
+    """Line by line, microseconds of ranking_logprobs' kernels with each set of tiles, or why it does not compile."""
     from flexrec.triton_kernels import ranking_logprobs as module
     from flexrec.triton_kernels import ranking_logprobs_problem as problem
 
     for size in rankings.SHAPES:
         inputs = ranking_inputs(size, DEVICE, rankings.DTYPE)[0]
         for name, choices in TILES.items():
-            lines = [
-                f"## {name}, {size}",
-                "",
-                "| T x K x D | warps | stages | us, its kernels first |",
-                "|---|---:|---:|---|",
-            ]
+            yield f"\n## {name}, {size}\n\n| T x K x D | warps | stages | us of each kernel |\n|---|---:|---:|---|"
             for choice in choices.split(","):
                 *tiles, warps, stages = map(int, choice.split())
                 chosen = problem.Tiles(*tiles, warps)
@@ -162,8 +157,7 @@ def tile_tables() -> Iterator[str]:
                     cell = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
                 finally:
                     mock.patch.stopall()
-                lines.append(f"| {'x'.join(map(str, tiles))} | {warps} | {stages} | {cell} |")
-            yield "\n".join(lines) + "\n"
+                yield f"| {'x'.join(map(str, tiles))} | {warps} | {stages} | {cell} |"
 
 
 def main() -> None:
@@ -180,7 +174,7 @@ def main() -> None:
 
     def write(text: str) -> None:  # at once: what comes later may be cut off
         with path.open("a") as file:
-            file.write("\n" + text)
+            file.write(text + "\n")
         print(text, flush=True)
 
     sources: list[Callable[[], Iterator[str]]] = [lambda: (table(name, call) for name, call in calls())]

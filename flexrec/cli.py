@@ -252,7 +252,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from flexrec.experiment.report.page import PAGE
     from flexrec.experiment.run_folder import RunFolder
     from flexrec.experiment.stages import run_experiment
-    from flexrec.policy.distributed import process_index
+    from flexrec.policy.distributed import leave, process_index
 
     if options.get("resume"):  # what is not said is as it was
         options = _before(options, RunFolder(arguments.output).read_config())
@@ -260,7 +260,9 @@ def _train(arguments: argparse.Namespace) -> int:
     console = Console()
     _silence_bars()
     results = run_experiment(config, say=console.print)
-    if process_index() > 0 or config.dry_run:
+    writes = process_index() == 0
+    leave()
+    if config.dry_run or not writes:
         return 0
     console.print(results.table(width=console.width))
     for sentence in results.summary():

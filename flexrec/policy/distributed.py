@@ -6,6 +6,7 @@ more tokens to decode than another, so nothing inside of a rollout may wait for 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,16 @@ def of_main_process(value: Result) -> Result:
     if _together():
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def leave() -> None:
+    """End what the processes have together, before this one ends: else its threads may abort it at its exit.
+
+    Models that were trained together must be out of use; what has not been collected of them would keep the threads.
+    """
+    if _together():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def map_over_processes(function: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:

@@ -4,6 +4,7 @@ Run as a script, ``tiny_trl.py FOLDER [ENGINE CREDIT ..]``, this file is one of 
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,10 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flexrec.integrations.trl import FlexRecGRPOConfig, FlexRecGRPOTrainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from processes import end
 
 CHARACTERS = "[]0123456789 >abcdefghijklmnopqrstuvwxyz<:/"
 TEMPLATE = (
@@ -186,3 +191,4 @@ def as_shard(folder, engine, *credits):
 
 if __name__ == "__main__":
     (as_process if len(sys.argv) == 2 else as_shard)(*sys.argv[1:])
+    end()

@@ -26,6 +26,10 @@ from flexrec.trainer.base import pad_rows
 from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
 from flexrec.trainer.supervised import SupervisedTrainer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from processes import end
+
 PROMPTS = 8  # in a step
 UNTIED = {"tied": False}
 CASES = {
@@ -270,7 +274,9 @@ def command_line(folder):
     experiment.simulate = lambda **options: simulate(**{**options, **world})
     small = ["--steps", "2", "--warmup-steps", "2", "--listwise-steps", "2", "--prompts-per-step", "8"]
     more = ["--need", "interest", "--eval-every", "2", "--baselines", "listwise", "rank_grpo"]
-    return cli.main(["train", "--output", str(folder / "run"), *small, *more])
+    code = cli.main(["train", "--output", str(folder / "run"), *small, *more])
+    assert not torch.distributed.is_initialized()  # what is left of it may abort the process at its exit
+    return code
 
 
 def main():
@@ -285,12 +291,7 @@ def main():
     }[task](engine, folder)
     if process_index() == 0:
         torch.save(found, folder / "found.pt")
-    torch.distributed.destroy_process_group()
-    # Under load torch's threads now and then abort a process that is done ("terminate called without an active
-    # exception"), which would be taken for a fault of what was tested.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    end()
 
 
 if __name__ == "__main__":
