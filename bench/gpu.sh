@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What only a GPU can say, in one command and under nine minutes: build, GPU tests, benchmarks, table of results.
 #
-#   bench/gpu.sh [--dry-run] [--wheels FOLDER] [RESULTS]
+#   bench/gpu.sh [--dry-run] [--seconds N] [--wheels FOLDER] [RESULTS]
 #
 # Needs Python with torch, triton, transformers, numba, pytest, pytest-benchmark, hypothesis, pybind11, cmake and ninja;
 # downloads nothing. PYTHON chooses the interpreter (python3).
@@ -10,18 +10,20 @@
 #              RESULTS/<name of the GPU>/ (default: bench/results)
 #   --wheels   a folder of pure-Python wheels of peers (liger-kernel, cut-cross-entropy, trl), put in front of what is
 #              installed, for this run only
+#   --seconds  that all phases may take together (510); stopping a phase can take 20 more
 #   --dry-run  every phase in small form on a CPU
 #
 # A phase that fails or takes too long is reported, and the next one begins; only a failed build ends the run. Of
 # benchmarks that are cut off, those that ended are kept. The exit status is 0 if every phase went well.
 set -uo pipefail
 
-TOTAL=510 # seconds that all phases may take together; stopping a phase can take 20 more
+TOTAL=510
 PYTHON=${PYTHON:-python3}
 dry_run='' wheels='' root=$(dirname "$0")/results
 while (($#)); do
   case $1 in
     --dry-run) dry_run=1 ;;
+    --seconds) TOTAL=${2:?--seconds needs a number} && shift ;;
     --wheels) wheels=${2:?--wheels needs a folder} && shift ;;
     -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" && exit ;;
     -*) echo "bench/gpu.sh: unknown option $1; see --help" >&2 && exit 2 ;;

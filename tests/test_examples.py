@@ -14,6 +14,7 @@ from flexrec.decoding.windows import Plan
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.stages import run_experiment
 from flexrec.policy.lora import load_model
+from flexrec.task.own_needs import read_needs
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 DOCS = EXAMPLES.parent / "docs"
@@ -29,6 +30,18 @@ def run(script, *arguments):
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def test_the_files_of_needs_are_read():
+    trained, unseen = (read_needs(EXAMPLES / f"{name}.yaml") for name in ("film_needs", "unseen_film_needs"))
+    assert [len(need.wordings) for need in trained] == [5] * 6  # two of each are kept from training
+    assert [need.wordings[0].split()[-1] for need in unseen] == ["film.", "gangsters", "war.", "please.", "recent"]
+    names = {need.name for need in trained}
+    assert not names & {need.name for need in unseen}
+    for page in ("language-models.md", "notes/language-model-gpu.md"):  # which say what came of them
+        text = (DOCS / page).read_text()
+        assert "examples/film_needs.yaml" in text
+        assert all(name in text for name in names)
 
 
 @pytest.mark.parametrize("more", [[], ["--all-actions"]])

@@ -179,6 +179,6 @@ def _segment_sum() -> Iterator[Example]:
         scatter_add(coefficient, index.int(), table, segment, out.float())
 
     yield "", lambda: owners(torch.empty(segments + 1, dtype=torch.int64), nnz)
-    for width in (64, 128, 256):
+    for width in (64, 128, 256, 2048):
         for dtype in (FP32, BF16):
             yield DTYPES[dtype], functools.partial(run, dtype, width, True)

@@ -56,8 +56,10 @@ from flexrec.triton_kernels.ranking_logprobs_problem import (
     padded,
     product_tiles,
     rank_positions_,
+    slopes_tiles,
     trip_count,
     weight_grad_by_matmul,
+    weight_grad_tiles,
 )
 from flexrec.triton_kernels.segment_sum import add_by_token
 
@@ -259,7 +261,7 @@ def _slopes(
 ) -> Tensor | None:
     """Fill ``hidden_grad`` (None: not wanted); return dz (N, T, K') for the weight gradient (None: not wanted)."""
     size, width = problem.sizes["K"], problem.width
-    tiles = problem.tiles
+    tiles = slopes_tiles(problem.rows, size, problem.arithmetic, saved.kl is not None)
     at_once = hidden_grad is not None and size <= tiles.k  # all candidates in one tile: dh follows from dz at once
     dlogits = None
     if with_weights or (hidden_grad is not None and not at_once):
@@ -279,7 +281,7 @@ def _slopes(
         **saved.pointers(problem),
         **problem.pointers,
         **problem.sizes,
-        **problem.constants,
+        **problem.constants | blocks(tiles),
     )
     if hidden_grad is not None and not at_once:
         tiles = product_tiles(problem.rows, size, problem.arithmetic)
@@ -318,7 +320,7 @@ def _weight_grads(
         if targets[1] is not None:
             targets[1].copy_(slopes.sum(1, dtype=torch.float32).flatten())
     else:
-        tiles = product_tiles(problem.rows, problem.sizes["K"], problem.arithmetic)
+        tiles = weight_grad_tiles(problem.rows, problem.sizes["K"], problem.arithmetic)
         columns = 1 if targets[0] is None else max(1, ceil_div(width, tiles.d))
         grid = (problem.problems, ceil_div(problem.sizes["K"], tiles.k), columns)
         launch(

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from flexrec.triton_kernels.launch import INTERPRETED, ceil_div, kernel, launch
 from flexrec.triton_kernels.restricted_softmax import set_softmax, set_softmax_backward
-from flexrec.triton_kernels.segment_sum import owners, scatter_add, segment_sum, sum_by_place, tile
+from flexrec.triton_kernels.segment_sum import owners, scatter_add, segment_sum, sorted_tokens, sum_by_place, tile
 from flexrec.triton_kernels.softmax import FLOOR
 
 __all__ = [  # what the op calls, of this file and its parts
@@ -165,13 +165,13 @@ def weight_gradient_rows(
 
     Waits for the GPU once, to know U. Bitwise repeatable.
     """
-    tokens, order = ids.sort(stable=True)
+    tokens, order = sorted_tokens(ids)
     tokens, segment, counts = torch.unique_consecutive(tokens, return_inverse=True, return_counts=True)
     rows = weight.new_zeros((len(tokens), hidden.shape[1]))
     offsets = counts.new_zeros(len(tokens) + 1)
     torch.cumsum(counts, 0, out=offsets[1:])
     segment_sum(dlogits[order], row[order], hidden.contiguous(), segment, offsets, rows)
-    return tokens, rows
+    return tokens.long(), rows
 
 
 def _scatters(nnz: int, hidden: Tensor, out: Tensor, *, fresh: bool) -> bool:

@@ -49,8 +49,17 @@ def test_all_variants_compile_for_all_targets(rows):
     assert len(rows) == len(expected) > 0
 
 
+# What a GPU was asked about: 47.5 us with the spills of 4 warps, 98.8 without any by 8, which exchange dz through
+# shared memory for every tile of dh (H200, N=512, P=64, T=32, K=128, D=2048; bench/NOTES.md). Bytes, at most.
+SPILLS_THAT_PAY = {"ranking_logprobs_dlogits bf16 K=100 64x128x64": 600}
+
+
 def test_no_register_is_spilled(rows):
-    spilling = [f"{row.variant}, {row.target}: {row.resources.spills} bytes" for row in rows if row.resources.spills]
+    spilling = [
+        f"{row.variant}, {row.target}: {row.resources.spills} bytes"
+        for row in rows
+        if row.resources.spills > SPILLS_THAT_PAY.get(row.variant, 0)
+    ]
     assert not spilling, "smaller tiles or more warps:\n" + "\n".join(spilling)
 
 
