@@ -23,7 +23,10 @@ dry_run='' wheels='' root=$(dirname "$0")/results
 while (($#)); do
   case $1 in
     --dry-run) dry_run=1 ;;
-    --seconds) TOTAL=${2:?--seconds needs a number} && shift ;;
+    --seconds)
+      [[ ${2-} =~ ^[1-9][0-9]*$ ]] || { echo "bench/gpu.sh: --seconds needs a number, got '${2-}'" >&2 && exit 2; }
+      TOTAL=$2 && shift
+      ;;
     --wheels) wheels=${2:?--wheels needs a folder} && shift ;;
     -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" && exit ;;
     -*) echo "bench/gpu.sh: unknown option $1; see --help" >&2 && exit 2 ;;

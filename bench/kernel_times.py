@@ -34,12 +34,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CALLS = 10  # that a time is the mean of
 SHOWN = 16  # lines of a table
 
-# Steps, candidates and columns of a tile, warps, stages of the pipeline: of kernels with a softmax, and of others.
+# Steps, candidates and columns of a tile, warps, stages of the pipeline: of the forward pass, of dz and dh, of dW.
 TILES = {
-    "softmax_tiles": """64 128 64 8 3, 64 128 64 4 3, 64 128 64 8 4, 64 64 64 4 3, 64 64 64 4 4,
-        64 64 128 4 3, 128 64 64 4 3, 128 128 64 8 3, 64 32 64 4 4, 32 32 128 4 4""",
-    "product_tiles": """64 64 128 8 3, 64 64 128 4 3, 64 64 128 4 4, 64 128 128 8 3, 64 128 64 4 3,
-        128 64 128 8 3, 64 64 256 8 3, 32 32 64 4 3, 32 32 128 4 3, 64 32 128 4 3""",
+    "softmax_tiles": """64 128 64 8 3, 64 128 64 4 3, 64 128 64 8 4, 64 64 64 4 3, 64 64 128 4 3, 128 128 64 8 3,
+        64 32 64 4 4, 32 32 128 4 4""",
+    "slopes_tiles": """64 128 64 8 3, 64 128 64 4 3, 32 128 64 4 3, 64 128 32 4 3, 64 128 128 4 3, 64 64 64 8 3,
+        64 64 64 4 3, 64 32 64 4 3, 32 32 128 4 3, 32 32 128 4 4""",
+    "weight_grad_tiles": """64 64 128 8 3, 64 128 128 8 3, 64 128 64 4 3, 64 64 128 4 3, 32 32 128 4 3,
+        64 32 128 4 3""",
 }
 
 

@@ -256,7 +256,7 @@ def table(rows: Iterable[Row], triton_version: str) -> str:
         "",
         f"Generated with Triton {triton_version} by `{COMMAND}`, which needs no GPU.",
         "The tests fail if this is not what the kernels compile to, or if a register is spilled to memory,",
-        "but for the launches that a GPU was timed to be faster with.",
+        "but for the launch that an H200 was timed to be faster with.",
         "",
         "Cells: registers per thread / bytes spilled per thread / bytes of shared memory per program / tensor-core",
         "instruction. `+n` beside AMD's registers: n scalar registers are kept in lanes of vector registers.",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexrec.metrics import parse_metric
 from flexrec.triton_kernels import ranking_logprobs, restricted_logprobs, topic_swaps
-from flexrec.triton_kernels.segment_sum import owners, scatter_add, segment_sum
+from flexrec.triton_kernels.segment_sum import add_by_token, owners, scatter_add, segment_sum
 from flexrec.triton_kernels.swap_rewards import swap_rewards
 from flexrec.triton_kernels.swap_scores import swap_scores
 
@@ -126,6 +126,7 @@ def _ranking_logprobs() -> Iterator[Example]:
     for label, dtype, size, (group, steps), reference in (
         ("bf16", BF16, SHORT, many, "KL"),
         ("bf16", BF16, 60, many, "KL"),
+        ("bf16", BF16, 60, many, ""),
         ("bf16", BF16, MIDDLE, many, ""),
         ("bf16", BF16, 200, many, "KL given"),
         ("bf16", BF16, 200, many, "KL"),
@@ -177,8 +178,10 @@ def _segment_sum() -> Iterator[Example]:
         offsets, table, out = torch.zeros(segments + 1, dtype=torch.int64), *torch.empty(2, 9, width, dtype=dtype)
         segment_sum(coefficient, index, table, segment, offsets, out[:segments], accumulate=accumulate)
         scatter_add(coefficient, index.int(), table, segment, out.float())
+        if dtype == BF16:
+            add_by_token(segment, torch.empty(nnz, width), out)
 
     yield "", lambda: owners(torch.empty(segments + 1, dtype=torch.int64), nnz)
-    for width in (64, 128, 256, 2048):
+    for width in (64, 128, 256, 512, 1024):
         for dtype in (FP32, BF16):
             yield DTYPES[dtype], functools.partial(run, dtype, width, True)

@@ -178,8 +178,8 @@ def _scatters(nnz: int, hidden: Tensor, out: Tensor, *, fresh: bool) -> bool:
     """Whether atomic additions move fewer bytes than sorting the entries by token and adding each token up at once.
 
     Additions read and write float32 in the L2 cache and need a buffer of it, zeroed, and cast where the gradient is
-    of another dtype. Sorted sums gather hidden states, and write each token once in its own dtype. Eight passes of the
-    sort move some 160 bytes an entry; its launches take the time of another 2e8 bytes (50 us at 4 TB/s).
+    of another dtype. Sorted sums gather hidden states, and write each token once in its own dtype. Four passes of the
+    sort move some 100 bytes an entry; its launches take the time of another 1e8 bytes (25 us at 4 TB/s).
     These are byte counts and not yet timings.
     """
     if torch.are_deterministic_algorithms_enabled():
@@ -189,5 +189,5 @@ def _scatters(nnz: int, hidden: Tensor, out: Tensor, *, fresh: bool) -> bool:
         return False
     cast = 0 if out.dtype == torch.float32 else 4 + out.element_size()
     scattered = 8 * nnz * d + (4 + cast) * dense
-    summed = hidden.element_size() * nnz * d + out.element_size() * dense + 160 * nnz + 200_000_000
+    summed = hidden.element_size() * nnz * d + out.element_size() * dense + 100 * nnz + 100_000_000
     return scattered <= summed

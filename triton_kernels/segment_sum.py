@@ -7,7 +7,7 @@
 Segment s has the entries offsets[s] .. offsets[s + 1] of nnz. Both take equal shares of the entries to a program,
 however long the segments are: ``segment_sum`` cuts long ones into pieces of PIECE entries, whose sums are added up in
 order by a second kernel. It never adds from two programs to one number, and so is bitwise repeatable; ``scatter_add``
-does, in any order, and needs no sorted entries. An entry whose coefficient is 0 reads nothing.
+does, in any order, and needs no sorted entries. An entry whose coefficient is 0 reads no row.
 
 Bytes, with e bytes an element of the table, n entries that are not 0 and S segments that have any:
     owners        8 log2(S) an entry read from the caches, 4 written
@@ -71,7 +71,7 @@ def segment_sum_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_D columns of one piece's sum of coefficient * table[index]. Zero coefficients read nothing.
+    """One program: BLOCK_D columns of one piece's sum of coefficient * table[index]. Zero coefficients read no row.
 
     A segment of one piece is complete and goes to ``out``; of several, each goes to a row of its own in ``partial``.
     Two rows per PIECE entries suffice: such segments have more than PIECE entries, so that among pieces that begin
@@ -314,7 +314,7 @@ def sorted_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
     A radix sort takes a pass for every byte of a number: half as many as of int64.
     """
-    tokens, order = tokens.clamp(-1, 2**31 - 1).to(torch.int32).sort(stable=True)
+    tokens, order = tokens.long().clamp(-1, 2**31 - 1).to(torch.int32).sort(stable=True)
     return tokens, order
 
 
@@ -345,8 +345,8 @@ def scatter_add(coefficient: Tensor, index: Tensor, table: Tensor, place: Tensor
 def sum_tile(d: int) -> tuple[int, int]:
     """Entries and columns that a program adds up at once: again 4,096 elements, but up to 1,024 columns.
 
-    Most segments have few entries: a tile of 16 would be loaded for the sake of one, in four times as many programs,
-    each of which first finds out what is its own.
+    Most segments have few entries: sixteen at once would be gone over for the sake of one, by four times as many
+    programs, each of which first finds out what is its own.
     """
     block_d = min(max(triton.next_power_of_2(d), 64), 1024)
     return 4096 // block_d, block_d

@@ -55,13 +55,16 @@ def test_every_launch_is_compiled_ahead_of_time():
     }
     launched = set()
     for rows in (1, 32, 33, 64, 5000):
-        for size in (1, 32, 33, 64, 65, 16384):
+        for size in (1, 32, 33, 64, 65, 128, 129, 200, 16384):
             for arithmetic in ("half", "tf32", "ieee"):
                 for reference in (True, False):
-                    tiles = problems.softmax_tiles(rows, size, arithmetic, reference)
-                    for name in ("forward", "dlogits"):
+                    for name, choose in (("forward", problems.softmax_tiles), ("dlogits", problems.slopes_tiles)):
+                        tiles = choose(rows, size, arithmetic, reference)
                         launched.add((f"ranking_logprobs_{name}_kernel", tiles.warps, tiles.t, tiles.k, tiles.d))
-                tiles = problems.product_tiles(rows, size, arithmetic)
-                for name in ("hidden_grad", "weight_grad"):
+                for name, choose in (
+                    ("hidden_grad", problems.product_tiles),
+                    ("weight_grad", problems.weight_grad_tiles),
+                ):
+                    tiles = choose(rows, size, arithmetic)
                     launched.add((f"ranking_logprobs_{name}_kernel", tiles.warps, tiles.t, tiles.k, tiles.d))
     assert launched <= compiled, launched - compiled

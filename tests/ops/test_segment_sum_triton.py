@@ -29,3 +29,11 @@ def test_sums_by_token(count, dtype, device):
     add_by_token(tokens - 2, rows, table)  # and two from before it
     wanted = 0.5 + expected[2:22]
     assert ((table.double() - wanted).abs() <= loss * wanted.abs()).all()
+
+
+def test_a_token_beyond_32_bits_is_none_of_the_table(device):
+    """Tokens are sorted as int32; 2**32 + 1 is not 1. Rows are wider than a tile."""
+    rows = torch.ones(4, 1100, device=device)
+    table = torch.zeros(3, 1100, device=device)
+    add_by_token(torch.tensor([1, 2**32 + 1, -(2**32) + 2, 1], device=device), rows, table)
+    assert torch.equal(table, torch.tensor([0.0, 2.0, 0.0], device=device)[:, None].expand(3, 1100))
