@@ -16,7 +16,7 @@ from flexrec.integrations.trl import FlexRecGRPOConfig, FlexRecGRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from processes import end
+from worker_end import end
 
 CHARACTERS = "[]0123456789 >abcdefghijklmnopqrstuvwxyz<:/"
 TEMPLATE = (

@@ -28,7 +28,7 @@ from flexrec.trainer.supervised import SupervisedTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from processes import end
+from worker_end import end
 
 PROMPTS = 8  # in a step
 UNTIED = {"tied": False}
