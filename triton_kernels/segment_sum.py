@@ -29,6 +29,9 @@ from flexrec.triton_kernels.launch import ceil_div, kernel, launch
 
 PIECE = 1024  # entries that one program of segment_sum adds up
 JOIN = 16, 256  # pieces and columns that are added up at once
+# Columns of a sum at most. Most segments have few entries: at 256 columns sixteen would be gone over for the sake of
+# one, by four times as many programs, each of which first finds out what is its own.
+SUM_WIDTH = 1024
 FLAT = 256  # entries of one program of owners
 
 
@@ -259,7 +262,7 @@ def segment_sum(
     torch.cumsum(pieces, 0, out=first_piece[1:])
     # No more than one piece for each segment and one for each PIECE entries: a bound that needs no word from the GPU.
     most = min(nnz, num_segments) + nnz // PIECE
-    block_e, block_d = sum_tile(d)
+    block_e, block_d = tile(d, SUM_WIDTH)
     boundaries = (nnz - 1) // PIECE
     partial = torch.empty((2 * (boundaries + 1), d), dtype=torch.float32, device=out.device) if boundaries else None
     blocks = {"ACCUMULATE": accumulate, "PIECE": PIECE, "BLOCK_E": block_e, "BLOCK_D": block_d}
@@ -321,7 +324,7 @@ def sorted_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
 def _sum_runs(tokens: Tensor, order: Tensor, rows: Tensor, out: Tensor, *, table: bool) -> None:
     entries, d = rows.shape
     if entries and d:
-        block_e, block_d = sum_tile(d)
+        block_e, block_d = tile(d, SUM_WIDTH)
         grid = entries, ceil_div(d, block_d)
         blocks = {"TABLE": table, "BLOCK_E": block_e, "BLOCK_D": block_d}
         launch(runs_kernel, grid, tokens, order, rows, out, entries, len(out), d, **blocks)
@@ -342,19 +345,8 @@ def scatter_add(coefficient: Tensor, index: Tensor, table: Tensor, place: Tensor
 
 
 @lru_cache
-def sum_tile(d: int) -> tuple[int, int]:
-    """Entries and columns that a program adds up at once: again 4,096 elements, but up to 1,024 columns.
-
-    Most segments have few entries: sixteen at once would be gone over for the sake of one, by four times as many
-    programs, each of which first finds out what is its own.
-    """
-    block_d = min(max(triton.next_power_of_2(d), 64), 1024)
-    return 4096 // block_d, block_d
-
-
-@lru_cache
-def tile(d: int) -> tuple[int, int]:
+def tile(d: int, widest: int = 256) -> tuple[int, int]:
     """Entries and columns that a program gathers at once: 4,096 elements, 32 a thread, of which rows take what they can
-    fill, up to 256 columns (a row's 512 bytes in half precision, one transaction of a warp)."""
-    block_d = min(max(triton.next_power_of_2(d), 64), 256)
+    fill, up to ``widest`` columns (256: a row's 512 bytes in half precision, one transaction of a warp)."""
+    block_d = min(max(triton.next_power_of_2(d), 64), widest)
     return 4096 // block_d, block_d
