@@ -99,8 +99,9 @@ def known_words(catalogue: Catalogue, queries: Sequence[str] = ()) -> list[str]:
 def query_match(query: str, titles: Sequence[str]) -> np.ndarray | None:
     """(K,) float32 in [0, 1]: which share of the query's words stand in each title; None where nothing is searched."""
     words = set(title_words(query))
-    found = [len(words.intersection(title_words(title))) for title in titles]
-    return np.array(found, dtype=np.float32) / len(words) if words else None
+    if not words:
+        return None
+    return np.array([len(words.intersection(title_words(title))) for title in titles], dtype=np.float32) / len(words)
 
 
 def offer_marks(need: str) -> list[str]:

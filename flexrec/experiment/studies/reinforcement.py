@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from flexrec.evaluation.critic import critic_quality
@@ -17,7 +19,7 @@ from flexrec.experiment.studies.results import of_lists
 from flexrec.experiment.training import EVERY_TRAINING
 from flexrec.policy.small_model import build_model, build_tokenizer, item_vectors, starting_rows
 from flexrec.task.critic import Critic
-from flexrec.task.examples import RankingTask, TrainingExamples, answerable
+from flexrec.task.examples import Example, RankingTask, TrainingExamples, answerable
 from flexrec.task.needs import get_need
 from flexrec.task.prompts import PromptBuilder
 from flexrec.trainer.flexrec import FlexRecConfig, FlexRecTrainer
@@ -64,12 +66,21 @@ class Reinforcements:
         self.tests = [task.test_example(lst, self.need) for lst in self.dataset.test]
         self.evaluate = Evaluation({self.need.name: self.tests}, self.builder, self.num_ranked)
         self.quality = {} if self.critic is None else critic_quality(self.critic, self.dataset.test)
+        self._made: dict[bool, _Kept] = {}
+        self._done: dict[str, dict[str, Any]] = {}
         for stage in ("format", "listwise"):
             if steps := start[f"{stage}_steps"]:
                 self._supervise(stage, steps)
 
     def __call__(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         options = {**RUN, **options}
+        changed = {key: value for key, value in options.items() if value != getattr(FlexRecConfig, key, None)}
+        known = json.dumps(changed, sort_keys=True)  # another part's run may be this one
+        if known not in self._done:
+            self._done[known] = self._run(options)
+        return self._done[known]
+
+    def _run(self, options: dict[str, Any]) -> dict[str, Any]:
         steps, early, fuse = (options.pop(name) for name in ("steps", "early", "fuse"))
         model, group = copy.deepcopy(self.model), options["num_generations"]
         measured: dict[int, np.ndarray] = {}
@@ -100,11 +111,14 @@ class Reinforcements:
     def _metric(self) -> str:
         return str(self.start["metric"])
 
-    def _examples(self, fuse: bool = True) -> TrainingExamples:
+    def _examples(self, fuse: bool = True) -> _Kept:
         if self.critic is not None:
             self.critic.fuse = fuse
-        task = RankingTask(self.dataset.catalogue, [self.need], self.builder, self.critic)
-        return TrainingExamples(task, self.dataset.train, resample=self.dataset.resample, seed=self.setting.seed)
+        if fuse not in self._made or self._made[fuse].epoch:
+            data, task = self.dataset, RankingTask(self.dataset.catalogue, [self.need], self.builder, self.critic)
+            examples = TrainingExamples(task, data.train, resample=data.resample, seed=self.setting.seed)
+            self._made[fuse] = _Kept(examples)
+        return self._made[fuse]
 
     def _supervise(self, stage: str, steps: int) -> None:
         trainer = SupervisedTrainer(
@@ -136,6 +150,28 @@ class Reinforcements:
             "seed": self.setting.seed,
             "dataloader_pin_memory": False,
         }
+
+
+class _Kept(Dataset):
+    """The examples of all runs, which are the same in each: made by the first that asks."""
+
+    def __init__(self, examples: TrainingExamples) -> None:
+        self._examples, self.epoch = examples, 0
+        self._known: dict[int, Example] = {}
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Example:
+        if index not in self._known:
+            self._known[index] = self._examples[index]
+        return self._known[index]
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self._known.clear()
+        self._examples.set_epoch(epoch)
+        self.epoch = epoch
 
 
 class _Early(TrainerCallback):
