@@ -23,9 +23,14 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, to the disk."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, to the disk."""
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -12,7 +12,7 @@ import pytest
 
 from flexrec.experiment.studies.design import ANY_LEVEL, Part, Study, Table, in_groups, split_options
 from flexrec.experiment.studies.runner import LOG, Job, execute
-from flexrec.experiment.studies.store import FAILED, RUNS, Store
+from flexrec.experiment.studies.store import FAILED, PACKED, RUNS, Store
 
 HERE = Path(__file__).parent
 VALUES = {"low": {"value": 1}, "high": {"value": 2}}
@@ -136,6 +136,34 @@ def test_a_line_that_was_not_written_to_its_end_is_taken_away(tmp_path):
     assert len(path.read_text().splitlines()) == 2
     path.write_bytes(b'{"run": 1}\n' + whole)
     with pytest.raises(ValueError, match=r"runs.jsonl, line 1 is damaged \(KeyError"):
+        Store(tmp_path)
+
+
+def test_packed_results_are_gone_on_from(tmp_path):
+    more = {**VALUES, "more": {"value": 4}}
+    run(study_of(VALUES, seeds=1), tmp_path)
+    before = Store(tmp_path).lines
+    Store(tmp_path).pack()
+    assert not (tmp_path / RUNS).exists()
+    assert Store(tmp_path).lines == before
+    run(study_of(more, seeds=2), tmp_path)
+    added = (tmp_path / RUNS).read_text().splitlines()
+    assert [json.loads(line)["run"] for line in added] == [
+        "none/more/seed0",
+        *(f"none/{level}/seed1" for level in more),
+    ], "nothing that is packed is done again"
+    store = Store(tmp_path)
+    assert len(store.of(study_of(more, seeds=2).runs())) == 6
+    store.pack()
+    assert len(Store(tmp_path).lines) == 6, "nothing is lost"
+    (tmp_path / RUNS).write_text("".join(line + "\n" for line in added))  # as if killed before this was taken away
+    store = Store(tmp_path)
+    assert len(store.lines) == 10
+    store.pack()
+    assert len(Store(tmp_path).lines) == 6
+    packed = tmp_path / PACKED
+    packed.write_bytes(packed.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"runs.jsonl.xz is damaged"):
         Store(tmp_path)
 
 

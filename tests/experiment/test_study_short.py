@@ -45,8 +45,12 @@ def test_all_studies_in_short(tmp_path, capsys, monkeypatch):
 
     (tmp_path / "cold" / RUNS).unlink()
     (tmp_path / "critic.md").unlink()
+    assert main([*command, "--report", "--pack"]) == 0
+    page = (tmp_path / "critic.md").read_text()
+    assert not (tmp_path / "main" / RUNS).exists()
+    (tmp_path / "critic.md").unlink()
     assert main([*command, "--report"]) == 0
-    assert (tmp_path / "critic.md").exists()
+    assert (tmp_path / "critic.md").read_text() == page, "made of the packed results"
     assert not (tmp_path / "cold" / RUNS).exists()
 
 

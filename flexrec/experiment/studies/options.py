@@ -29,6 +29,7 @@ class StudyOptions:
     short: bool = option(False, "small worlds and few steps, to see that everything works; says nothing of quality")
     retry: bool = option(False, "only the runs that failed")
     report: bool = option(False, "run nothing, write tables and pages of what is done")
+    pack: bool = option(False, "keep the results compressed afterwards, to pass them on; the study goes on from them")
     data: tuple[str, ...] = option(
         (),
         f"where data sets are, as in movielens=DIR kuairec=DIR; default: what {DATA_VARIABLE} holds, of the same form; "

@@ -35,9 +35,10 @@ _PACKAGES = ("flexrec", "torch", "transformers", "numpy", "numba")
 def run_studies(options: StudyOptions, say: Callable[[str], None] = print) -> bool:
     """Execute the runs of studies that are not done yet, and write what is known of each; True if nothing failed.
 
-    What is in a study's folder: ``runs.jsonl``, a line for each run that is done; ``failed.json``, what went wrong, and
-    ``log.txt``, what runs printed; ``values.csv``, ``comparisons.csv`` and ``costs.csv``; ``about.json``; and figures.
-    Beside the folder stands its page. A run that is done is not done again, one that failed only with ``retry``.
+    What is in a study's folder: ``runs.jsonl``, a line for each run that is done (or ``runs.jsonl.xz``, where they were
+    packed); ``failed.json``, what went wrong, and ``log.txt``, what runs printed; ``values.csv``, ``comparisons.csv``
+    and ``costs.csv``; ``about.json``; and figures. Beside the folder stands its page. A run that is done is not done
+    again, one that failed only with ``retry``.
 
     Raises:
         FileExistsError: somebody else is at a study's folder.
@@ -63,6 +64,8 @@ def run_studies(options: StudyOptions, say: Callable[[str], None] = print) -> bo
             for study, runs, job in known:
                 if lines := list(job.store.of(runs).values()):
                     _write(study, lines, job.folder, _about(study, runs, options, folders, lines), samples)
+                    if options.pack:
+                        job.store.pack()
                     written = job.folder.with_suffix(".md")
                     say(f"{study.name}: {len(lines)} of {len(runs)} runs are done, {written} says what came of them")
     for name, reason in failed.items():
