@@ -7,6 +7,8 @@ import doctest
 import importlib
 import inspect
 import math
+import pkgutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +98,29 @@ def test_example_runs(name: str, world: dict[str, Any], tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checks, "_value_checks", checks._value_checks)  # which one of them switches
     run(name, world)
+
+
+NAMED = re.compile(r"`(flexrec(?:\.\w+)+)`")
+HEAVY = "flexrec.integrations."  # modules that import what may not be installed
+
+
+def names_in(path: Path) -> set[str]:
+    return {name for name in NAMED.findall(path.read_text(encoding="utf-8")) if not name.startswith(HEAVY)}
+
+
+SOURCES = sorted(Path(flexrec.__file__).parent.rglob("*.py"))
+
+
+def exists(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_what_docstrings_name_exists() -> None:
+    named = {name: path.name for path in SOURCES for name in names_in(path)}
+    assert len(named) > 20
+    assert not {name: place for name, place in named.items() if not exists(name)}
+    assert not exists("flexrec.validation")

@@ -96,8 +96,8 @@ def restricted_logprobs(
     Returns:
         ``RankingLogprobs(logprobs (M,), entropy (M,), expectations (M, C) or None)``, float32 (float64 if ``hidden``
         or ``weight`` is). A row with one allowed token has log-probability and entropy exactly 0 and no gradient; its
-        hidden state and weight row are not read. Where values are not checked (see ``flexrec.validation``), a target
-        that is not allowed has log-probability NaN.
+        hidden state and weight row are not read. Where values are not checked (:func:`flexrec.set_value_checks`), a
+        target that is not allowed has log-probability NaN.
 
     Raises:
         TypeError, ValueError: wrong types or shapes, offsets that do not ascend, a token out of range or twice in a

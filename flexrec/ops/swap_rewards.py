@@ -87,7 +87,7 @@ def swap_rewards(
 
     Raises:
         ValueError, TypeError: unknown name, wrong shape or dtype, a value out of its range, a backend that cannot do
-            what is asked. Values on a GPU are checked only where ``flexrec.validation`` is told to.
+            what is asked. Values on a GPU are checked only after :func:`flexrec.set_value_checks`.
 
     Example:
         >>> gains = torch.tensor([[0.0, 1.0, 0.0]])  # the only good item is second
