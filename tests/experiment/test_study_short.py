@@ -32,9 +32,11 @@ def test_all_studies_in_short(tmp_path, capsys, monkeypatch):
             if line.startswith("!["):
                 assert (tmp_path / line.partition("](")[2].removesuffix(")")).is_file()
     assert "## One user under every need" in (tmp_path / "transfer.md").read_text()
-    trained = json.loads((tmp_path / "credit" / RUNS).read_text().splitlines()[0])
-    assert trained["rollouts"] == 2 * 16
-    assert trained["steps"] == 2 + 2
+    start, trained, *_ = map(json.loads, (tmp_path / "credit" / RUNS).read_text().splitlines())
+    assert [start["steps"], start["rollouts"]] == [2, 0]
+    assert [trained["steps"], trained["rollouts"]] == [2 + 2, 2 * 16]
+    early, late = ({key: one[key] for key in ("mean", "values")} for one in start["results"])
+    assert early == late, "nothing is learnt"
 
     kept = (tmp_path / "main" / RUNS).read_text()
     capsys.readouterr()

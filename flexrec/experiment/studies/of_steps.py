@@ -29,7 +29,8 @@ _MISSING: dict[str, Options] = {name: {"data.missing": name} for name in ("rando
 
 _ITEM_CREDITS = ("swap", "noncausal", "policy", "independent", "rank", "sequence")
 _ALONE: dict[str, Options] = {
-    credit: {"credit": credit} for credit in ("all_actions", "all_actions_corrected", *_ITEM_CREDITS)
+    "the start": {"steps": 0},
+    **{credit: {"credit": credit} for credit in ("all_actions", "all_actions_corrected", *_ITEM_CREDITS)},
 }
 _IN_GROUPS: dict[str, Options] = {
     f"{credit}, G 8, {baseline} mean, scale {scale}": {
@@ -84,7 +85,12 @@ CREDIT = Study(
     "a prompt 64 / G. Adam does not see a common factor of all advantages, so that the scale `none` is not run beside "
     "`batch`.",
     parts=(
-        _of_starts("credits", "credit", {**_ALONE, **_IN_GROUPS}, ("all_actions", "all_actions_corrected", "sequence")),
+        _of_starts(
+            "credits",
+            "credit",
+            {**_ALONE, **_IN_GROUPS},
+            ("the start", "all_actions", "all_actions_corrected", "sequence"),
+        ),
         _of_starts("targets", "target", _TARGETS, ("expectation", "exp(A / 0.1)")),
         _of_starts("group sizes", "group", _GROUP_SIZES, ("all_actions, G 1", "sequence, G 8")),
     ),

@@ -82,30 +82,34 @@ class Reinforcements:
 
     def _run(self, options: dict[str, Any]) -> dict[str, Any]:
         steps, early, fuse = (options.pop(name) for name in ("steps", "early", "fuse"))
-        model, group = copy.deepcopy(self.model), options["num_generations"]
+        model = self.model
         measured: dict[int, np.ndarray] = {}
+        if steps:
+            model = self._reinforced(steps, fuse, options, _Early(self, early, measured))
+        else:  # the start itself
+            measured[0] = self._measure(model)
+        users, own = [lst.user for lst in self.dataset.test], self._metric
+        results = [
+            *(of_lists(values, users, need=self.need.name, metric=f"{own} early") for values in measured.values()),
+            of_lists(self._measure(model), users, need=self.need.name, metric=own),
+        ]
+        supervised = self.start["format_steps"] + self.start["listwise_steps"]
+        rollouts = steps * self.start["rankings"]
+        return {"results": results, "steps": supervised + steps, "rollouts": rollouts, "critic": self.quality}
+
+    def _reinforced(self, steps: int, fuse: bool, options: dict[str, Any], early: _Early) -> Any:
+        model, prompts = copy.deepcopy(self.model), self.start["rankings"] // options["num_generations"]
         trainer = FlexRecTrainer(
             model,
-            FlexRecConfig(**self._arguments(steps, self.start["rankings"] // group), metric=self._metric, **options),
+            FlexRecConfig(**self._arguments(steps, prompts), metric=self._metric, **options),
             self._examples(fuse),
             separator=self.builder.separator,
             end=self.builder.end,
-            callbacks=[_Early(self, early, measured)],
+            callbacks=[early],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        users, own = [lst.user for lst in self.dataset.test], self._metric
-        results = [
-            of_lists(self._measure(model), users, need=self.need.name, metric=own),
-            *(of_lists(values, users, need=self.need.name, metric=f"{own} early") for values in measured.values()),
-        ]
-        supervised = self.start["format_steps"] + self.start["listwise_steps"]
-        return {
-            "results": results[::-1],
-            "steps": supervised + steps,
-            "rollouts": steps * self.start["rankings"],
-            "critic": self.quality,
-        }
+        return model
 
     @property
     def _metric(self) -> str:
