@@ -80,6 +80,8 @@ def grpo_trainer(
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    if any(isinstance(token, tuple) for example in examples for token in example.prompt):
+        raise ValueError("TRL reads a token at each place: items that are described are sums of several")
     rows = [
         {
             "prompt": as_text(example.prompt),

@@ -1,56 +1,61 @@
-"""NDCG@5 over seconds of training: a run of ``flexrec train`` against TRL's GRPO from the same base.
+"""NDCG@5 over seconds of reinforcement: FlexRec's, and TRL's GRPO, from the same starts, over several seeds.
 
-    flexrec train --dataset movielens --data DIR --need interest --eval-every 5 --output RUN
-    python bench/time_to_quality.py RUN --output DIR                    20 to 50 minutes
-    python bench/time_to_quality.py RUN --output DIR --answers free     a further curve: TRL as it comes
-    python bench/time_to_quality.py RUN --output DIR --only plot        the figure anew, from the curves
+    python bench/time_to_quality.py --output DIR                           the simulator; 10 minutes a seed
+    python bench/time_to_quality.py --output DIR --data movielens=FOLDER   real users
+    python bench/time_to_quality.py --output DIR --only report             table and figures anew
 
-The second command loads RUN's base (the model after the format stage), trains it by TRL's GRPOTrainer with the list's
-NDCG as its reward (of the same gains, the critic's among them; its rollouts constrained as ours are), evaluates it on
-the same test lists after every few steps, and draws both curves. Evaluation counts for neither. FlexRec's seconds are
-wall-clock from the base on, its supervised warm-up included; TRL's are the processor's, which wall-clock cannot fall
-below in a process of one thread (run both with OMP_NUM_THREADS=1).
+For every seed there are two starts, those of ``flexrec study credit``: after the format stage, which knows what a
+ranking is and nothing of what is good, and after supervision by the labels. From each, FlexRec's trainer (all actions)
+and TRL's GRPOTrainer (the metric of a list as its reward, eight rankings of a prompt) take steps of 64 rankings with
+the same prompts and gains, the critic's among them. TRL reads plain token ids, so that items are a token each here,
+without the descriptions that FlexRec's models read beside it.
+
+TRL is given what it has no option for: a model that generates rankings only, and only the ranks that the metric reads.
+Seconds are the processor's, in one thread; evaluation counts for neither. TRL's prompts are encoded before its clock
+starts, FlexRec's are made on the way. What is there already is not done again.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+import torch
+from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.peer_trl import grpo_trainer
-from flexrec.evaluation.evaluate import rank_examples
-from flexrec.evaluation.statistics import rank_metrics
-from flexrec.experiment.run_folder import RunInfo
-from flexrec.experiment.stages import load_dataset
-from flexrec.task.critic import Critic
-from flexrec.task.examples import RankingTask, TrainingExamples
-from flexrec.task.needs import get_need
-from flexrec.task.prompts import PromptBuilder
+from flexrec.evaluation.statistics import relative_change
+from flexrec.experiment.studies.catalogue import STUDIES
+from flexrec.experiment.studies.design import NO_DATA, Setting
+from flexrec.experiment.studies.reinforcement import RUN, Reinforcements
 
-# What TRL's policy samples. TRL itself samples free text, of the whole vocabulary. The base's prompts name the
-# candidates, as item tokens, but it learnt rankings by log-probs among the candidates alone, which say nothing about
-# other tokens: it hardly ever names a candidate, so that most of a ranking is the repair of what it left out.
-ANSWERS = {"constrained": "rankings only", "free": "free text"}
+STARTS = ("format", "warm start")
+METHODS = ("FlexRec", "TRL")
+GROUP = 8  # rankings of a prompt, TRL's
+SAMPLES = 20_000
+
+Point = dict[str, Any]  # "step", "seconds", "mean"; at the end also "values" of users, and "users"
 
 
-class _Curve(TrainerCallback):
-    """Evaluates before the first step and after every few; what that takes is not counted."""
+class Curve(TrainerCallback):
+    """Measures before the first step and after every few; what that takes is not counted."""
 
-    def __init__(self, evaluate: Any, every: int, path: Path) -> None:
-        self.evaluate, self.every, self.path = evaluate, every, path
-        self.points: list[dict[str, Any]] = []
+    def __init__(self, measure: Callable[[Any], np.ndarray], every: int) -> None:
+        self.measure, self.every = measure, every
+        self.points: list[Point] = []
+        self.values = np.zeros(0)  # of the lists, at the last point
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
+        self.since = time.process_time()
         self._add(0, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -58,163 +63,183 @@ class _Curve(TrainerCallback):
             self._add(state.global_step, model)
 
     def _add(self, step: int, model: Any) -> None:
-        wall, cpu = time.perf_counter(), time.process_time()
-        point = {"step": step, "seconds": round(wall - self.wall, 1), "cpu_seconds": round(cpu - self.cpu, 1)}
-        point["ndcg@5"] = self.evaluate(model)
-        self.points.append(point)
-        self.path.write_text(json.dumps(self.points, indent=1) + "\n")
-        print(point, flush=True)
-        self.wall += time.perf_counter() - wall
-        self.cpu += time.process_time() - cpu
+        stopped = time.process_time()
+        model.eval()
+        self.values = self.measure(model)
+        model.train()
+        self.points.append({"step": step, "seconds": stopped - self.since, "mean": float(self.values.mean())})
+        self.since += time.process_time() - stopped
 
 
-def train_with_trl(
-    run: Path, output: Path, answers: str, steps: int, prompts: int, generations: int, every: int, lr: float
-) -> None:
-    """Writes the curve to ``output`` as it goes."""
-    info = RunInfo.load(run / "base")
-    model = AutoModelForCausalLM.from_pretrained(run / "base")
-    builder = PromptBuilder(
-        AutoTokenizer.from_pretrained(run / "base"),
-        encoding=info.encoding,
-        show_titles=info.show_titles,
-        show_rising=info.show_rising,
-    )
-    dataset = load_dataset(info.dataset, info.data, info.seed)
-    needs = [get_need(name) for name in info.needs]
-    # TRL gets what FlexRec gets: the same base, prompts and gains, missing ones filled in by the same critic.
-    critic = Critic.fit(dataset.log, dataset.catalogue, seed=info.seed) if dataset.unobserved == "critic" else None
-    task = RankingTask(dataset.catalogue, needs, builder, critic)
-    tests = [task.test_example(lst, need) for need in needs for lst in dataset.test]
-    training = TrainingExamples(task, dataset.train, resample=dataset.resample, seed=info.seed)
-    examples = [training[i] for i in range(min(len(training), steps * prompts))]
-
-    def evaluate(model: Any) -> float:
-        rankings = rank_examples(model, tests, builder, num_ranked=10)
-        gains = np.zeros((len(tests), max(len(example.gains) for example in tests)))
-        for n, (example, ranking) in enumerate(zip(tests, rankings, strict=True)):
-            rest = np.setdiff1d(np.arange(len(example.gains)), ranking)
-            gains[n, : len(example.gains)] = example.gains[np.concatenate([ranking, rest])]
-        lengths = np.array([len(example.gains) for example in tests])
-        return float(rank_metrics(gains, ["ndcg@5"], lengths=lengths)["ndcg@5"].mean())
-
-    items = max(len(example.candidates) for example in examples)
-    longest = max(len(sequence) for example in examples for sequence in example.candidates)
-    curve = _Curve(evaluate, every, output)
+def curve_of(
+    method: str, runs: Reinforcements, steps: int, every: int, learning_rate: float, temperature: float
+) -> Curve:
+    """Train a copy of the start."""
+    curve = Curve(runs.measure, every)
+    if method == "FlexRec":
+        options = {name: value for name, value in RUN.items() if name not in ("steps", "early", "fuse")}
+        runs.reinforced(steps, options, curve)
+        return curve
+    prompts = runs.start["rankings"] // GROUP
+    examples = runs.examples()
     trainer = grpo_trainer(
-        model,
-        examples,
-        separator=builder.separator,
-        end=builder.end,
+        copy.deepcopy(runs.model),
+        [examples[i] for i in range(min(len(examples), steps * prompts))],
+        metric=runs.start["metric"],
         prompts_per_step=prompts,
-        num_generations=generations,
-        answer_length=items * (longest + len(builder.separator)),
-        constrained=answers == "constrained",
+        num_generations=GROUP,
+        answer_length=runs.num_ranked,
+        constrained=True,
         steps=steps,
-        learning_rate=lr,
-        seed=info.seed,
+        learning_rate=learning_rate,
+        temperature=temperature,
+        seed=runs.setting.seed,
         callbacks=[curve],
-        output_dir=str(output.parent / "trl"),
+        output_dir=str(runs.setting.folder / "trl"),
     )
     trainer.train()
+    return curve
 
 
-def flexrec_curve(run: Path) -> list[dict[str, Any]]:
-    """Steps and seconds since the base, and NDCG@5, of a run of ``flexrec train``, the warm-up counted."""
-    entries = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    trained = ("format", "listwise warm-up", "reinforcement")
-    evaluations = [entry for entry in entries if entry["stage"] == "evaluation" and entry["of"] in trained]
-    base = next(entry for entry in reversed(evaluations) if entry["of"] == "format")
-    return [
-        {
-            "step": entry["steps"] - base["steps"],
-            "seconds": round(entry["seconds"] - base["seconds"], 2),
-            "ndcg@5": float(np.mean([of_need["ndcg@5"] for of_need in entry["means"].values()])),
-        }
-        for entry in evaluations
-        if entry["steps"] >= base["steps"]
+def measured(curve: Curve, users: Sequence[int]) -> dict[str, Any]:
+    return {
+        "points": curve.points,
+        "values": np.round(curve.values, 4).tolist(),
+        "users": [int(user) for user in users],
+    }
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Make the curves that are not there yet, a file each."""
+    torch.set_num_threads(1)
+    for seed in range(arguments.first_seed, arguments.seeds):
+        for start in STARTS:
+            paths = {method: path_of(arguments.output, start, seed, method) for method in METHODS}
+            if all(path.is_file() for path in paths.values()):
+                continue
+            runs = Reinforcements(setting_of(arguments, seed, start))
+            for method, path in paths.items():
+                if not path.is_file():
+                    options = arguments.steps, arguments.every, arguments.trl_learning_rate, arguments.trl_temperature
+                    curve = curve_of(method, runs, *options)
+                    found = measured(curve, [lst.user for lst in runs.dataset.test])
+                    path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+                    print(f"seed {seed}, {start}: {method}: {curve.points[-1]}", flush=True)
+
+
+def path_of(output: Path, start: str, seed: int, method: str) -> Path:
+    return output / f"{start.replace(' ', '_')}-{seed}-{method.lower()}.json"
+
+
+def setting_of(arguments: argparse.Namespace, seed: int, start: str) -> Setting:
+    """The start of the study of credits, with items that are a token each."""
+    dataset, _, folder = arguments.data.partition("=")
+    labels = {"part": "credits", "dataset": dataset, "start": start, "credit": "all_actions"}
+    options = next(one.start for one in STUDIES["credit"].runs(1) if dict(one.labels) == labels)
+    smaller = {name: value for name, _, value in (pair.partition("=") for pair in arguments.start)}
+    changed = {**options, "described": False, **{name: json.loads(value) for name, value in smaller.items()}}
+    return Setting(dataset, folder or None, seed, changed, arguments.output)
+
+
+def seconds_to(points: Sequence[Point], quality: float) -> float | None:
+    """Seconds at the first point with this quality, in proportion between it and the last; None if there is none."""
+    before = None
+    for point in points:
+        if point["mean"] >= quality:
+            if before is None:
+                return 0.0
+            share = (quality - before["mean"]) / (point["mean"] - before["mean"])
+            return float(before["seconds"] + share * (point["seconds"] - before["seconds"]))
+        before = point
+    return None
+
+
+def row_of(start: str, seeds: dict[int, dict[str, dict[str, Any]]]) -> str:
+    """A row of the table: where it begins, where both end and when, and when FlexRec was where TRL ended."""
+    ours, theirs = ([of_seed[method] for of_seed in seeds.values()] for method in METHODS)
+    begin = np.mean([one["points"][0]["mean"] for one in ours])
+    ends = [np.mean([one["points"][-1]["mean"] for one in of]) for of in (theirs, ours)]
+    lasts = [np.mean([one["points"][-1]["seconds"] for one in of]) for of in (theirs, ours)]
+    best = np.mean([max(point["mean"] for point in one["points"]) for one in theirs])
+    new, old = (np.concatenate([one["values"] for one in of]) for of in (ours, theirs))
+    clusters = np.concatenate(
+        [[f"{seed}/{user}" for user in one["users"]] for seed, one in zip(seeds, ours, strict=True)]
+    )
+    change = relative_change(new, old, clusters=clusters, num_samples=SAMPLES)
+    needed = [
+        (seconds_to(a["points"], b["points"][-1]["mean"]), b["points"][-1]["seconds"])
+        for a, b in zip(ours, theirs, strict=True)
     ]
+    shares = sorted(100 * a / b for a, b in needed if a is not None)
+    when = f"{np.median(shares):.1f} % ({shares[0]:.1f} to {shares[-1]:.1f})" if shares else "never"
+    if len(shares) < len(needed):
+        when += f", in {len(shares)} of {len(needed)} seeds"
+    difference = f"{change.difference:+.3f} [{change.difference_low:+.3f}, {change.difference_high:+.3f}]"
+    return (
+        f"| {start} | {len(seeds)} | {begin:.3f} | {ends[0]:.3f} after {lasts[0]:.0f} s | {best:.3f} "
+        f"| {ends[1]:.3f} after {lasts[1]:.0f} s | {difference} | {when} |"
+    )
 
 
-def time_to_reach(curve: list[dict[str, Any]], quality: float, clock: str) -> float | None:
-    """Seconds at the first point of the curve that has ``quality``, None if there is none."""
-    return next((point[clock] for point in curve if point["ndcg@5"] >= quality), None)
-
-
-def verdict(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
-    """How long FlexRec takes to where TRL ended (or was stopped), and to the best that TRL reached on the way."""
-    last = theirs[-1]
-    best = max(theirs, key=lambda point: point["ndcg@5"])
-    lines = [f"TRL after {last['step']} steps, {last['cpu_seconds']:.0f} s: NDCG@5 {last['ndcg@5']:.3f}. "]
-    lines[0] += _reached(ours, last)
-    if best is not last:
-        lines.append(
-            f"TRL's best, after {best['step']} steps, {best['cpu_seconds']:.0f} s: NDCG@5 {best['ndcg@5']:.3f}. "
-        )
-        lines[1] += _reached(ours, best)
+def report(output: Path, title: str) -> str:
+    """The table of all curves that are there; draws the figure beside them."""
+    lines = [
+        "| start | seeds | NDCG@5 | TRL ends | TRL's best | FlexRec ends | FlexRec less TRL | time to where TRL ends |",
+        "|---|---:|---:|---|---:|---|---|---|",
+    ]
+    found: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
+    for start in STARTS:
+        for first in sorted(output.glob(f"{path_of(output, start, 0, 'x').name.split('-')[0]}-*-trl.json")):
+            seed = int(first.name.split("-")[1])
+            paths = {method: path_of(output, start, seed, method) for method in METHODS}
+            if all(path.is_file() for path in paths.values()):
+                read = {method: json.loads(path.read_text(encoding="utf-8")) for method, path in paths.items()}
+                found.setdefault(start, {})[seed] = read
+    lines += [row_of(start, seeds) for start, seeds in found.items()]
+    draw(found, title, output / "time_to_quality.svg")
     return "\n".join(lines)
 
 
-def _reached(ours: list[dict[str, Any]], point: dict[str, Any]) -> str:
-    needed = time_to_reach(ours, point["ndcg@5"], "seconds")
-    if needed is None:
-        return f"FlexRec ended at {ours[-1]['ndcg@5']:.3f}, below it."
-    return (
-        f"FlexRec was there at its evaluation after {needed:.0f} s ({needed / point['cpu_seconds']:.1%} of the time)."
-    )
-
-
-def draw(ours: list[dict[str, Any]], trl: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
-    """``trl``: a curve for each kind of answers."""
+def draw(found: dict[str, dict[int, dict[str, dict[str, Any]]]], title: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "flexrec"
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    curves = [("FlexRec", ours, "seconds"), *((f"TRL GRPO, {name}", c, "cpu_seconds") for name, c in trl.items())]
-    for name, curve, clock in curves:
-        axes.plot([p[clock] for p in curve], [p["ndcg@5"] for p in curve], marker="o", markersize=3, label=name)
-    axes.set(xlabel="seconds of training from the same base", ylabel="NDCG@5 on users never trained on", title=title)
-    axes.legend()
+    figure, panels = pyplot.subplots(1, len(STARTS), figsize=(9, 4), sharey=True)
+    for axes, start in zip(panels, STARTS, strict=True):
+        for method, colour in zip(METHODS, ("tab:blue", "tab:orange"), strict=True):
+            for n, of_seed in enumerate(found.get(start, {}).values()):
+                points = of_seed[method]["points"]
+                xs, ys = [point["seconds"] for point in points], [point["mean"] for point in points]
+                axes.plot(xs, ys, color=colour, alpha=0.6, marker="o", markersize=2, label=None if n else method)
+        axes.set(xlabel="processor seconds of reinforcement", xscale="symlog", title=f"{title}, from the {start}")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("NDCG@5 on users never trained on")
+    panels[0].legend()
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a finished run of `flexrec train --eval-every N`")
     parser.add_argument("--output", type=Path, required=True, help="folder for the curves and the figure")
-    parser.add_argument("--answers", choices=list(ANSWERS), default="constrained", help="what TRL samples")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--generations", type=int, default=8)
-    parser.add_argument("--every", type=int, default=25, help="evaluate every so many steps")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of TRL, cosine to 0")
-    parser.add_argument("--only", choices=["plot"], help="draw the curves that --output holds, train nothing")
+    parser.add_argument("--data", default=NO_DATA[0], help="NAME or NAME=FOLDER of the data, default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=5, help="up to which, default: %(default)s")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=120, help="of each, default: %(default)s")
+    parser.add_argument("--every", type=int, default=10, help="evaluate every so many steps, default: %(default)s")
+    parser.add_argument("--trl-learning-rate", type=float, default=1e-3, help="cosine to 0, default: %(default)s")
+    parser.add_argument("--trl-temperature", type=float, default=1.0, help="default: %(default)s")
+    parser.add_argument("--start", nargs="*", default=[], metavar="NAME=VALUE", help="other options of the start")
+    parser.add_argument("--only", choices=["report"], help="train nothing")
     arguments = parser.parse_args()
-    output = arguments.output
-    output.mkdir(parents=True, exist_ok=True)
-    if arguments.only != "plot":
-        curve = flexrec_curve(arguments.run)
-        (output / "flexrec.json").write_text(json.dumps(curve, indent=1) + "\n")
-        train_with_trl(
-            arguments.run,
-            output / f"trl_{arguments.answers}.json",
-            arguments.answers,
-            arguments.steps,
-            arguments.prompts,
-            arguments.generations,
-            arguments.every,
-            arguments.learning_rate,
-        )
-    ours = json.loads((output / "flexrec.json").read_text())
-    files = {description: output / f"trl_{answers}.json" for answers, description in ANSWERS.items()}
-    trl = {description: json.loads(file.read_text()) for description, file in files.items() if file.is_file()}
-    draw(ours, trl, RunInfo.load(arguments.run / "base").dataset, output / "time_to_quality.svg")
-    for description, theirs in trl.items():
-        print(f"{description}: {verdict(ours, theirs)}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.only != "report":
+        run(arguments)
+    print(report(arguments.output, arguments.data.partition("=")[0]))
 
 
 if __name__ == "__main__":

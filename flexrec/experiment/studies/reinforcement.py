@@ -35,6 +35,7 @@ START: dict[str, Any] = {
     "format_steps": 20,
     "listwise_steps": 0,
     "learning_rate": 2e-3,
+    "described": True,
 }
 # What a run is made with, beside options of the trainer; ``early``: it is measured after so many steps, too.
 RUN: dict[str, Any] = {"steps": 40, "early": 0, "fuse": True, "temperature": 0.3, "num_generations": 1}
@@ -59,7 +60,8 @@ class Reinforcements:
         vectors = item_vectors(dataset.log, len(catalogue), size, seed=seed)
         rows = starting_rows(catalogue, vectors, queries=queries, seed=seed)
         self.model = build_model(tokenizer, rows=rows, hidden_size=size, num_layers=start["layers"], seed=seed)
-        self.builder = PromptBuilder(tokenizer, encoding="item_token", show_titles=False, described=True)
+        described = start["described"]
+        self.builder = PromptBuilder(tokenizer, encoding="item_token", show_titles=False, described=described)
         self.num_ranked = int(start["metric"].partition("@")[2])
         self.dataset = answerable(dataset, self.builder, self.num_ranked)
         task = RankingTask(catalogue, [self.need], self.builder)
@@ -85,27 +87,28 @@ class Reinforcements:
         model = self.model
         measured: dict[int, np.ndarray] = {}
         if steps:
-            model = self._reinforced(steps, fuse, options, _Early(self, early, measured))
+            model = self.reinforced(steps, options, _Early(self, early, measured), fuse=fuse)
         else:  # the start itself
-            measured[0] = self._measure(model)
+            measured[0] = self.measure(model)
         users, own = [lst.user for lst in self.dataset.test], self._metric
         results = [
             *(of_lists(values, users, need=self.need.name, metric=f"{own} early") for values in measured.values()),
-            of_lists(self._measure(model), users, need=self.need.name, metric=own),
+            of_lists(self.measure(model), users, need=self.need.name, metric=own),
         ]
         supervised = self.start["format_steps"] + self.start["listwise_steps"]
         rollouts = steps * self.start["rankings"]
         return {"results": results, "steps": supervised + steps, "rollouts": rollouts, "critic": self.quality}
 
-    def _reinforced(self, steps: int, fuse: bool, options: dict[str, Any], early: _Early) -> Any:
+    def reinforced(self, steps: int, options: dict[str, Any], watch: TrainerCallback, *, fuse: bool = True) -> Any:
+        """A copy of the start after so many steps with these options of the trainer."""
         model, prompts = copy.deepcopy(self.model), self.start["rankings"] // options["num_generations"]
         trainer = FlexRecTrainer(
             model,
             FlexRecConfig(**self._arguments(steps, prompts), metric=self._metric, **options),
-            self._examples(fuse),
+            self.examples(fuse),
             separator=self.builder.separator,
             end=self.builder.end,
-            callbacks=[early],
+            callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -115,7 +118,8 @@ class Reinforcements:
     def _metric(self) -> str:
         return str(self.start["metric"])
 
-    def _examples(self, fuse: bool = True) -> _Kept:
+    def examples(self, fuse: bool = True) -> _Kept:
+        """The training lists as prompts, with what is known of them filled in by the critic."""
         if self.critic is not None:
             self.critic.fuse = fuse
         if fuse not in self._made or self._made[fuse].epoch:
@@ -128,7 +132,7 @@ class Reinforcements:
         trainer = SupervisedTrainer(
             self.model,
             TrainingArguments(**self._arguments(steps, self.start["rankings"])),
-            self._examples(),
+            self.examples(),
             stage=stage,
             num_imitated=self.num_ranked,
             separator=self.builder.separator,
@@ -137,7 +141,8 @@ class Reinforcements:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 
-    def _measure(self, model: Any) -> np.ndarray:
+    def measure(self, model: Any) -> np.ndarray:
+        """The metric of every test list, (L,)."""
         rankings = self.evaluate.rank(model, self.tests)
         return self.evaluate.of_rankings({self.need.name: rankings})[self.need.name][self._metric]
 
@@ -187,5 +192,5 @@ class _Early(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step == self.step:
             model.eval()
-            self.measured[self.step] = self.runs._measure(model)
+            self.measured[self.step] = self.runs.measure(model)
             model.train()
