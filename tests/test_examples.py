@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -109,6 +110,38 @@ def test_lines_for_a_loop_of_ones_own_work_as_they_are_written():
         exec(lines, names)
     best = names["sample_rankings"](model, names["prompts"], names["candidates"], greedy=True).rankings
     assert best.tolist() == [[1, 2, 0], [0, 2, 1]]
+
+
+def test_completions_that_share_their_prompt_have_the_same_gradients():
+    shown = run("shared_prompts.py", "--prompt-length", "300", "--prompts", "2", "--repeats", "1")
+    losses = re.findall(r"loss (\S+),", shown)
+    assert float(losses[0]) == pytest.approx(float(losses[1]), abs=1e-4)
+    assert float(re.search(r"at most (\S+) of", shown).group(1)) < 1e-5
+    assert float(re.search(r"(\S+)x as fast", shown).group(1)) > 1.5
+
+
+def test_lines_for_shared_prompts_work_as_they_are_written():
+    of_rankings, of_completions = re.findall(
+        r"```python\n(.*?)```", (DOCS / "shared-prompts.md").read_text(), re.DOTALL
+    )
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).double()
+    prompts, candidates = [[1, 2, 3], [4, 5]], [[[10], [11], [12]], [[11], [12], [13]]]
+    rankings = np.array([np.random.default_rng(i).permutation(3) for i in range(16)])
+    completions = [np.array([6, 7, 8, 9][: 1 + i % 4]) for i in range(16)]
+    names = {"model": model, "prompts": prompts, "candidates": candidates, "rankings": rankings, "np": np}
+    exec(of_rankings, names)
+    alone = names["make_batch"](prompts, candidates, rankings, num_generations=8)
+    expected = names["ranking_scores"](names["ranking_states"](model, alone), alone).logprobs
+    torch.testing.assert_close(names["scores"].logprobs, expected)
+    for n in (0, 7, 11):
+        lines = of_completions.replace("logits[rows.row[n], columns]", "found = logits[rows.row[n], columns]")
+        whole = torch.tensor([[*prompts[n // 8], *completions[n]]])
+        expected = model(whole).logits[0, len(prompts[n // 8]) - 1 : -1]
+        found = {**names, "completions": completions, "n": n}
+        exec(lines, found)
+        torch.testing.assert_close(found["found"], expected)
 
 
 def test_plain_pytorch_is_short_and_uses_no_trainer():
