@@ -4,11 +4,11 @@
     python bench/time_to_quality.py --output DIR --data movielens=FOLDER   real users
     python bench/time_to_quality.py --output DIR --only report             table and figures anew
 
-For every seed there are two starts, those of ``flexrec study credit``: after the format stage, which knows what a
-ranking is and nothing of what is good, and after supervision by the labels. From each, FlexRec's trainer (all actions)
-and TRL's GRPOTrainer (the metric of a list as its reward, eight rankings of a prompt) take steps of 64 rankings with
-the same prompts and gains, the critic's among them. TRL reads plain token ids, so that items are a token each here,
-without the descriptions that FlexRec's models read beside it.
+For every seed there are three starts: after the format stage of ``flexrec study credit``, which knows what a ranking is
+and nothing of what is good, and after 8 and 40 steps of supervision by the labels besides. From each, FlexRec's trainer
+(all actions) and TRL's GRPOTrainer (the metric of a list as its reward, eight rankings of a prompt) take steps of 64
+rankings with the same prompts and gains, the critic's among them. TRL reads plain token ids, so that items are a token
+each here, without the descriptions that FlexRec's models read beside it.
 
 TRL is given what it has no option for: a model that generates rankings only, and only the ranks that the metric reads.
 Seconds are the processor's, in one thread; evaluation counts for neither. TRL's prompts are encoded before its clock
@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +38,13 @@ from flexrec.experiment.studies.catalogue import STUDIES
 from flexrec.experiment.studies.design import NO_DATA, Setting
 from flexrec.experiment.studies.reinforcement import RUN, Reinforcements
 
-STARTS = ("format", "warm start")
+
+class Start(NamedTuple):
+    supervised: int  # steps, behind those of the format stage
+    rate: float  # TRL's, the best of what was tried on a simulated world of its own (seed 90)
+
+
+STARTS = {"format": Start(0, 2e-3), "short warm start": Start(8, 2e-3), "warm start": Start(40, 3e-4)}
 METHODS = ("FlexRec", "TRL")
 GROUP = 8  # rankings of a prompt, TRL's
 SAMPLES = 20_000
@@ -120,7 +126,8 @@ def run(arguments: argparse.Namespace) -> None:
             runs = Reinforcements(setting_of(arguments, seed, start))
             for method, path in paths.items():
                 if not path.is_file():
-                    options = arguments.steps, arguments.every, arguments.trl_learning_rate, arguments.trl_temperature
+                    rate = arguments.trl_learning_rate or STARTS[start].rate
+                    options = arguments.steps, arguments.every, rate, arguments.trl_temperature
                     curve = curve_of(method, runs, *options)
                     found = measured(curve, [lst.user for lst in runs.dataset.test])
                     path.write_text(json.dumps(found) + "\n", encoding="utf-8")
@@ -132,12 +139,13 @@ def path_of(output: Path, start: str, seed: int, method: str) -> Path:
 
 
 def setting_of(arguments: argparse.Namespace, seed: int, start: str) -> Setting:
-    """The start of the study of credits, with items that are a token each."""
+    """The world of the study of credits, with items that are a token each."""
     dataset, _, folder = arguments.data.partition("=")
-    labels = {"part": "credits", "dataset": dataset, "start": start, "credit": "all_actions"}
+    labels = {"part": "credits", "dataset": dataset, "start": "format", "credit": "all_actions"}
     options = next(one.start for one in STUDIES["credit"].runs(1) if dict(one.labels) == labels)
-    smaller = {name: value for name, _, value in (pair.partition("=") for pair in arguments.start)}
-    changed = {**options, "described": False, **{name: json.loads(value) for name, value in smaller.items()}}
+    pairs = (pair.partition("=") for pair in arguments.start)
+    smaller = {name: json.loads(value) for name, _, value in pairs}
+    changed = {**options, "described": False, "listwise_steps": STARTS[start].supervised, **smaller}
     return Setting(dataset, folder or None, seed, changed, arguments.output)
 
 
@@ -189,8 +197,8 @@ def report(output: Path, title: str) -> str:
     ]
     found: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
     for start in STARTS:
-        for first in sorted(output.glob(f"{path_of(output, start, 0, 'x').name.split('-')[0]}-*-trl.json")):
-            seed = int(first.name.split("-")[1])
+        name, _, _ = path_of(output, start, 0, "TRL").name.partition("-")
+        for seed in sorted(int(path.name.split("-")[1]) for path in output.glob(f"{name}-*-trl.json")):
             paths = {method: path_of(output, start, seed, method) for method in METHODS}
             if all(path.is_file() for path in paths.values()):
                 read = {method: json.loads(path.read_text(encoding="utf-8")) for method, path in paths.items()}
@@ -207,7 +215,7 @@ def draw(found: dict[str, dict[int, dict[str, dict[str, Any]]]], title: str, pat
     matplotlib.rcParams["svg.hashsalt"] = "flexrec"
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(STARTS), figsize=(9, 4), sharey=True)
+    figure, panels = pyplot.subplots(1, len(STARTS), figsize=(11, 4), sharey=True)
     for axes, start in zip(panels, STARTS, strict=True):
         for method, colour in zip(METHODS, ("tab:blue", "tab:orange"), strict=True):
             for n, of_seed in enumerate(found.get(start, {}).values()):
@@ -231,8 +239,9 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=120, help="of each, default: %(default)s")
     parser.add_argument("--every", type=int, default=10, help="evaluate every so many steps, default: %(default)s")
-    parser.add_argument("--trl-learning-rate", type=float, default=1e-3, help="cosine to 0, default: %(default)s")
-    parser.add_argument("--trl-temperature", type=float, default=1.0, help="default: %(default)s")
+    parser.add_argument("--trl-learning-rate", type=float, help="cosine to 0; default: that of the start")
+    temperature = RUN["temperature"]
+    parser.add_argument("--trl-temperature", type=float, default=temperature, help="default: FlexRec's, %(default)s")
     parser.add_argument("--start", nargs="*", default=[], metavar="NAME=VALUE", help="other options of the start")
     parser.add_argument("--only", choices=["report"], help="train nothing")
     arguments = parser.parse_args()

@@ -53,9 +53,9 @@ def test_both_are_trained_from_the_same_starts_once(tmp_path, monkeypatch, capsy
     options = ["--seeds", "1", "--steps", "2", "--every", "1", "--start", *SMALL, *SMALLER]
     monkeypatch.setattr("sys.argv", ["time_to_quality", "--output", str(tmp_path), *options])
     time_to_quality.main()
-    table = capsys.readouterr().out.splitlines()[-2:]
-    assert [line.split(" | ")[:2] for line in table] == [["| format", "1"], ["| warm start", "1"]]
-    for start in ("format", "warm_start"):
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split(" | ")[:2] for line in table] == [[f"| {start}", "1"] for start in time_to_quality.STARTS]
+    for start in ("format", "short_warm_start", "warm_start"):
         ours, theirs = (json.loads((tmp_path / f"{start}-0-{name}.json").read_text()) for name in ("flexrec", "trl"))
         assert ours["users"] == theirs["users"]
         assert ours["points"][0]["mean"] == theirs["points"][0]["mean"], "the same start"
@@ -69,7 +69,7 @@ def test_both_are_trained_from_the_same_starts_once(tmp_path, monkeypatch, capsy
     figure.unlink()
     monkeypatch.setattr(time_to_quality, "Reinforcements", None)  # nothing is made again
     time_to_quality.main()
-    assert capsys.readouterr().out.splitlines()[-2:] == table
+    assert capsys.readouterr().out.splitlines()[-3:] == table
     assert figure.exists()
 
 
