@@ -40,11 +40,17 @@ from flexrec.experiment.studies.reinforcement import RUN, Reinforcements
 
 
 class Start(NamedTuple):
+    """Learning rates are the best of those that were tried on a simulated world of its own (seed 90)."""
+
     supervised: int  # steps, behind those of the format stage
-    rate: float  # TRL's, the best of what was tried on a simulated world of its own (seed 90)
+    rates: dict[str, float]  # by method
 
 
-STARTS = {"format": Start(0, 2e-3), "short warm start": Start(8, 2e-3), "warm start": Start(40, 3e-4)}
+STARTS = {
+    "format": Start(0, {"FlexRec": 2e-3, "TRL": 2e-3}),
+    "short warm start": Start(8, {"FlexRec": 2e-3, "TRL": 2e-3}),
+    "warm start": Start(40, {"FlexRec": 3e-4, "TRL": 1e-4}),
+}
 METHODS = ("FlexRec", "TRL")
 GROUP = 8  # rankings of a prompt, TRL's
 SAMPLES = 20_000
@@ -84,6 +90,7 @@ def curve_of(
     curve = Curve(runs.measure, every)
     if method == "FlexRec":
         options = {name: value for name, value in RUN.items() if name not in ("steps", "early", "fuse")}
+        options["learning_rate"] = learning_rate
         runs.reinforced(steps, options, curve)
         return curve
     prompts = runs.start["rankings"] // GROUP
@@ -126,8 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
             runs = Reinforcements(setting_of(arguments, seed, start))
             for method, path in paths.items():
                 if not path.is_file():
-                    rate = arguments.trl_learning_rate or STARTS[start].rate
-                    options = arguments.steps, arguments.every, rate, arguments.trl_temperature
+                    options = arguments.steps, arguments.every, STARTS[start].rates[method], arguments.trl_temperature
                     curve = curve_of(method, runs, *options)
                     found = measured(curve, [lst.user for lst in runs.dataset.test])
                     path.write_text(json.dumps(found) + "\n", encoding="utf-8")
@@ -239,7 +245,6 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=120, help="of each, default: %(default)s")
     parser.add_argument("--every", type=int, default=10, help="evaluate every so many steps, default: %(default)s")
-    parser.add_argument("--trl-learning-rate", type=float, help="cosine to 0; default: that of the start")
     temperature = RUN["temperature"]
     parser.add_argument("--trl-temperature", type=float, default=temperature, help="default: FlexRec's, %(default)s")
     parser.add_argument("--start", nargs="*", default=[], metavar="NAME=VALUE", help="other options of the start")

@@ -104,7 +104,7 @@ class Reinforcements:
         model, prompts = copy.deepcopy(self.model), self.start["rankings"] // options["num_generations"]
         trainer = FlexRecTrainer(
             model,
-            FlexRecConfig(**self._arguments(steps, prompts), metric=self._metric, **options),
+            FlexRecConfig(**{**self._arguments(steps, prompts), "metric": self._metric, **options}),
             self.examples(fuse),
             separator=self.builder.separator,
             end=self.builder.end,
