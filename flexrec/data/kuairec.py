@@ -87,7 +87,7 @@ def load_kuairec(folder: str | Path, options: KuaiRecOptions) -> RankingDataset:
     assert log.times is not None
     if options.split == "time" and not timed:
         raise ValueError(f"split='time' needs times, and {source.path} has none")
-    kept, interest, noise = interest_of(log, ~test, test, Gain(high=options.watched_twice), notes)
+    kept, interest, _, noise = interest_of(log, ~test, test, Gain(high=options.watched_twice), notes)
     log, test, interest = log.select(kept), test[kept], interest[kept]
     assert log.times is not None
     views = Interactions(log.users.astype(np.int64), log.items.astype(np.int64), interest, log.times)
