@@ -168,8 +168,8 @@ def build_from_impressions(
         if not lists:
             groups, with_choice = np.unique(shown.groups[mask]), np.unique(shown.groups[mask & chosen])
             raise ValueError(
-                f"no list to {role} in {name}: of {len(groups)} impressions {len(with_choice)} have a chosen item, and none "
-                f"of them also an item passed over and a user with min_history={options.min_history} items chosen "
+                f"no list to {role} in {name}: of {len(groups)} impressions {len(with_choice)} have a chosen item, and "
+                f"none of them also an item passed over and a user with min_history={options.min_history} items chosen "
                 f"before; choose a smaller min_history, or other negatives than those of the impressions"
             )
     last = moment_after(log, len(catalogue), trend_window=trend_window, trend_smoothing=options.trend_smoothing)

@@ -192,7 +192,16 @@ def read_interactions(
         index = ItemIndex(catalogue.ids)
     source = open_source(log_path, mapping.interactions)
     notes += source.table.notes
-    log = read_log(source, mapping.interactions, index, bad, notes, events=events, day_first=day_first)
+    log = read_log(
+        source,
+        mapping.interactions,
+        index,
+        bad,
+        notes,
+        events=events,
+        day_first=day_first,
+        with_splits=split in (None, "given"),
+    )
     if items_path is None:
         catalogue, log = _items_of_log(log, index)
     log, test = _split(log, split, test_fraction, num_test_users, seed)
@@ -264,9 +273,13 @@ def _split(
         raise ValueError("split='given' needs a column that says train or test, which the log does not have")
     kept = log.splits != 2
     test = (log.splits == 1)[kept]
+    if not 0 < np.count_nonzero(test) < len(test):
+        raise ValueError(
+            f"of {len(log)} rows {np.count_nonzero(test)} are to test on, {np.count_nonzero(~test)} to train on and "
+            f"{np.count_nonzero(~kept)} for validation, as the column of splits says (0, 1 and 2 are train, validation "
+            f"and test): some must be to test on, and some to train on; split='user' draws them instead"
+        )
     log = log.select(kept)
-    if not 0 < np.count_nonzero(test) < len(log):
-        raise ValueError(f"of {len(log)} rows {np.count_nonzero(test)} are to test on: some must be, and not all")
     return log, test
 
 

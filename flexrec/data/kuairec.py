@@ -81,7 +81,7 @@ def load_kuairec(folder: str | Path, options: KuaiRecOptions) -> RankingDataset:
         if name not in source.names:
             raise ValueError(f"{source.path}: has no column {name}; it is no matrix of KuaiRec")
     columns = {**_LOG_COLUMNS, **({"timestamp": ("timestamp",)} if "timestamp" in source.names else {})}
-    log = read_log(source, columns, ItemIndex(catalogue.ids), bad, notes)
+    log = read_log(source, columns, ItemIndex(catalogue.ids), bad, notes, with_splits=False)
     test = choose_test_users(log.users, options.test_fraction, options.num_test_users, options.seed)[log.users]
     log, test, timed = in_order_of_time(log, test, catalogue.ids, options.seed)
     assert log.times is not None

@@ -14,17 +14,12 @@ PAGE, DAY = 8, 86_400
 
 def write_pages(folder, chosen="1", passed="0", column="clicked", ids=True):
     """10 users, to each of whom the same 8 items are shown on 6 days, of which they choose the next one each day."""
+    shown = [passed, chosen]
     rows = [
-        (
-            f"u{user}",
-            f"i{item}",
-            1_700_000_000 + user + day * DAY,
-            chosen if item == (user + day) % PAGE else passed,
-            f"{user}-{day}",
-        )
+        (f"u{user}", f"i{i}", 1_700_000_000 + user + day * DAY, shown[i == (user + day) % PAGE], f"{user}-{day}")
         for user in range(10)
         for day in range(6)
-        for item in range(PAGE)
+        for i in range(PAGE)
     ]
     names = ("user", "item", "timestamp", column, "impression")
     lines = [",".join(map(str, row if ids else row[:-1])) for row in (names, *rows)]
