@@ -322,23 +322,26 @@ class RunFolder:
         )
         of_items = {**items, "columns": columns, "popularity": popularity, "trend": rises, "rises": counts}
         write_json(self.path / "catalogue.json", of_items)
-        histories: dict[str, list[dict[str, Any]]] = {}
+        # As lists have them: of an item that a user comes back to the latest event alone.
+        histories: dict[str, dict[str, dict[str, Any]]] = {}
         logged = set(log.users.tolist())
 
         def name_of(user: int) -> str:
             return str(user) if dataset.user_ids is None else dataset.user_ids[user]
 
         for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
-            histories.setdefault(name_of(user), []).append({"id": catalogue.ids[item], "interest": interest})
+            history, item_id = histories.setdefault(name_of(user), {}), catalogue.ids[item]
+            history.pop(item_id, None)
+            history[item_id] = {"id": item_id, "interest": interest}
         # Users who were tested on are in no log: what their latest list knows of them.
         for lst in sorted(dataset.test, key=lambda lst: lst.time):
             if lst.user not in logged and len(lst.history):
                 known = [None] * len(lst.history) if lst.history_interest is None else lst.history_interest.tolist()
-                histories[name_of(lst.user)] = [
-                    {"id": catalogue.ids[item], "interest": interest}
+                histories[name_of(lst.user)] = {
+                    catalogue.ids[item]: {"id": catalogue.ids[item], "interest": interest}
                     for item, interest in zip(lst.history.tolist(), known, strict=True)
-                ]
-        latest = {user: events[-info.max_history :] for user, events in histories.items() if info.max_history}
+                }
+        latest = {user: list(of.values())[-info.max_history :] for user, of in histories.items() if info.max_history}
         write_json(self.path / "histories.json", latest)
         save_model(self.path, model, tokenizer, info)
         settle(self.path, deep=False)
