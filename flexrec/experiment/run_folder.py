@@ -219,6 +219,7 @@ class RunFolder:
             "train": len(dataset.train),
             "test": len(dataset.test),
             "fingerprint": dataset.fingerprint(),
+            "tested": sorted({dataset.user_id(lst.user) for lst in dataset.test}),
             "notes": dataset.notes,
         }
         write_json(self.path / "data.json", about, indent=2)
@@ -325,19 +326,15 @@ class RunFolder:
         # As lists have them: of an item that a user comes back to the latest event alone.
         histories: dict[str, dict[str, dict[str, Any]]] = {}
         logged = set(log.users.tolist())
-
-        def name_of(user: int) -> str:
-            return str(user) if dataset.user_ids is None else dataset.user_ids[user]
-
         for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
-            history, item_id = histories.setdefault(name_of(user), {}), catalogue.ids[item]
+            history, item_id = histories.setdefault(dataset.user_id(user), {}), catalogue.ids[item]
             history.pop(item_id, None)
             history[item_id] = {"id": item_id, "interest": interest}
         # Users who were tested on are in no log: what their latest list knows of them.
         for lst in sorted(dataset.test, key=lambda lst: lst.time):
             if lst.user not in logged and len(lst.history):
                 known = [None] * len(lst.history) if lst.history_interest is None else lst.history_interest.tolist()
-                histories[name_of(lst.user)] = {
+                histories[dataset.user_id(lst.user)] = {
                     catalogue.ids[item]: {"id": catalogue.ids[item], "interest": interest}
                     for item, interest in zip(lst.history.tolist(), known, strict=True)
                 }
@@ -397,6 +394,12 @@ class RunFolder:
     def read_histories(self) -> dict[str, list[dict[str, Any]]]:
         """The last items of every logged user, ``{"id", "interest"}`` each, oldest first."""
         return read_json(self.path / "histories.json")
+
+    def trained_users(self) -> set[str]:
+        """Ids of the users that the run was trained on and not tested on; none where its folder does not say."""
+        path = self.path / "data.json"
+        about = read_json(path) if path.is_file() else {}
+        return set(self.read_histories()) - set(about["tested"]) if "tested" in about else set()
 
     def write_results(
         self,
