@@ -324,6 +324,7 @@ class _Measured:
     ) -> None:
         self.lists = lists
         self.results = Results(np.array([lst.user for lst in lists]))
+        task.ask_judges(lists)
         tests = {need.name: [task.test_example(lst, need) for lst in lists] for need in task.needs}
         self.evaluate = Evaluation(tests, task.builder, num_ranked, bf16=bf16)
 
