@@ -421,6 +421,14 @@ class RunFolder:
         report(metrics)
         write_json(self.path / "metrics.json", metrics, indent=2)
 
+    def num_measured(self) -> int | str:
+        """How many test lists the results are of, which are not always all that there are; "the" where none is told."""
+        path = self.path / "per_list.npz"
+        if not path.is_file():
+            return "the"
+        with np.load(path) as saved:
+            return len(saved["users"])
+
     def write_shown(self, shown: Mapping[str, Any]) -> None:
         """Write what a report shows beside the metrics."""
         write_json(self.path / "report.json", shown)
