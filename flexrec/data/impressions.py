@@ -97,8 +97,8 @@ class ImpressionLists:
             taken = np.concatenate([np.flatnonzero(interest > 0)[: options.num_candidates - 1], passed])
             order = rng.permutation(taken[: options.num_candidates])
             candidates = items[order]
-            past = _past(before, starts[user], ends[user], time)
-            history = past.select(_latest(past.items, options.history_length))
+            known = _past(before, starts[user], ends[user], time)
+            history = known.select(_latest(known.items, options.history_length))
             drawn[i] = RankingList(
                 user=user,
                 time=time,

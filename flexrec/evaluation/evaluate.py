@@ -116,8 +116,8 @@ class Evaluation:
     def telling(self, need: str, metric: str) -> bool:
         """Whether a metric depends on the order of any list: where everybody likes everything, recall does not."""
         worst = [np.argsort(example.gains, kind="stable") for example in self.tests[need]]
-        values = [self._of_need(need, orders)[metric] for orders in (worst, [order[::-1] for order in worst])]
-        return not np.array_equal(*values)
+        best = [order[::-1] for order in worst]
+        return not np.array_equal(self._of_need(need, worst)[metric], self._of_need(need, best)[metric])
 
     def of_rankings(self, rankings: Mapping[str, Sequence[np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
         """need -> metric -> (L,) values of rankings given as candidate indices, best first."""

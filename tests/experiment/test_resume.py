@@ -344,3 +344,11 @@ def test_two_runs_into_one_folder_are_refused(tmp_path, recorded, monkeypatch):
     assert (folder / "log.jsonl").exists()
     with RunFolder(folder).locked():
         pass
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_what_to_do(tmp_path, recorded):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        OSError, match=r"--output .*file/run cannot be written \(Not a directory\): choose another folder"
+    ):
+        recorded.run(tmp_path / "file" / "run")
