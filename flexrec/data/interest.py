@@ -122,6 +122,8 @@ def interest_of(
         if log.feedback in ("rating", "watch_ratio"):
             rows = training & kept
             noise = noise_of_repeats(log.users[rows], log.items[rows], single[rows])
+    if log.feedback in ("clicked", "event"):  # what is passed over is so by any gain, where quantiles are above 0
+        single = np.where(readings == 0, 0.0, single)
     if repeats:
         how = {"rating": "the last counts", "amount": "they add up", "none": "they are counted"}
         notes.append(f"{repeats} interactions repeat a pair: {how.get(log.feedback, 'the strongest counts')}")

@@ -340,3 +340,13 @@ def test_every_kind_of_file_reads_the_same(tmp_path, ending):
     result = read_interactions(tmp_path)
     assert rows_of(result) == {("u1", "7"): [0.75], ("u2", "8"): [0.0], ("u1", "8"): [1.0]}
     assert times_of(result)["u1", "8"] == 1577934247
+
+
+def test_parquet_columns_of_bytes_are_text(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"user": [b"ann", "J\u00f6rg".encode()], "item": [b"a1", b"a2"]})
+    parquet.write_table(table, tmp_path / "log.parquet")
+    result = read_interactions(tmp_path)
+    assert result.user_ids == ("J\u00f6rg", "ann")
+    assert result.catalogue.ids == ("a1", "a2")

@@ -27,9 +27,10 @@ def write_pages(folder, chosen="1", passed="0", column="clicked", ids=True):
     return folder
 
 
+@pytest.mark.parametrize("gain", ["linear", "quantile"])
 @pytest.mark.parametrize("ids", [True, False])
-def test_what_is_passed_over_was_not_chosen_however_often_it_was_before(tmp_path, ids):
-    dataset = load(write_pages(tmp_path, ids=ids), negatives="impressions", min_history=1)
+def test_what_is_passed_over_was_not_chosen_however_often_it_was_before(tmp_path, ids, gain):
+    dataset = load(write_pages(tmp_path, ids=ids), negatives="impressions", min_history=1, gain=gain)
     assert len(dataset.train) == 8 * 5
     trained = np.unique(dataset.log.users)
     assert len(dataset.log) == 6 * len(trained), "of an item that is chosen once there is one interaction"
@@ -41,8 +42,9 @@ def test_what_is_passed_over_was_not_chosen_however_often_it_was_before(tmp_path
         assert lst.popularity.sum() <= len(trained) * (day + 1), "so many choices were made until then"
 
 
-def test_what_is_passed_over_is_no_interaction_with_sampled_negatives_either(tmp_path):
-    dataset = load(write_pages(tmp_path), num_candidates=3, num_positives=1, min_history=1)
+@pytest.mark.parametrize("gain", ["linear", "quantile"])
+def test_what_is_passed_over_is_no_interaction_with_sampled_negatives_either(tmp_path, gain):
+    dataset = load(write_pages(tmp_path), num_candidates=3, num_positives=1, min_history=1, gain=gain)
     assert len(dataset.log) == 6 * len(np.unique(dataset.log.users))
 
 
