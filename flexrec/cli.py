@@ -194,6 +194,8 @@ def _kept(arguments: argparse.Namespace) -> str:
     output = getattr(arguments, "output", None)
     again = ""
     if arguments.command == "train" and output is not None:
+        if not (Path(output) / "experiment.json").is_file():
+            return "; nothing was written yet: the same command begins again"
         again = f"; to continue: {_program()} train --resume --output {shlex.quote(output)}"
     elif arguments.command == "study":
         again = "; the same command goes on with it"
@@ -255,7 +257,14 @@ def _train(arguments: argparse.Namespace) -> int:
     from flexrec.policy.distributed import leave, process_index
 
     if options.get("resume"):  # what is not said is as it was
-        options = _before(options, RunFolder(arguments.output).read_config())
+        begun = RunFolder(arguments.output).read_config()
+        if not begun and not options["data_options"] and set(options) <= {"output", "resume", "data_options"}:
+            # By defaults it would be a run on simulated data, which nobody asked for.
+            raise FileNotFoundError(
+                f"--resume: there is no run in --output {arguments.output} to continue: is it another folder? To begin "
+                f"a run, give its options, with --resume or without"
+            )
+        options = _before(options, begun)
     config = ExperimentConfig(**options)
     console = Console()
     _silence_bars()

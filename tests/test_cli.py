@@ -396,11 +396,16 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys, error):
 
     monkeypatch.setattr(experiment, "run_experiment", fail)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
-    assert main(["train", "--output", str(tmp_path / "run")]) == 2
-    shown = capsys.readouterr().err
-    assert shown.count("\n") == 1
-    assert "no space is left on the disk" in shown
-    assert "--resume" in shown
+    for begun, what_to_do in ((False, "the same command begins again"), (True, "--resume")):
+        if begun:
+            (tmp_path / "run").mkdir()
+            (tmp_path / "run" / "experiment.json").write_text("{}")
+        assert main(["train", "--output", str(tmp_path / "run")]) == 2
+        shown = capsys.readouterr().err
+        assert shown.count("\n") == 1
+        assert "no space is left on the disk" in shown
+        assert what_to_do in shown
+        assert ("--resume" in shown) == begun
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
     if type(error) is RuntimeError:
         with pytest.raises(RuntimeError, match="unexpected pos"):

@@ -18,11 +18,14 @@ from flexrec.data.options import ListOptions
 class Shown(NamedTuple):
     """Impressions of items, row by row; rows of one group were shown together to one user."""
 
-    rows: Interactions  # sorted by time; interest 0 where the item was passed over
+    rows: Interactions  # sorted by time
     groups: np.ndarray  # (M,) int64
+    # (M,) float32, the interest that a row tells by itself, 0 where the item was passed over: what is passed over was
+    # not chosen, however often it was before.
+    told: np.ndarray
 
     def select(self, mask: np.ndarray) -> Shown:
-        return Shown(self.rows.select(mask), self.groups[mask])
+        return Shown(self.rows.select(mask), self.groups[mask], self.told[mask])
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class ImpressionLists:
     ) -> list[RankingList]:
         """Lists of the impressions in ``shown``, at most ``lists_per_user`` of each user and ``max_lists`` in all."""
         rows, options = shown.rows, self.options
-        chosen = rows.select(rows.interest > 0)
+        chosen = rows.select(shown.told > 0)
         order = np.lexsort((chosen.times, chosen.users))
         before = chosen.select(order)  # sorted by user
         users = np.unique(before.users)
@@ -66,11 +69,11 @@ class ImpressionLists:
         bounds = np.flatnonzero(np.r_[True, np.diff(shown.groups[by_group]) != 0, True])
         for start, end in pairwise(bounds):
             members = by_group[start:end]
-            worth = rows.interest[members]
+            worth = shown.told[members]
             time, user = float(rows.times[members[0]]), int(rows.users[members[0]])
             if shown.groups[members[0]] < 0 or time < not_before or not np.count_nonzero(worth > 0) > 0:
                 continue
-            past = np.unique(_past(before, starts[user], ends[user], time))
+            past = np.unique(_past(before, starts[user], ends[user], time).items)
             if len(past) >= options.min_history and len(np.unique(rows.items[members])) > np.count_nonzero(worth > 0):
                 by_user.setdefault(user, []).append((time, int(shown.groups[members[0]]), members))
         cuts = []
@@ -89,17 +92,18 @@ class ImpressionLists:
         for i, moment in moments(self.log, self.num_items, times, trend_window=window, trend_smoothing=smoothing):
             user, time, place, members = cuts[i]
             rng = np.random.default_rng((seed, user, place))
-            items, interest = _strongest(rows.items[members], rows.interest[members])
+            items, interest = _strongest(rows.items[members], shown.told[members])
             passed = rng.permutation(np.flatnonzero(interest == 0))
             taken = np.concatenate([np.flatnonzero(interest > 0)[: options.num_candidates - 1], passed])
             order = rng.permutation(taken[: options.num_candidates])
             candidates = items[order]
-            history = _latest(_past(before, starts[user], ends[user], time), options.history_length)
+            known = _past(before, starts[user], ends[user], time)
+            history = known.select(_latest(known.items, options.history_length))
             drawn[i] = RankingList(
                 user=user,
                 time=time,
-                history=history,
-                history_interest=np.ones(len(history), dtype=np.float32),
+                history=history.items,
+                history_interest=history.interest.astype(np.float32),
                 candidates=candidates,
                 interest=interest[order].astype(np.float32),
                 popularity=moment.popularity[candidates].astype(np.float32),
@@ -109,14 +113,14 @@ class ImpressionLists:
         return [one for one in drawn if one is not None]
 
 
-def _past(before: Interactions, start: int, end: int, time: float) -> np.ndarray:
-    return before.items[start : start + int(np.searchsorted(before.times[start:end], time, side="left"))]
+def _past(before: Interactions, start: int, end: int, time: float) -> Interactions:
+    return before.select(np.arange(start, start + int(np.searchsorted(before.times[start:end], time, side="left"))))
 
 
 def _latest(items: np.ndarray, count: int) -> np.ndarray:
-    """The last ``count`` distinct items, each at its latest."""
+    """Where the last ``count`` distinct items stand, each at its latest."""
     _, back = np.unique(items[::-1], return_index=True)
-    return items[len(items) - 1 - np.sort(back)[:count][::-1]]
+    return len(items) - 1 - np.sort(back)[:count][::-1]
 
 
 def _strongest(items: np.ndarray, interest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -141,17 +145,17 @@ def build_from_impressions(
     Args:
         time_boundary: training lies before it and testing at or after it.
     """
-    rows = shown.rows
-    background = rows.select(~test_rows & (rows.interest > 0))
+    rows, chosen = shown.rows, shown.told > 0
+    background = rows.select(~test_rows & chosen)
     training = ~test_rows if time_boundary is None else ~test_rows & (rows.times < time_boundary)
-    log = rows.select(training & (rows.interest > 0))
+    log = rows.select(training & chosen)
     builder = partial(ImpressionLists, num_items=len(catalogue), trend_window=trend_window, options=options)
     of_training, most = shown.select(training), options.max_train_lists
     resample = partial(draw_lists, builder(log), of_training, lists_per_user=options.lists_per_user, max_lists=most)
     of_test_users = np.isin(rows.users, np.unique(rows.users[test_rows]))
     tested = shown.select(of_test_users)
     # Rows of a test user that are not test rows are history, and no list.
-    tested = Shown(tested.rows, np.where(test_rows[of_test_users], tested.groups, -1))
+    tested = tested._replace(groups=np.where(test_rows[of_test_users], tested.groups, -1))
     test = builder(background).lists(
         tested,
         lists_per_user=options.test_lists_per_user,
@@ -162,10 +166,10 @@ def build_from_impressions(
     train = resample(options.seed)
     for role, lists, mask in (("train on", train, training), ("test on", test, test_rows)):
         if not lists:
-            groups, chosen = np.unique(shown.groups[mask]), np.unique(shown.groups[mask & (rows.interest > 0)])
+            groups, with_choice = np.unique(shown.groups[mask]), np.unique(shown.groups[mask & chosen])
             raise ValueError(
-                f"no list to {role} in {name}: of {len(groups)} impressions {len(chosen)} have a chosen item, and none "
-                f"of them also an item passed over and a user with min_history={options.min_history} items chosen "
+                f"no list to {role} in {name}: of {len(groups)} impressions {len(with_choice)} have a chosen item, and "
+                f"none of them also an item passed over and a user with min_history={options.min_history} items chosen "
                 f"before; choose a smaller min_history, or other negatives than those of the impressions"
             )
     last = moment_after(log, len(catalogue), trend_window=trend_window, trend_smoothing=options.trend_smoothing)

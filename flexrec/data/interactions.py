@@ -98,12 +98,12 @@ def load_interactions(folder: str | Path, options: InteractionsOptions) -> Ranki
     if options.negatives == "impressions":
         if window is None or read.groups is None:
             raise ValueError(f"negatives='impressions' needs times and what was passed over, and {folder} has none")
-        shown = Shown(read.rows, read.groups)
+        shown = Shown(read.rows, read.groups, read.told)
         when: dict[str, Any] = {"trend_window": window, "time_boundary": read.time_boundary}
         dataset = build_from_impressions("interactions", read.catalogue, shown, options, test_rows=read.test, **when)
     else:
         # What was shown in an impression and passed over is no interaction.
-        chosen = np.ones(len(read.rows), dtype=bool) if not read.has_impressions else read.rows.interest != 0
+        chosen = np.ones(len(read.rows), dtype=bool) if not read.has_impressions else read.told != 0
         dataset = build_dataset(
             "interactions",
             read.catalogue,
@@ -131,6 +131,7 @@ class ReadInteractions:
         catalogue: the items.
         user_ids: public ids of the users.
         rows: all interactions; interest is NaN where an item was seen and not rated.
+        told: (M,) float32, the interest that each row tells by itself, whatever its user did with the item before.
         test: (M,) bool, the rows to test on.
         timed: whether the times are the log's own; else they are drawn, see ``in_order_of_time``.
         time_boundary: with split="time", the moment before which training lies.
@@ -143,6 +144,7 @@ class ReadInteractions:
     catalogue: Catalogue
     user_ids: tuple[str, ...]
     rows: Interactions
+    told: np.ndarray
     test: np.ndarray
     timed: bool
     time_boundary: float | None
@@ -190,7 +192,16 @@ def read_interactions(
         index = ItemIndex(catalogue.ids)
     source = open_source(log_path, mapping.interactions)
     notes += source.table.notes
-    log = read_log(source, mapping.interactions, index, bad, notes, events=events, day_first=day_first)
+    log = read_log(
+        source,
+        mapping.interactions,
+        index,
+        bad,
+        notes,
+        events=events,
+        day_first=day_first,
+        with_splits=split in (None, "given"),
+    )
     if items_path is None:
         catalogue, log = _items_of_log(log, index)
     log, test = _split(log, split, test_fraction, num_test_users, seed)
@@ -202,13 +213,14 @@ def read_interactions(
             raise ValueError(f"split='time' needs times, and {log_path} has none")
         boundary = float(np.quantile(log.times[~test], time_quantile, method="higher"))
         training = ~test & (log.times < boundary)
-    kept, interest, noise = interest_of(log, training, test, gain or Gain(), notes)
+    kept, interest, told, noise = interest_of(log, training, test, gain or Gain(), notes)
     log = log.select(kept)
     assert log.times is not None
     return ReadInteractions(
         catalogue=catalogue,
         user_ids=tuple(log.user_ids),
         rows=Interactions(log.users.astype(np.int64), log.items.astype(np.int64), interest[kept], log.times),
+        told=told[kept],
         test=test[kept],
         timed=timed,
         time_boundary=boundary,
@@ -261,9 +273,13 @@ def _split(
         raise ValueError("split='given' needs a column that says train or test, which the log does not have")
     kept = log.splits != 2
     test = (log.splits == 1)[kept]
+    if not 0 < np.count_nonzero(test) < len(test):
+        raise ValueError(
+            f"of {len(log)} rows {np.count_nonzero(test)} are to test on, {np.count_nonzero(~test)} to train on and "
+            f"{np.count_nonzero(~kept)} for validation, as the column of splits says (0, 1 and 2 are train, validation "
+            f"and test): some must be to test on, and some to train on; split='user' draws them instead"
+        )
     log = log.select(kept)
-    if not 0 < np.count_nonzero(test) < len(log):
-        raise ValueError(f"of {len(log)} rows {np.count_nonzero(test)} are to test on: some must be, and not all")
     return log, test
 
 

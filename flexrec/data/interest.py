@@ -83,9 +83,9 @@ def find_codes(ratings: np.ndarray) -> dict[float, str]:
 
 def interest_of(
     log: Log, training: np.ndarray, test: np.ndarray, gain: Gain, notes: list[str]
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Which rows of ``log`` are interactions (M,) bool, the interest (M,) float32, NaN where there is none known, and
-    its noise (:func:`noise_of_repeats`), 0 where that is not known.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Which rows of ``log`` are interactions (M,) bool, the interest (M,) float32, NaN where there is none known, that
+    which each row tells by itself (M,) float32, and its noise (:func:`noise_of_repeats`), 0 where that is not known.
 
     Where a user comes back to an item, a row's interest is what all rows up to it tell: the last rating, the largest
     watch ratio or event, the sum of amounts, the number of interactions.
@@ -115,15 +115,19 @@ def interest_of(
         )
     readings = values.copy()
     values[kept], repeats = _so_far(log.select(kept), values[kept], test[kept])
-    noise = 0.0
-    if repeats and log.feedback in ("rating", "watch_ratio"):
-        rows = training & kept
+    interest = _scaled(log, values, values[training], gain, notes).astype(np.float32)
+    single, noise = interest, 0.0
+    if repeats:
         single = _scaled(log, readings, values[training], gain, [])
-        noise = noise_of_repeats(log.users[rows], log.items[rows], single[rows])
+        if log.feedback in ("rating", "watch_ratio"):
+            rows = training & kept
+            noise = noise_of_repeats(log.users[rows], log.items[rows], single[rows])
+    if log.feedback in ("clicked", "event"):  # what is passed over is so by any gain, where quantiles are above 0
+        single = np.where(readings == 0, 0.0, single)
     if repeats:
         how = {"rating": "the last counts", "amount": "they add up", "none": "they are counted"}
         notes.append(f"{repeats} interactions repeat a pair: {how.get(log.feedback, 'the strongest counts')}")
-    return kept, _scaled(log, values, values[training], gain, notes).astype(np.float32), noise
+    return kept, interest, single.astype(np.float32), noise
 
 
 def noise_of_repeats(users: np.ndarray, items: np.ndarray, interest: np.ndarray) -> float:

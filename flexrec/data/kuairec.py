@@ -81,13 +81,13 @@ def load_kuairec(folder: str | Path, options: KuaiRecOptions) -> RankingDataset:
         if name not in source.names:
             raise ValueError(f"{source.path}: has no column {name}; it is no matrix of KuaiRec")
     columns = {**_LOG_COLUMNS, **({"timestamp": ("timestamp",)} if "timestamp" in source.names else {})}
-    log = read_log(source, columns, ItemIndex(catalogue.ids), bad, notes)
+    log = read_log(source, columns, ItemIndex(catalogue.ids), bad, notes, with_splits=False)
     test = choose_test_users(log.users, options.test_fraction, options.num_test_users, options.seed)[log.users]
     log, test, timed = in_order_of_time(log, test, catalogue.ids, options.seed)
     assert log.times is not None
     if options.split == "time" and not timed:
         raise ValueError(f"split='time' needs times, and {source.path} has none")
-    kept, interest, noise = interest_of(log, ~test, test, Gain(high=options.watched_twice), notes)
+    kept, interest, _, noise = interest_of(log, ~test, test, Gain(high=options.watched_twice), notes)
     log, test, interest = log.select(kept), test[kept], interest[kept]
     assert log.times is not None
     views = Interactions(log.users.astype(np.int64), log.items.astype(np.int64), interest, log.times)

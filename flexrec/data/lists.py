@@ -202,6 +202,10 @@ class RankingDataset:
         without = {} if any(lst.query for lst in (*self.train, *self.test)) else {"search": WITHOUT_QUERIES}
         return {**without, **self.unsupported}
 
+    def user_id(self, user: int) -> str:
+        """The public id of a user."""
+        return str(user) if self.user_ids is None else self.user_ids[user]
+
     def check_needs(self, names: Iterable[str]) -> None:
         """Raise a ValueError naming the first of these needs that the data cannot answer, and why."""
         for name in names:

@@ -200,6 +200,7 @@ def read_log(
     *,
     events: Collection[str] | None = None,
     day_first: bool | None = None,
+    with_splits: bool = True,
 ) -> Log:
     """Read the log of ``source``; users are numbered in the order of their ids.
 
@@ -207,11 +208,14 @@ def read_log(
         named: columns that a person named, by role.
         items: number of an item by its id as the log writes it; -1 makes the row bad.
         events: the kinds of events to read; None: all.
+        with_splits: read a column of splits, whose other words make a row bad; else it is no matter what it holds.
 
     Raises:
         ValueError: no column of users or items, a named column that is not there, no good row.
     """
     found = find_columns(source.path, source.names, INTERACTION_ROLES, named)
+    if not with_splits:
+        found.pop("split", None)
     column = {role: names[0] for role, names in found.items()}
     require(source.path, source.names, found, "user")
     if "impressions" in column:

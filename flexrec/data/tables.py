@@ -303,6 +303,8 @@ def errors_of(path: Path) -> Iterator[None]:
 
 def _text(value: Any) -> Any:
     """A value of JSON or Parquet as text; lists stay lists."""
+    if isinstance(value, bytes):  # of a Parquet column that does not say that it is text
+        value = value.decode("utf-8", "replace")
     if isinstance(value, str):
         return value.strip()
     if value is None:

@@ -23,7 +23,12 @@ _UNITS = (
     ("microseconds", 1e6, 1e14, 1e17),
     ("nanoseconds", 1e9, 1e17, 1e20),
 )
-_DATE_NUMBERS = (19000101, 21001231)  # 20200705 is a day, not a second of 1970
+# Dates written as numbers: how, the pattern, and the range. 20200705 is a day, not a second of 1970.
+_DATE_NUMBERS = (
+    ("days such as 20201231", "%Y%m%d", 19000101, 21001231),
+    ("minutes such as 202012312359", "%Y%m%d%H%M", 190001010000, 210012312359),
+    ("seconds such as 20201231235959", "%Y%m%d%H%M%S", 19000101000000, 21001231235959),
+)
 _DAY_FIRST = ("%d/%m/%Y", "%d/%m/%y")
 _MONTH_FIRST = ("%m/%d/%Y", "%m/%d/%y")
 _CLOCKS = ("", " %H:%M:%S", " %H:%M", " %I:%M:%S %p", " %I:%M %p")
@@ -117,15 +122,24 @@ class Moments:
 def number_moments(values: np.ndarray) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
     """Unit of most of these numbers (M,), and what turns numbers into seconds, or into NaN where they do not fit."""
     known = values[np.isfinite(values)]
-    if len(known) and np.mean((known >= _DATE_NUMBERS[0]) & (known <= _DATE_NUMBERS[1]) & (known % 1 == 0)) > 0.5:
-        days = np.vectorize(lambda v: _formatted(f"{v:.0f}", "%Y%m%d"), otypes=[np.float64])
-        return "days such as 20201231", lambda v: days(np.nan_to_num(v)) if len(v) else v
+    for form, pattern, first, last in _DATE_NUMBERS:
+        if len(known) and np.mean((known >= first) & (known <= last) & (known % 1 == 0)) > 0.5:
+            read = _dates(pattern)
+            # Milliseconds of 1976 are as long as a date with minutes, and hardly one of them is a date.
+            if np.mean(np.isnan(read(known[:2000]))) < 0.5:
+                return form, read
     size = np.median(np.abs(known)) if len(known) else 0.0
     unit = next((unit for unit in _UNITS if unit[2] <= size < unit[3]), None)
     if unit is not None:
         name, per_second, low, high = unit
         return name, lambda v: np.where((v >= low) & (v < high), v, np.nan) / per_second
     return "numbers of no known unit", lambda v: np.where(np.isfinite(v), v, np.nan)
+
+
+def _dates(pattern: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Reads dates that are written as numbers."""
+    one = np.vectorize(lambda v: _formatted(f"{v:.0f}", pattern), otypes=[np.float64])
+    return lambda values: one(np.nan_to_num(values)) if len(values) else values
 
 
 @lru_cache(maxsize=1 << 16)

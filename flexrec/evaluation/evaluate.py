@@ -115,24 +115,26 @@ class Evaluation:
 
     def telling(self, need: str, metric: str) -> bool:
         """Whether a metric depends on the order of any list: where everybody likes everything, recall does not."""
-        gains = [example.gains for example in self.tests[need]]
-        worst, best = [np.sort(row) for row in gains], [np.sort(row)[::-1] for row in gains]
-        return not np.array_equal(rank_metrics(worst, (metric,))[metric], rank_metrics(best, (metric,))[metric])
+        worst = [np.argsort(example.gains, kind="stable") for example in self.tests[need]]
+        best = [order[::-1] for order in worst]
+        return not np.array_equal(self._of_need(need, worst)[metric], self._of_need(need, best)[metric])
 
     def of_rankings(self, rankings: Mapping[str, Sequence[np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
         """need -> metric -> (L,) values of rankings given as candidate indices, best first."""
-        results = {}
-        for need, examples in self.tests.items():
-            lengths = np.array([len(example.gains) for example in examples])
-            gains = np.zeros((len(examples), lengths.max()), dtype=np.float64)
-            ranked = np.array([len(ranking) for ranking in rankings[need]])
-            metrics, topics = metrics_of(examples), None
-            if examples[0].topics is not None:
-                topics = np.zeros((*gains.shape, examples[0].topics.shape[1]), dtype=np.float32)
-            for n, (example, ranking) in enumerate(zip(examples, rankings[need], strict=True)):
-                order = np.concatenate([ranking, np.setdiff1d(np.arange(lengths[n]), ranking)])
-                gains[n, : lengths[n]] = example.gains[order]
-                if topics is not None and example.topics is not None:
-                    topics[n, : lengths[n]] = example.topics[order]
-            results[need] = rank_metrics(gains, metrics, lengths=lengths, num_ranked=ranked, topics=topics)
-        return results
+        return {need: self._of_need(need, rankings[need]) for need in self.tests}
+
+    def _of_need(self, need: str, rankings: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """metric -> (L,) values of the rankings of a need's lists."""
+        examples = self.tests[need]
+        lengths = np.array([len(example.gains) for example in examples])
+        gains = np.zeros((len(examples), lengths.max()), dtype=np.float64)
+        ranked = np.array([len(ranking) for ranking in rankings])
+        metrics, topics = metrics_of(examples), None
+        if examples[0].topics is not None:
+            topics = np.zeros((*gains.shape, examples[0].topics.shape[1]), dtype=np.float32)
+        for n, (example, ranking) in enumerate(zip(examples, rankings, strict=True)):
+            order = np.concatenate([ranking, np.setdiff1d(np.arange(lengths[n]), ranking)])
+            gains[n, : lengths[n]] = example.gains[order]
+            if topics is not None and example.topics is not None:
+                topics[n, : lengths[n]] = example.topics[order]
+        return rank_metrics(gains, metrics, lengths=lengths, num_ranked=ranked, topics=topics)

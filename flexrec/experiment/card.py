@@ -97,8 +97,7 @@ def card_of(run: RunFolder, info: RunInfo, metrics: Mapping[str, Any] | None = N
     text += _NEEDS.format(rows=_wordings(info))
     for key, changes in metrics.items():
         if key.startswith(_CHANGES) and (rows := _rows(changes)):
-            lists = read_json(run.path / "data.json")["test"] if (run.path / "data.json").is_file() else "the"
-            text += _RESULTS.format(metric=key.removeprefix(_CHANGES).upper(), lists=lists, rows=rows)
+            text += _RESULTS.format(metric=key.removeprefix(_CHANGES).upper(), lists=run.num_measured(), rows=rows)
     catalogue = run.read_catalogue()[0]
     example = [list(catalogue.ids[:2]), list(catalogue.ids[2:6])]
     return text + _USE.format(

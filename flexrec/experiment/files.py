@@ -37,9 +37,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file of a run holds; a ValueError names a file that holds none."""
+    """The object that a file of a run holds; a ValueError names a file that holds none, a FileNotFoundError one that is
+    not there."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: copy the whole folder of the run, or train it again") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):

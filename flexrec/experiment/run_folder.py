@@ -166,8 +166,12 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"--output {self.path} exists and is no folder")
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK).open("a") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("a")
+        except OSError as error:
+            raise OSError(f"--output {self.path} cannot be written ({error.strerror}): choose another folder") from None
+        with lock as file:
             if fcntl is not None:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -219,6 +223,7 @@ class RunFolder:
             "train": len(dataset.train),
             "test": len(dataset.test),
             "fingerprint": dataset.fingerprint(),
+            "tested": sorted({dataset.user_id(lst.user) for lst in dataset.test}),
             "notes": dataset.notes,
         }
         write_json(self.path / "data.json", about, indent=2)
@@ -322,23 +327,22 @@ class RunFolder:
         )
         of_items = {**items, "columns": columns, "popularity": popularity, "trend": rises, "rises": counts}
         write_json(self.path / "catalogue.json", of_items)
-        histories: dict[str, list[dict[str, Any]]] = {}
+        # As lists have them: of an item that a user comes back to the latest event alone.
+        histories: dict[str, dict[str, dict[str, Any]]] = {}
         logged = set(log.users.tolist())
-
-        def name_of(user: int) -> str:
-            return str(user) if dataset.user_ids is None else dataset.user_ids[user]
-
         for user, item, interest in zip(log.users.tolist(), log.items.tolist(), log.interest.tolist(), strict=True):
-            histories.setdefault(name_of(user), []).append({"id": catalogue.ids[item], "interest": interest})
+            history, item_id = histories.setdefault(dataset.user_id(user), {}), catalogue.ids[item]
+            history.pop(item_id, None)
+            history[item_id] = {"id": item_id, "interest": interest}
         # Users who were tested on are in no log: what their latest list knows of them.
         for lst in sorted(dataset.test, key=lambda lst: lst.time):
             if lst.user not in logged and len(lst.history):
                 known = [None] * len(lst.history) if lst.history_interest is None else lst.history_interest.tolist()
-                histories[name_of(lst.user)] = [
-                    {"id": catalogue.ids[item], "interest": interest}
+                histories[dataset.user_id(lst.user)] = {
+                    catalogue.ids[item]: {"id": catalogue.ids[item], "interest": interest}
                     for item, interest in zip(lst.history.tolist(), known, strict=True)
-                ]
-        latest = {user: events[-info.max_history :] for user, events in histories.items() if info.max_history}
+                }
+        latest = {user: list(of.values())[-info.max_history :] for user, of in histories.items() if info.max_history}
         write_json(self.path / "histories.json", latest)
         save_model(self.path, model, tokenizer, info)
         settle(self.path, deep=False)
@@ -395,6 +399,12 @@ class RunFolder:
         """The last items of every logged user, ``{"id", "interest"}`` each, oldest first."""
         return read_json(self.path / "histories.json")
 
+    def trained_users(self) -> set[str]:
+        """Ids of the users that the run was trained on and not tested on; none where its folder does not say."""
+        path = self.path / "data.json"
+        about = read_json(path) if path.is_file() else {}
+        return set(self.read_histories()) - set(about["tested"]) if "tested" in about else set()
+
     def write_results(
         self,
         config: Mapping[str, Any],
@@ -414,6 +424,14 @@ class RunFolder:
         metrics = {**results.to_json(), "config": config}
         report(metrics)
         write_json(self.path / "metrics.json", metrics, indent=2)
+
+    def num_measured(self) -> int | str:
+        """How many test lists the results are of, which are not always all that there are; "the" where none is told."""
+        path = self.path / "per_list.npz"
+        if not path.is_file():
+            return "the"
+        with np.load(path) as saved:
+            return len(saved["users"])
 
     def write_shown(self, shown: Mapping[str, Any]) -> None:
         """Write what a report shows beside the metrics."""

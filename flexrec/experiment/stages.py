@@ -324,6 +324,7 @@ class _Measured:
     ) -> None:
         self.lists = lists
         self.results = Results(np.array([lst.user for lst in lists]))
+        task.ask_judges(lists)
         tests = {need.name: [task.test_example(lst, need) for lst in lists] for need in task.needs}
         self.evaluate = Evaluation(tests, task.builder, num_ranked, bf16=bf16)
 
@@ -431,6 +432,14 @@ def evaluate_run(
             name, data or (trained_with.data if name == trained_with.dataset else None), trained_with.seed, options
         )
     loaded = answerable(loaded, builder, trained_with.num_ranked)
+    if loaded.name == trained_with.dataset or isinstance(dataset, RankingDataset):
+        users = {loaded.user_id(lst.user) for lst in loaded.test}
+        if known_users := users & RunFolder(folder).trained_users():
+            # Whom to test on is drawn from all users: where there are others now, it is others.
+            say(
+                f"{len(known_users)} of {len(users)} users to test on have the ids of users that the run was trained "
+                f"on: these are not the data that it was trained with, and figures say less of users never seen"
+            )
     asked = trained_with.needs if needs is None else needs
     names = [need.name if isinstance(need, Need) else need for need in asked]
     known = known_needs(needs_file, trained_with.own_needs, [need for need in asked if isinstance(need, Need)])

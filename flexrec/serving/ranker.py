@@ -24,7 +24,7 @@ from flexrec.experiment.run_folder import RunFolder
 from flexrec.rankings.reasoning import ReasoningTokens
 from flexrec.serving.items import KnownItems
 from flexrec.serving.requests import check_text, id_of, interest_of, misspelt, shown, top_n_of
-from flexrec.serving.windows import rank_in_windows
+from flexrec.serving.windows import given_id, rank_in_windows
 from flexrec.task.descriptions import Item, Token, title_words
 from flexrec.task.mixtures import find_need, is_mixture
 from flexrec.task.needs import Need
@@ -419,10 +419,9 @@ class Ranker:
         if not isinstance(given, list) or not given:
             raise ValueError("'candidates' must be a list of at least one {'id': .., 'title': ..}")
         items = [self._known.item(entry, f"candidates[{j}]") for j, entry in enumerate(given)]
-        ids = [
-            entry.get("id", item.id) if isinstance(entry, dict) else entry
-            for entry, item in zip(given, items, strict=True)
-        ]
+        # A null is no id: who gives it with a title names the item by its title.
+        own = [given_id(entry) for entry in given]
+        ids = [item.id if one is None else one for one, item in zip(own, items, strict=True)]
         first = {item.id: j for j, item in reversed(list(enumerate(items)))}
         once = sorted(first.values())
         repeated = sorted({item.id for j, item in enumerate(items) if first[item.id] != j})

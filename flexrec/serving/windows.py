@@ -63,8 +63,8 @@ def rank_in_windows(
 
 
 def given_id(candidate: Any) -> Any:
-    """The id of a candidate as it came."""
-    return candidate["id"] if isinstance(candidate, dict) else candidate
+    """The id of a candidate as it came; None where it has none."""
+    return candidate.get("id") if isinstance(candidate, dict) else candidate
 
 
 def _places(

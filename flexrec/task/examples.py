@@ -100,11 +100,15 @@ class RankingTask:
         self.builder = builder
         self.critic = critic
 
-    def training_feedback(self, lists: Sequence[RankingList]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(interest (K,), its variance (K,)) of each list, as training may know them; judges are asked."""
+    def ask_judges(self, lists: Sequence[RankingList]) -> None:
+        """Ask the judges of needs for all of these lists at once, a batch at a time, so that each is known later."""
         for need in self.needs:
             if isinstance(need.gains, JudgedGains):
                 need.gains.prepare(lists, self.catalogue)
+
+    def training_feedback(self, lists: Sequence[RankingList]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(interest (K,), its variance (K,)) of each list, as training may know them; judges are asked."""
+        self.ask_judges(lists)
         if self.critic is not None:
             with span("critic"):
                 return self.critic.fill_many(lists)

@@ -128,12 +128,21 @@ class Evaluation:
 
     Args:
         strict: a category that no item has is a mistake; else nobody has it.
+        novelty: (K,), to be tried; None: as the list's history makes it.
     """
 
     def __init__(
-        self, text: str, lst: RankingList, catalogue: Catalogue, interest: np.ndarray, *, strict: bool = False
+        self,
+        text: str,
+        lst: RankingList,
+        catalogue: Catalogue,
+        interest: np.ndarray,
+        *,
+        strict: bool = False,
+        novelty: np.ndarray | None = None,
     ) -> None:
         self.text, self.lst, self.catalogue, self.strict = text, lst, catalogue, strict
+        self.novelty = novelty
         self.interest = np.asarray(interest, dtype=np.float64)
 
     def number(self, node: ast.expr) -> Number:
@@ -165,7 +174,8 @@ class Evaluation:
         if name == "interest":
             return Number(self.interest, np.ones_like(self.interest))
         if name == "novelty":
-            return Number(novelty(lst, catalogue).astype(np.float64))
+            new = novelty(lst, catalogue) if self.novelty is None else self.novelty
+            return Number(new.astype(np.float64))
         if name in OF_LISTS:
             return Number(getattr(lst, name).astype(np.float64))
         if (column := find_column(name, catalogue)) is not None:

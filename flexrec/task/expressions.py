@@ -84,9 +84,19 @@ class Expression:
     def __call__(
         self, lst: RankingList, catalogue: Catalogue, interest: np.ndarray, variance: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
+        return self._gains(lst, catalogue, interest, variance)
+
+    def _gains(
+        self,
+        lst: RankingList,
+        catalogue: Catalogue,
+        interest: np.ndarray,
+        variance: np.ndarray,
+        novelty: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
         check_interest(lst, interest, variance)
         columns = {name: self._column(name, catalogue)[lst.candidates] for name in self.columns}
-        found = Evaluation(self.text, lst, catalogue, interest).number(self.tree)
+        found = Evaluation(self.text, lst, catalogue, interest, novelty=novelty).number(self.tree)
         lacking = self.lacking(lst.candidates, catalogue)
         gains = np.where(lacking, 0.0, found.value)
         slopes = np.where(lacking, 0.0, found.slope)
@@ -121,10 +131,10 @@ class Expression:
         """Raise an ExpressionError where it names what these items do not have, or is no gain for one of them."""
         items = np.arange(len(catalogue))
         zeros = np.zeros(len(items), dtype=np.float32)
-        for rise, popularity, interest in product((0.0, 1.0), (0.0, 1e4), (0.0, 0.5, 1.0)):
+        for rise, popularity, new, interest in product((0.0, 1.0), (0.0, 1e4), (0.0, 1.0), (0.0, 0.5, 1.0)):
             of_list = {"popularity": zeros + np.float32(popularity), "trend": zeros + np.float32(rise)}
             lst = RankingList(-1, 0.0, items[:0], items, zeros, **of_list)
-            self(lst, catalogue, zeros + np.float32(interest), zeros + 1)
+            self._gains(lst, catalogue, zeros + np.float32(interest), zeros + 1, zeros + np.float32(new))
         Evaluation(self.text, lst, catalogue, zeros, strict=True).number(self.tree)
 
     def _column(self, name: str, catalogue: Catalogue) -> np.ndarray:

@@ -279,6 +279,9 @@ def write_log(folder, moments, header="user,item,timestamp"):
         (["1577934245000", "1577934246500"], {}, [1577934245, 1577934246.5]),
         (["1577934245000000", "1577934246000000"], {}, [1577934245, 1577934246]),
         (["20200102", "20200103"], {}, [utc(2020, 1, 2), utc(2020, 1, 3)]),
+        (["20200102030405", "20200103000000"], {}, [1577934245, utc(2020, 1, 3)]),
+        (["202001020304", "202001030000"], {}, [utc(2020, 1, 2, 3, 4), utc(2020, 1, 3)]),
+        (["200000000000", "200000060000"], {}, [200_000_000, 200_000_060]),  # in ms: 1976, and no month 00
         (
             ["2020-01-02", "2020-01-02 03:04:05", "2020-01-02T03:04:05.25Z"],
             {},
@@ -337,3 +340,13 @@ def test_every_kind_of_file_reads_the_same(tmp_path, ending):
     result = read_interactions(tmp_path)
     assert rows_of(result) == {("u1", "7"): [0.75], ("u2", "8"): [0.0], ("u1", "8"): [1.0]}
     assert times_of(result)["u1", "8"] == 1577934247
+
+
+def test_parquet_columns_of_bytes_are_text(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"user": [b"ann", "J\u00f6rg".encode()], "item": [b"a1", b"a2"]})
+    parquet.write_table(table, tmp_path / "log.parquet")
+    result = read_interactions(tmp_path)
+    assert result.user_ids == ("J\u00f6rg", "ann")
+    assert result.catalogue.ids == ("a1", "a2")

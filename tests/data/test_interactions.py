@@ -190,6 +190,26 @@ def test_a_given_split_is_kept_on_both_sides(tmp_path):
     assert log_as_text(dataset) == log_as_text(again)
 
 
+@pytest.mark.parametrize("split", ["user", "time"])
+def test_another_split_reads_no_column_of_splits(tmp_path, split):
+    """Folds of a cross-validation, say: no row is left out for what stands there, nor for validation."""
+    rows = make_rows()
+    names = ("user", "item", "rating", "timestamp", "fold")
+    for folder, with_folds in (("a", rows), ("b", [(*row, n % 10) for n, row in enumerate(rows)])):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, with_folds, names[: len(with_folds[0])])
+    plain, folds = load(tmp_path / "a", split=split), load(tmp_path / "b", split=split)
+    assert log_as_text(folds) == log_as_text(plain)
+    assert as_text(folds, folds.test) == as_text(plain, plain.test)
+    assert not any("skipped" in note for note in folds.notes)
+
+
+def test_a_column_of_splits_without_a_test_row_says_what_it_was_read_as(tmp_path):
+    rows = [(*row, n % 2) for n, row in enumerate(make_rows())]
+    with pytest.raises(ValueError, match=r"0 are to test on, 750 to train on and 750 for validation.* split='user'"):
+        load(write(tmp_path, rows, ("user", "item", "rating", "timestamp", "split")))
+
+
 def test_without_times_the_order_is_drawn_from_the_seed_and_not_from_the_file(tmp_path):
     rows = sorted({row[:2]: (*row[:2], row[2]) for row in make_rows()}.values())
     names = ("user", "item", "rating")

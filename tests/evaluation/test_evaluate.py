@@ -123,3 +123,7 @@ def test_a_need_of_whole_lists_is_scored_by_its_own_metric_too():
     d = 1 / np.log2([2, 3, 4])
     found, best = d @ [0.8, 1.0, 0.9 * 0.5], d @ [1.0, 0.8, 0.45]
     np.testing.assert_allclose(values["diverse"]["alpha_ndcg@5"], [found / best, 1.0], rtol=1e-6)
+    evaluation = Evaluation(tests, None, None)
+    told = {need: [name for name in of if evaluation.telling(need, name)] for need, of in values.items()}
+    assert told["diverse"] == ["alpha_ndcg@5", *told["interest"]]
+    assert told["interest"] == ["ndcg@5", "ndcg@10", "ndcg@30", "mrr@5"], "of at most 5 any order recalls all"

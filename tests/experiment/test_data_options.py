@@ -4,6 +4,7 @@ import inspect
 import json
 from dataclasses import MISSING, fields, replace
 
+import numpy as np
 import pytest
 
 from flexrec import cli
@@ -219,6 +220,25 @@ def test_a_data_set_made_in_python(tmp_path, recorded, dataset):
         stages.evaluate_run(folder)
     scores = stages.evaluate_run(folder, dataset)
     assert scores["interest"]["ndcg@5"]["mean"] == pytest.approx(results.means("trained")["interest"]["ndcg@5"])
+
+
+def test_who_was_trained_on_is_not_tested_on_without_a_word(tmp_path, recorded, dataset):
+    """Where a log has grown, others are drawn to be tested."""
+    folder, said = tmp_path / "run", []
+    recorded.run(folder)
+    stages.evaluate_run(folder, dataset, say=said.append)
+    assert said == []
+    trained = np.unique(dataset.log.users)[:2]
+    changed = [replace(lst, user=int(user)) for user, lst in zip(trained, dataset.test, strict=False)]
+    grown = replace(dataset, test=[*changed, *dataset.test[2:]])
+    users = {lst.user for lst in grown.test}
+    assert len(users) > 2
+    stages.evaluate_run(folder, grown, say=said.append)
+    assert len(said) == 1
+    assert said[0].startswith(f"2 of {len(users)} users to test on have the ids of users that the run was trained on")
+    (folder / "data.json").unlink()  # as of what was saved for others
+    stages.evaluate_run(folder, grown, say=said.append)
+    assert len(said) == 1
 
 
 def test_the_fingerprint_knows_every_part_of_the_data(dataset):

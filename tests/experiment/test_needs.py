@@ -195,7 +195,10 @@ def test_a_resumed_run_has_the_needs_that_it_began_with(simulated, recorded):
 
 
 def test_needs_made_in_python(simulated, recorded):
+    asked = []
+
     def long_titles(words, histories, candidates):
+        asked.append(len(histories))
         return [[len(title) for title in titles] for titles in candidates]
 
     def few_know(lst, catalogue):
@@ -210,6 +213,8 @@ def test_needs_made_in_python(simulated, recorded):
         output="run", steps=1, warmup_steps=1, listwise_steps=1, prompts_per_step=4, baselines=("none",)
     )
     results = stages.run_experiment(config, say=recorded.said.append, needs=needs)
+    assert sum(count < 16 for count in asked) <= 2, "of those to train on and those to test on the last batches alone"
+    assert len(asked) > 2
     names = ["long", "gems", "trend"]
     assert list(results.per_list["trained"]) == names
     assert RunInfo.load(Path("run")).needs == names

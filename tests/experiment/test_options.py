@@ -303,6 +303,9 @@ def test_results_of_some_lists_are_of_those_that_the_seed_draws(tmp_path, record
         assert results.users.tolist() == [dataset.test[i].user for i in drawn]
         assert len(values) == 3
         users.setdefault(seed, []).append(results.users.tolist())
+        card, page = ((tmp_path / f"run{run}" / name).read_text() for name in ("README.md", "report.html"))
+        assert "On 3 test lists of users" in card
+        assert f"{len(dataset.train)} training lists, 3 test lists" in page
     assert users[0][0] == users[0][1]
     assert any(f"results are of 3 of {len(dataset.test)} test lists" in said for said in recorded.said)
 

@@ -149,6 +149,17 @@ def test_resume_needs_no_other_option(tmp_path, recorded, capsys):
     assert config["baselines"] == ["none"]
 
 
+def test_a_folder_without_a_run_is_not_resumed_by_defaults(tmp_path, recorded, capsys):
+    """A mistyped name, say: it would be a run on simulated data. Who gives a run's options may always add --resume."""
+    command = ["train", "--output", str(tmp_path / "rnu"), "--resume"]
+    assert cli.main(command) == 2
+    assert f"there is no run in --output {tmp_path / 'rnu'} to continue" in capsys.readouterr().err
+    assert not recorded.stages
+    assert not (tmp_path / "rnu").exists()
+    few = "--need interest --steps 4 --warmup-steps 3 --listwise-steps 2 --prompts-per-step 4 --baselines none"
+    assert cli.main([*command, *few.split()]) == 0
+
+
 def test_the_folder_of_something_else_is_not_resumed(tmp_path, recorded):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileNotFoundError, match=r"is not the folder of a run: it has no experiment\.json"):
@@ -333,3 +344,11 @@ def test_two_runs_into_one_folder_are_refused(tmp_path, recorded, monkeypatch):
     assert (folder / "log.jsonl").exists()
     with RunFolder(folder).locked():
         pass
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_what_to_do(tmp_path, recorded):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        OSError, match=r"--output .*file/run cannot be written \(Not a directory\): choose another folder"
+    ):
+        recorded.run(tmp_path / "file" / "run")

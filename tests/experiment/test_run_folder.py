@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexrec.data.options import all_data_options
 from flexrec.evaluation.statistics import relative_change
+from flexrec.experiment import stages
 from flexrec.experiment.config import ExperimentConfig
 from flexrec.experiment.results import Results
 from flexrec.experiment.run_folder import RunFolder, RunInfo
@@ -84,11 +85,29 @@ def test_histories_are_the_latest_events_with_what_was_liked(tmp_path, recorded,
         events = histories[user]
         rows = np.flatnonzero(log.users == int(user))
         assert len(rows) > 5
-        latest = rows[np.argsort(log.times[rows], kind="stable")][-5:]
+        in_time = rows[np.argsort(log.times[rows], kind="stable")].tolist()
+        latest = sorted({log.items[row]: n for n, row in enumerate(in_time)}.values())[-5:]  # each item once
+        latest = np.array(in_time)[latest]
         assert [event["id"] for event in events] == [ids[log.items[row]] for row in latest]
         assert [event["interest"] for event in events] == log.interest[latest].tolist()
         liked += [event["interest"] >= 0.5 for event in events]
     assert set(liked) == {True, False}
+
+
+def test_a_history_has_an_item_once_at_its_latest_as_lists_have(tmp_path, recorded, dataset, monkeypatch):
+    """Of a log in which users come back to items."""
+    log, ids = dataset.log, dataset.catalogue.ids
+    user = int(log.users[-1])
+    rows = np.flatnonzero(log.users == user)[-6:]
+    items, interest = log.items.copy(), log.interest.copy()
+    items[rows[-1]], interest[rows[-1]] = items[rows[1]], 0.875
+    again = dataclasses.replace(dataset, log=dataclasses.replace(log, items=items, interest=interest))
+    monkeypatch.setattr(stages, "simulate", lambda **options: again)
+    recorded.run(tmp_path / "run")
+    history = json.loads((tmp_path / "run" / "histories.json").read_text())[str(user)]
+    latest = [rows[0], *rows[2:]]
+    assert [event["id"] for event in history] == [ids[items[row]] for row in latest]
+    assert [event["interest"] for event in history] == interest[latest].tolist()
 
 
 def test_the_catalogue_is_saved_with_titles_and_what_rises(tmp_path, recorded, dataset):

@@ -106,13 +106,14 @@ def test_a_wrong_top_n_is_named(ranker, dataset, value):
 
 def test_titles_stand_for_the_one_item_that_has_them(served, dataset):
     titles, ids = dataset.catalogue.titles, dataset.catalogue.ids
+    null = {"id": None}
     twice = Catalogue(("new", "twin"), ("A new one", "A new one"), ((), ()))
     ranker = Ranker(served, twice)
     by_id = {"need": "trend", "history": list(ids[:2]), "candidates": list(ids[5:8])}
     by_title = {
         "need": "trend",
         "history": [titles[0], {"title": titles[1]}],
-        "candidates": [titles[5], {"title": titles[6]}, ids[7]],
+        "candidates": [titles[5], {"title": titles[6]}, {"title": titles[7], **null}],
     }
     assert len(set(titles)) == len(titles)
     one, other = ranker.rank([by_id, by_title])
@@ -120,7 +121,7 @@ def test_titles_stand_for_the_one_item_that_has_them(served, dataset):
     assert [named.get(item["id"], item["id"]) for item in other["ranking"]] == [item["id"] for item in one["ranking"]]
     errors = [
         ranker.rank([{**by_id, "history": [entry]}])[0]["error"]
-        for entry in ("A new one", {"title": "A new one"}, "Nothing of ours", {"title": "Nothing of ours"}, {})
+        for entry in ("A new one", {"title": "A new one"}, "Nothing of ours", {"title": "Nothing of ours"}, null)
     ]
     ambiguous = "'history[0]': 2 items have the title 'A new one': give one of the ids 'new', 'twin'"
     unknown = (

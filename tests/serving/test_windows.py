@@ -62,12 +62,13 @@ def test_windows_of_all_requests_are_ranked_together(ranker, dataset, asked):
 
 
 def test_candidates_come_back_as_they_were_given(ranker, dataset):
-    """Numbers, dictionaries, titles of the catalogue, and one twice."""
+    """Numbers, dictionaries, titles of the catalogue, with a null for an id or without one, and one twice."""
     ids, titles = dataset.catalogue.ids, dataset.catalogue.titles
     given = [*({"id": n, "title": f"Something new {n}"} for n in range(12)), *ids[:6], {"title": titles[7]}, ids[0]]
+    given += [{"id": None, "title": titles[8]}, {"id": None, "title": titles[9]}]
     (answer,) = ranker.rank([request_of(dataset) | {"candidates": given}], Decoding(strategy="tournament", window=5))
     found = [item["id"] for item in answer["ranking"]]
-    assert sorted(map(str, found)) == sorted([*map(str, range(12)), *ids[:6], ids[7]])
+    assert sorted(map(str, found)) == sorted([*map(str, range(12)), *ids[:6], *ids[7:10]])
     assert sum(isinstance(one, int) for one in found) == 12
     assert f"has the id {ids[0]!r} more than once" in answer["warning"]
 

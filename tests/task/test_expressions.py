@@ -206,6 +206,9 @@ def test_what_makes_no_sense_for_these_items(text, message):
         ("interest * log(price - 5)", "the gain of item 'a' is nan"),
         ("interest * (0.5 - trend)", "is -0.25 (interest 0.5)"),
         ("interest * (100 - popularity)", "is -4950"),
+        ("interest * (novelty - 0.5)", "is -0.25 (interest 0.5)"),
+        ("interest * (0.5 - novelty)", "is -0.25 (interest 0.5)"),
+        ("interest / novelty", "the gain of item 'a' is nan"),
         ("exp(100 * interest)", "the variance of item 'a' is inf (interest 0.5)"),
     ],
 )

@@ -110,7 +110,8 @@ def _about(record: Record) -> str:
     data, config = record.data, record.config
     parts = [str(data.get("name") or config.get("dataset") or record.name)]
     if {"items", "train", "test"} <= set(data):
-        parts[0] += f": {data['items']:,} items, {data['train']:,} training lists, {data['test']:,} test lists"
+        tested = data["test"] if record.results is None else len(record.results.users)  # not always all of them
+        parts[0] += f": {data['items']:,} items, {data['train']:,} training lists, {tested:,} test lists"
     parts += [f"{name} {config[name]}" for name in ("model", "credit", "metric", "seed") if name in config]
     return "; ".join(parts)
 
