@@ -188,6 +188,65 @@ class SharedDecoder:
             )
 
 
+class WholeRows:
+    """:class:`SharedDecoder` of models that do more than attend: each row is computed whole at every step, as training
+    does, right-padded.
+
+    What such a model keeps of a row is the state of a recurrence, into which padding would get, before rankings and
+    between them, and which cannot be shared. It takes as long as it sounds.
+    """
+
+    share = 1
+
+    def __init__(self, model: Any, device: torch.device, num_generations: int, pad_token_id: int) -> None:
+        self.model, self.device = model, device
+        self.num_generations, self.pad_token_id = num_generations, pad_token_id
+        self.rows: list[np.ndarray] = []  # N, the tokens of each
+        self.table: RowTokens | None = None  # what they number
+
+    def prefill(self, prompts: Sequence[Sequence[int]], table: RowTokens | None = None) -> torch.Tensor:
+        """As of :class:`SharedDecoder`."""
+        self.table = table
+        rows = [np.array(prompt, dtype=np.int64) for prompt in prompts]
+        states = self._last_states(rows)
+        self.rows = [row for row in rows for _ in range(self.num_generations)]
+        return states.repeat_interleave(self.num_generations, dim=0)
+
+    def extend(self, runs: Runs, hidden: torch.Tensor, table: RowTokens | None = None) -> None:
+        """As of :class:`SharedDecoder`."""
+        tokens = runs.tokens.astype(np.int64)
+        if table is None and self.table is not None:  # reasoning, of plain tokens, behind a prompt of sums
+            said = np.unique(tokens)
+            tokens = len(self.table) + np.searchsorted(said, tokens)
+            self.table = self.table.and_tokens(said)
+        fed = np.flatnonzero(runs.counts)
+        for n, run in zip(fed, np.split(tokens, np.cumsum(runs.counts[fed])[:-1]), strict=True):
+            self.rows[n] = np.concatenate([self.rows[n], run])
+        hidden[torch.from_numpy(fed).to(self.device)] = self._last_states([self.rows[n] for n in fed])
+
+    def select(self, parents: np.ndarray) -> None:
+        """As of :class:`SharedDecoder`."""
+        self.rows = [self.rows[n] for n in parents]
+
+    def _last_states(self, rows: Sequence[np.ndarray]) -> torch.Tensor:
+        """(R, D) states after the last token of each row."""
+        lengths = np.array([len(row) for row in rows])
+        real = np.arange(lengths.max()) < lengths[:, None]  # (R, L)
+        tokens = np.full(real.shape, self.pad_token_id, dtype=np.int64)
+        tokens[real] = np.concatenate(rows)
+        states = last_hidden(
+            self.model,
+            table=self.table,
+            input_ids=torch.from_numpy(tokens).to(self.device),
+            attention_mask=torch.from_numpy(real).to(self.device).long(),
+            use_cache=False,
+        )
+        return states[torch.arange(len(rows), device=self.device), torch.from_numpy(lengths - 1).to(self.device)]
+
+
+Decoder = SharedDecoder | WholeRows
+
+
 class _GrowingLayer(DynamicLayer):
     """A cache layer that doubles when it is full, where the base class copies all it holds for every new token."""
 

@@ -50,7 +50,7 @@ def first_choices(
         >>> probs.shape, round(float(probs.sum()), 3)
         ((3,), 1.0)
     """
-    scores = _scores(model, prompts, candidates, separator, end, temperature, pad_token_id)
+    scores = _scores(model, prompts, candidates, separator, separator or end, temperature, pad_token_id)
     probs = scores.softmax(dim=1).cpu().numpy()
     return [row[: len(lst)] for row, lst in zip(probs, candidates, strict=True)]
 
@@ -71,7 +71,8 @@ def rank_in_one_pass(
     pad_token_id: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rankings (N, T) and their items' log-probs (N, T), 0 where nothing was left to choose; as ``sample_rankings``."""
-    scores = _scores(model, prompts, candidates, separator, end, temperature, pad_token_id)  # (P, K)
+    behind = end if num_ranked == 1 else separator or end
+    scores = _scores(model, prompts, candidates, separator, behind, temperature, pad_token_id)  # (P, K)
     sizes = torch.tensor([len(lst) for lst in candidates], device=scores.device)
     rankings = _drawn(scores, sizes, num_generations, num_ranked, greedy, generator)
     lengths = sizes.repeat_interleave(num_generations)  # (N,)
@@ -143,11 +144,16 @@ def _scores(
     prompts: Prompts,
     candidates: CandidateLists,
     separator: Sequence[int],
-    end: Sequence[int],
+    behind: Sequence[int],
     temperature: float,
     pad_token_id: int,
 ) -> torch.Tensor:
-    """(P, K) float32 log-probs of the first choice up to a constant of the list, -inf behind its own candidates."""
+    """(P, K) float32 log-probs of the first choice up to a constant of the list, -inf behind its own candidates.
+
+    Args:
+        behind: what comes after the first item. Where a candidate begins with another one's tokens, it is an
+            alternative to going on: of an answer of several items that is the separator, not the end.
+    """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}: use greedy=True for the mode")
     if len(prompts) != len(candidates):
@@ -169,7 +175,7 @@ def _scores(
                 )
                 return _of_states(ranking_states(model, batch), batch.lengths, temperature)
             # A ranking of one item for each candidate; those of a prompt share it.
-            spelled: dict[str, Any] = {"separator": separator, "end": end}
+            spelled: dict[str, Any] = {"separator": separator, "end": behind}
             width = exists.shape[1]
             share = sharing(model, prompts, candidates, separator=separator, num_ranked=1, num_generations=width)
             batch = make_batch(

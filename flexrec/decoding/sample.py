@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from flexrec.decoding.cache import Runs, SharedDecoder
+from flexrec.decoding.cache import Decoder, Runs, SharedDecoder, WholeRows
 from flexrec.decoding.one_pass import rank_in_one_pass
 from flexrec.decoding.rollout import Rollout
 from flexrec.policy.lm_head import capped, output_layer, soft_cap
 from flexrec.policy.lora import causal_lm
-from flexrec.policy.packing import sharing
+from flexrec.policy.packing import only_attends, sharing
 from flexrec.policy.places import are_places
 from flexrec.policy.row_tokens import CandidateLists, Numbered, Prompts, RowTokens, numbered
 from flexrec.policy.shared_prefix import base_attention
@@ -214,7 +214,7 @@ def _begun(
     *,
     reasoning_length: int = 0,
     beams: bool = False,
-) -> Iterator[tuple[RankingState, SharedDecoder, _Output, torch.Tensor]]:
+) -> Iterator[tuple[RankingState, Decoder, _Output, torch.Tensor]]:
     """What every way of decoding begins with: rankings before their first token, the cache of encoded prompts, the
     output layer and the states (N, D) after the prompts. Inside, the model is in evaluation mode.
 
@@ -248,7 +248,11 @@ def _begun(
         with span("bookkeeping"):
             state = RankingState(candidates, **options, num_generations=num_generations)
             output = _Output(*output_layer(model), soft_cap(model))
-            decoder = SharedDecoder(model, output.weight.device, num_generations, share, pad_token_id)
+            decoder: Decoder
+            if only_attends(model):
+                decoder = SharedDecoder(model, output.weight.device, num_generations, share, pad_token_id)
+            else:
+                decoder = WholeRows(model, output.weight.device, num_generations, pad_token_id)
             with span("prefill"):
                 hidden = decoder.prefill(prompts, table)
             yield state, decoder, output, hidden
@@ -275,7 +279,7 @@ class _Sampling(NamedTuple):
 
 
 def _think(
-    decoder: SharedDecoder, rule: ReasoningRule, hidden: torch.Tensor, output: _Output, sampling: _Sampling
+    decoder: Decoder, rule: ReasoningRule, hidden: torch.Tensor, output: _Output, sampling: _Sampling
 ) -> tuple[ReasoningTokens, np.ndarray]:
     """Reasoning of every rollout and its log-probs (N, R); ``hidden`` (N, D) takes the states after it."""
     rows = len(hidden)
@@ -311,7 +315,7 @@ def _think(
 
 
 def _rank(
-    decoder: SharedDecoder,
+    decoder: Decoder,
     state: RankingState,
     hidden: torch.Tensor,
     output: _Output,
@@ -347,7 +351,7 @@ def _rank(
 
 
 def _search(
-    decoder: SharedDecoder,
+    decoder: Decoder,
     state: RankingState,
     hidden: torch.Tensor,
     output: _Output,

@@ -150,7 +150,7 @@ def off_policy_value(
         exact = np.repeat(exact[:, -1:], shape[1], axis=1)
     limit = np.inf if clip is None else clip
     used, before = np.minimum(exact, limit), np.minimum(before, limit)
-    if not np.isfinite(used).all():
+    if not np.isfinite(used).all() or (estimator == "dr" and not np.isfinite(before).all()):
         raise ValueError("a weight is too large for a number: the two policies have little in common; give clip=")
     totals = used.sum(0)  # (T,)
     if estimator != "dr" and not totals.any():
@@ -196,7 +196,7 @@ def score_rankings(
     """Exact log-probs of logged rankings under a model, and what the examples' gains guess of them.
 
     Args:
-        model: a causal language model, as for ``FlexRecTrainer``.
+        model: a causal language model, as for ``FlexRecTrainer``; it is used in evaluation mode.
         examples: N lists; their gains, the critic's where nothing was observed, are the guess.
         rankings: (N, T) integer, index into each example's candidates, -1 beyond a row's own.
         separator, end: token ids between two items of an answer and after the last, as of the prompts' builder.
@@ -217,10 +217,15 @@ def score_rankings(
     rankings = np.asarray(rankings)
     if rankings.ndim != 2 or len(rankings) != len(examples):
         raise ValueError(f"rankings must have shape ({len(examples)}, T), one for each example, got {rankings.shape}")
-    parts = [
-        _score(model, examples[i : i + batch_size], rankings[i : i + batch_size], separator, end, temperature)
-        for i in range(0, len(examples), batch_size)
-    ]
+    training = model.training
+    model.eval()  # dropout would make of the policy another one for each list
+    try:
+        parts = [
+            _score(model, examples[i : i + batch_size], rankings[i : i + batch_size], separator, end, temperature)
+            for i in range(0, len(examples), batch_size)
+        ]
+    finally:
+        model.train(training)
     expected = [part.expected for part in parts if part.expected is not None]
     return LoggedScores(
         np.concatenate([part.logprobs for part in parts]),

@@ -2,9 +2,9 @@
 
 Logits of the whole vocabulary are never computed: a distribution over a few tokens needs a few rows of the layer.
 
-Some models change their logits behind the layer. A factor (Cohere, Granite, Falcon-H1) is put on the states that
-:func:`last_hidden` returns. A soft cap c (Gemma 2 and 4), c tanh(logit / c), bends each logit by itself, so that
-whoever makes logits asks for it by :func:`soft_cap`.
+Some models change their logits behind the layer, or the states before it. A factor (Cohere, Granite, Falcon-H1) is put
+on the states that :func:`last_hidden` returns. A soft cap c (Gemma 2 and 4), c tanh(logit / c), bends each logit by
+itself, so that whoever makes logits asks for it by :func:`soft_cap`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from flexrec.policy.row_tokens import RowTokens, summed_inputs
 from flexrec.profiling import span
 
 # What models multiply their logits by, and what they divide them by, as their configurations call it.
-_FACTORS, _DIVISORS = ("logit_scale", "lm_head_multiplier", "output_multiplier"), ("logits_scaling",)
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_MULTIPLIED_BY_DIVISORS = ("hyperclovax",)  # kinds that multiply by what Granite, under the same name, divides by
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def last_hidden(model: Any, *, table: RowTokens | None = None, **inputs: Any) -> Tensor:
@@ -40,13 +43,15 @@ def last_hidden(model: Any, *, table: RowTokens | None = None, **inputs: Any) ->
     states: list[Tensor] = []
 
     def keep(layers: Any, args: Any, output: Any) -> None:
-        states.append(output.last_hidden_state)
+        if isinstance(found := getattr(output, "last_hidden_state", None), Tensor):
+            states.append(found)
 
     def put_out(inner: Any, args: Any, output: Any) -> None:
         output["hidden_states"] = (states.pop(),)
 
     # The first hook of the whole: wrappers look for what they must follow back in what the pass returns.
-    hooks = inner.base_model.register_forward_hook(keep), inner.register_forward_hook(put_out, prepend=True)
+    hooks = [layers.register_forward_hook(keep) for layers in _under_the_head(inner)]
+    hooks.append(inner.register_forward_hook(put_out, prepend=True))
     try:
         none = torch.empty(0, dtype=torch.int64, device=inputs["input_ids"].device)
         with summed_inputs(inner.get_input_embeddings(), table):
@@ -72,10 +77,12 @@ def output_layer(model: Any) -> tuple[Tensor, Tensor | None]:
     pass.
 
     Raises:
-        ValueError: the layer's adapters make no such weight (LoRA with dropout, say).
+        ValueError: the layer's adapters make no such weight (LoRA with dropout, say), or it is the last of a head that
+            has others (BERT's, ModernBERT's).
     """
     outer, model = getattr(model, "module", model), causal_lm(model)
     layer = model.get_output_embeddings()
+    _check_head(model, layer)
     is_spread = gather_layer(outer, layer)
     weight, bias = _weight_and_bias(layer)
     if is_spread and (not torch.is_grad_enabled() or weight.device.type == "cpu"):
@@ -88,8 +95,9 @@ def output_layer(model: Any) -> tuple[Tensor, Tensor | None]:
 
 def soft_cap(model: Any) -> float | None:
     """What the model's logits stay below in size, c in c tanh(logit / c); None where they are not bent."""
-    cap = getattr(causal_lm(model).config.get_text_config(), "final_logit_softcapping", None)
-    return None if cap is None else float(cap)
+    config = causal_lm(model).config.get_text_config()
+    found = [cap for cap in (getattr(config, name, None) for name in _CAPS) if cap is not None]
+    return float(found[0]) if found else None
 
 
 def capped(logits: Tensor, cap: float | None) -> Tensor:
@@ -97,11 +105,34 @@ def capped(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def _under_the_head(model: Any) -> list[torch.nn.Module]:
+    """Whose output the layer is given: that of the last of them to be called."""
+    base = model.base_model if model.base_model is not model else model.model  # Llama 4 calls its own another name
+    decoder = getattr(base, "decoder", None)  # which OPT calls itself, past the model that holds it
+    return [base, decoder] if isinstance(decoder, torch.nn.Module) else [base]
+
+
+def _check_head(model: Any, layer: Any) -> None:
+    """Raise where the output layer does not read what is under the head, but what more of the head has made of it."""
+    own, embedding = set(layer.modules()), model.get_input_embeddings()
+    for name, head in model.named_children():
+        parts = list(head.modules())
+        if embedding in parts or (name != "lm_head" and layer not in parts):
+            continue
+        others = [part for part in parts if part not in own and layer not in part.modules()]
+        if any(next(part.parameters(), None) is not None for part in others):
+            raise ValueError(
+                f"the output layer of {type(model).__name__} is not all of its head, a {type(head).__name__}, and what "
+                f"comes before it restricted log-probs cannot read: use a model whose head is a single layer"
+            )
+
+
 def _logit_factor(model: Any) -> float:
     config, factor = model.config.get_text_config(), 1.0
-    for name in _FACTORS:
+    multiplied = config.model_type in _MULTIPLIED_BY_DIVISORS
+    for name in (*_FACTORS, *(_DIVISORS if multiplied else ())):
         factor *= getattr(config, name, None) or 1.0
-    for name in _DIVISORS:
+    for name in () if multiplied else _DIVISORS:
         factor /= getattr(config, name, None) or 1.0
     return factor
 

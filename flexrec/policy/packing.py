@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexrec.policy.lora import causal_lm
 from flexrec.policy.row_tokens import CandidateLists, Prompts, RowTokens
 from flexrec.policy.shared_prefix import PrefixLayout, attend_by_prefix, base_attention, can_attend_by_prefix
 
@@ -155,12 +156,23 @@ def can_pack(model: Any, longest: int | None = None) -> bool:
             no window is.
     """
     config = _text_config(model)
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    layers = getattr(config, "layer_types", None) or ["full_attention"]
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in layers or (window and getattr(config, "layer_types", None) is None)
     sees_all = not slides or (window and longest is not None and longest <= window)
-    known = layers <= {"full_attention", "sliding_attention"}
-    return bool(known and sees_all and (can_mask(model) or (longest is not None and can_attend_by_prefix(model))))
+    attends = can_mask(model) or (longest is not None and can_attend_by_prefix(model))
+    return bool(only_attends(model) and sees_all and attends)
+
+
+def only_attends(model: Any) -> bool:
+    """Whether a token of the model knows of others by attention to all, or to the last so many, alone.
+
+    Of others a mask is not the whole word: the state of a recurrence, or a convolution, takes in whatever lies between,
+    padding and other rankings too (Mamba, RWKV, Qwen 3.5, LFM 2).
+    """
+    layers = set(getattr(_text_config(model), "layer_types", None) or ["full_attention"])
+    stateful = bool(getattr(causal_lm(getattr(model, "module", model)), "_is_stateful", False))
+    return layers <= {"full_attention", "sliding_attention"} and not stateful
 
 
 def pack_rankings(
@@ -261,7 +273,8 @@ def attention_inputs(model: Any, rows: TokenRows) -> dict[str, Any]:
     if (can_mask(model) or can_attend_by_prefix(model)) and not can_pack(model, longest):
         config = _text_config(model)
         window = getattr(config, "sliding_window", None)
-        layers = ", ".join(sorted(set(getattr(config, "layer_types", None) or ["sliding_attention"])))
+        unnamed = "sliding_attention" if window else "a recurrence"
+        layers = ", ".join(sorted(set(getattr(config, "layer_types", None) or [unnamed])))
         raise ValueError(
             f"{type(config).__name__} has layers of {layers} with a window of {window} "
             f"tokens, and a prompt with its ranking up to {longest}, so that rankings cannot share a row: give every "

@@ -68,6 +68,30 @@ def test_first_choices_are_those_of_decoding(name):
         assert row[row >= 0].tolist() == np.argsort(-of_list, kind="stable").tolist()
 
 
+@pytest.mark.parametrize("end", [(), (9,)])
+def test_a_candidate_that_begins_another_is_followed_by_the_separator_not_the_end(end):
+    """As where [1] and [1, 0] are numbers: the answer goes on, and so does what is weighed against another digit."""
+    model, _, prompts, _ = world_of("index")
+    spelled = {"separator": (12,), "end": end}
+    candidates = [[[20], [20, 21], [22], [20, 21, 23]], [[24, 20], [24]], [[20, 20], [20], [21]]]
+    found = first_choices(model, prompts, candidates, temperature=0.7, **spelled)
+    for prompt, lst, probs in zip(prompts, candidates, found, strict=True):
+        orders = np.array(list(permutations(range(len(lst)))))
+        batch = make_batch([prompt], [lst], orders, num_generations=len(orders), **spelled)
+        logprobs = ranking_scores(ranking_states(model, batch), batch, temperature=0.7).logprobs
+        expected = np.bincount(orders[:, 0], weights=logprobs.sum(1).exp().detach().numpy())
+        np.testing.assert_allclose(probs, expected, atol=1e-4)
+
+
+def test_where_one_item_is_ranked_the_end_follows_it():
+    model, _, prompts, _ = world_of("index")
+    candidates, spelled = [[[20], [20, 21], [22]]] * len(prompts), {"separator": (12,), "end": (9,)}
+    found = sample_rankings(model, prompts, candidates, num_ranked=1, one_pass=True, **spelled)
+    batch = make_batch(prompts, candidates, found.rankings, **spelled)
+    logprobs = ranking_scores(ranking_states(model, batch), batch).logprobs.detach().numpy()
+    np.testing.assert_allclose(found.logprobs, logprobs, atol=1e-4)
+
+
 def test_scores_are_the_logits_behind_the_prompt(world):
     model, _, prompts, candidates = world
     torch.manual_seed(0)

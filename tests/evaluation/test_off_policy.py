@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from flexrec import relative_change
 from flexrec.data import simulate
@@ -274,3 +275,26 @@ def test_shorter_rankings_and_lists_of_other_sizes(world):
     np.testing.assert_allclose(both.expected[1, 0], alone.expected[0, 0], rtol=1e-4)
     with pytest.raises(ValueError, match="one for each example"):
         score_rankings(model, [examples[0]], rankings)
+
+
+def test_a_model_in_training_is_scored_without_its_dropout(world):
+    _, examples, builder = world
+    config = GPT2Config(vocab_size=len(builder.tokenizer), n_embd=16, n_layer=1, n_head=2, embd_pdrop=0.5)
+    model = AutoModelForCausalLM.from_config(config).train()
+    rankings, ends = np.array([[2, 0, 1]] * 4), {"separator": builder.separator, "end": builder.end}
+    scores = score_rankings(model, [examples[0]] * 4, rankings, **ends)
+    assert model.training
+    np.testing.assert_allclose(scores.logprobs, scores.logprobs[[0] * 4], atol=1e-5)
+    expected = score_rankings(model.eval(), [examples[0]] * 4, rankings, **ends)
+    np.testing.assert_allclose(scores.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_dr_says_where_a_weight_on_the_way_is_no_number():
+    """Those of whole rankings are finite, but the guess of each rank is weighted by the ranks before it."""
+    ours, theirs = np.array([[0.0, -800.0]]), np.array([[-800.0, 0.0]])
+    half = np.full((1, 2), 0.5)
+    options = {"weights": "ranking", "predicted": half, "expected": half}
+    with pytest.raises(ValueError, match="too large for a number"):
+        off_policy_value(ours, theirs, half, estimator="dr", **options)
+    assert np.isfinite(off_policy_value(ours, theirs, half, estimator="dr", clip=10.0, **options).value)
+    assert off_policy_value(ours, theirs, half, estimator="ips", weights="ranking").value == 1.0

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
     CohereConfig,
-    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     GraniteConfig,
@@ -44,6 +44,18 @@ KINDS = {
     "gemma3": lambda: Gemma3TextConfig(**SIZES, head_dim=8, final_logit_softcapping=1.5, query_pre_attn_scalar=8),
 }
 CAPPED = ("gemma2", "gemma3")
+# Of other kinds: (class of the configuration, what it is given besides SIZES).
+OTHERS = {
+    "falcon_h1": (
+        "FalconH1Config",
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "lm_head_multiplier": 0.3},
+    ),
+    "hyperclovax": ("HyperCLOVAXConfig", {"logits_scaling": 0.4}),  # multiplies by what Granite divides by
+    "inkling": ("InklingTextConfig", {"head_dim": 8, "logits_mup_width_multiplier": 3.0, "num_experts_per_tok": 1}),
+    "llama4": ("Llama4TextConfig", {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 32}),
+    "opt": ("OPTConfig", {"ffn_dim": 32, "word_embed_proj_dim": 8}),  # its head passes its model by
+    "recurrent_gemma": ("RecurrentGemmaConfig", {"num_hidden_layers": 3, "lru_width": 16, "logits_soft_cap": 2.0}),
+}
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7, 9]]
 SINGLE = [[[10], [11], [12], [13]], [[20], [21], [10]]]
 TITLES = [[[10, 11], [10, 12, 13], [10, 12], [14]], [[20], [20, 21], [22, 23, 24]]]
@@ -64,21 +76,38 @@ def kind(request):
     return request.param
 
 
-@pytest.mark.parametrize("name", [*KINDS, "falcon_h1"])
+def other_model(name):
+    kind, more = OTHERS[name]
+    if not hasattr(transformers, kind):
+        pytest.skip(f"this version of transformers has no {kind}")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES | more)).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20.0)
+    return model
+
+
+@pytest.mark.parametrize("name", [*KINDS, *OTHERS])
 def test_states_layer_and_cap_make_the_models_logits(name):
-    if name == "falcon_h1":
-        sizes = SIZES | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(FalconH1Config(**sizes, lm_head_multiplier=0.3)).eval()
-    else:
-        model = model_of(name)
+    model = other_model(name) if name in OTHERS else model_of(name)
     tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
     hidden = last_hidden(model, input_ids=tokens, use_cache=False)
     weight, bias = output_layer(model)
     made = capped(torch.nn.functional.linear(hidden, weight, bias), soft_cap(model))
     torch.testing.assert_close(made, model(input_ids=tokens).logits, rtol=1e-4, atol=1e-5)
-    plain = torch.nn.functional.linear(model.base_model(tokens).last_hidden_state, weight)
-    assert (plain - made).abs().max() > 0.05, "without it the logits would be others"
+    if name not in ("llama4", "opt"):
+        plain = torch.nn.functional.linear(model.base_model(tokens).last_hidden_state, weight)
+        assert (plain - made).abs().max() > 0.05, "without it the logits would be others"
+
+
+@pytest.mark.parametrize(("kind", "more"), [("ModernBertDecoderConfig", {}), ("RobertaConfig", {"is_decoder": True})])
+def test_a_head_of_several_layers_is_refused(kind, more):
+    """The last of them reads what the others make of the states."""
+    if not hasattr(transformers, kind):
+        pytest.skip(f"this version of transformers has no {kind}")
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES | more))
+    with pytest.raises(ValueError, match="is not all of its head"):
+        sample_rankings(model, PROMPTS, SINGLE)
 
 
 def by_hand(model, prompt, lst, ranking, separator, end, temperature):
