@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexrec.metrics import Metric, parse_metric
+from flexrec.metrics import FAMILIES, Metric, parse_metric
 from flexrec.ops.ranking_metric import Topics, ranking_metric
 from flexrec.ops.swap_rewards import WITH_VARIANCE, swap_rewards, swap_rewards_with_variance, swap_scores
 from flexrec.task.examples import Example
@@ -98,7 +98,10 @@ def rewards_of(
         if weights is not None:
             common["weights"] = weights[rows]
         if variance is not None and part.has_variance:
-            return torch.stack(swap_rewards_with_variance(gains[rows], variance[rows], part.metric, **common))
+            known = gains[rows]
+            if FAMILIES[part.metric.family].gain == "binary":  # probabilities of relevance, which draws may exceed
+                known = known.clamp(max=1.0)
+            return torch.stack(swap_rewards_with_variance(known, variance[rows], part.metric, **common))
         found = swap_rewards(gains[rows], part.metric, topics=part.topics, **common)
         return torch.stack([found, torch.zeros_like(found)])
 

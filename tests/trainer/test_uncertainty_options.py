@@ -54,6 +54,19 @@ def test_gains_of_a_step(tmp_path):
         np.testing.assert_allclose(found, np.maximum(of_draws - 0.7 * np.sqrt(example.variance), 0), atol=1e-6)
 
 
+@pytest.mark.parametrize("metric", ["recall@2", "precision@2", "rbp.8"])
+def test_draws_above_a_probability_count_as_certainty(tmp_path, metric):
+    trainer = trainer_of(tmp_path, metric=metric, sample_gains=True, uncertainty="rollout")
+    largest = 0.0
+    for step in range(12):
+        trainer.state.global_step = step
+        trainer._kept.clear()
+        loss, *_ = trainer.ranking_loss(trainer.model, EXAMPLES)
+        assert torch.isfinite(loss)
+        largest = max(largest, trainer._kept[0].gains.max().item())
+    assert largest > 1.0
+
+
 def test_gains_are_drawn_anew_at_every_step(tmp_path):
     """And the same ones again by a training that was resumed."""
     trainer = trainer_of(tmp_path, sample_gains=True, seed=3)
