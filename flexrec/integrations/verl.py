@@ -187,12 +187,16 @@ def item_advantage_estimator(
     if index is None:
         raise ValueError("index must be the uid of every response's prompt, got None")
     found = unpack_token_rewards(token_level_rewards, response_mask)
-    slots, num_generations = _group_slots(np.asarray(index))
+    index = np.asarray(index)
+    # Prompts without an item, with which verl fills batches up, are left out: they must not change a sum by rounding.
+    counts = np.isin(index, index[found.item_mask.any(dim=1).cpu().numpy()])
+    rows = torch.from_numpy(np.flatnonzero(counts if counts.any() else ~counts)).to(token_level_rewards.device)
+    slots, num_generations = _group_slots(index[rows.cpu().numpy()])
     num_slots = num_generations * int(slots.max(initial=-1) // num_generations + 1)
     at = torch.from_numpy(slots).to(token_level_rewards.device)
 
     def grouped(values: torch.Tensor) -> torch.Tensor:
-        return values.new_zeros(num_slots, values.shape[1]).index_copy(0, at, values)
+        return values.new_zeros(num_slots, values.shape[1]).index_copy(0, at, values[rows])
 
     item_mask = grouped(found.item_mask)
     rewards, weights = grouped(found.rewards.float()), None
@@ -204,7 +208,8 @@ def item_advantage_estimator(
             grouped(found.variance[:, None]), num_generations, rewards=size, item_mask=item_mask.any(1, keepdim=True)
         )
     advantages = item_advantages(rewards, num_generations, item_mask=item_mask, weights=weights, **options)
-    per_token = item_values_to_tokens(_with_parity(advantages[at]), found.item_ids)
+    of_all = advantages.new_zeros(found.rewards.shape).index_copy(0, rows, _with_parity(advantages[at]))
+    per_token = item_values_to_tokens(of_all, found.item_ids)
     per_token = per_token.where(response_mask.bool(), 0.0)
     return per_token, per_token
 
