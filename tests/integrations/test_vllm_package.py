@@ -208,6 +208,9 @@ class Server:
             return json.load(response)
 
 
+NEW_RUNNER = "Using V2 Model Runner"
+
+
 @pytest.fixture(scope="module", params=["v1", "v2"])
 def server(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     if not current_platform.is_cpu():
@@ -215,7 +218,12 @@ def server(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest
     running = Server(model, request.param, tmp_path_factory.mktemp("server"))
     try:
         running.wait()
-        assert ("Using V2 Model Runner" in running.log.read_text()) is (request.param == "v2")
+        # The line is another process's than the one that answers, and may come later.
+        deadline = time.monotonic() + 30
+        while request.param == "v2" and NEW_RUNNER not in running.log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        said = running.log.read_text()
+        assert (NEW_RUNNER in said) is (request.param == "v2"), said[-5000:]
         yield running
     finally:
         running.process.terminate()
