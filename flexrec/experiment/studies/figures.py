@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-_ROW, _HEAD, _LABEL, _PLOT, _GAP = 16, 40, 220, 150, 14  # pixels
+_ROW, _HEAD, _LABEL, _PLOT, _GAP = 16, 40, 260, 150, 14  # pixels
 # Text and rules are mid-tones that can be read on white and on black, and sharper where the page says which it is.
 _STYLE = """
 text { font: 11px sans-serif; fill: #6e7781 } .title { font-weight: bold } .rule { stroke: #8c959f; stroke-width: 0.5 }
@@ -61,5 +61,5 @@ def forest(title: str, rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _short(text: str, most: int = 36) -> str:
+def _short(text: str, most: int = 42) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
