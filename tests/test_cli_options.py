@@ -146,6 +146,11 @@ def test_advice_names_the_command_so_that_a_shell_finds_it(tmp_path, monkeypatch
     monkeypatch.setenv("PATH", str(tmp_path / path))
     monkeypatch.setattr(sys, "argv", [called])
     monkeypatch.setattr(cli, "_train", interrupted)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--output", "run"]) == 130
+    assert "nothing was written yet: the same command begins again" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "experiment.json").touch()
     assert main(["train", "--output", "run"]) == 130
     assert f"to continue: {shown} train --resume --output run" in capsys.readouterr().err
 

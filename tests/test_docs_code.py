@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -74,6 +75,12 @@ def tokens() -> dict[str, Any]:
 def plain_loop() -> dict[str, Any]:
     names = tokens()
     return {**names, "optimizer": torch.optim.AdamW(names["model"].parameters())}
+
+
+def completed() -> dict[str, Any]:
+    names = tokens()
+    rankings = np.array([[1, 2, 0], [0, 1, 2]]).repeat(8, axis=0)
+    return {**names, "rankings": rankings, "completions": [np.array([6, 7])] * 16, "n": 3, "np": np}
 
 
 def trained_somewhere() -> dict[str, Any]:
@@ -181,6 +188,7 @@ ASSUMED: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/plain_loop.md": plain_loop,
     "docs/replay.md": with_replay,
     "docs/sglang.md": with_vllm,
+    "docs/shared-prompts.md": completed,
     "docs/trl.md": with_trl,
     "docs/vllm.md": with_vllm,
     "docs/your-data.md": shop,
