@@ -32,9 +32,9 @@ def trained(tmp_path_factory):
     folder.mkdir()
     args = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
-        max_steps=80,
+        max_steps=160,
         per_device_train_batch_size=32,
-        learning_rate=1e-2,
+        learning_rate=5e-3,
         report_to="none",
         save_strategy="no",
         use_cpu=True,
