@@ -78,8 +78,6 @@ def test_a_beam_goes_on_from_its_own_tokens(model):
 
 
 def test_reasoning_of_plain_tokens_goes_on_behind_a_prompt_of_sums(model):
-    if model.config.model_type != "qwen3_5_text":
-        pytest.skip("one kind is enough")
     prompts, items = [[1, (2, 3), 4], [5, (6, 7)]], [[[(10, 11)], [12]], [[(13, 14)], [15]]]
     noise = torch.Generator().manual_seed(0)
     options = {"reasoning_end": [8], "max_reasoning_tokens": 4, "num_generations": 2, "generator": noise}
