@@ -100,6 +100,11 @@ def soft_cap(model: Any) -> float | None:
     return float(found[0]) if found else None
 
 
+def wide(x: Tensor) -> Tensor:
+    """What logits are computed from: float32, or float64 where that is given."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def capped(logits: Tensor, cap: float | None) -> Tensor:
     """The logits as the model has them."""
     return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from flexrec.policy.lm_head import capped, wide
 from flexrec.policy.packing import TokenRows
 from flexrec.task.labels import Place
 
@@ -69,7 +70,7 @@ def scores_in_place(
     bias: torch.Tensor | None,
     cap: float | None = None,
 ) -> torch.Tensor:
-    """(P, K) float32 scores from the states ``hidden`` (B, L, D) of the prompts; differentiable.
+    """(P, K) scores, of at least float32, from the states ``hidden`` (B, L, D) of the prompts; differentiable.
 
     Args:
         rows: the prompts, without answers.
@@ -78,12 +79,12 @@ def scores_in_place(
     """
     ends = (rows.prompt_start + rows.prompt_length)[:, None]  # (P, 1)
     flat = torch.from_numpy(rows.row[:, None] * hidden.shape[1] + ends - places.before_end)  # (P, K)
-    states = hidden.flatten(0, 1)[flat.to(hidden.device)].float()  # (P, K, D)
+    states = wide(hidden.flatten(0, 1)[flat.to(hidden.device)])  # (P, K, D)
     words = [places.yes, places.no]
     with torch.autocast(states.device.type, enabled=False):  # whose products are of bfloat16, too coarse to tell scores
         if cap is None:
-            scores = states @ (weight[places.yes].float() - weight[places.no].float())
-            return scores if bias is None else scores + (bias[places.yes] - bias[places.no]).float()
-        both = states @ weight[words].float().mT  # (P, K, 2)
-        both = cap * torch.tanh((both if bias is None else both + bias[words].float()) / cap)
+            scores = states @ (wide(weight[places.yes]) - wide(weight[places.no]))
+            return scores if bias is None else scores + wide(bias[places.yes] - bias[places.no])
+        both = states @ wide(weight[words]).mT  # (P, K, 2)
+        both = capped(both if bias is None else both + wide(bias[words]), cap)
         return both[..., 0] - both[..., 1]

@@ -20,7 +20,7 @@ from flexrec.ops.restricted_logprobs import Results, restricted_logprobs, restri
 from flexrec.ops.swap_rewards import swap_scores
 from flexrec.ops.vocabulary_logprobs import vocabulary_logprobs
 from flexrec.policy.batch import RankingBatch, numbers_of
-from flexrec.policy.lm_head import capped, hidden_of_rows, output_layer, soft_cap
+from flexrec.policy.lm_head import capped, hidden_of_rows, output_layer, soft_cap, wide
 from flexrec.policy.places import scores_in_place
 
 _ENTRIES = 4096  # of capped logits whose products exist at a time
@@ -96,7 +96,7 @@ def decision_states(model: Any, batch: RankingBatch, hidden: torch.Tensor) -> Ra
 def _first_logits(
     batch: RankingBatch, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cap: float | None
 ) -> torch.Tensor:
-    """(P, K) float32 logits of the candidates behind their prompts."""
+    """(P, K) logits of the candidates behind their prompts."""
     assert batch.candidate_ids is not None
     prompts = np.arange(len(batch.candidate_ids))
     states = _states_before(batch, hidden, prompts, np.zeros_like(prompts))  # (P, D)
@@ -104,15 +104,15 @@ def _first_logits(
 
 
 def _logits_of_candidates(states: torch.Tensor, rows: OutputRows) -> torch.Tensor:
-    """(N, T, K) float32 logits at ``states`` (N, T, D) of N / P rankings of each of P lists."""
+    """(N, T, K) logits, of at least float32, at ``states`` (N, T, D) of N / P rankings of each of P lists."""
     n, t, d = states.shape
     size, k = rows.candidates.shape
     with torch.autocast(states.device.type, enabled=False):  # whose products are of bfloat16
-        of_lists = states.float().reshape(size, -1, d)  # (P, N / P T, D)
-        logits = (of_lists @ rows.weight[rows.candidates].float().mT).view(n, t, k)
+        of_lists = wide(states).reshape(size, -1, d)  # (P, N / P T, D)
+        logits = (of_lists @ wide(rows.weight[rows.candidates]).mT).view(n, t, k)
     if rows.bias is None:
         return logits
-    return logits + rows.bias[rows.candidates].float().repeat_interleave(n // size, dim=0)[:, None]
+    return logits + wide(rows.bias[rows.candidates]).repeat_interleave(n // size, dim=0)[:, None]
 
 
 def _states_before(
@@ -154,8 +154,10 @@ def ranking_scores(
 ) -> RankingScores:
     """Log-probs and entropies of the batch's rankings, and in the same pass their KL from a reference.
 
-    Differentiable in ``states``; ``reference``, another model's states for the same batch, gets no gradient.
+    Differentiable in ``states``; ``reference``, another model's states for the same batch, gets no gradient. Its logits
+    must be bent like the policy's (:func:`flexrec.policy.lm_head.soft_cap`): ``ValueError`` where only one's are.
     """
+    _check_reference(states, reference)
     if batch.candidate_ids is None:
         return _sum_scores(decision_scores(states, batch, temperature=temperature, reference=reference), batch)
     rows = output_rows(states, batch)
@@ -189,6 +191,7 @@ def all_actions(
     ``foresight``, which needs candidates of one token, are those of :func:`flexrec.all_actions_objective`,
     ``reference`` that of :func:`ranking_scores`.
     """
+    _check_reference(states, reference)
     if batch.candidate_ids is None:
         if foresight is not None:
             raise ValueError(
@@ -220,6 +223,7 @@ def all_actions_of_scores(
     reference: RankingStates | None = None,
 ) -> ActionScores:
     """:func:`all_actions` from swap scores (N, K, K), where the rankings of a batch differ in their metric."""
+    _check_reference(states, reference)
     if batch.candidate_ids is None:
         return _all_actions_over_branches(states, batch, scores, temperature, tilt, reference)
     rows = output_rows(states, batch)
@@ -272,6 +276,7 @@ def decision_scores(
     Decisions are those of ``batch.encoded``, in its order; the batch says what was allowed at each (see
     :func:`make_batch`, ``by_token``). Differentiable as :func:`ranking_scores`.
     """
+    _check_reference(states, reference)
     encoded = batch.encoded
     arrays = (encoded.allowed_ids, encoded.allowed_offsets, encoded.targets)
     ids, offsets, targets = (_on_device(array, batch) for array in arrays)
@@ -297,12 +302,12 @@ def _capped_decisions(states: RankingStates, ids: torch.Tensor, rows: torch.Tens
     """
 
     def of_some(hidden: torch.Tensor, weight: torch.Tensor, some: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-        return (hidden[of].float() * weight[some].float()).sum(dim=1)
+        return (wide(hidden[of]) * wide(weight[some])).sum(dim=1)
 
     with torch.autocast(states.hidden.device.type, enabled=False):
         parts = zip(ids.split(_ENTRIES), rows.split(_ENTRIES), strict=True)
         logits = [checkpoint(of_some, states.hidden, states.weight, *part, use_reentrant=False) for part in parts]
-    bias = 0.0 if states.bias is None else states.bias[ids].float()
+    bias = 0.0 if states.bias is None else wide(states.bias[ids])
     bent = capped(torch.cat(logits) + bias, states.cap)
     return RankingStates(bent.new_ones(len(states.hidden), 1), bent[:, None], None)
 
@@ -329,6 +334,18 @@ def _rows_of_tokens(weight: torch.Tensor, bias: torch.Tensor | None, batch: Rank
         return OutputRows(weight, bias, batch.candidate_ids)
     of_candidates = table.take(np.arange(batch.candidate_ids.numel()))
     return OutputRows(*of_candidates.summed(weight, bias), batch.candidate_ids)
+
+
+def _check_reference(states: RankingStates, reference: RankingStates | None) -> None:
+    """Capped logits are no states that a head makes logits of: one reader cannot take both."""
+    if reference is None:
+        return
+    bent, of_reference = ((one.cap is not None, one.candidates is not None) for one in (states, reference))
+    if bent != of_reference:
+        raise ValueError(
+            "reference: its logits have a soft cap and the policy's have none, or the other way round: use a reference "
+            "of the policy's architecture"
+        )
 
 
 def _reference_arguments(reference: RankingStates, rows: OutputRows | RankingStates) -> dict[str, Any]:

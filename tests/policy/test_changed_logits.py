@@ -208,6 +208,20 @@ def test_a_reference_and_the_objective_see_the_cap(kind):
             assert differs.kl[0, 0] > 1e-3
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_reference_whose_logits_alone_are_bent_is_refused(spelling):
+    """One reader takes capped logits as states, or states and a head: it would take the one for the other."""
+    candidates, separator, end = SPELLINGS[spelling]
+    batch = make_batch(PROMPTS, candidates, np.array([[2, 0, 3, 1], [1, 2, 0, -1]]), separator=separator, end=end)
+    bent, plain = (ranking_states(model_of(kind), batch) for kind in ("gemma2", "granite"))
+    gains = torch.rand(2, 4)
+    for policy, reference in ((bent, plain), (plain, bent)):
+        with pytest.raises(ValueError, match="reference: its logits have a soft cap"):
+            ranking_scores(policy, batch, reference=reference)
+        with pytest.raises(ValueError, match="reference: its logits have a soft cap"):
+            all_actions(policy, batch, gains, "ndcg", reference=reference)
+
+
 def test_one_pass_and_places_read_the_models_logits(kind):
     model = model_of(kind)
     for prompt, lst, probs in zip(PROMPTS, SINGLE, first_choices(model, PROMPTS, SINGLE), strict=True):
