@@ -40,9 +40,9 @@ def make_model(
         they_have = ", ".join(known_columns(dataset.catalogue))
         raise ValueError(f"--show {strange[0]}: nothing of that name is known of the items, but {they_have}")
     folder = RunFolder(config.output)
-    if config.resume and folder.has_base():
+    if config.resume and folder.is_whole(folder.base):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder.base, **OF_A_RUN)
-        model: Any = folder.load_base(tokenizer, config.lora)
+        model: Any = folder.load_stage(folder.base, tokenizer, config.lora)
     elif config.model == EMBEDDED:
         wordings = [wording for need in needs for wording in need.wordings]
         tokenizer = build_tokenizer(catalogue, wordings, queries=queries, needs=names)
