@@ -34,7 +34,7 @@ def make_model(
     known = np.flatnonzero(~new_items(dataset)) if described else np.arange(len(dataset.catalogue))
     catalogue = dataset.catalogue.select(known)
     queries = [lst.query for lst in dataset.train if lst.query]
-    own = written(needs) if described else []
+    own = [need for need, _ in written(needs)] if described else []
     names = [need.name for need in own]
     if strange := [name for name in config.show if name not in known_columns(dataset.catalogue)]:
         they_have = ", ".join(known_columns(dataset.catalogue))
