@@ -259,15 +259,7 @@ def _run_in(
     measure(model, TRAINED)
     training.finished(REINFORCEMENT, results.per_list[TRAINED])
     if unseen and process_index() == 0:
-        results.unseen_wordings = measure_unseen(
-            model,
-            task,
-            dataset.test,
-            unseen,
-            num_ranked=config.num_ranked,
-            bf16=config.bf16,
-            described=True,
-        )
+        results.unseen_wordings = measure_unseen(model, task, dataset.test, unseen, evaluate, described=True)
     on_main_process(lambda: folder.save(model, tokenizer, info, given))
     on_main_process(lambda: folder.write_shown(shown_of_run(model, task, dataset, config.num_ranked)))
     if critic is not None:
