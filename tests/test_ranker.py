@@ -17,7 +17,7 @@ from flexrec.serving.ranker import Decoding, Ranker
 from flexrec.task.descriptions import Item
 from flexrec.task.examples import RankingTask
 from flexrec.task.mixtures import find_need
-from flexrec.task.needs import Need, get_need, novelty_of
+from flexrec.task.needs import Need, get_need, novelty
 from flexrec.task.own_needs import make_needs
 from flexrec.task.prompts import PromptBuilder, strongest_risers
 
@@ -157,9 +157,8 @@ def test_ids_alone_were_liked_and_words_are_taken_as_they_are(run, dataset, deco
     ranker.rank([request, disliked, named])
     order = sorted(range(60, 64), key=lambda i: -round(float(dataset.trend[i]), 4))
     rising = [items[i] for i in order if dataset.trend[i] > 0.0001]
-    marks = builder.marks_of(
-        dataset.trend[60:64].round(4), novelty_of(np.arange(3), np.arange(60, 64), dataset.catalogue)
-    )
+    lst = dataclasses.replace(dataset.test[0], history=np.arange(3), candidates=np.arange(60, 64))
+    marks = builder.marks_of(dataset.trend[60:64].round(4), novelty(lst, dataset.catalogue))
     expected = [
         builder.prompt(words, items[:3], items[60:64], interest=liked, rising=rising, marks=marks)[0]
         for words, liked in (
@@ -240,7 +239,8 @@ def test_new_items_are_ranked_by_title_and_topics(run, dataset, decoded):
     history = [item, Item(ids[1], *known(dataset, ids[1]))]
     candidates = [item, *(Item(i, *known(dataset, i)) for i in ids[2:4])]
     trend = np.append(0.0, dataset.trend[2:4].round(4))
-    marks = builder.marks_of(trend, novelty_of(np.array([0, 1]), np.array([0, 2, 3]), dataset.catalogue))
+    lst = dataclasses.replace(dataset.test[0], history=np.array([0, 1]), candidates=np.array([0, 2, 3]))
+    marks = builder.marks_of(trend, novelty(lst, dataset.catalogue))
     Ranker(folder).rank([request])
     rising = [candidates[j] for j in strongest_risers(trend)]
     words = get_need("interest").wordings[0]

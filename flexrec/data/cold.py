@@ -57,11 +57,7 @@ def lists_of_new_items(lists: Sequence[RankingList], is_new: np.ndarray) -> list
         is_new: (items,) bool.
     """
     restricted = [lst.reordered(np.flatnonzero(is_new[lst.candidates])) for lst in lists]
-    return [lst for lst in restricted if len(lst.candidates) > 1 and np.ptp(_told(lst)) > 0]
-
-
-def _told(lst: RankingList) -> np.ndarray:
-    return np.nan_to_num(lst.interest) if lst.truth is None else lst.truth
+    return [lst for lst in restricted if len(lst.candidates) > 1 and np.ptp(np.nan_to_num(lst.known_interest)) > 0]
 
 
 def _without(lists: Sequence[RankingList], held_out: np.ndarray) -> list[RankingList]:

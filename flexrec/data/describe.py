@@ -117,7 +117,7 @@ def _examples(need: DescribedNeed, lists: Sequence[RankingList], catalogue: Cata
     """How many of the lists can be learnt from or scored for a need, and by how many candidates."""
     part, positive = _some(lists), []
     for lst in part:
-        interest = np.nan_to_num(lst.interest if lst.truth is None else lst.truth)
+        interest = np.nan_to_num(lst.known_interest)
         gains, _ = need.gains(lst, catalogue, interest, np.zeros_like(interest))
         positive.append(np.count_nonzero(gains))
     usable = np.count_nonzero(positive)

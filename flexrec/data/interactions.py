@@ -6,11 +6,10 @@ import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 
-from flexrec.checks import check_choice
 from flexrec.data.build import build_dataset, choose_test_users, why_few_lists
 from flexrec.data.columns import parse_columns
 from flexrec.data.impressions import Shown, build_from_impressions
@@ -26,10 +25,6 @@ from flexrec.data.values import id_order
 
 DAY = 24 * 60 * 60  # seconds
 FEW_LISTS = 100
-_READ_WITH = (  # options that are arguments of ``read_interactions``
-    *("columns", "log_file", "items_file", "events", "day_first", "strict"),
-    *("split", "test_fraction", "num_test_users", "time_quantile", "seed"),
-)
 
 
 @takes(InteractionsOptions)
@@ -87,12 +82,7 @@ def load_interactions(folder: str | Path, options: InteractionsOptions) -> Ranki
         >>> len(data.catalogue), len(data.test) > 0
         (30, True)
     """
-    low, high = options.gain_range or (None, None)
-    # Texts have become mappings.
-    codes, event_values = cast("dict[float, str]", options.codes), cast("dict[str, float]", options.event_values)
-    gain = Gain(options.gain, low, high, options.threshold, codes, event_values)
-    given = {name: getattr(options, name) for name in _READ_WITH}
-    read = read_interactions(folder, gain=gain, **given)
+    read = read_interactions(folder, options)
     window = _trend_window(read.rows.times[read.training], options.trend_days) if read.timed else None
     notes = list(read.notes)
     if options.negatives == "impressions":
@@ -159,29 +149,16 @@ class ReadInteractions:
         return ~self.test if self.time_boundary is None else ~self.test & (self.rows.times < self.time_boundary)
 
 
-def read_interactions(
-    folder: str | Path,
-    *,
-    columns: str | Path | Mapping[str, Any] | None = None,
-    log_file: str | None = None,
-    items_file: str | None = None,
-    events: Collection[str] | None = None,
-    gain: Gain | None = None,
-    day_first: bool | None = None,
-    strict: bool = False,
-    split: Literal["given", "user", "time"] | None = None,
-    test_fraction: float = 0.2,
-    num_test_users: int | None = None,
-    time_quantile: float = 0.8,
-    seed: int = 0,
-) -> ReadInteractions:
-    """Read a folder without drawing lists; arguments and errors are those of ``load_interactions``."""
-    if split is not None:
-        check_choice("split", split, ("given", "user", "time"))
-    mapping = parse_columns(columns)
-    bad = BadRows(strict)
+def read_interactions(folder: str | Path, options: InteractionsOptions) -> ReadInteractions:
+    """Read a folder without drawing lists; options and errors are those of ``load_interactions``."""
+    low, high = options.gain_range or (None, None)
+    # Texts have become mappings.
+    codes, event_values = cast("dict[float, str]", options.codes), cast("dict[str, float]", options.event_values)
+    gain = Gain(options.gain, low, high, options.threshold, codes, event_values)
+    mapping, split, seed = parse_columns(options.columns), options.split, options.seed
+    bad = BadRows(options.strict)
     notes: list[str] = []
-    log_path, items_path = find_files(Path(folder), log_file, items_file)
+    log_path, items_path = find_files(Path(folder), options.log_file, options.items_file)
     index: Codes | ItemIndex = Codes()
     if items_path is not None:
         named = dict(mapping.items)
@@ -198,22 +175,22 @@ def read_interactions(
         index,
         bad,
         notes,
-        events=events,
-        day_first=day_first,
+        events=options.events,
+        day_first=options.day_first,
         with_splits=split in (None, "given"),
     )
     if items_path is None:
         catalogue, log = _items_of_log(log, index)
-    log, test = _split(log, split, test_fraction, num_test_users, seed)
+    log, test = _split(log, options)
     log, test, timed = in_order_of_time(log, test, catalogue.ids, seed)
     assert log.times is not None
     boundary, training = None, ~test
     if split == "time":
         if not timed:
             raise ValueError(f"split='time' needs times, and {log_path} has none")
-        boundary = float(np.quantile(log.times[~test], time_quantile, method="higher"))
+        boundary = float(np.quantile(log.times[~test], options.time_quantile, method="higher"))
         training = ~test & (log.times < boundary)
-    kept, interest, told, noise = interest_of(log, training, test, gain or Gain(), notes)
+    kept, interest, told, noise = interest_of(log, training, test, gain, notes)
     log = log.select(kept)
     assert log.times is not None
     return ReadInteractions(
@@ -263,12 +240,11 @@ def _items_of_log(log: Log, codes: Mapping[str, int]) -> tuple[Catalogue, Log]:
     return bare_catalogue(ids), replace(log, items=rank[log.items])
 
 
-def _split(
-    log: Log, split: str | None, test_fraction: float, num_test_users: int | None, seed: int
-) -> tuple[Log, np.ndarray]:
+def _split(log: Log, options: InteractionsOptions) -> tuple[Log, np.ndarray]:
     """The log, without validation rows where it says which are, and which of its rows are to test on."""
-    if split != "given" and (split is not None or log.splits is None):
-        return replace(log, splits=None), choose_test_users(log.users, test_fraction, num_test_users, seed)[log.users]
+    if options.split != "given" and (options.split is not None or log.splits is None):
+        tested = choose_test_users(log.users, options.test_fraction, options.num_test_users, options.seed)
+        return replace(log, splits=None), tested[log.users]
     if log.splits is None:
         raise ValueError("split='given' needs a column that says train or test, which the log does not have")
     kept = log.splits != 2

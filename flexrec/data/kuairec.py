@@ -76,7 +76,8 @@ def load_kuairec(folder: str | Path, options: KuaiRecOptions) -> RankingDataset:
     bad = BadRows(options.strict)
     notes: list[str] = []
     catalogue = _read_videos(folder, bad, notes)
-    source = open_source(_find_matrix(folder, options.matrix))
+    named = ("big_matrix", "small_matrix", "interactions") if options.matrix is None else (f"{options.matrix}_matrix",)
+    source = open_source(_find(folder, named))
     for (name,) in _LOG_COLUMNS.values():
         if name not in source.names:
             raise ValueError(f"{source.path}: has no column {name}; it is no matrix of KuaiRec")
@@ -104,11 +105,6 @@ def load_kuairec(folder: str | Path, options: KuaiRecOptions) -> RankingDataset:
         **options.of_lists(),
     )
     return replace(dataset, noise=noise, user_ids=tuple(log.user_ids), notes=(*notes, *bad.notes()))
-
-
-def _find_matrix(folder: Path, matrix: str | None) -> Path:
-    stems = ("big_matrix", "small_matrix", "interactions") if matrix is None else (f"{matrix}_matrix",)
-    return _find(folder, stems)
 
 
 def _find(folder: Path, stems: tuple[str, ...]) -> Path:

@@ -145,6 +145,11 @@ class RankingList:
             return np.zeros(len(self.history), dtype=bool)
         return self.history_interest >= 0.5  # NaN is not
 
+    @property
+    def known_interest(self) -> np.ndarray:
+        """(K,) float32: the noise-free interest where it is known, else the logged feedback."""
+        return self.interest if self.truth is None else self.truth
+
     def reordered(self, order: np.ndarray) -> RankingList:
         """The same list with its candidates in another order: ``order`` (K,) holds their present positions."""
         by_candidate = ("candidates", "interest", "popularity", "trend")

@@ -35,7 +35,7 @@ def critic_quality(critic: Critic, lists: Sequence[RankingList]) -> dict[str, fl
         >>> critic_quality(critic, data.test)["pairs"]
         36
     """
-    interest = _interest(lists)
+    interest = np.concatenate([lst.known_interest for lst in lists])
     known = ~np.isnan(interest)
     quality: dict[str, float] = {"pairs": int(known.sum())}
     if not known.any():
@@ -67,7 +67,7 @@ def critic_reliability(critic: Critic, lists: Sequence[RankingList]) -> dict[str
         >>> [point["level"] for point in critic_reliability(critic, data.test)["intervals"]][-2:]
         [0.9, 0.95]
     """
-    interest = _interest(lists)
+    interest = np.concatenate([lst.known_interest for lst in lists])
     known = np.flatnonzero(~np.isnan(interest))
     if not len(known):
         return {"intervals": [], "bins": []}
@@ -86,11 +86,6 @@ def critic_reliability(critic: Critic, lists: Sequence[RankingList]) -> dict[str
             for pairs in tenths
         ],
     }
-
-
-def _interest(lists: Sequence[RankingList]) -> np.ndarray:
-    """The expected interest in all candidates, end to end, where it is known, else the feedback; NaN where none is."""
-    return np.concatenate([lst.interest if lst.truth is None else lst.truth for lst in lists])
 
 
 def _coverage(critic: Critic, lists: Sequence[RankingList], interest: np.ndarray, level: float) -> float:

@@ -6,8 +6,9 @@ as independent would give intervals that are too narrow.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -261,7 +262,8 @@ def comparison_table(
         >>> comparison_table(results).row_count  # the need, and a row for each ranker
         3
     """
-    header, rows = _table_cells(results, base, headline, clusters, level, num_samples, seed, pairs)
+    compare = partial(relative_change, clusters=clusters, level=level, num_samples=num_samples, seed=seed)
+    header, rows = _table_cells(results, base, headline, level, compare, pairs)
     metrics = header[2:-3]
     for count in range(len(metrics), 0, -1):
         table = _table(header, rows, metrics[:count], pairs, title, _with_left_out(caption, metrics[count:]))
@@ -331,7 +333,8 @@ def comparison_markdown(
         >>> print(comparison_markdown(results, num_samples=100).splitlines()[-1])
         | interest | trained | 0.433 | +44.4 % | +33.3, +50.0 | 0.257 |
     """
-    header, rows = _table_cells(results, base, headline, clusters, level, num_samples, seed, pairs)
+    compare = partial(relative_change, clusters=clusters, level=level, num_samples=num_samples, seed=seed)
+    header, rows = _table_cells(results, base, headline, level, compare, pairs)
     rule = ["---" if column < 2 else "---:" for column in range(len(header))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows]) + "\n"
 
@@ -340,10 +343,8 @@ def _table_cells(
     results: _Results,
     base: str,
     headline: str,
-    clusters: np.ndarray | None,
     level: float,
-    num_samples: int,
-    seed: int,
+    compare: Callable[[np.ndarray, np.ndarray], Comparison],
     pairs: Mapping[str, tuple[str, str]],
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows: need, row, metrics, change, its interval and p-value (or why there are none)."""
@@ -359,15 +360,8 @@ def _table_cells(
     def change(need: str, new: str, old: str) -> list[str]:
         if headline in constant[need]:
             return ["", "", ""]
-        found = relative_change(
-            results[new][need][headlines[need]],
-            results[old][need][headlines[need]],
-            clusters=clusters,
-            level=level,
-            num_samples=num_samples,
-            seed=seed,
-        )
-        return _change_cells(found)
+        metric = headlines[need]
+        return _change_cells(compare(results[new][need][metric], results[old][need][metric]))
 
     def cells(need: str, values: Mapping[str, float], form: str) -> list[str]:
         return [format(values[metric], form) if metric in shown[need] else "" for metric in metrics]

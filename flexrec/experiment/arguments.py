@@ -64,8 +64,8 @@ def _help_of(of: dict[str, Field[Any]], default: str | None) -> str:
     if default is not None or len({one.default for one in fields_of}) == 1:
         return text + _help(fields_of[0], default)
     what, _, where_none = str(fields_of[0].metadata["help"]).partition("; default: ")
-    shown = (f"{dataset} {where_none if one.default is None else _shown(one.default)}" for dataset, one in of.items())
-    return f"{text}{what} (default: {', '.join(shown)})"
+    said = (f"{dataset} {where_none if one.default is None else shown(one.default)}" for dataset, one in of.items())
+    return f"{text}{what} (default: {', '.join(said)})"
 
 
 def _add_option(
@@ -114,15 +114,15 @@ def _help(one: Field[Any], default: str | None) -> str:
     if default is not None:
         text = f"{text.partition('; default:')[0]} (default: {default})"
     elif one.default is not None and one.default is not MISSING and one.default != ():  # which the text names itself
-        text += f" (default: {_shown(one.default)})"
+        text += f" (default: {shown(one.default)})"
     return text.replace("%", "%%")
 
 
-def _shown(value: Any) -> str:
-    """A default as a person would say it."""
+def shown(value: Any) -> str:
+    """A value of an option as a person would say it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return " ".join(value) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:

@@ -34,15 +34,15 @@ def make_model(
     known = np.flatnonzero(~new_items(dataset)) if described else np.arange(len(dataset.catalogue))
     catalogue = dataset.catalogue.select(known)
     queries = [lst.query for lst in dataset.train if lst.query]
-    own = written(needs) if described else []
+    own = [need for need, _ in written(needs)] if described else []
     names = [need.name for need in own]
     if strange := [name for name in config.show if name not in known_columns(dataset.catalogue)]:
         they_have = ", ".join(known_columns(dataset.catalogue))
         raise ValueError(f"--show {strange[0]}: nothing of that name is known of the items, but {they_have}")
     folder = RunFolder(config.output)
-    if config.resume and folder.has_base():
+    if config.resume and folder.is_whole(folder.base):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder.base, **OF_A_RUN)
-        model: Any = folder.load_base(tokenizer, config.lora)
+        model: Any = folder.load_stage(folder.base, tokenizer, config.lora)
     elif config.model == EMBEDDED:
         wordings = [wording for need in needs for wording in need.wordings]
         tokenizer = build_tokenizer(catalogue, wordings, queries=queries, needs=names)

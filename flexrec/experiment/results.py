@@ -19,9 +19,9 @@ from flexrec.evaluation.statistics import (
     headline_of,
     relative_change,
 )
-from flexrec.evaluation.summary import summary
+from flexrec.evaluation.summary import BASE, TRAINED, WARM_START, summary
 
-BASE, WARM_START, TRAINED, CRITIC = "base", "warm start", "trained", "critic"  # the base is the start of all training
+CRITIC = "critic"
 REINFORCEMENT = "reinforcement"  # what a table calls the difference that it made
 
 
@@ -96,7 +96,7 @@ class Results:
 
     def summary(self) -> list[str]:
         """What the table says, in sentences."""
-        return summary(self.per_list, self.users, trained=TRAINED, warm_start=WARM_START, stages=(BASE,))
+        return summary(self.per_list, self.users)
 
     def __str__(self) -> str:
         console = Console(width=120, no_color=True)

@@ -240,9 +240,9 @@ class RunFolder:
             stored["data_options"] = all_data_options(stored["dataset"], stored["data_options"])
         return {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
 
-    def has_base(self) -> bool:
-        """Whether the format stage was finished."""
-        return (self.base / MANIFEST).is_file()
+    def is_whole(self, folder: Path) -> bool:
+        """Whether one of the run's folders was written to its end."""
+        return (folder / MANIFEST).is_file()
 
     def seal(self, folder: Path) -> None:
         """Say that a folder is whole: sizes and checksums of its files, all of which are on the disk, in a manifest."""
@@ -271,20 +271,14 @@ class RunFolder:
         stored = {name: value for name, value in self.read_config().items() if name not in CHANGEABLE}
         return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
 
-    def save_base(self, model: Any, tokenizer: Any, info: RunInfo) -> None:
-        """Write the model as it is after the format stage."""
-        save_model(self.base, model, tokenizer, info)
-        self.seal(self.base)
+    def save_stage(self, folder: Path, model: Any, tokenizer: Any, info: RunInfo) -> None:
+        """Write the model as a stage leaves it: ``base`` as the format stage, ``reference`` as the last before
+        reinforcement, for a resumed run and for other reinforcement."""
+        save_model(folder, model, tokenizer, info)
+        self.seal(folder)
 
-    def load_base(self, tokenizer: Any, lora: int | None) -> Any:
-        """The model as it was after the format stage, with the adapters, of rank ``lora``, that other stages train."""
-        return self._load_to_train(self.base, tokenizer, lora)
-
-    def load_start(self, tokenizer: Any, lora: int | None) -> Any:
-        """The model as it was before reinforcement, to be trained otherwise."""
-        return self._load_to_train(self.reference, tokenizer, lora)
-
-    def _load_to_train(self, folder: Path, tokenizer: Any, lora: int | None) -> Any:
+    def load_stage(self, folder: Path, tokenizer: Any, lora: int | None) -> Any:
+        """The model of ``base`` or ``reference``, with the adapters, of rank ``lora``, that other stages train."""
         self.check_sealed(folder)
         if self.backbone.is_dir():
             self.check_sealed(self.backbone)
@@ -299,14 +293,6 @@ class RunFolder:
         """Write the embedded model, which has no name to load it by, without its adapters."""
         copy.deepcopy(model).unload().save_pretrained(self.backbone)
         self.seal(self.backbone)
-
-    def save_reference(self, model: Any, tokenizer: Any, info: RunInfo) -> None:
-        """Write the policy that reinforcement starts from, for a resumed run and for other reinforcement."""
-        save_model(self.reference, model, tokenizer, info)
-        self.seal(self.reference)
-
-    def has_reference(self) -> bool:
-        return (self.reference / MANIFEST).is_file()
 
     def load_reference(self) -> Any:
         self.check_sealed(self.reference)

@@ -128,7 +128,7 @@ def _run_in(
     made: Sequence[Need],
 ) -> Results:
     on_main_process(lambda: folder.check_usable(config))
-    resumed = config.resume and folder.has_base()
+    resumed = config.resume and folder.is_whole(folder.base)
     kept = RunInfo.load(folder.base).own_needs if resumed else ()
     known = known_needs(None if resumed else config.needs_file, kept, made)
     for name in config.needs or ():
@@ -222,7 +222,7 @@ def _run_in(
     on_main_process(lambda: folder.write_config(config, given))
     info = RunInfo.of(config, builder, dataset, needs)
     checkpoint = of_main_process(folder.latest_checkpoint(say) if resumed and process_index() == 0 else None)
-    if checkpoint is not None and others and not folder.has_reference():
+    if checkpoint is not None and others and not folder.is_whole(folder.reference):
         raise ValueError(
             f"--baselines {' '.join(others)}: this run is past its warm start, from which they begin, and did not keep "
             f"it: resume it without them"
@@ -237,7 +237,7 @@ def _run_in(
             on_main_process(lambda: folder.save_backbone(model))
             model.active_peft_config.base_model_name_or_path = str(folder.backbone.absolute())
         training.format(model)
-        on_main_process(lambda: folder.save_base(model, tokenizer, info))
+        on_main_process(lambda: folder.save_stage(folder.base, model, tokenizer, info))
     measure(model, BASE)
     if checkpoint is None and FORMAT in clock.ends:  # unless its log is gone
         training.finished(FORMAT, results.per_list[BASE])
@@ -249,7 +249,7 @@ def _run_in(
     elif config.warmup == "listwise":
         folder.load_warm_start(results)
     if checkpoint is None and (others or (config.beta and config.lora is None)):
-        on_main_process(lambda: folder.save_reference(model, tokenizer, info))
+        on_main_process(lambda: folder.save_stage(folder.reference, model, tokenizer, info))
 
     profile = training.reinforce(model, checkpoint)
     if profile is not None:
@@ -259,15 +259,7 @@ def _run_in(
     measure(model, TRAINED)
     training.finished(REINFORCEMENT, results.per_list[TRAINED])
     if unseen and process_index() == 0:
-        results.unseen_wordings = measure_unseen(
-            model,
-            task,
-            dataset.test,
-            unseen,
-            num_ranked=config.num_ranked,
-            bf16=config.bf16,
-            described=True,
-        )
+        results.unseen_wordings = measure_unseen(model, task, dataset.test, unseen, evaluate, described=True)
     on_main_process(lambda: folder.save(model, tokenizer, info, given))
     on_main_process(lambda: folder.write_shown(shown_of_run(model, task, dataset, config.num_ranked)))
     if critic is not None:
@@ -277,10 +269,10 @@ def _run_in(
         del model  # there is room for one
     for name in policies:
         if name == LISTWISE:
-            start = folder.load_base(tokenizer, config.lora)
+            start = folder.load_stage(folder.base, tokenizer, config.lora)
             training.supervise_instead(start, name, of_main_process(training.equal_time_steps()))
         else:
-            start = folder.load_start(tokenizer, config.lora)
+            start = folder.load_stage(folder.reference, tokenizer, config.lora)
             training.reinforce_instead(start, name)
         measure(start, name)
         training.finished(name, results.per_list[name])

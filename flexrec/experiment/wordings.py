@@ -39,9 +39,8 @@ def measure_unseen(
     task: RankingTask,
     lists: Sequence[RankingList],
     wordings: Mapping[str, Sequence[str]],
+    evaluation: Evaluation,
     *,
-    num_ranked: int | None = None,
-    bf16: bool = False,
     described: bool = False,
 ) -> dict[str, dict[str, np.ndarray]]:
     """asked -> measured -> (L,): of every list, ranked under one of a need's unseen wordings, its worth for every need.
@@ -51,11 +50,10 @@ def measure_unseen(
 
     Args:
         wordings: of each need that is asked so.
+        evaluation: of the lists under every need of the task.
         described: say how far that is on standard error.
     """
     needs = [need for need in task.needs if need.metric is None]
-    tests = {need.name: [task.test_example(lst, need) for lst in lists] for need in needs}
-    evaluation = Evaluation(tests, task.builder, num_ranked, bf16=bf16)
     found: dict[str, dict[str, np.ndarray]] = {}
     for need in needs:
         if need.name not in wordings:
@@ -63,6 +61,6 @@ def measure_unseen(
         own = [replace(need, wordings=(wording,)) for wording in wordings[need.name]]
         asked = [task.test_example(lst, own[n % len(own)]) for n, lst in enumerate(lists)]
         rankings = evaluation.rank(model, asked, f"Asking {need.name} in other words" if described else None)
-        values = evaluation.of_rankings(dict.fromkeys(tests, rankings))
-        found[need.name] = {name: of_need[headline_of(of_need)] for name, of_need in values.items()}
+        values = evaluation.of_rankings(dict.fromkeys(evaluation.tests, rankings))
+        found[need.name] = {one.name: values[one.name][headline_of(values[one.name])] for one in needs}
     return found

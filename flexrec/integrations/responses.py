@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,6 +94,9 @@ def score_texts(
         after=reasoning_end,
         invalid=invalid,
     )
+
+
+OPTIONS = tuple(name for name, one in signature(score_texts).parameters.items() if one.kind is one.KEYWORD_ONLY)
 
 
 def score_of(scored: ScoredCompletions, row: int) -> dict[str, float]:

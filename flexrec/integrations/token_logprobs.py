@@ -7,6 +7,7 @@ candidates allow, and forced tokens, whose log-prob is 0. Only the states before
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,22 +57,39 @@ def decision_ranks(completions: Sequence[Sequence[int]], candidates: Candidates,
     return ranks
 
 
-def restricted_token_logprobs(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    candidates: Candidates,
-    spelling: Spelling,
-    *,
-    width: int,
-    temperature: float = 1.0,
-    device: torch.device | str = "cpu",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies of N completions, each a ranking of its own list, under what their candidates allow.
+@dataclass(frozen=True)
+class Answers:
+    """N completions, each a ranking of its own list, that are scored together.
+
+    Attributes:
+        width: columns of what is said of them, at least the longest completion's length, or the longest list's.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    completions: Sequence[Sequence[int]]
+    candidates: Candidates
+    spelling: Spelling
+    width: int
+    temperature: float
+    device: torch.device | str
+
+    def batch(self, *, by_token: bool = False) -> RankingBatch:
+        return make_batch(
+            self.prompts,
+            self.candidates,
+            read_rankings(self.completions, self.candidates, self.spelling),
+            separator=self.spelling.separator,
+            end=self.spelling.end,
+            device=self.device,
+            by_token=by_token,
+        )
+
+
+def restricted_token_logprobs(model: Any, answers: Answers) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies of completions under what their candidates allow.
 
     Args:
         model: a causal language model, wrapped or not.
-        width: columns of the result, at least the longest completion's length.
 
     Returns:
         Two (N, width) float32, differentiable; exactly 0 at forced tokens and beyond a completion.
@@ -80,15 +98,13 @@ def restricted_token_logprobs(
         ValueError: as :func:`read_rankings`; a model that changes its logits after the output layer, or whose adapters
             change the prompt.
     """
-    rankings = read_rankings(completions, candidates, spelling)
-    batch = make_batch(
-        prompts, candidates, rankings, separator=spelling.separator, end=spelling.end, device=device, by_token=True
-    )
-    found = decision_scores(ranking_states(model, batch), batch, temperature=temperature)
+    batch = answers.batch(by_token=True)
+    found = decision_scores(ranking_states(model, batch), batch, temperature=answers.temperature)
     rows, positions, _ = _decisions(batch)
 
     def at_tokens(values: torch.Tensor) -> torch.Tensor:
-        return values.new_zeros(len(completions), width).index_put((rows, positions), values).float()
+        shape = len(answers.completions), answers.width
+        return values.new_zeros(shape).index_put((rows, positions), values).float()
 
     return at_tokens(found.logprobs), at_tokens(found.entropy)
 
@@ -104,18 +120,12 @@ class ActionTokens(NamedTuple):
 
 def all_action_tokens(
     model: Any,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    candidates: Candidates,
-    spelling: Spelling,
+    answers: Answers,
     gains: torch.Tensor,
     metric: str,
     *,
-    width: int,
-    temperature: float = 1.0,
     tilt: float | None = None,
     foresight: float | str | None = None,
-    device: torch.device | str = "cpu",
 ) -> ActionTokens:
     """:func:`restricted_token_logprobs`, and in the same pass what all candidates that remained were worth.
 
@@ -126,14 +136,14 @@ def all_action_tokens(
     Raises:
         ValueError: as :func:`restricted_token_logprobs`; ``foresight`` for candidates of several tokens.
     """
-    batch = _whole_items(prompts, completions, candidates, spelling, device)
+    batch = answers.batch()
     states = ranking_states(model, batch)
     found = all_actions(
         states,
         batch,
         gains[:, : int(batch.lengths.max())],
         metric,
-        temperature=temperature,
+        temperature=answers.temperature,
         num_ranked=batch.shape[1],
         tilt=tilt,
         foresight=foresight,
@@ -142,13 +152,14 @@ def all_action_tokens(
     last = torch.ones_like(rows, dtype=torch.bool)  # decisions are in the order of a completion's tokens
     last[:-1] = (rows[1:] != rows[:-1]) | (ranks[1:] != ranks[:-1])
     if batch.candidate_ids is None:
-        scored = decision_scores(states, batch, temperature=temperature)
+        scored = decision_scores(states, batch, temperature=answers.temperature)
         logprobs, entropy = scored.logprobs, scored.entropy
     else:
         logprobs, entropy = found.logprobs[rows, ranks], found.entropy[rows, ranks]
 
     def at_tokens(values: torch.Tensor, chosen: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-        return values.new_zeros(len(completions), width).index_put((rows[chosen], positions[chosen]), values).float()
+        shape = len(answers.completions), answers.width
+        return values.new_zeros(shape).index_put((rows[chosen], positions[chosen]), values).float()
 
     return ActionTokens(
         at_tokens(found.objective[rows[last], ranks[last]], last), at_tokens(logprobs), at_tokens(entropy)
@@ -156,27 +167,15 @@ def all_action_tokens(
 
 
 @torch.no_grad()
-def item_probabilities(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    candidates: Candidates,
-    spelling: Spelling,
-    *,
-    width: int,
-    temperature: float = 1.0,
-    device: torch.device | str = "cpu",
-) -> torch.Tensor:
-    """(N, width, width) the policy's probability, at each rank, of every candidate in rank order.
-
-    Args:
-        width: at least the longest list. What lies beyond a list, or beyond its ranks, is 0.
+def item_probabilities(model: Any, answers: Answers) -> torch.Tensor:
+    """(N, width, width) the policy's probability, at each rank, of every candidate in rank order; 0 beyond a list, or
+    beyond its ranks.
 
     Raises:
         ValueError: as :func:`restricted_token_logprobs`; what :func:`check_single_tokens` says.
     """
-    check_single_tokens(candidates, spelling)
-    batch = _whole_items(prompts, completions, candidates, spelling, device)
+    check_single_tokens(answers.candidates, answers.spelling)
+    batch = answers.batch()
     states = ranking_states(model, batch)
     rows = output_rows(states, batch)
     probs = ranking_probs(
@@ -185,10 +184,10 @@ def item_probabilities(
         rows.candidates,
         completed_rankings(batch),
         bias=rows.bias,
-        temperature=temperature,
+        temperature=answers.temperature,
         lengths=batch.lengths,
     )
-    missing = [width - size for size in probs.shape[1:]]
+    missing = [answers.width - size for size in probs.shape[1:]]
     return torch.nn.functional.pad(probs, (0, missing[1], 0, missing[0]))
 
 
@@ -205,17 +204,6 @@ def check_single_tokens(candidates: Candidates, spelling: Spelling) -> None:
             f"one token, and rank with separator=''; got candidates of up to {longest} tokens and a separator of "
             f"{len(spelling.separator)}"
         )
-
-
-def _whole_items(
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    candidates: Candidates,
-    spelling: Spelling,
-    device: torch.device | str,
-) -> RankingBatch:
-    rankings = read_rankings(completions, candidates, spelling)
-    return make_batch(prompts, candidates, rankings, separator=spelling.separator, end=spelling.end, device=device)
 
 
 def _decisions(batch: RankingBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

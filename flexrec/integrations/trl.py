@@ -7,7 +7,7 @@ numbers, where the gains are uncertain. See docs/trl.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -26,6 +26,7 @@ from flexrec.integrations.ranking_reward import (
 )
 from flexrec.integrations.token_logprobs import (
     ActionTokens,
+    Answers,
     all_action_tokens,
     check_single_tokens,
     decision_ranks,
@@ -188,22 +189,17 @@ class FlexRecGRPOTrainer(GRPOTrainer):
     def _probabilities(self, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
         """(B, K, K) of every candidate at every rank, in rank order, under the policy as it is."""
         size, width = self.args.per_device_train_batch_size, max(map(len, self._candidates))
-        parts = []
+        parts = self._answers(prompts, completions, size, width, self.accelerator.device)
+        return torch.cat([item_probabilities(self.model, answers) for _, answers in parts]).float().cpu()
+
+    def _answers(
+        self, prompts: list[list[int]], completions: list[list[int]], size: int, width: int, device: torch.device
+    ) -> Iterator[tuple[slice, Answers]]:
+        """Which rows, and these, ``size`` at a time, as they are scored under a policy."""
         for start in range(0, len(prompts), size):
             rows = slice(start, start + size)
-            parts.append(
-                item_probabilities(
-                    self.model,
-                    prompts[rows],
-                    completions[rows],
-                    self._candidates[rows],
-                    self._spelling,
-                    width=width,
-                    temperature=self.temperature,
-                    device=self.accelerator.device,
-                )
-            )
-        return torch.cat(parts).float().cpu()
+            given = (prompts[rows], completions[rows], self._candidates[rows], self._spelling)
+            yield rows, Answers(*given, width, self.temperature, device)
 
     def _score(
         self,
@@ -348,20 +344,13 @@ class FlexRecGRPOTrainer(GRPOTrainer):
         completions = _rows(input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:])
         size = (args[0] if args else kwargs.get("batch_size")) or len(prompts)
         parts = []
-        for start in range(0, len(prompts), size):
-            rows = slice(start, start + size)
-            rankings = (model, prompts[rows], completions[rows], self._candidates[rows], self._spelling)
-            options: dict[str, Any] = {
-                "width": logits_to_keep,
-                "temperature": self.temperature,
-                "device": input_ids.device,
-            }
+        for rows, answers in self._answers(prompts, completions, size, logits_to_keep, input_ids.device):
             if self._valued is None:
-                parts.append(restricted_token_logprobs(*rankings, **options))
+                parts.append(restricted_token_logprobs(model, answers))
                 continue
             foresight = "auto" if self.args.credit == CORRECTED else None
             found = all_action_tokens(
-                *rankings, self._valued[rows], self.args.metric, tilt=self.args.tilt, foresight=foresight, **options
+                model, answers, self._valued[rows], self.args.metric, tilt=self.args.tilt, foresight=foresight
             )
             self._found.append(found)
             parts.append((found.logprobs.detach() + found.objective - found.objective.detach(), found.entropy))

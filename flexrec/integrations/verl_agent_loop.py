@@ -13,7 +13,7 @@ import torch
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
-from flexrec.integrations.responses import score_of, score_responses
+from flexrec.integrations.responses import OPTIONS, score_of, score_responses
 from flexrec.integrations.verl import pack_token_rewards
 
 
@@ -33,33 +33,15 @@ class RankingAgentLoop(SingleTurnAgentLoop):
     """verl's single-turn agent loop with a reward for every item of the response.
 
     Args:
-        metric, credit, separator, num_ranked, reasoning_end, invalid: of
-            :func:`flexrec.integrations.responses.score_texts`.
-        args, kwargs: what verl passes to an agent loop.
+        args, kwargs: what verl passes to an agent loop, and options of
+            :func:`flexrec.integrations.responses.score_texts`: metric, credit, separator, num_ranked, reasoning_end,
+            invalid.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        metric: str = "ndcg",
-        credit: str = "swap",
-        separator: str = " > ",
-        num_ranked: int | None = None,
-        reasoning_end: str | None = None,
-        invalid: str = "partial",
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         super().__init__(*args, **kwargs)
-        self.score = partial(
-            score_responses,
-            self.tokenizer,
-            metric=metric,
-            credit=credit,
-            separator=separator,
-            num_ranked=num_ranked,
-            reasoning_end=reasoning_end,
-            invalid=invalid,
-        )
+        self.score = partial(score_responses, self.tokenizer, **options)
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> RankingOutput:
         """Generate and reward; ``kwargs`` are the fields of the data row, ``reward_model`` among them.

@@ -85,9 +85,11 @@ class Ensemble:
         network.load_state_dict(best_state)
         return cls(network)
 
+    @torch.no_grad()
     def predict(self, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
-        mean, variance = _mixture(self.network, pairs)
-        return mean.numpy(), variance.numpy()
+        means, log_variances = self.network(pairs)
+        variance = log_variances.exp().mean(0) + means.var(0, correction=0)  # average noise plus disagreement
+        return means.mean(0).numpy(), variance.numpy()
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         state = {name: value.numpy() for name, value in self.network.state_dict().items()}
@@ -177,13 +179,6 @@ def _beta_nll(mean: torch.Tensor, log_variance: torch.Tensor, interest: torch.Te
     weight = (_BETA_NLL * log_variance.detach()).exp()
     nll = 0.5 * ((mean - interest).square() * (-log_variance).exp() + log_variance)
     return (weight * nll).mean(1).sum()
-
-
-@torch.no_grad()
-def _mixture(network: _Ensemble, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (N,) and variance (N,) of the members' mixture: average noise plus disagreement."""
-    means, log_variances = network(pairs)
-    return means.mean(0), log_variances.exp().mean(0) + means.var(0, correction=0)
 
 
 def _training_pairs(

@@ -82,11 +82,6 @@ class Expression:
         return self(lst, catalogue, one, np.zeros_like(one))[0]
 
     def __call__(
-        self, lst: RankingList, catalogue: Catalogue, interest: np.ndarray, variance: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        return self._gains(lst, catalogue, interest, variance)
-
-    def _gains(
         self,
         lst: RankingList,
         catalogue: Catalogue,
@@ -134,7 +129,7 @@ class Expression:
         for rise, popularity, new, interest in product((0.0, 1.0), (0.0, 1e4), (0.0, 1.0), (0.0, 0.5, 1.0)):
             of_list = {"popularity": zeros + np.float32(popularity), "trend": zeros + np.float32(rise)}
             lst = RankingList(-1, 0.0, items[:0], items, zeros, **of_list)
-            self._gains(lst, catalogue, zeros + np.float32(interest), zeros + 1, zeros + np.float32(new))
+            self(lst, catalogue, zeros + np.float32(interest), zeros + 1, zeros + np.float32(new))
         Evaluation(self.text, lst, catalogue, zeros, strict=True).number(self.tree)
 
     def _column(self, name: str, catalogue: Catalogue) -> np.ndarray:

@@ -24,9 +24,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from flexrec.checks import did_you_mean
 from flexrec.data.lists import Catalogue, RankingList
-from flexrec.task.needs import NEEDS, InterestTimes, Need
+from flexrec.task.needs import NEEDS, InterestTimes, Need, get_need
 
 _WEIGHT = re.compile(
     r"(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<percent>%?)\s*(?:\*\s*)?(?P<name>.*)"
@@ -165,27 +164,19 @@ def find_need(text: str, known: Mapping[str, Need] = NEEDS) -> Need:
         '0.5 interest + 0.25 explore + 0.25 trend'
     """
     name = text.strip()
-    if name in known:
-        return known[name]
-    if not is_mixture(name):
-        raise ValueError(f"unknown need {name!r}{did_you_mean(name, known)}; known needs: {', '.join(known)}")
+    if name in known or not is_mixture(name):
+        return get_need(name, known)
     parts = []
-    for part in re.split(r"(?<!\d[eE])\+", name):  # 1e+2 is a number
-        weight, given = _weight_and_name(part)
-        if not given:
-            raise ValueError(
-                f"need {text!r}: {part.strip()!r} names no need; expected a weight and a need, 0.3 explore"
-            )
-        if given not in known:
-            raise ValueError(
-                f"need {text!r}: unknown need {given!r}{did_you_mean(given, known)}; known needs: {', '.join(known)}"
-            )
-        parts.append((weight, known[given]))
-    if len(parts) == 1:
-        return parts[0][1]
-    order = {need.name: number for number, need in enumerate(known.values())}
-    parts.sort(key=lambda part: order[part[1].name])  # that of equal weights is the same whoever writes them
     try:
+        for part in re.split(r"(?<!\d[eE])\+", name):  # 1e+2 is a number
+            weight, given = _weight_and_name(part)
+            if not given:
+                raise ValueError(f"{part.strip()!r} names no need; expected a weight and a need, 0.3 explore")
+            parts.append((weight, get_need(given, known)))
+        if len(parts) == 1:
+            return parts[0][1]
+        order = {need.name: number for number, need in enumerate(known.values())}
+        parts.sort(key=lambda part: order[part[1].name])  # that of equal weights is the same whoever writes them
         return mix_needs(parts)
     except ValueError as error:
         raise ValueError(f"need {text!r}: {error}") from None

@@ -16,7 +16,7 @@ that no gain of the item alone says it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -138,15 +138,10 @@ def novelty(lst: RankingList, catalogue: Catalogue) -> np.ndarray:
     1 where the history has none of its topics, 0 where every one of them is at least as frequent as s. Of an empty
     history everything is new; an item without topics cannot be said to be new and has novelty 0.
     """
-    return novelty_of(lst.history, lst.candidates, catalogue)
-
-
-def novelty_of(history: np.ndarray, candidates: np.ndarray, catalogue: Catalogue) -> np.ndarray:
-    """:func:`novelty` of candidates (K,) to a history (H,), both items of the catalogue."""
     topics = catalogue.topic_matrix
-    share = topics[history].mean(axis=0) if len(history) else np.zeros(topics.shape[1], dtype=np.float32)
+    share = topics[lst.history].mean(axis=0) if len(lst.history) else np.zeros(topics.shape[1], dtype=np.float32)
     topic_novelty = np.maximum(0.0, 1.0 - share / RARE_TOPIC_SHARE)
-    of_candidates = topics[candidates]
+    of_candidates = topics[lst.candidates]
     return (of_candidates @ topic_novelty / np.maximum(of_candidates.sum(axis=1), 1.0)).astype(np.float32)
 
 
@@ -230,17 +225,17 @@ NEEDS: dict[str, Need] = {
 }
 
 
-def get_need(name: str) -> Need:
-    """The need of this name; ValueError listing the known ones if there is none.
+def get_need(name: str, known: Mapping[str, Need] = NEEDS) -> Need:
+    """The need of this name; ValueError listing the ``known`` ones if there is none.
 
     Example:
         >>> from flexrec.task import get_need
         >>> get_need("trend").wordings[0]
         'Promote what is trending: prefer items that are rising in popularity and that the user will like.'
     """
-    if name not in NEEDS:
-        raise ValueError(f"unknown need {name!r}{did_you_mean(name, NEEDS)}; known needs: {', '.join(NEEDS)}")
-    return NEEDS[name]
+    if name not in known:
+        raise ValueError(f"unknown need {name!r}{did_you_mean(name, known)}; known needs: {', '.join(known)}")
+    return known[name]
 
 
 def observed_interest(lst: RankingList) -> tuple[np.ndarray, np.ndarray]:

@@ -79,26 +79,20 @@ def make_needs(definitions: Any) -> list[Need]:
 def definitions_of(needs: Sequence[Need]) -> list[dict[str, Any]]:
     """What a run keeps of needs that were written as expressions, so that :func:`make_needs` makes them again."""
     return [
-        {"name": need.name, "wordings": list(need.wordings), "gain": need.gains.text, "phrase": need.phrase}
-        for need in written(needs)
-        if isinstance(need.gains, Expression)
+        {"name": need.name, "wordings": list(need.wordings), "gain": gains.text, "phrase": need.phrase}
+        for need, gains in written(needs)
     ]
 
 
-def written(needs: Sequence[Need]) -> list[Need]:
-    """The needs, and parts of mixtures, that are written as expressions, each once."""
+def written(needs: Sequence[Need]) -> list[tuple[Need, Expression]]:
+    """The needs, and parts of mixtures, that are written as expressions, each once, and these."""
     parts = {part.name: part for need in needs for part in parts_of(need)}
-    return [part for part in parts.values() if isinstance(part.gains, Expression)]
-
-
-def expressions_of(need: Need) -> list[tuple[str, Expression]]:
-    """The name and the gains of each part of a need that is written as an expression."""
-    return [(part.name, part.gains) for part in parts_of(need) if isinstance(part.gains, Expression)]
+    return [(part, part.gains) for part in parts.values() if isinstance(part.gains, Expression)]
 
 
 def columns_of(need: Need) -> tuple[str, ...]:
     """The columns of the items that a need is about."""
-    return tuple(dict.fromkeys(name for _, expression in expressions_of(need) for name in expression.columns))
+    return tuple(dict.fromkeys(name for _, expression in written([need]) for name in expression.columns))
 
 
 def asks_of_data(need: Need) -> tuple[str, ...]:
@@ -117,7 +111,8 @@ def check_needs(needs: Sequence[Need], catalogue: Catalogue) -> list[str]:
         ValueError: one names what these items do not have, or is no gain for one of them.
     """
     notes: dict[str, None] = {}
-    for name, expression in dict(pair for need in needs for pair in expressions_of(need)).items():
+    for need, expression in written(needs):
+        name = need.name
         try:
             expression.check(catalogue)
         except ValueError as error:

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from flexrec.data.interactions import read_interactions
-from flexrec.data.interest import Gain
+from flexrec.data.options import InteractionsOptions
 
 FORMATS = Path(__file__).parent / "formats"
 NAN = "not rated"
 
 
 def read(name, **options):
-    return read_interactions(FORMATS / name, num_test_users=1, **options)
+    return read_interactions(FORMATS / name, InteractionsOptions(num_test_users=1, **options))
 
 
 def rows_of(result):
@@ -66,12 +66,12 @@ def test_book_crossing_semicolons_quotes_latin_1_and_zeros():
 
 
 def test_zeros_may_be_ratings_by_choice():
-    result = read("book_crossing", gain=Gain(codes={}))
+    result = read("book_crossing", codes={})
     assert rows_of(result)["276725", "034545104X"] == [0.0]
 
 
 def test_steam_without_a_line_of_names():
-    result = read("steam", gain=Gain(high=100.0))
+    result = read("steam", gain_range=(0.0, 100.0))
     skyrim, left, fallout = "The Elder Scrolls V Skyrim", "Left 4 Dead 2, Gold", "Fallout 4"
     assert rows_of(result) == {
         ("151603712", skyrim): [NAN, 1.0],  # bought, then played for 273 hours
@@ -166,7 +166,7 @@ def test_ids_that_items_and_log_write_differently():
     ],
 )
 def test_movielens_folders(name, expected, topics):
-    result = read(name, gain=Gain(low=3.0, high=5.0))
+    result = read(name, gain_range=(3.0, 5.0))
     assert rows_of(result) == expected
     assert result.catalogue.topics == topics
     assert result.timed
@@ -216,7 +216,7 @@ def test_events_with_words_and_milliseconds():
     assert times_of(result)["111016", "318965"] == 1433221999.827
     note(result, "moments are in milliseconds: converted to seconds")
     assert "line 7: timestamp: expected a moment in milliseconds, got '1433221337'" in note(result, "skipped 1 rows")
-    bought = read("retail_rocket", events=["transaction", "addtocart"], gain=Gain(event_values={"addtocart": 0.1}))
+    bought = read("retail_rocket", events=["transaction", "addtocart"], event_values={"addtocart": 0.1})
     assert rows_of(bought) == {("992329", "248676"): [1.0], ("111016", "318965"): [pytest.approx(0.1)]}
 
 
@@ -235,7 +235,7 @@ def test_json_lines():
 
 
 def test_a_shops_invoices_with_amounts_and_the_month_first():
-    result = read("online_retail", gain=Gain(high=10.0))
+    result = read("online_retail", gain_range=(0.0, 10.0))
     assert rows_of(result) == {
         ("17850.0", "85123A"): [0.6, 0.8],  # 6, then 2 more
         ("17850.0", "71053"): [0.6],
@@ -296,13 +296,13 @@ def write_log(folder, moments, header="user,item,timestamp"):
     ],
 )
 def test_moments_as_they_are_written(tmp_path, moments, options, seconds):
-    result = read_interactions(write_log(tmp_path, moments), **options)
+    result = read_interactions(write_log(tmp_path, moments), InteractionsOptions(**options))
     assert sorted(result.rows.times.tolist()) == sorted(seconds)
     assert result.timed
 
 
 def test_what_is_ambiguous_is_said(tmp_path):
-    result = read_interactions(write_log(tmp_path, ["02/01/2020", "03/01/2020"]))
+    result = read_interactions(write_log(tmp_path, ["02/01/2020", "03/01/2020"]), InteractionsOptions())
     assert "the day may as well stand second: day_first=False reads them so" in note(result, "moments are dates")
 
 
@@ -310,7 +310,7 @@ def test_what_is_ambiguous_is_said(tmp_path):
     "odd", ["9" * 400, "0", "-5", "1577934246000", "noon", "", "nan", "1e308", "2020-01-02"], ids=lambda text: text[:8]
 )
 def test_an_odd_moment_is_a_bad_row(tmp_path, odd):
-    result = read_interactions(write_log(tmp_path, ["1577934245", odd, "1577934247"]))
+    result = read_interactions(write_log(tmp_path, ["1577934245", odd, "1577934247"]), InteractionsOptions())
     assert sorted(result.rows.times.tolist()) == [1577934245, 1577934247]
     assert "line 3: timestamp: expected a moment in seconds, got" in note(result, "skipped 1 rows")
 
@@ -337,7 +337,7 @@ def test_every_kind_of_file_reads_the_same(tmp_path, ending):
         comma = "," if kind == "csv" else "\t"
         content = "".join(comma.join(map(str, row)) + "\n" for row in [names, *rows]).encode()
     path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
-    result = read_interactions(tmp_path)
+    result = read_interactions(tmp_path, InteractionsOptions())
     assert rows_of(result) == {("u1", "7"): [0.75], ("u2", "8"): [0.0], ("u1", "8"): [1.0]}
     assert times_of(result)["u1", "8"] == 1577934247
 
@@ -347,6 +347,6 @@ def test_parquet_columns_of_bytes_are_text(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"user": [b"ann", "J\u00f6rg".encode()], "item": [b"a1", b"a2"]})
     parquet.write_table(table, tmp_path / "log.parquet")
-    result = read_interactions(tmp_path)
+    result = read_interactions(tmp_path, InteractionsOptions())
     assert result.user_ids == ("J\u00f6rg", "ann")
     assert result.catalogue.ids == ("a1", "a2")

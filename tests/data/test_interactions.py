@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from flexrec.data.interactions import read_interactions
+from flexrec.data.options import InteractionsOptions
 
 sys.path.insert(0, str(Path(__file__).parent))
 from shop_logs import NUM_ITEMS, load, make_rows, write
@@ -275,7 +276,7 @@ def test_columns_by_text_mapping_and_yaml(tmp_path):
     mapping = {"user": "who", "item": "what", "timestamp": "when_", "rating": "stars_"}
     mapping |= {"items": {"id": "nr", "title": "label_", "categories": ["kind", "brand"]}}
     for columns in (text, yaml, str(yaml), mapping):
-        result = read_interactions(tmp_path, columns=columns)
+        result = read_interactions(tmp_path, InteractionsOptions(columns=columns))
         assert result.user_ids == ("ann", "bob")
         assert result.rows.interest.tolist() == [1.0, 0.0]
         assert result.catalogue.titles == ("Chair", "Lamp")
@@ -284,7 +285,7 @@ def test_columns_by_text_mapping_and_yaml(tmp_path):
 
 def test_columns_by_number_in_a_file_without_names(tmp_path):
     (tmp_path / "events.csv").write_text("ann;a1;5\nbob;a2;3\n")
-    result = read_interactions(tmp_path, columns="user=1,item=2,rating=3")
+    result = read_interactions(tmp_path, InteractionsOptions(columns="user=1,item=2,rating=3"))
     assert result.rows.interest.tolist() == [1.0, 0.0] or result.rows.interest.tolist() == [0.0, 1.0]
     assert len(result.rows) == 2
 
@@ -309,13 +310,9 @@ def test_a_file_alone_is_a_log(tmp_path):
 )
 def test_gains(tmp_path, gain, expected):
     rows = [("u1", "a", 2, 1), ("u1", "b", 4, 2), ("u1", "c", 5, 3), ("u2", "a", 1, 4), ("u3", "b", 1, 5)]
-    from flexrec.data.interest import Gain
-
-    low, high = gain.pop("gain_range", (None, None))
-    how = Gain(gain.get("gain", "linear"), low, high, gain.get("threshold"))
-    seeds = (
-        read_interactions(write(tmp_path, rows, items=False), gain=how, seed=s, test_fraction=0.6) for s in range(9)
-    )
+    low = "gain_range" in gain
+    folder = write(tmp_path, rows, items=False)
+    seeds = (read_interactions(folder, InteractionsOptions(seed=s, test_fraction=0.6, **gain)) for s in range(9))
     result = next(r for r in seeds if {r.user_ids[u] for u in r.rows.users[r.training]} == {"u1"})
     got = [
         x for x, u in zip(result.rows.interest.tolist(), result.rows.users, strict=True) if result.user_ids[u] == "u1"
@@ -346,7 +343,7 @@ def test_few_lists_are_explained_with_numbers(tmp_path):
 def test_both_tables_may_call_the_items_by_one_name(tmp_path):
     (tmp_path / "log.csv").write_text("user,artikel,rating\nann,a1,5\nbob,a2,3\n")
     (tmp_path / "items.csv").write_text("artikel,title\na1,Chair\na2,Lamp\n")
-    result = read_interactions(tmp_path, columns="item=artikel")
+    result = read_interactions(tmp_path, InteractionsOptions(columns="item=artikel"))
     assert result.catalogue.titles == ("Chair", "Lamp")
     assert result.rows.items.tolist() in ([0, 1], [1, 0])
 

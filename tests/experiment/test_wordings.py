@@ -99,7 +99,8 @@ def test_what_is_measured_is_the_worth_of_the_ranking_for_each_need(dataset, mon
         return [np.argsort(-task.test_example(lst, get_need(example.need)).gains)[:5] for lst, example in asked]
 
     monkeypatch.setattr(evaluate, "rank_examples", best_of_the_need)
-    found = measure_unseen("model", task, lists, unseen, num_ranked=5)
+    tests = {need.name: [task.test_example(lst, need) for lst in lists] for need in needs}
+    found = measure_unseen("model", task, lists, unseen, evaluate.Evaluation(tests, builder, 5))
     for asked in unseen:
         worth_something = [bool((task.test_example(lst, get_need(asked)).gains > 0).any()) for lst in lists]
         np.testing.assert_allclose(found[asked][asked], np.array(worth_something, dtype=float), atol=1e-6)

@@ -3,10 +3,13 @@
 The same against the installed package is in test_verl_package.py.
 """
 
+import importlib
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -423,3 +426,27 @@ def test_cluster_script_says_what_ray_and_verl_are_to_do(tmp_path):
     assert train.endswith(
         "trainer.nnodes=2 trainer.n_gpus_per_node=8 data.train_batch_size=64 RAY_ADDRESS=127.0.0.1:6379\n"
     )
+
+
+def test_the_agent_loop_keeps_what_scores_and_leaves_the_rest_to_verl(monkeypatch):
+    """With classes in place of verl's, which tests/integrations/test_verl_package.py has."""
+
+    class Loop:
+        def __init__(self, *args, **kwargs):
+            self.given, self.tokenizer = (args, kwargs), kwargs["tokenizer"]
+
+    package = "verl.experimental.agent_loop"
+    for name in ("verl", "verl.experimental", package):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name, of in (("agent_loop.AgentLoopOutput", object), ("single_turn_agent_loop.SingleTurnAgentLoop", Loop)):
+        module, _, made = name.partition(".")
+        monkeypatch.setitem(sys.modules, f"{package}.{module}", ModuleType(module))
+        setattr(sys.modules[f"{package}.{module}"], made, of)
+    monkeypatch.delitem(sys.modules, "flexrec.integrations.verl_agent_loop", raising=False)
+    loop_class = importlib.import_module("flexrec.integrations.verl_agent_loop").RankingAgentLoop
+    monkeypatch.delitem(sys.modules, "flexrec.integrations.verl_agent_loop")  # nor is it left to other tests
+    options = {"metric": "ndcg@5", "credit": "swap", "separator": ",", "num_ranked": 2, "reasoning_end": "#"}
+    loop = loop_class("first", tokenizer="a tokenizer", processor=None, **options, invalid="repair")
+    assert loop.given == (("first",), {"tokenizer": "a tokenizer", "processor": None})
+    assert loop.score.args == ("a tokenizer",)
+    assert loop.score.keywords == {**options, "invalid": "repair"}

@@ -112,7 +112,7 @@ def line_chart(
     return _svg(parts, height, label)
 
 
-def interval_chart(rows: Sequence[Row], *, label: str, reference: float | None = None, digits: int = 3) -> str:
+def interval_chart(rows: Sequence[Row], *, label: str, reference: float | None = None) -> str:
     """Values with their intervals, one row each: the name before, the number behind; ``reference`` is a line."""
     if not rows:
         return ""
@@ -136,9 +136,9 @@ def interval_chart(rows: Sequence[Row], *, label: str, reference: float | None =
         y = top + step * (n + 0.5)
         weight = "600" if row.strong else "400"
         ink = INK if row.strong else QUIET
-        parts.append(f"<g><title>{_said(row, digits)}</title>")
+        parts.append(f"<g><title>{_said(row)}</title>")
         parts.append(f'<path d="M0 {y:.1f}H{WIDTH}" style="stroke:transparent;stroke-width:{step}"/>')
-        parts.append(_text(0, y + 4, _short(row.name, 22), ink, weight=weight))
+        parts.append(_text(0, y + 4, short(row.name, 22), ink, weight=weight))
         if row.low is not None and row.high is not None and math.isfinite(row.low):
             parts.append(
                 f'<path d="M{at(row.low):.1f} {y:.1f}H{at(row.high):.1f}" '
@@ -147,7 +147,7 @@ def interval_chart(rows: Sequence[Row], *, label: str, reference: float | None =
         parts.append(
             f'<circle cx="{at(row.value):.1f}" cy="{y:.1f}" r="{5 if row.strong else 4}" style="fill:{row.color}"/>'
         )
-        parts.append(_text(WIDTH, y + 4, number(row.value, digits), INK, "end", weight) + "</g>")
+        parts.append(_text(WIDTH, y + 4, number(row.value), INK, "end", weight) + "</g>")
     return _svg(parts, height, label)
 
 
@@ -165,7 +165,7 @@ def bar_chart(rows: Sequence[Row], *, label: str, said: Callable[[float], str] =
         y = step * n
         length = max((right - left) * row.value / whole, 1.0)
         parts.append(f"<g><title>{escape(row.name)}: {escape(said(row.value))}</title>")
-        parts.append(_text(0, y + 16, _short(row.name, 24), INK if row.strong else QUIET))
+        parts.append(_text(0, y + 16, short(row.name, 24), INK if row.strong else QUIET))
         parts.append(
             f'<rect x="{left:.1f}" y="{y + 5:.1f}" width="{length:.1f}" height="14" rx="3" style="fill:{row.color}"/>'
         )
@@ -234,11 +234,9 @@ def _end_labels(
     ]
 
 
-def _said(row: Row, digits: int) -> str:
-    interval = (
-        "" if row.low is None or row.high is None else f" [{number(row.low, digits)}, {number(row.high, digits)}]"
-    )
-    return escape(f"{row.name}: {number(row.value, digits)}{interval}")
+def _said(row: Row) -> str:
+    interval = "" if row.low is None or row.high is None else f" [{number(row.low)}, {number(row.high)}]"
+    return escape(f"{row.name}: {number(row.value)}{interval}")
 
 
 def _svg(parts: Sequence[str], height: float, label: str) -> str:
@@ -258,7 +256,8 @@ def _rule(x1: float, y1: float, x2: float, y2: float) -> str:
     return f'<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" style="stroke:{RULE}"/>'
 
 
-def _short(name: str, size: int) -> str:
+def short(name: str, size: int) -> str:
+    """A name of at most so many letters."""
     return name if len(name) <= size else name[: size - 1] + "…"
 
 

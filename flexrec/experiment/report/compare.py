@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flexrec.evaluation.statistics import bootstrap_interval, headline_of, relative_change
+from flexrec.experiment.arguments import shown
 from flexrec.experiment.report.charts import KINDS, NONE, QUIET, Row, interval_chart, line_chart, number
 from flexrec.experiment.report.figures import Figure, curve_of, metric_name, metric_of, p_value, signed
 from flexrec.experiment.report.read import Record
@@ -132,10 +133,6 @@ def said(value: object) -> str:
     """A value of an option as a person would write it."""
     if value is None:
         return NONE
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value))
     if isinstance(value, dict):
         return ", ".join(f"{name}={said(one)}" for name, one in value.items())
-    return str(value)
+    return shown(value)

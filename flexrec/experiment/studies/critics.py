@@ -34,7 +34,7 @@ class Critics:
             seed=self.setting.seed,
         )
         quality = {name: value for name, value in critic_quality(critic, dataset.test).items() if name != "pairs"}
-        interest = np.concatenate([lst.interest if lst.truth is None else lst.truth for lst in dataset.test])
+        interest = np.concatenate([lst.known_interest for lst in dataset.test])
         users = np.concatenate([np.full(len(lst.candidates), lst.user) for lst in dataset.test])
         popularity = np.concatenate([lst.popularity for lst in dataset.test])
         mean, variance = (np.concatenate(part) for part in zip(*critic.predict_many(dataset.test), strict=True))

@@ -46,9 +46,9 @@ class Experiments:
         given |= {"dataset": setting.dataset, "data": setting.data, "data_options": of_data, "seed": setting.seed}
         config = ExperimentConfig(output=str(folder), **given)
         run = RunFolder(folder)
-        if (folder / "metrics.json").is_file() or (folder.is_dir() and not run.has_base()):
+        if (folder / "metrics.json").is_file() or (folder.is_dir() and not run.is_whole(run.base)):
             shutil.rmtree(folder)  # done, but not said so; or hardly begun
-        config.resume = run.has_base()
+        config.resume = run.is_whole(run.base)
         return config, run_experiment(config, print, needs=needs)
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from flexrec.experiment.report.charts import short
+
 _ROW, _HEAD, _LABEL, _PLOT, _GAP = 16, 40, 260, 150, 14  # pixels
+_LETTERS = 42  # of a name
 # Text and rules are mid-tones that can be read on white and on black, and sharper where the page says which it is.
 _STYLE = """
 text { font: 11px sans-serif; fill: #6e7781 } .title { font-weight: bold } .rule { stroke: #8c959f; stroke-width: 0.5 }
@@ -40,7 +43,7 @@ def forest(title: str, rows: Sequence[Mapping[str, str]]) -> str:
     ]
     bottom = _HEAD + _ROW * len(names)
     for number, column in enumerate(columns):
-        parts.append(f'<text x="{x(number, low):.1f}" y="30">{escape(_short(column))}</text>')
+        parts.append(f'<text x="{x(number, low):.1f}" y="30">{escape(short(column, _LETTERS))}</text>')
         zero = x(number, 0.0)
         parts.append(f'<line class="rule" x1="{zero:.1f}" x2="{zero:.1f}" y1="{_HEAD - 4}" y2="{bottom}"/>')
         for value, anchor in ((low + margin, "start"), (high - margin, "end")):
@@ -49,7 +52,7 @@ def forest(title: str, rows: Sequence[Mapping[str, str]]) -> str:
                 parts.append(f"<text {where}>{value:+.2g}</text>")
     for place, name in enumerate(names):
         y = _HEAD + _ROW * place + _ROW / 2
-        parts.append(f'<text x="{_LABEL - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(_short(name))}</text>')
+        parts.append(f'<text x="{_LABEL - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(short(name, _LETTERS))}</text>')
     for row in rows:
         number, y = columns.index(row["column"]), _HEAD + _ROW * names.index(row["row"]) + _ROW / 2
         at, start, end = (x(number, float(row[key])) for key in ("difference", "low", "high"))
@@ -59,7 +62,3 @@ def forest(title: str, rows: Sequence[Mapping[str, str]]) -> str:
             f'<circle class="dot" cx="{at:.1f}" cy="{y:.1f}" r="3"/></g>'
         )
     return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def _short(text: str, most: int = 42) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,7 +119,7 @@ class _Runner:
         assert worker.stdin is not None
         assert worker.stdout is not None
         data = self.data.get(group[0].dataset)
-        message = {"runs": [_plain(run) for run in group], "data": data, "folder": str(job.folder)}
+        message = {"runs": [asdict(run) for run in group], "data": data, "folder": str(job.folder)}
         left = {run.name: run for run in group}
         try:
             worker.stdin.write(json.dumps(message) + "\n")
@@ -151,10 +150,6 @@ class _Runner:
             self.say(f"{self.progress.after(run, line['seconds'])} {run.study}: {run.name}: {_headline(line)}")
 
 
-def _plain(run: Run) -> dict[str, Any]:
-    return {**asdict(run), "labels": dict(run.labels), "start": dict(run.start), "options": dict(run.options)}
-
-
 def _headline(line: Mapping[str, Any]) -> str:
     """A figure of the trained model, or the last one, and how long it took."""
     trained = [result for result in line["results"] if result.get("ranker") == "trained"] or line["results"][-1:]
@@ -170,18 +165,16 @@ class _Progress:
         self.seconds: dict[str, list[float]] = {}
         for job in todo:
             for run in job.runs:
-                self.left[_like(run)] = self.left.get(_like(run), 0) + 1
+                self.left[_like(run.labels)] = self.left.get(_like(run.labels), 0) + 1
             for line in job.store.lines:
-                labels = {**line["labels"]}
-                self.seconds.setdefault(_like_labels(line["run"], labels), []).append(line.get("seconds", 0.0))
+                self.seconds.setdefault(_like(line["labels"]), []).append(line.get("seconds", 0.0))
         self.total = sum(self.left.values())
-        self.begun = time.monotonic()
 
     def after(self, run: Run, seconds: float | None) -> str:
         """[done/total, time left] after a run that took ``seconds``, or failed."""
-        self.left[_like(run)] -= 1
+        self.left[_like(run.labels)] -= 1
         if seconds is not None:
-            self.seconds.setdefault(_like(run), []).append(seconds)
+            self.seconds.setdefault(_like(run.labels), []).append(seconds)
         known = [s for of_like in self.seconds.values() for s in of_like]
         typical = sum(known) / len(known) if known else 0.0
         left = 0.0
@@ -192,13 +185,9 @@ class _Progress:
         return f"[{done}/{self.total}, {_duration(left / self.jobs)} left]"
 
 
-def _like(run: Run) -> str:
-    return _like_labels(run.name, dict(run.labels))
-
-
-def _like_labels(name: str, labels: Mapping[str, str]) -> str:
+def _like(labels: Mapping[str, str]) -> str:
     """Runs of a part on a data set take about as long as each other."""
-    return f"{labels.get('part', '')}/{labels.get('dataset', name)}"
+    return f"{labels.get('part', '')}/{labels.get('dataset', '')}"
 
 
 def _duration(seconds: float) -> str:
