@@ -293,16 +293,14 @@ def check_lists(
         lengths = lengths_per_ranking(lengths, n, p, k)
         if checks.values_are_checked(lengths) and checks.lies_within(lengths, k, k):
             lengths = None  # the usual case: all lists are full
-    if lengths is None:
-        position = checked_positions(candidates, vocab, ranking, None)
-        return RankedLists(hidden, weight, bias, candidates, position, temperature=float(temperature))
-
+    ragged = lengths is not None
     position = checked_positions(candidates, vocab, ranking, lengths)
-    # A list's tail is never read: its tokens give way to the list's first, or to token 0 where the list is empty.
-    longest = lengths.view(p, -1).amax(1, keepdim=True) if n else lengths.view(0, 1)  # (P, 1)
-    real = torch.arange(k, device=candidates.device) < longest  # (P, K)
-    candidates = torch.where(real, candidates, candidates[:, :1]).masked_fill(longest == 0, 0)
-    return RankedLists(hidden, weight, bias, candidates, position, temperature=float(temperature), ragged=True)
+    if lengths is not None:
+        # A list's tail is never read: its tokens give way to the list's first, or to token 0 where the list is empty.
+        longest = lengths.view(p, -1).amax(1, keepdim=True) if n else lengths.view(0, 1)  # (P, 1)
+        real = torch.arange(k, device=candidates.device) < longest  # (P, K)
+        candidates = torch.where(real, candidates, candidates[:, :1]).masked_fill(longest == 0, 0)
+    return RankedLists(hidden, weight, bias, candidates, position, temperature=float(temperature), ragged=ragged)
 
 
 def _check_values(lists: RankedLists, values: Tensor | None) -> Tensor | None:
