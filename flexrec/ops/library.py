@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -175,6 +175,8 @@ class Operation:
 
 
 RESULTS = 4  # log-probs, entropy, expectations and KL: what the operations below return and have gradients of
+OUTPUTS = 8  # of their forward passes: the results, and what a backward pass needs besides
+_IN_SCHEMAS = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", str: "str"}
 
 
 class LogprobsOperation:
@@ -184,9 +186,8 @@ class LogprobsOperation:
 
     Args:
         name: in torch.library's namespace ``flexrec``.
-        inputs: the named tuple that the functions take; its first fields are hidden, weight and bias (or None).
-        schema: of its fields.
-        num_outputs: of ``forward``.
+        inputs: the named tuple that the functions take, of whose annotations the schema is made; its first fields are
+            hidden, weight and bias (or None).
         forward: (inputs, whether a backward pass may follow) to the results and then what that pass needs besides; None
             for what is not there.
         backward: (upstream, saved, inputs, needs_grad, weight_grad) to the gradients of hidden, weight and bias; None
@@ -199,8 +200,6 @@ class LogprobsOperation:
         self,
         name: str,
         inputs: Callable[..., Any],
-        schema: str,
-        num_outputs: int,
         *,
         forward: Callable[[Any, bool], Sequence[Tensor | None]],
         backward: Callable[..., Sequence[Tensor | None]],
@@ -221,7 +220,8 @@ class LogprobsOperation:
             grads = [None if x is None else torch.empty_like(x, memory_format=layout) for x in wanted]
             return _present(grads, arguments[0])
 
-        outputs = ", ".join(["Tensor"] * num_outputs)
+        schema = ", ".join(f"{_IN_SCHEMAS[kind]} {field}" for field, kind in get_type_hints(inputs).items())
+        outputs = ", ".join(["Tensor"] * OUTPUTS)
         self.registered = torch.library.custom_op(
             f"flexrec::{name}", run, mutates_args=(), schema=f"({schema}) -> ({outputs})"
         )

@@ -386,13 +386,6 @@ def from_distribution(log_probs: Tensor, pool: Tensor, lists: RankedLists) -> Re
 # --- the operation ----------------------------------------------------------------------------------------------------
 
 
-_SCHEMA = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor candidates, Tensor position, Tensor? values, "
-    "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? ref_logits, "
-    "float temperature, bool ragged, str backend"
-)
-
-
 def _forward(x: RankedLists, with_grad: bool) -> Sequence[Tensor | None]:
     """The results; for the backward pass logits and norm, and those of the reference, in the backend's own layout."""
     module = kernels(x.backend, "ranking_logprobs")
@@ -484,6 +477,4 @@ def _fake(x: RankedLists) -> list[Tensor]:
     return [x.hidden.new_empty(0) if shape is None else x.hidden.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
-_operation = LogprobsOperation(
-    "ranking_logprobs", RankedLists, _SCHEMA, 8, forward=_forward, backward=_backward, fake=_fake
-)
+_operation = LogprobsOperation("ranking_logprobs", RankedLists, forward=_forward, backward=_backward, fake=_fake)

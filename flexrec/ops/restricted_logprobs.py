@@ -422,12 +422,6 @@ def _torch_results(sets: AllowedSets) -> Results:
 # --- the operation ----------------------------------------------------------------------------------------------------
 
 
-_SCHEMA = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor offsets, Tensor? targets, Tensor? values, "
-    "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? ref_logits, float temperature, str backend"
-)
-
-
 def _forward(x: AllowedSets, with_grad: bool) -> tuple[Tensor | None, ...]:
     """The results; for the backward pass norm, logits and row (nnz,), and the logits of a reference that is a model."""
     module = kernels(x.backend, "restricted_logprobs")
@@ -476,6 +470,4 @@ def _fake(x: AllowedSets) -> list[Tensor]:
     return [*results, row, x.hidden.new_empty(made, dtype=dtype if x.ref_hidden is not None else x.hidden.dtype)]
 
 
-_operation = LogprobsOperation(
-    "restricted_logprobs", AllowedSets, _SCHEMA, 8, forward=_forward, backward=_backward, fake=_fake
-)
+_operation = LogprobsOperation("restricted_logprobs", AllowedSets, forward=_forward, backward=_backward, fake=_fake)
