@@ -68,16 +68,11 @@ class Plan(NamedTuple):
 
 
 def strategy_of(plan: Plan, size: int) -> Strategy:
-    """The strategy of a plan for a list of ``size`` candidates, to be sent orders; one window where it fits."""
+    """The strategy of a plan for a list of ``size`` candidates, to be sent orders; one window, the last round, where it
+    fits."""
     plan.check()
-    if size <= plan.window:
-        return _at_once(size)
-    return sliding(size, plan) if plan.strategy == "sliding" else rounds(size, plan)
-
-
-def _at_once(size: int) -> Strategy:
-    (order,) = yield [np.arange(size)]
-    return order
+    slides = plan.strategy == "sliding" and size > plan.window
+    return sliding(size, plan) if slides else rounds(size, plan)
 
 
 def sliding(size: int, plan: Plan) -> Strategy:
