@@ -89,26 +89,12 @@ class SharedDecoder:
         Args:
             table: what the prompts number, where they do not hold tokens themselves.
         """
-        size, width = len(prompts), max(map(len, prompts))
-        tokens = np.full((size, width), self.pad_token_id, dtype=np.int64)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        lengths = np.array([len(prompt) for prompt in prompts])
-        of_prompt = torch.from_numpy(np.arange(width) < lengths[:, None]).to(self.device)  # (P, width)
-        states = last_hidden(
-            self.model,
-            table=table,
-            input_ids=torch.from_numpy(tokens).to(self.device),
-            attention_mask=of_prompt.long(),
-            **self.cached,
-        )
-        last = torch.from_numpy(lengths - 1).to(self.device)
-        states = states[torch.arange(size, device=self.device), last]
+        states, of_prompt = _read_rows(self.model, prompts, self.pad_token_id, self.device, table=table, **self.cached)
         copies = self.num_generations // self.share
         if copies > 1:
             self.cache.batch_repeat_interleave(copies)
         self.seen = of_prompt.repeat_interleave(copies, dim=0)[:, None].repeat(1, self.share, 1)
-        self.lengths = np.repeat(lengths, self.num_generations)
+        self.lengths = np.repeat([len(prompt) for prompt in prompts], self.num_generations)
         return states.repeat_interleave(self.num_generations, dim=0)
 
     def extend(self, runs: Runs, hidden: torch.Tensor, table: RowTokens | None = None) -> None:
@@ -230,21 +216,23 @@ class WholeRows:
 
     def _last_states(self, rows: Sequence[np.ndarray]) -> torch.Tensor:
         """(R, D) states after the last token of each row."""
-        lengths = np.array([len(row) for row in rows])
-        real = np.arange(lengths.max()) < lengths[:, None]  # (R, L)
-        tokens = np.full(real.shape, self.pad_token_id, dtype=np.int64)
-        tokens[real] = np.concatenate(rows)
-        states = last_hidden(
-            self.model,
-            table=self.table,
-            input_ids=torch.from_numpy(tokens).to(self.device),
-            attention_mask=torch.from_numpy(real).to(self.device).long(),
-            use_cache=False,
-        )
-        return states[torch.arange(len(rows), device=self.device), torch.from_numpy(lengths - 1).to(self.device)]
+        return _read_rows(self.model, rows, self.pad_token_id, self.device, table=self.table, use_cache=False)[0]
 
 
 Decoder = SharedDecoder | WholeRows
+
+
+def _read_rows(
+    model: Any, rows: Sequence[Sequence[int] | np.ndarray], pad_token_id: int, device: torch.device, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States (R, D) after the last token of each row, right-padded, and (R, L) bool where a row has a token."""
+    lengths = np.array([len(row) for row in rows])
+    real = np.arange(lengths.max()) < lengths[:, None]
+    tokens = np.full(real.shape, pad_token_id, dtype=np.int64)
+    tokens[real] = np.concatenate(rows)
+    exist = torch.from_numpy(real).to(device)
+    states = last_hidden(model, input_ids=torch.from_numpy(tokens).to(device), attention_mask=exist.long(), **options)
+    return states[torch.arange(len(rows), device=device), torch.from_numpy(lengths - 1).to(device)], exist
 
 
 class _GrowingLayer(DynamicLayer):
