@@ -80,15 +80,9 @@ def make_batch(
     if table is not None and by_token:
         raise ValueError("candidates that are sums of tokens are scored as wholes: leave by_token out")
     candidate_ids = None if by_token else _single_tokens(candidates, separator, device)
-    encoded = encode_rankings(
-        candidates,
-        rankings,
-        separator=separator,
-        end=end,
-        num_ranked=(np.asarray(rankings) >= 0).sum(axis=1),
-        num_generations=num_generations,
-        with_allowed=candidate_ids is None,
-    )
+    spelling: dict[str, Any] = {"separator": separator, "end": end, "with_allowed": candidate_ids is None}
+    ranked = _ranked(candidates, rankings, num_generations, device, **spelling)
+    encoded = ranked["encoded"]
     answers = [answer[:-1] for answer in np.split(encoded.tokens, encoded.offsets[1:-1])]  # what predicts the next
     if reasoning is not None:
         if len(reasoning.tokens) != len(answers):
@@ -108,16 +102,7 @@ def make_batch(
         pad_token_id=pad_token_id,
         device=device,
     )
-    sizes = torch.tensor([len(lst) for lst in candidates]).repeat_interleave(num_generations)
-    return RankingBatch(
-        tokens=tokens,
-        rankings=torch.as_tensor(np.asarray(rankings), dtype=torch.int64).to(device),
-        lengths=sizes.to(device),
-        encoded=encoded,
-        candidate_ids=candidate_ids,
-        num_generations=num_generations,
-        reasoning=reasoning,
-    )
+    return RankingBatch(tokens=tokens, **ranked, candidate_ids=candidate_ids, reasoning=reasoning)
 
 
 def _of_prompts(
@@ -146,7 +131,7 @@ def _of_prompts(
     nothing = [np.zeros(0, dtype=np.int64)] * len(prompts)
     return RankingBatch(
         tokens=pack_rankings(prompts, nothing, table=table, pad_token_id=pad_token_id, device=device),  # type: ignore[arg-type]
-        **_ranked(sizes, rankings, num_generations, device),
+        **_ranked(_indices(sizes), rankings, num_generations, device, with_allowed=False),
         candidate_ids=ids.to(device),
         places=places,
         one_pass=places is None,
@@ -157,23 +142,30 @@ def with_rankings(batch: RankingBatch, rankings: np.ndarray, num_generations: in
     """A batch whose rows are prompts alone, with other ``rankings`` (P * num_generations, T) of the same lists."""
     if batch.places is None and not batch.one_pass:
         raise ValueError("the rows of this batch spell its rankings, others need rows of their own: use make_batch")
-    sizes = batch.lengths[:: batch.num_generations].cpu()
-    return replace(batch, **_ranked(sizes, rankings, num_generations, batch.rankings.device))
+    lists = _indices(batch.lengths[:: batch.num_generations])
+    return replace(batch, **_ranked(lists, rankings, num_generations, batch.rankings.device, with_allowed=False))
+
+
+def _indices(sizes: torch.Tensor) -> Candidates:
+    """Lists of ``sizes`` (P,) whose candidates are spelled by their index, where no answer spells them."""
+    return [[[k] for k in range(size)] for size in sizes.tolist()]
 
 
 def _ranked(
-    sizes: torch.Tensor, rankings: np.ndarray, num_generations: int, device: torch.device | str
+    candidates: Candidates, rankings: np.ndarray, num_generations: int, device: torch.device | str, **spelling: Any
 ) -> dict[str, Any]:
-    """What a batch of prompts alone says of its rankings; ``sizes`` (P,) are the numbers of candidates."""
+    """What a batch says of its rankings."""
+    places = np.asarray(rankings)
+    lengths = torch.tensor([len(lst) for lst in candidates]).repeat_interleave(num_generations)
     return {
-        "rankings": torch.as_tensor(np.asarray(rankings), dtype=torch.int64).to(device),
-        "lengths": sizes.repeat_interleave(num_generations).to(device),
+        "rankings": torch.as_tensor(places, dtype=torch.int64).to(device),
+        "lengths": lengths.to(device),
         "encoded": encode_rankings(
-            [[[k] for k in range(size)] for size in sizes.tolist()],
+            candidates,
             rankings,
-            num_ranked=(np.asarray(rankings) >= 0).sum(axis=1),
+            num_ranked=(places >= 0).sum(axis=1),
             num_generations=num_generations,
-            with_allowed=False,
+            **spelling,
         ),
         "num_generations": num_generations,
     }
