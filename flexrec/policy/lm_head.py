@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flexrec.policy.distributed import gather_layer
-from flexrec.policy.lora import causal_lm
+from flexrec.policy.lora import causal_lm, text_config
 from flexrec.policy.packing import TokenRows, attention_inputs
 from flexrec.policy.row_tokens import RowTokens, summed_inputs
 from flexrec.profiling import span
@@ -95,7 +95,7 @@ def output_layer(model: Any) -> tuple[Tensor, Tensor | None]:
 
 def soft_cap(model: Any) -> float | None:
     """What the model's logits stay below in size, c in c tanh(logit / c); None where they are not bent."""
-    config = causal_lm(model).config.get_text_config()
+    config = text_config(model)
     found = [cap for cap in (getattr(config, name, None) for name in _CAPS) if cap is not None]
     return float(found[0]) if found else None
 

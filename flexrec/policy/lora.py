@@ -65,6 +65,11 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model()
 
 
+def text_config(model: Any) -> Any:
+    """The configuration of a model's language part, whatever is wrapped around it."""
+    return causal_lm(model).config.get_text_config()
+
+
 def add_lora(
     model: Any,
     rank: int,

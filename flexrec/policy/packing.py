@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexrec.policy.lora import causal_lm
+from flexrec.policy.lora import causal_lm, text_config
 from flexrec.policy.row_tokens import CandidateLists, Prompts, RowTokens
 from flexrec.policy.shared_prefix import PrefixLayout, attend_by_prefix, base_attention, can_attend_by_prefix
 
@@ -134,7 +134,7 @@ def sharing(
     if not can_pack(model, None if decoding else prompt + answer):
         return 1
     sizes = prompt, answer
-    width = _text_config(model).hidden_size
+    width = text_config(model).hidden_size
     masked = rankings_per_row(*sizes, num_generations, width) if can_mask(model) else 1
     if decoding or not can_attend_by_prefix(model):
         return masked
@@ -155,7 +155,7 @@ def can_pack(model: Any, longest: int | None = None) -> bool:
         longest: tokens of a prompt and its ranking, for which a sliding window is wide enough or not. Where it is None
             no window is.
     """
-    config = _text_config(model)
+    config = text_config(model)
     layers = getattr(config, "layer_types", None) or ["full_attention"]
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in layers or (window and getattr(config, "layer_types", None) is None)
@@ -170,8 +170,8 @@ def only_attends(model: Any) -> bool:
     Of others a mask is not the whole word: the state of a recurrence, or a convolution, takes in whatever lies between,
     padding and other rankings too (Mamba, RWKV, Qwen 3.5, LFM 2).
     """
-    layers = set(getattr(_text_config(model), "layer_types", None) or ["full_attention"])
-    stateful = bool(getattr(causal_lm(getattr(model, "module", model)), "_is_stateful", False))
+    layers = set(getattr(text_config(model), "layer_types", None) or ["full_attention"])
+    stateful = bool(getattr(causal_lm(model), "_is_stateful", False))
     return layers <= {"full_attention", "sliding_attention"} and not stateful
 
 
@@ -271,7 +271,7 @@ def attention_inputs(model: Any, rows: TokenRows) -> dict[str, Any]:
     longest = int((rows.prompt_length + rows.answer_length).max())
     base = str(base_attention(model))
     if (can_mask(model) or can_attend_by_prefix(model)) and not can_pack(model, longest):
-        config = _text_config(model)
+        config = text_config(model)
         window = getattr(config, "sliding_window", None)
         unnamed = "sliding_attention" if window else "a recurrence"
         layers = ", ".join(sorted(set(getattr(config, "layer_types", None) or [unnamed])))
@@ -281,9 +281,7 @@ def attention_inputs(model: Any, rows: TokenRows) -> dict[str, Any]:
             f"ranking its row"
         )
     inputs = {"position_ids": rows.position_ids}
-    if can_attend_by_prefix(model) and not (
-        can_mask(model) and _mask_costs_less(rows, _text_config(model).hidden_size)
-    ):
+    if can_attend_by_prefix(model) and not (can_mask(model) and _mask_costs_less(rows, text_config(model).hidden_size)):
         return inputs | attend_by_prefix(model, rows.layout())
     return inputs | {"attention_mask": attention_mask(rows, base, next(model.parameters()).dtype)}
 
@@ -295,10 +293,6 @@ def _mask_costs_less(rows: TokenRows, hidden_size: int) -> bool:
     prompt, answer = rows.prompt_length, rows.answer_length
     products = (prompt[prompts] ** 2).sum() / 2 + (answer * (prompt + answer / 2)).sum()
     return bool(size * width**2 < _PER_PRODUCT * products + len(prompts) * _PER_ROW / hidden_size)
-
-
-def _text_config(model: Any) -> Any:
-    return getattr(model, "module", model).config.get_text_config()
 
 
 def attention_mask(rows: TokenRows, implementation: str, dtype: torch.dtype) -> Any:

@@ -38,7 +38,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flexrec.policy.lora import causal_lm
+from flexrec.policy.lora import causal_lm, text_config
 
 _NAME = "flexrec_shared_prefix_"
 BASES = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -305,23 +305,25 @@ def _taken(x: Tensor, columns: Tensor) -> Tensor:
 
 def base_attention(model: Any) -> str | None:
     """The attention that a model was loaded with."""
-    name = getattr(_config(model), "_attn_implementation", None)
+    name = getattr(text_config(model), "_attn_implementation", None)
     return name.removeprefix(_NAME) if isinstance(name, str) else name
 
 
 def can_attend_by_prefix(model: Any) -> bool:
     """Whether a model's attention can be computed here: none that bends, drops or adds to its scores, and kernels."""
-    config, parameter = _config(model), next(model.parameters())
+    config, parameter = text_config(model), next(model.parameters())
     return (
         base_attention(model) in BASES
-        and bool(getattr(_inner(model), "_supports_attention_backend", False))  # passes on what its attention is given
+        and bool(
+            getattr(causal_lm(model), "_supports_attention_backend", False)
+        )  # passes on what its attention is given
         and not _dropout(config)
         and getattr(config, "attn_logit_softcapping", None) is None
         and getattr(config, "is_causal", True)
         and not getattr(config, "use_bidirectional_attention", False)
         and not getattr(config, "alibi", False)
         and getattr(config, "v_head_dim", None) is None  # values narrower than keys
-        and not any(name.endswith("sinks") for name, _ in _inner(model).named_parameters())
+        and not any(name.endswith("sinks") for name, _ in causal_lm(model).named_parameters())
         and (parameter.device.type == "cpu" or _gpu_attends(parameter, config))
     )
 
@@ -389,21 +391,13 @@ def attend_by_prefix(model: Any, layout: PrefixLayout) -> dict[str, Any]:
 
     From then on the model's attention is the one registered here, which does for all other inputs what it did before.
     """
-    config, base = _config(model), base_attention(model)
+    config, base = text_config(model), base_attention(model)
     if config._attn_implementation != f"{_NAME}{base}":
         config._attn_implementation = f"{_NAME}{base}"
     parameter = next(model.parameters())
     # A mask of four dimensions is passed on as it is. Of this one nobody could make a row's by mistake.
     none = torch.empty(layout.shape[0], 1, 0, 0, dtype=parameter.dtype, device=parameter.device)
     return {"attention_mask": none, "prefix_layout": layout}
-
-
-def _inner(model: Any) -> Any:
-    return causal_lm(getattr(model, "module", model))
-
-
-def _config(model: Any) -> Any:
-    return _inner(model).config.get_text_config()
 
 
 def _attention_for(base: str) -> Callable[..., Any]:
