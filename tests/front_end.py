@@ -78,11 +78,29 @@ def front_end() -> FrontEnd:
     return FrontEnd()
 
 
+def read_launch(launch: Launch, target: str) -> None:
+    """Let Triton read the kernel's code as this launch has it, which takes hundredths of a second, and go no further.
+
+    What is None, and every flag, is decided here: the branches that remain are code of their own. The caller must not
+    have Triton's interpreter on; what cannot be compiled raises Triton's own error.
+    """
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
+    from flexrec.triton_kernels.aot import _to_compile
+
+    source, gpu, named = _to_compile(launch, target)
+    backend, context = make_backend(gpu), ir.context()
+    options = backend.parse_options(named)
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source.make_ir(gpu, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+
+
 def answer_requests() -> None:
     """A line of JSON for each on standard input: null, or what Triton says against it."""
     import importlib
 
-    from flexrec.triton_kernels.aot import read_launch
     from flexrec.triton_kernels.launch import Launch
 
     for line in sys.stdin:

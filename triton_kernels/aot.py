@@ -113,23 +113,6 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     return _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared, apart)
 
 
-def read_launch(launch: Launch, target: str) -> None:
-    """Let Triton read the kernel's code as this launch has it, which takes hundredths of a second, and go no further.
-
-    What is None, and every flag, is decided here: the branches that remain are code of their own. The caller must not
-    have Triton's interpreter on; what cannot be compiled raises Triton's own error.
-    """
-    from triton._C.libtriton import ir
-    from triton.compiler.compiler import make_backend
-
-    source, gpu, named = _to_compile(launch, target)
-    backend, context = make_backend(gpu), ir.context()
-    options = backend.parse_options(named)
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    source.make_ir(gpu, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
-
-
 def _to_compile(launch: Launch, target: str) -> tuple[Any, Any, dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
