@@ -18,7 +18,17 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from flexrec.numba_kernels.rows import NUMPY, REORDER, Array, Operands, add_rows, array_of, operands_of, sum_rows
+from flexrec.numba_kernels.rows import (
+    NUMPY,
+    REORDER,
+    Array,
+    Operands,
+    Segments,
+    add_rows,
+    array_of,
+    operands_of,
+    sum_rows,
+)
 from flexrec.numba_kernels.softmax import (
     NO_TARGET,
     Entries,
@@ -271,7 +281,8 @@ def _backward(
     softmax_gradient(sets, _flat_entries(entries), _flat(results), _flat(upstream), temperature, parts, flat)
     if hidden_grad.size:
         out = hidden_grad.reshape((len(sets.begin), hidden_grad.shape[2]))  # (N T, D)
-        sum_rows(sets.begin, sets.end, sets.values, flat, order.reshape(-1), x.rows, sets.target[:0], 1, parts, out)
+        steps = Segments(sets.begin, sets.end, sets.values, flat, order.reshape(-1), sets.target[:0])
+        sum_rows(steps, x.rows, 1, parts, out)
     if bias_grads.size:
         candidate_gradients(dlogits, x.hidden, position, parts, row_grads, bias_grads)
 

@@ -22,6 +22,7 @@ from flexrec.numba_kernels.rows import (
     REORDER,
     Array,
     Operands,
+    Segments,
     array_of,
     embedding_rows,
     fresh_zeros,
@@ -140,20 +141,12 @@ def _logits(x: Operands, offsets: Array, temperature: float, parts: int, logits:
 
 
 @njit(cache=True, nogil=True, fastmath=False)
-def _sort_by_token(
-    ids: Array,
-    row: Array,
-    coefficients: Array,
-    vocab_size: int,
-    tokens: Array,
-    starts: Array,
-    sorted_row: Array,
-    sorted_coefficients: Array,
-) -> int:
-    """Entries whose coefficient is not 0, by token and in order: the U tokens that have any and where each starts.
-
-    Returns U; tokens[:U], starts[:U + 1], and sorted_row and sorted_coefficients up to starts[U] are filled.
-    """
+def _sort_by_token(ids: Array, row: Array, coefficients: Array, vocab_size: int) -> tuple[Array, Array, Array, Array]:
+    """Entries whose coefficient is not 0, by token and in order: the U tokens that have any, ascending; where each
+    token's entries begin, and the last one's end, (U + 1,); and up to there the row and coefficient of every entry."""
+    most = min(len(ids), vocab_size)
+    tokens, starts = np.empty(most, np.int64), np.empty(most + 1, np.int64)
+    sorted_row, sorted_coefficients = np.empty(len(ids), np.int64), np.empty_like(coefficients)
     place = np.zeros(vocab_size + 1, np.int64)
     for e in range(len(ids)):
         place[ids[e] + 1] += coefficients[e] != 0.0
@@ -170,7 +163,7 @@ def _sort_by_token(
             at = place[ids[e]]
             sorted_row[at], sorted_coefficients[at] = row[e], coefficients[e]
             place[ids[e]] = at + 1
-    return used
+    return tokens[:used], starts[: used + 1], sorted_row, sorted_coefficients
 
 
 @njit(cache=True, nogil=True, fastmath=False)
@@ -288,7 +281,8 @@ def hidden_gradient(
     rows, _, index = embedding_rows(weight, None, ids, dlogits.dtype)
     grad, begin = torch.zeros(hidden.shape, dtype=dlogits.dtype), offsets.numpy()[:-1]
     parts = parts_for(grad.numel() + len(ids) * hidden.shape[1])
-    sum_rows(begin, offsets.numpy()[1:], begin, dlogits.numpy(), index, rows, NOWHERE, 2, parts, grad.numpy())
+    segments = Segments(begin, offsets.numpy()[1:], begin, dlogits.numpy(), index, NOWHERE)
+    sum_rows(segments, rows, 2, parts, grad.numpy())
     return grad.to(hidden.dtype)
 
 
@@ -317,14 +311,11 @@ def _sum_by_token(
     dlogits: Tensor, hidden: Tensor, ids: Tensor, row: Tensor, vocab_size: int, into: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The U tokens with a gradient, ascending, and (U, D) their gradients, or ``into`` (V, D) with these added."""
-    most, kind = min(len(ids), vocab_size), NUMPY[dlogits.dtype]
-    tokens, starts = np.empty(most, np.int64), np.empty(most + 1, np.int64)
-    rows, grads = np.empty(len(ids), np.int64), np.empty(len(ids), kind)
-    used = _sort_by_token(ids.numpy(), row.numpy(), dlogits.numpy(), vocab_size, tokens, starts, rows, grads)
-    tokens, begin, end = tokens[:used], starts[:used], starts[1 : used + 1]
-    out = torch.zeros((used, hidden.shape[1]), dtype=dlogits.dtype) if into is None else into
+    tokens, starts, rows, grads = _sort_by_token(ids.numpy(), row.numpy(), dlogits.numpy(), vocab_size)
+    out = torch.zeros((len(tokens), hidden.shape[1]), dtype=dlogits.dtype) if into is None else into
     states, parts = array_of(hidden, out.dtype, 2), parts_for(len(ids) * hidden.shape[1])
-    sum_rows(begin, end, begin, grads, rows, states, NOWHERE if into is None else tokens, 1, parts, out.numpy())
+    begin, end, place = starts[:-1], starts[1:], NOWHERE if into is None else tokens
+    sum_rows(Segments(begin, end, begin, grads, rows, place), states, 1, parts, out.numpy())
     return torch.from_numpy(tokens), out
 
 

@@ -56,21 +56,21 @@ def share(begin: Array, entries: int, part: int, parts: int) -> tuple:
     return low, high
 
 
+class Segments(NamedTuple):
+    """S segments of E entries; entry i of segment s is a row of a table and what it is multiplied by."""
+
+    begin: Array  # (S,) int64, ascending: coefficients[begin[s] + i]
+    end: Array  # (S,) int64
+    first: Array  # (S,) int64: index[first[s] + i]
+    coefficients: Array  # (E,)
+    index: Array  # (any,) int64, rows of the table
+    place: Array  # (S,) int64, the row of the output that each is added to; (0,): segment s goes to row s
+
+
 @njit(cache=True, nogil=True, fastmath=REORDER)
-def _sum_rows_of_part(
-    begin: Array,
-    end: Array,
-    first: Array,
-    coefficients: Array,
-    index: Array,
-    table: Array,
-    place: Array,
-    least: int,
-    part: int,
-    parts: int,
-    out: Array,
-) -> None:
+def _sum_rows_of_part(x: Segments, table: Array, least: int, part: int, parts: int, out: Array) -> None:
     """:func:`sum_rows` of the segments that begin in a part of all entries."""
+    begin, end, first, coefficients, index, place = x
     low, high = share(begin, len(coefficients), part, parts)
     for s in range(low, high):
         size = end[s] - begin[s]
@@ -80,43 +80,21 @@ def _sum_rows_of_part(
 
 
 @njit(cache=True, nogil=True, parallel=True, fastmath=REORDER)
-def _sum_rows_in_parallel(
-    begin: Array,
-    end: Array,
-    first: Array,
-    coefficients: Array,
-    index: Array,
-    table: Array,
-    place: Array,
-    least: int,
-    parts: int,
-    out: Array,
-) -> None:
+def _sum_rows_in_parallel(x: Segments, table: Array, least: int, parts: int, out: Array) -> None:
     for part in prange(parts):
-        _sum_rows_of_part(begin, end, first, coefficients, index, table, place, least, part, parts, out)
+        _sum_rows_of_part(x, table, least, part, parts, out)
 
 
 @njit(cache=True, nogil=True, fastmath=REORDER)
-def sum_rows(
-    begin: Array,
-    end: Array,
-    first: Array,
-    coefficients: Array,
-    index: Array,
-    table: Array,
-    place: Array,
-    least: int,
-    parts: int,
-    out: Array,
-) -> None:
+def sum_rows(x: Segments, table: Array, least: int, parts: int, out: Array) -> None:
     """out[place[s]] += the sum over i < end[s] - begin[s] of coefficients[begin[s] + i] * table[index[first[s] + i]].
 
-    ``place`` may be of size 0: segment s goes to row s. Segments of fewer than ``least`` entries read nothing.
+    Segments of fewer than ``least`` entries read nothing.
     """
     if parts == 1:  # wakes nobody
-        _sum_rows_of_part(begin, end, first, coefficients, index, table, place, least, 0, 1, out)
+        _sum_rows_of_part(x, table, least, 0, 1, out)
     else:
-        _sum_rows_in_parallel(begin, end, first, coefficients, index, table, place, least, parts, out)
+        _sum_rows_in_parallel(x, table, least, parts, out)
 
 
 @njit(cache=True, nogil=True, parallel=True, fastmath=False)
