@@ -95,7 +95,7 @@ def _linear_mean(wk: float, dk: float, w: np.ndarray, d: np.ndarray, weights: np
 
 
 @njit(cache=True, fastmath={"reassoc", "contract"})
-def _mean(scores: np.ndarray, weights: np.ndarray) -> float:
+def mean_by_weight(scores: np.ndarray, weights: np.ndarray) -> float:
     weighted, weight = 0.0, 0.0
     for j in range(len(scores)):
         weighted += scores[j] * weights[j]
@@ -134,7 +134,7 @@ def _scores_of_lists(
         for k in range(shown):
             _pair_row(plan.form, w[i], plan.discounts, depth, length, a, u, k, scores)
             if is_mean:
-                out[i, k, 0] = _mean(scores[k + 1 :], weights[i, k, k + 1 : length]) * inverse
+                out[i, k, 0] = mean_by_weight(scores[k + 1 :], weights[i, k, k + 1 : length]) * inverse
             else:
                 for j in range(k + 1, length):
                     out[i, k, j] = scores[j] * inverse

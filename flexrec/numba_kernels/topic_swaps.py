@@ -7,15 +7,32 @@ ranks with all topics side by side: the innermost loops go over C numbers that l
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numba import njit, prange
 
 from flexrec.metrics import CREDITS, TIE, TINY, Metric, discount_table, tie_weights
+from flexrec.numba_kernels.swap_scores import mean_by_weight
 from flexrec.numba_kernels.threads import follow_torch_threads
 
 SWAP, NONCAUSAL, INDEPENDENT, RANK, SEQUENCE, _ = range(len(CREDITS))
 _ANY_ORDER = {"reassoc", "contract"}  # sums over topics in any order, hence several at once
+
+
+class TopicLists(NamedTuple):
+    """N lists and their metric, as the kernels take them."""
+
+    worth: np.ndarray  # (N, K) float64, term gains
+    matrix: np.ndarray  # (I, C) floating
+    items: np.ndarray  # (N, K) int64, rows of the matrix
+    topic_weights: np.ndarray  # (N, C) float64
+    lengths: np.ndarray  # (N,) int64
+    ranked: np.ndarray  # (N,) int64, at most lengths
+    discounts: np.ndarray  # (min(K, cutoff),) float64
+    decay: float
+    ties: np.ndarray  # (C,) the ``tie_weights``; (0,) where the normaliser is the weight of the intents
 
 
 @njit(cache=True, fastmath=_ANY_ORDER)
@@ -24,15 +41,6 @@ def _dot(x: np.ndarray, y: np.ndarray) -> float:
     for c in range(len(x)):
         total += x[c] * y[c]
     return total
-
-
-@njit(cache=True, fastmath=False)
-def _worth(worth: np.ndarray, matrix: np.ndarray, items: np.ndarray, a: np.ndarray) -> None:
-    """Fill a (K, C) from the worth (K,) of the items (K,), rows of ``matrix``."""
-    for k in range(len(a)):
-        w, about, ak = worth[k], matrix[items[k]], a[k]
-        for c in range(len(ak)):
-            ak[c] = w * about[c]
 
 
 @njit(cache=True, fastmath=False)
@@ -150,23 +158,19 @@ def _score_row(a: np.ndarray, d: np.ndarray, decay: float, reached: np.ndarray, 
             row[j] = total
 
 
-@njit(cache=True, fastmath=_ANY_ORDER)
-def _mean(scores: np.ndarray, weights: np.ndarray) -> float:
-    weighted, weight = 0.0, 0.0
-    for j in range(len(scores)):
-        weighted += scores[j] * weights[j]
-        weight += weights[j]
-    return weighted / weight if weight > 0.0 else 0.0
-
-
 @njit(cache=True, fastmath=False)
-def _inverse_norm(a: np.ndarray, p: np.ndarray, decay: float, discounts: np.ndarray, ties: np.ndarray) -> float:
-    """1 / normaliser, 0 for a list without a positive gain; ``ties`` (0,) where that is the weight of the intents."""
-    if len(ties):
-        norm = _greedy_value(a, p, decay, discounts, len(discounts), ties)
+def _read_list(x: TopicLists, i: int) -> tuple[np.ndarray, float]:
+    """(K, C) what each item of list i is worth to each topic; 1 / normaliser, 0 for a list without a positive gain."""
+    a, p = np.empty((x.lengths[i], x.matrix.shape[1])), x.topic_weights[i]
+    for k in range(len(a)):
+        w, about, ak = x.worth[i, k], x.matrix[x.items[i, k]], a[k]
+        for c in range(len(ak)):
+            ak[c] = w * about[c]
+    if len(x.ties):
+        norm = _greedy_value(a, p, x.decay, x.discounts, len(x.discounts), x.ties)
     else:
         norm = _weight_of_intents(a, p)
-    return 1.0 / norm if norm > TINY else 0.0
+    return a, 1.0 / norm if norm > TINY else 0.0
 
 
 @njit(cache=True, fastmath=False)
@@ -195,59 +199,32 @@ def _rewards_of_list(
 
 
 @njit(parallel=True, cache=True, fastmath=False)
-def _rewards_of_lists(
-    worth: np.ndarray,  # (N, K) float64, term gains
-    matrix: np.ndarray,  # (I, C) floating
-    items: np.ndarray,  # (N, K) int64, rows of the matrix
-    topic_weights: np.ndarray,  # (N, C) float64
-    lengths: np.ndarray,  # (N,) int64
-    ranked: np.ndarray,  # (N,) int64, at most lengths
-    discounts: np.ndarray,  # (min(K, cutoff),) float64
-    decay: float,
-    ties: np.ndarray,  # (C,), or (0,): see ``_inverse_norm``
-    credit: int,
-    out: np.ndarray,  # (N, K) 0s, written
-) -> None:
-    for i in prange(len(worth)):
-        length, shown, p = lengths[i], ranked[i], topic_weights[i]
+def _rewards_of_lists(x: TopicLists, credit: int, out: np.ndarray) -> None:
+    """Fill out (N, K), which holds 0s."""
+    for i in prange(len(x.worth)):
+        shown = x.ranked[i]
         if shown > 0:
-            a, rewards = np.empty((length, matrix.shape[1])), np.zeros(length)
-            _worth(worth[i], matrix, items[i], a)
-            inverse = _inverse_norm(a, p, decay, discounts, ties)
-            _rewards_of_list(a, p, discounts[: min(shown, len(discounts))], decay, credit, rewards)
+            a, inverse = _read_list(x, i)
+            rewards, d = np.zeros(len(a)), x.discounts[: min(shown, len(x.discounts))]
+            _rewards_of_list(a, x.topic_weights[i], d, x.decay, credit, rewards)
             for k in range(shown):
                 out[i, k] = rewards[k] * inverse
 
 
 @njit(parallel=True, cache=True, fastmath=False)
-def _scores_of_lists(
-    worth: np.ndarray,  # this and the next as above
-    matrix: np.ndarray,
-    items: np.ndarray,
-    topic_weights: np.ndarray,
-    lengths: np.ndarray,
-    ranked: np.ndarray,
-    discounts: np.ndarray,
-    decay: float,
-    ties: np.ndarray,
-    weights: np.ndarray,  # (N, K, K) for policy rewards; (0, 0, 0) for the scores themselves
-    out: np.ndarray,  # 0s, written: (N, K, K) swap scores, or (N, K, 1) their means over j > k by weight
-) -> None:
-    is_mean = len(weights) > 0
-    for i in prange(len(worth)):
-        length, p = lengths[i], topic_weights[i]
-        d = discounts[: min(ranked[i], len(discounts))]
-        a, row = np.empty((length, matrix.shape[1])), np.empty(length)
-        _worth(worth[i], matrix, items[i], a)
-        inverse = _inverse_norm(a, p, decay, discounts, ties)
-        reached = np.empty((len(d), matrix.shape[1]))
-        _reach(a, p, decay, reached)
+def _scores_of_lists(x: TopicLists, weights: np.ndarray, out: np.ndarray) -> None:
+    """``weights`` and ``out`` as of the same in ``swap_scores``."""
+    for i in prange(len(x.worth)):
+        d = x.discounts[: min(x.ranked[i], len(x.discounts))]
+        a, inverse = _read_list(x, i)
+        row, reached = np.empty(len(a)), np.empty((len(d), a.shape[1]))
+        _reach(a, x.topic_weights[i], x.decay, reached)
         for k in range(len(d)):  # from there on nothing is lost by an exchange
-            _score_row(a, d, decay, reached, k, row)
-            if is_mean:
-                out[i, k, 0] = _mean(row[k + 1 :], weights[i, k, k + 1 : length]) * inverse
+            _score_row(a, d, x.decay, reached, k, row)
+            if len(weights):
+                out[i, k, 0] = mean_by_weight(row[k + 1 :], weights[i, k, k + 1 : len(a)]) * inverse
             else:
-                for j in range(k + 1, length):
+                for j in range(k + 1, len(a)):
                     out[i, k, j] = row[j] * inverse
                     out[i, j, k] = row[j] * inverse
 
@@ -275,8 +252,8 @@ def swap_rewards(
         (N, K) float64.
     """
     out = np.zeros(tuple(worth.shape))
-    inputs = _inputs(worth, metric, topics, items, topic_weights, lengths, num_ranked)
-    _rewards_of_lists(*inputs, CREDITS.index(credit), out)
+    lists = _lists_of(worth, metric, topics, items, topic_weights, lengths, num_ranked)
+    _rewards_of_lists(lists, CREDITS.index(credit), out)
     return torch.from_numpy(out)
 
 
@@ -295,12 +272,12 @@ def swap_scores(
     rows, size = worth.shape
     out = np.zeros((rows, size, size if weights is None else 1))
     shares = np.empty((0, 0, 0)) if weights is None else weights.double().contiguous().numpy()
-    inputs = _inputs(worth, metric, topics, items, topic_weights, lengths, num_ranked)
-    _scores_of_lists(*inputs, shares, out)
+    lists = _lists_of(worth, metric, topics, items, topic_weights, lengths, num_ranked)
+    _scores_of_lists(lists, shares, out)
     return torch.from_numpy(out if weights is None else out[..., 0])
 
 
-def _inputs(
+def _lists_of(
     worth: torch.Tensor,
     metric: Metric,
     topics: torch.Tensor,
@@ -308,8 +285,7 @@ def _inputs(
     topic_weights: torch.Tensor,
     lengths: torch.Tensor,
     num_ranked: torch.Tensor,
-) -> tuple[np.ndarray | float, ...]:
-    """The first arguments of the kernels."""
+) -> TopicLists:
     follow_torch_threads()
     if topics.dtype not in (torch.float32, torch.float64):
         topics = topics.float()
@@ -320,4 +296,4 @@ def _inputs(
     depth = size if metric.cutoff is None else min(size, metric.cutoff)
     ties = tie_weights(topics.shape[1] if definition.normaliser == "greedy" else 0)
     arrays = (tensor.contiguous().numpy() for tensor in tensors)
-    return *arrays, discount_table(metric, size)[:depth].copy(), definition.decay, ties
+    return TopicLists(*arrays, discount_table(metric, size)[:depth].copy(), definition.decay, ties)
