@@ -78,7 +78,7 @@ from flexrec.ops.ranking_logprobs import (
     from_distribution,
     step_log_probs,
 )
-from flexrec.ops.ranking_metric import Topics, check_topics, ingredients, metric_of, read_by_numba
+from flexrec.ops.ranking_metric import Topics, call_kernels, check_gain_values, check_topics, ingredients, metric_of
 from flexrec.ops.ranking_metric import check_lists as check_gains
 from flexrec.ops.restricted_logprobs import Results
 from flexrec.ops.swap_rewards import swap_scores
@@ -269,11 +269,13 @@ def _evaluate(
         return _over_distribution(lists, -scores[:, :t], tilt)
 
     by_numba = foresight is None and numba_reads(gains)
-    ranked = check_gains(gains, metric, per_ranking, shown, values=not by_numba)
+    ranked = check_gains(gains, per_ranking, shown)
+    if not by_numba:
+        check_gain_values(ranked, metric)
     check_topics(topics, metric, ranked)  # linear metrics take none
     dtype = accumulation_dtype(lists.hidden, lists.weight)
     if by_numba:
-        values, factors, own = read_by_numba("linear_values", ranked, metric, num_steps=t, dtype=dtype)
+        values, factors, own = call_kernels("numba", "linear_values", ranked, metric, num_steps=t, dtype=dtype)
         result = evaluate_lists(lists, values, weight_grad=weight_grad, backend=backend)
         assert result.expectations is not None
         return (result.expectations * factors).sum(-1) - own, result

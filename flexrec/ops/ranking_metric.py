@@ -5,6 +5,7 @@ Which metrics there are, and by what names, stands in ``flexrec.metrics``.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -75,10 +76,12 @@ def ranking_metric(
     metric = metric_of(metric)
     by_numba = metric.definition.form not in ("custom", "topics") and isinstance(gains, torch.Tensor)
     by_numba = by_numba and numba_reads(gains)
-    lists = check_lists(gains, metric, lengths, num_ranked, values=not by_numba)
+    lists = check_lists(gains, lengths, num_ranked)
+    if not by_numba:
+        check_gain_values(lists, metric)
     about = check_topics(topics, metric, lists)
     if by_numba and lists.gains.shape[1]:
-        rewards = read_by_numba("swap_rewards", lists, metric, "sequence")[0]  # each is the value of the list
+        rewards = call_kernels("numba", "swap_rewards", lists, metric, "sequence")[0]  # each is the value of the list
         return as_result(rewards[:, 0].contiguous(), lists.gains)
     if metric.definition.form == "custom":
         value = of_registered("custom_prefix_values", lists, metric)[:, -1]
@@ -143,30 +146,24 @@ class Lists(NamedTuple):
         shown = self.real_lengths.clamp(max=self.max_ranked)
         return shown if self.num_ranked is None else torch.minimum(shown, self.num_ranked)
 
+    @property
+    def inside(self) -> torch.Tensor:
+        """(N, K) bool: each list's own positions."""
+        return torch.arange(self.gains.shape[1], device=self.gains.device) < self.real_lengths[:, None]
+
 
 def check_lists(
-    gains: torch.Tensor,
-    metric: Metric,
-    lengths: int | torch.Tensor | None,
-    num_ranked: int | torch.Tensor | None,
-    *,
-    values: bool = True,
+    gains: torch.Tensor, lengths: int | torch.Tensor | None, num_ranked: int | torch.Tensor | None
 ) -> Lists:
-    """Check the arguments that all functions of this kind share; see ``ranking_metric`` for their meaning.
-
-    Without ``values`` those of the gains are left to the caller (``check_gain_values``).
-    """
+    """Check the arguments that all functions of this kind share, see ``ranking_metric`` for their meaning; but for the
+    values of the gains (``check_gain_values``)."""
     check_tensor("gains", gains, ("N", "K"))
     gains = gains.detach() if gains.requires_grad else gains
     size = gains.shape[1]
     ragged = _counts("lengths", lengths, gains)
     if isinstance(num_ranked, torch.Tensor) or num_ranked is None:
-        lists = Lists(gains, ragged, _counts("num_ranked", num_ranked, gains), size)
-    else:
-        lists = Lists(gains, ragged, None, _count("num_ranked", num_ranked, size))
-    if values:
-        check_gain_values(lists, metric)
-    return lists
+        return Lists(gains, ragged, _counts("num_ranked", num_ranked, gains), size)
+    return Lists(gains, ragged, None, _count("num_ranked", num_ranked, size))
 
 
 def _count(name: str, value: object, size: int) -> int:
@@ -194,23 +191,27 @@ def _counts(name: str, value: int | torch.Tensor | None, gains: torch.Tensor) ->
     return value.to(torch.int64)
 
 
-def check_gain_values(lists: Lists, metric: Metric) -> None:
-    """Raise ValueError at the first gain, inside its list's length, that is no number in [0, largest_gain(metric)]."""
+def check_gain_values(lists: Lists, metric: Metric, variance: torch.Tensor | None = None) -> None:
+    """Raise ValueError at the first gain, or variance (N, K) of one, inside its list's length and out of its range."""
     gains, high = lists.gains, largest_gain(metric)
-    if not values_are_checked(gains) or lies_within(gains, 0.0, high):
-        return
-    inside = torch.arange(gains.shape[1], device=gains.device) < lists.real_lengths[:, None]
-    check_finite("gains", gains, inside)
-    check_range("gains", gains, 0, high, inside)
+    if values_are_checked(gains) and not lies_within(gains, 0.0, high):
+        check_finite("gains", gains, lists.inside)
+        check_range("gains", gains, 0, high, lists.inside)
+    if variance is not None:
+        inside = lists.inside
+        check_finite("variance", variance, inside)
+        check_range("variance", variance, 0.0, math.inf, inside)
+        if metric.definition.gain == "binary":
+            check_range(f"gains, as probabilities of relevance for {metric.family},", gains, 0.0, 1.0, inside)
 
 
-def read_by_numba(name: str, lists: Lists, metric: Metric, *arguments: Any, **options: Any) -> Any:
-    """The function ``name`` of numba's module ``name``, which checks the gains while it reads them."""
+def call_kernels(backend: str, name: str, lists: Lists, metric: Metric, *arguments: Any, **options: Any) -> Any:
+    """The function ``name`` of the backend's module ``name``; numba's checks gains and variance while it reads them."""
     counts = {"lengths": lists.lengths, "num_ranked": lists.num_ranked, "max_ranked": lists.max_ranked}
     try:
-        return getattr(kernels("numba", name), name)(lists.gains, metric, *arguments, **counts, **options)
+        return getattr(kernels(backend, name), name)(lists.gains, metric, *arguments, **counts, **options)
     except OutOfRange:
-        check_gain_values(lists, metric)  # says where
+        check_gain_values(lists, metric, options.get("variance"))  # says where
         raise
 
 
@@ -253,7 +254,7 @@ def check_topics(topics: torch.Tensor | Topics | None, metric: Metric, lists: Li
         )
     gains = lists.gains
     rows, size = gains.shape
-    inside = torch.arange(size, device=gains.device) < lists.real_lengths[:, None]  # (N, K)
+    inside = lists.inside
     if isinstance(topics, torch.Tensor):
         check_tensor("topics", topics, (rows, size, "C"))
         topics = Topics(topics.reshape(rows * size, topics.shape[2]))
@@ -284,14 +285,6 @@ def check_topics(topics: torch.Tensor | Topics | None, metric: Metric, lists: Li
     check_finite("the weights of topics", weights)
     check_range("the weights of topics", weights, 0.0, MAX_GAIN)
     return Topics(matrix, items, weights.double().expand(rows, columns))
-
-
-def memberships(lists: Lists, topics: Topics) -> torch.Tensor:
-    """(N, K, C) float64: how much the item at each rank is about each topic, 0 beyond each list's length."""
-    matrix, items, _ = topics
-    about = matrix.view(*lists.gains.shape, -1) if items is None else matrix[items]
-    inside = torch.arange(lists.gains.shape[1], device=matrix.device) < lists.real_lengths[:, None]
-    return torch.where(inside[:, :, None], about.double(), 0.0)
 
 
 def greedy(worth: torch.Tensor, weights: torch.Tensor, decay: float, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -347,7 +340,8 @@ def greedy_ranking(
         tensor([[0, 2, 1]])
     """
     metric = metric_of(metric)
-    lists = check_lists(gains, metric, lengths, None)
+    lists = check_lists(gains, lengths, None)
+    check_gain_values(lists, metric)
     about = check_topics(topics, metric, lists)
     if about is None:
         raise ValueError(f"metric must be one of {', '.join(OF_TOPICS)}, got {str(metric)!r}")
@@ -431,7 +425,8 @@ def ingredients(
 
     parts = Ingredients(length, ranked, inside, discount, weight, torch.ones_like(length).double())
     if topics is not None and topics.weights is not None:
-        about = memberships(lists, topics)
+        about = topics.matrix.view(*weight.shape, -1) if topics.items is None else topics.matrix[topics.items]
+        about = torch.where(inside[:, :, None], about.double(), 0.0)  # (N, K, C)
         parts = replace(parts, decay=metric.definition.decay, about=about, topic_weights=topics.weights)
     kind = metric.definition.normaliser
     if kind == "greedy":

@@ -5,7 +5,6 @@ The mathematics stands in ``flexrec/ops/swap_reference.py``; this file chooses a
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -21,12 +20,12 @@ from flexrec.checks import (
     values_are_checked,
 )
 from flexrec.metrics import CREDITS, FAMILIES, MAX_GAIN, Metric, parse_metric
-from flexrec.numba_kernels import OutOfRange
 from flexrec.ops.library import BACKENDS, Operation, choose_backend, kernels
 from flexrec.ops.ranking_metric import (
     Lists,
     Topics,
     as_result,
+    call_kernels,
     check_gain_values,
     check_lists,
     check_topics,
@@ -202,7 +201,7 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor]:
     """Rewards and, of size 0 where there is none, their variance."""
     check_choice("credit", credit, CREDITS)
-    lists = check_lists(gains, metric, lengths, num_ranked, values=False)
+    lists = check_lists(gains, lengths, num_ranked)
     about = check_topics(topics, metric, lists)
     weights = _check_policy_weights(weights, credit, lists)
     if variance is not None:
@@ -239,7 +238,7 @@ def swap_scores(
                  [ 0.0000,  0.1670,  0.0000]]])
     """
     metric = metric_of(metric)
-    lists = check_lists(gains, metric, lengths, num_ranked, values=False)
+    lists = check_lists(gains, lengths, num_ranked)
     about = check_topics(topics, metric, lists)
     backend = _choose_backend(backend, metric, lists.gains, topics=about)
     _check_values(lists, metric, backend)
@@ -287,15 +286,8 @@ def _choose_backend(
 
 def _check_values(lists: Lists, metric: Metric, backend: str, variance: Tensor | None = None) -> None:
     """Raise ValueError at a gain or variance out of its range; numba's kernels check while they read."""
-    if backend == "numba" and metric.definition.form not in ("custom", "topics"):
-        return
-    check_gain_values(lists, metric)
-    if variance is not None:
-        inside = torch.arange(variance.shape[1], device=variance.device) < lists.real_lengths[:, None]
-        check_finite("variance", variance, inside)
-        check_range("variance", variance, 0.0, math.inf, inside)
-        if metric.definition.gain == "binary":
-            check_range(f"gains, as probabilities of relevance for {metric.family},", lists.gains, 0.0, 1.0, inside)
+    if backend != "numba" or metric.definition.form in ("custom", "topics"):
+        check_gain_values(lists, metric, variance)
 
 
 def _check_policy_weights(weights: Tensor | None, credit: str, lists: Lists) -> Tensor | None:
@@ -320,22 +312,11 @@ def _check_policy_weights(weights: Tensor | None, credit: str, lists: Lists) -> 
 # --- the operations ---------------------------------------------------------------------------------------------------
 
 
-def _launch(backend: str, name: str, lists: Lists, metric: Metric, *arguments: Any, **options: Any) -> Any:
-    """Call the function ``name`` of the backend's module ``name``, numba's or Triton's."""
-    counts = {"lengths": lists.lengths, "num_ranked": lists.num_ranked, "max_ranked": lists.max_ranked}
-    try:
-        return getattr(kernels(backend, name), name)(lists.gains, metric, *arguments, **counts, **options)
-    except OutOfRange:
-        _check_values(lists, metric, "torch", options.get("variance"))  # says where
-        raise
-
-
 def _launch_of_topics(
     backend: str, name: str, lists: Lists, metric: Metric, topics: Topics, *arguments: Any, **options: Any
 ) -> Tensor:
-    """The same of the backend's module ``topic_swaps``, which takes what the metric makes of each gain."""
-    inside = torch.arange(lists.gains.shape[1], device=lists.gains.device) < lists.real_lengths[:, None]  # (N, K)
-    gains = torch.where(inside, lists.gains.double(), 0.0)
+    """The function ``name`` of the backend's module ``topic_swaps``, which takes what the metric makes of each gain."""
+    gains = torch.where(lists.inside, lists.gains.double(), 0.0)
     worth = term_gains(gains, metric) if gains.shape[1] else gains  # (N, K)
     dtype = torch.float64 if backend == "numba" else result_dtype(lists.gains)
     counts = {"lengths": lists.real_lengths, "num_ranked": lists.real_ranked}
@@ -370,9 +351,9 @@ def _run_rewards(
     elif about is not None:
         rewards = _launch_of_topics(backend, "swap_rewards", lists, parsed, about, credit)
     elif credit == "policy":
-        rewards = _launch(backend, "swap_scores", lists, parsed, weights=weights)
+        rewards = call_kernels(backend, "swap_scores", lists, parsed, weights=weights)
     else:
-        rewards, spread = _launch(backend, "swap_rewards", lists, parsed, credit, variance=variance)
+        rewards, spread = call_kernels(backend, "swap_rewards", lists, parsed, credit, variance=variance)
     return as_result(rewards, gains), gains.new_empty(0) if spread is None else as_result(spread, gains)
 
 
@@ -397,7 +378,7 @@ def _run_scores(
     elif about is not None:
         scores = _launch_of_topics(backend, "swap_scores", lists, parsed, about)
     else:
-        scores = _launch(backend, "swap_scores", lists, parsed)
+        scores = call_kernels(backend, "swap_scores", lists, parsed)
     return as_result(scores, gains)
 
 

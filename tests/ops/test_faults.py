@@ -11,6 +11,7 @@ import torch
 
 import flexrec
 from flexrec.numba_kernels import OutOfRange
+from flexrec.ops import ranking_metric
 from flexrec.ops import swap_rewards as swaps
 from flexrec.ops.vocabulary_logprobs import vocabulary_logprobs
 
@@ -51,7 +52,7 @@ def test_the_example_of_the_variance_that_was_not_written():
 @pytest.mark.parametrize("function", ["rewards", "policy", "scores", "variance"])
 def test_what_a_kernel_refuses_is_never_returned(function, monkeypatch):
     """Not even where the search for the reason finds none."""
-    monkeypatch.setattr(swaps, "_check_values", lambda *_: None)
+    monkeypatch.setattr(ranking_metric, "check_gain_values", lambda *_: None)
     gains, weights = torch.tensor([[1.0, math.nan, 0.5]]), torch.ones(1, 3, 3)
     call = {
         "rewards": lambda: swaps.swap_rewards(gains, "ndcg"),
