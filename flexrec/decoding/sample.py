@@ -314,6 +314,13 @@ def _think(
     return reasoning, logprobs[:, : num_sampled.max(initial=0)]
 
 
+def _forced(state: RankingState) -> Runs:
+    """What comes next in every ranking without an alternative, which ``state`` has read."""
+    ids, offsets = state.forced()
+    state.advance(ids, offsets)
+    return Runs(ids, np.diff(offsets))
+
+
 def _rank(
     decoder: Decoder,
     state: RankingState,
@@ -324,9 +331,7 @@ def _rank(
 ) -> np.ndarray:
     """Sample the rankings into ``state``; returns their items' log-probs (N, T)."""
     logprobs = np.zeros(state.rankings().shape, dtype=np.float32)
-    ids, offsets = state.forced()
-    state.advance(ids, offsets)
-    runs = Runs(ids, np.diff(offsets))
+    runs = _forced(state)
     while not (done := state.done()).all():
         # A finished rollout needs no further states; one without a new token keeps the state it had.
         runs = runs.keep(~done)
@@ -344,9 +349,7 @@ def _rank(
         tokens = np.zeros(len(hidden), dtype=np.int32)
         tokens[active] = chosen
         state.advance(tokens)
-        ids, offsets = state.forced()
-        state.advance(ids, offsets)
-        runs = Runs(ids, np.diff(offsets)).after(chosen, ~done)
+        runs = _forced(state).after(chosen, ~done)
     return logprobs
 
 
@@ -375,9 +378,7 @@ def _search(
         lengths[:] += runs.counts
         return runs
 
-    ids, offsets = state.forced()
-    state.advance(ids, offsets)
-    runs = append(Runs(ids, np.diff(offsets)))
+    runs = append(_forced(state))
     while not (done := state.done()).all():
         runs = runs.keep(~done)
         if len(runs.tokens):
@@ -416,9 +417,7 @@ def _search(
         logprobs[growing, rank[growing]] += gained[parents, column][growing]
         chosen = token_ids[parents, column][growing]
         state.advance(chosen, np.append(0, growing.cumsum()))
-        ids, offsets = state.forced()
-        state.advance(ids, offsets)
-        runs = append(Runs(ids, np.diff(offsets)).after(chosen, growing))
+        runs = append(_forced(state).after(chosen, growing))
     return totals, logprobs
 
 
