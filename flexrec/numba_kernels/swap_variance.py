@@ -48,6 +48,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
+from flexrec.metrics import LN2
 from flexrec.numba_kernels.lane_sort import padded_rows
 from flexrec.numba_kernels.lanes import LANES, any_lane, load, spread, store, where, widen
 from flexrec.numba_kernels.tiles import (
@@ -66,8 +67,6 @@ from flexrec.numba_kernels.tiles import (
     scaled_one,
     write_lists,
 )
-
-LN2 = math.log(2.0)
 
 
 @njit(cache=True, fastmath=False)

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from flexrec.metrics import CREDITS, TIE, TINY, Metric, discount_table, tie_weights
+from flexrec.metrics import TIE, TINY, Metric, discount_table, tie_weights
 from flexrec.numba_kernels.swap_scores import mean_by_weight
 from flexrec.numba_kernels.threads import follow_torch_threads
+from flexrec.numba_kernels.tiles import CREDITS, INDEPENDENT, NONCAUSAL, SEQUENCE, SWAP
 
-SWAP, NONCAUSAL, INDEPENDENT, RANK, SEQUENCE, _ = range(len(CREDITS))
 _ANY_ORDER = {"reassoc", "contract"}  # sums over topics in any order, hence several at once
 
 
@@ -253,7 +253,7 @@ def swap_rewards(
     """
     out = np.zeros(tuple(worth.shape))
     lists = _lists_of(worth, metric, topics, items, topic_weights, lengths, num_ranked)
-    _rewards_of_lists(lists, CREDITS.index(credit), out)
+    _rewards_of_lists(lists, CREDITS[credit], out)
     return torch.from_numpy(out)
 
 
