@@ -61,22 +61,22 @@ class Segments(NamedTuple):
 
     begin: Array  # (S,) int64, ascending: coefficients[begin[s] + i]
     end: Array  # (S,) int64
-    first: Array  # (S,) int64: index[first[s] + i]
+    first: Array  # (S,) int64: rows[first[s] + i]
     coefficients: Array  # (E,)
-    index: Array  # (any,) int64, rows of the table
+    rows: Array  # (any,) int64, of the table
     place: Array  # (S,) int64, the row of the output that each is added to; (0,): segment s goes to row s
 
 
 @njit(cache=True, nogil=True, fastmath=REORDER)
 def _sum_rows_of_part(x: Segments, table: Array, least: int, part: int, parts: int, out: Array) -> None:
     """:func:`sum_rows` of the segments that begin in a part of all entries."""
-    begin, end, first, coefficients, index, place = x
+    begin, end, first, coefficients, rows, place = x
     low, high = share(begin, len(coefficients), part, parts)
     for s in range(low, high):
         size = end[s] - begin[s]
         if size >= least:
             total = out[place[s] if len(place) else s]
-            add_rows(total, table, index[first[s] :], coefficients[begin[s] : end[s]], 0, size)
+            add_rows(total, table, rows[first[s] :], coefficients[begin[s] : end[s]], 0, size)
 
 
 @njit(cache=True, nogil=True, parallel=True, fastmath=REORDER)
@@ -87,7 +87,7 @@ def _sum_rows_in_parallel(x: Segments, table: Array, least: int, parts: int, out
 
 @njit(cache=True, nogil=True, fastmath=REORDER)
 def sum_rows(x: Segments, table: Array, least: int, parts: int, out: Array) -> None:
-    """out[place[s]] += the sum over i < end[s] - begin[s] of coefficients[begin[s] + i] * table[index[first[s] + i]].
+    """out[place[s]] += the sum over i < end[s] - begin[s] of coefficients[begin[s] + i] * table[rows[first[s] + i]].
 
     Segments of fewer than ``least`` entries read nothing.
     """

@@ -296,4 +296,5 @@ def _lists_of(
     depth = size if metric.cutoff is None else min(size, metric.cutoff)
     ties = tie_weights(topics.shape[1] if definition.normaliser == "greedy" else 0)
     arrays = (tensor.contiguous().numpy() for tensor in tensors)
-    return TopicLists(*arrays, discount_table(metric, size)[:depth].copy(), definition.decay, ties)
+    discounts = discount_table(metric, size)[:depth].copy()
+    return TopicLists._make((*arrays, discounts, definition.decay, ties))
