@@ -314,9 +314,8 @@ def can_attend_by_prefix(model: Any) -> bool:
     config, parameter = text_config(model), next(model.parameters())
     return (
         base_attention(model) in BASES
-        and bool(
-            getattr(causal_lm(model), "_supports_attention_backend", False)
-        )  # passes on what its attention is given
+        # passes on what its attention is given
+        and bool(getattr(causal_lm(model), "_supports_attention_backend", False))
         and not _dropout(config)
         and getattr(config, "attn_logit_softcapping", None) is None
         and getattr(config, "is_causal", True)
